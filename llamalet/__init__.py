@@ -1,0 +1,1 @@
+"""llamalet: run small Llama models from a raw binary, in Python, without PyTorch."""

@@ -1,0 +1,114 @@
+"""One base error, a few kinds, their exit codes, and the function that turns them into one line.
+
+Whatever a user can get wrong raises one of these with what, where, which value and what to do.
+Only `run` turns an error into a message and an exit status; everything below it just raises.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
+
+
+class LlamaletError(Exception):
+    """Base of all errors that a user can cause."""
+
+    exit_code = 1
+
+
+class UsageError(LlamaletError):
+    """A command line that cannot be understood."""
+
+    exit_code = 2
+
+
+class ConfigError(LlamaletError, ValueError):
+    """A configuration whose keys or values do not fit."""
+
+    exit_code = 2
+
+    @classmethod
+    def from_problems(cls, problems: Iterable[str]) -> Self:
+        """Put all `problems` into one error, so that the user fixes them in one go."""
+        return cls("; ".join(problems))
+
+
+class DataError(LlamaletError, ValueError):
+    """Training or evaluation data that is missing, damaged or of another vocabulary."""
+
+    exit_code = 3
+
+
+class FormatError(LlamaletError, ValueError):
+    """A model file that breaks a rule of its format."""
+
+    exit_code = 4
+
+
+class TokenizerError(LlamaletError, ValueError):
+    """A tokenizer file that is damaged or does not fit the model."""
+
+    exit_code = 4
+
+
+class CheckpointError(LlamaletError, ValueError):
+    """A training checkpoint that is missing, damaged or of another run."""
+
+    exit_code = 5
+
+
+class NonFiniteError(LlamaletError, ArithmeticError):
+    """A loss, weight or logit that is NaN or infinite."""
+
+    exit_code = 6
+
+
+class LockedError(LlamaletError):
+    """A folder that another process is using."""
+
+    exit_code = 7
+
+
+class DiskError(LlamaletError, OSError):
+    """A file that could not be written."""
+
+    exit_code = 8
+
+
+class InterruptedRun(LlamaletError):
+    """A run that was stopped and can be resumed."""
+
+    exit_code = 75
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Run `main` on the command line and exit; an error becomes one line on stderr, never a traceback.
+
+    Args:
+        main: takes the arguments without the program's name and returns the exit code.
+    """
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except LlamaletError as error:
+        code = _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        code = _fail("stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Without this, closing stdout at exit would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except MemoryError:
+        code = _fail("out of memory; use a smaller model, batch or context", 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        code = _fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    """Print `message` as one line and return `code`."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return code

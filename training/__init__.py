@@ -1,0 +1,1 @@
+"""What the training scripts use: batches, checkpoints, weights, optimizer, processes, metrics."""
