@@ -113,9 +113,7 @@ class ModelConfig:
         if hidden_dim is None:
             hidden_dim = -(-(8 * dim // 3) // multiple_of) * multiple_of
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        return cls(
-            dim=dim, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, hidden_dim=hidden_dim, **rest
-        )
+        return cls(dim=dim, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, hidden_dim=hidden_dim, **rest)
 
     @property
     def kv_dim(self) -> int:
@@ -159,7 +157,7 @@ def rope_frequencies(config: ModelConfig) -> NDArray[np.float64]:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    # Long waves (few turns within the original context) are stretched by `factor`, short ones stay, between them a ramp.
+    # Long waves (few turns within the original context) are stretched by `factor`, short ones stay; a ramp between.
     turns = scaling.original_max_seq_len * frequencies / (2 * np.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)

@@ -1,0 +1,191 @@
+"""A dataclass, a TOML file and the command line become one checked configuration.
+
+Precedence: the dataclass defaults < the TOML file < `--key=value`. Nothing is ever executed. Every script describes its
+options as a frozen dataclass, with a string under each field as its help, and calls `parse`:
+
+    config = parse(SampleConfig, argv, program="sample.py", description=__doc__, positional=("checkpoint",))
+
+tyro knows the types, converts the values and writes `--help`. It knows one spelling of a switch and of a dash at a
+time, so the words are put into one form first: `--key=value`, `--key value`, `-` and `_` alike, `--switch`,
+`--switch=True`, `--no-switch`. A field with metadata {"bare": "latest"} may stand without its value, as `--resume` does.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from llamalet.errors import ConfigError, UsageError
+
+Config = TypeVar("Config")
+
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
+
+
+def parse(
+    config_class: type[Config],
+    argv: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    positional: Sequence[str] = (),
+    toml: bool = False,
+) -> Config:
+    """Build a `config_class` from the words of a command line; `--help` prints the options and exits with 0.
+
+    Args:
+        config_class: a dataclass whose fields all have defaults, each with a string under it as help.
+        argv: the command line without the program's name.
+        program: what the user typed, shown in the usage line.
+        description: shown above the options.
+        positional: fields that bare words fill, in this order.
+        toml: whether a first bare word ending in .toml names a file of field values.
+
+    Returns:
+        The configuration, checked by its own __post_init__.
+
+    Raises:
+        UsageError: on an unknown option, a stray word, a missing or unreadable value.
+        ConfigError: on a bad TOML file, or (from the dataclass) values out of range.
+    """
+    fields = {field.name: _Field.of(field, hint) for field, hint in _fields_with_hints(config_class)}
+    usage = " ".join([program, *(["[CONFIG.toml]"] if toml else []), *(f"[{name.upper()}]" for name in positional)])
+    if any(word in ("-h", "--help") for word in argv):
+        tyro.cli(config_class, prog=usage, description=description, args=["--help"], config=_TYRO)
+    values: dict[str, str] = {}
+    words = list(argv)
+    if toml and words and words[0].endswith(".toml"):
+        values.update(_read_toml(Path(words.pop(0)), fields))
+    values.update(_read_words(words, fields, list(positional)))
+    return _convert(config_class, values)
+
+
+_TYRO = (tyro.conf.FlagConversionOff,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """What the spelling of a field's option depends on."""
+
+    name: str
+    is_switch: bool
+    bare: str | None
+    aliases: tuple[str, ...]
+
+    @classmethod
+    def of(cls, field: "dataclasses.Field[Any]", hint: Any) -> "_Field":
+        """Read a field's type, its metadata and the aliases that tyro's annotation gives it."""
+        aliases: tuple[str, ...] = ()
+        if typing.get_origin(hint) is typing.Annotated:
+            aliases = tuple(alias for note in hint.__metadata__ for alias in getattr(note, "aliases", None) or ())
+            hint = typing.get_args(hint)[0]
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        is_switch = bool in typing.get_args(hint) if union else hint is bool
+        return cls(field.name, is_switch, field.metadata.get("bare"), aliases)
+
+    def spell(self, value: str) -> str:
+        """Return `value` as tyro reads it: words for true and false become True and False, or a bare field's meaning."""
+        word = value.lower()
+        if self.is_switch and word in TRUE_WORDS + FALSE_WORDS:
+            return str(word in TRUE_WORDS)
+        if self.bare is not None and word in ("true", "false"):
+            return self.bare if word == "true" else "None"
+        return value
+
+
+def _fields_with_hints(config_class: type) -> Iterator[tuple["dataclasses.Field[Any]", Any]]:
+    """Yield each field of a dataclass with its evaluated annotation."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        yield field, hints[field.name]
+
+
+def _read_toml(path: Path, fields: dict[str, _Field]) -> dict[str, str]:
+    """Return the values of a TOML file as the words that a command line would have."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    unknown = [f"{path}: {_unknown(key, key, fields)}" for key in table if key.replace("-", "_") not in fields]
+    nested = [f"{path}: {key}: must be one value" for key, value in table.items() if isinstance(value, (dict, list))]
+    if unknown or nested:
+        raise ConfigError.from_problems(unknown + nested)
+    return {name: fields[name].spell(str(value)) for name, value in ((k.replace("-", "_"), table[k]) for k in table)}
+
+
+def _read_words(words: list[str], fields: dict[str, _Field], positional: list[str]) -> dict[str, str]:
+    """Return option name -> value for the words of a command line."""
+    by_flag = {alias: field for field in fields.values() for alias in field.aliases}
+    by_flag |= {"--" + name: field for name, field in fields.items()}
+    values: dict[str, str] = {}
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-") or word == "-":
+            if not positional:
+                raise UsageError(f"unexpected argument '{word}'; options start with --, see --help")
+            values[positional.pop(0)] = word
+            continue
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        negated = by_flag.get("--" + flag.removeprefix("--no_")) if flag.startswith("--no_") else None
+        field = by_flag.get(flag)
+        if field is None and negated is not None and (negated.is_switch or negated.bare) and not equals:
+            values[negated.name] = negated.spell("false")
+        elif field is None:
+            raise UsageError(_unknown(word.partition("=")[0], flag.lstrip("-"), fields))
+        elif equals:
+            values[field.name] = field.spell(value)
+        elif field.is_switch and not (words and words[0].lower() in TRUE_WORDS + FALSE_WORDS):
+            values[field.name] = "True"
+        elif field.bare is not None and (not words or words[0].startswith("-")):
+            values[field.name] = field.bare
+        elif not words or words[0].startswith("--"):
+            raise UsageError(f"{word}: needs a value, as in {word}=VALUE")
+        else:
+            values[field.name] = field.spell(words.pop(0))
+    return values
+
+
+def _unknown(shown: str, key: str, fields: dict[str, _Field]) -> str:
+    """Return the complaint about an unknown key, with the nearest known one."""
+    near = difflib.get_close_matches(key.replace("-", "_"), fields, n=1, cutoff=0.5)
+    dashes = "--" if shown.startswith("-") else ""
+    hint = f"did you mean {dashes}{near[0]}?" if near else "see --help"
+    return f"unknown option {shown}; {hint}"
+
+
+def _convert(config_class: type[Config], values: dict[str, str]) -> Config:
+    """Let tyro turn the words into typed values, then build the config; tyro's boxed complaint becomes one line."""
+    # The values go through a copy of the dataclass without its __post_init__, whose ConfigError tyro would box up.
+    draft_fields = [
+        (f.name, hint, dataclasses.field(default=f.default)) for f, hint in _fields_with_hints(config_class)
+    ]
+    draft_class = dataclasses.make_dataclass(config_class.__name__, draft_fields, kw_only=True)
+    args = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            draft = tyro.cli(draft_class, args=args, config=_TYRO)
+    except SystemExit:
+        raise UsageError(_unbox(complaint.getvalue())) from None
+    return config_class(**vars(draft))
+
+
+def _unbox(box: str) -> str:
+    """Return what tyro wrote into its box, up to the first rule, as one line with our spelling of the option."""
+    lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
+    text = " ".join(lines).partition("\u2500\u2500")[0].strip()
+    return re.sub(r"^Error parsing --(\S+):", lambda match: f"--{match[1].replace('-', '_')}:", text)
