@@ -7,7 +7,7 @@ options as a frozen dataclass, with a string under each field as its help, and c
 
 tyro knows the types, converts the values and writes `--help`. It knows one spelling of a switch and of a dash at a
 time, so the words are put into one form first: `--key=value`, `--key value`, `-` and `_` alike, `--switch`,
-`--switch=True`, `--no-switch`. A field with metadata {"bare": "latest"} may stand without its value, as `--resume` does.
+`--switch=True`, `--no-switch`. A field with metadata {"bare": "latest"} may stand without a value, as `--resume` does.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ class _Field:
         return cls(field.name, is_switch, field.metadata.get("bare"), aliases)
 
     def spell(self, value: str) -> str:
-        """Return `value` as tyro reads it: words for true and false become True and False, or a bare field's meaning."""
+        """Return `value` as tyro reads it: a word for true or false becomes True, False or the bare field's meaning."""
         word = value.lower()
         if self.is_switch and word in TRUE_WORDS + FALSE_WORDS:
             return str(word in TRUE_WORDS)
@@ -178,7 +178,7 @@ def _convert(config_class: type[Config], values: dict[str, str]) -> Config:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            draft = tyro.cli(draft_class, args=args, config=_TYRO)
+            draft: Any = tyro.cli(draft_class, args=args, config=_TYRO)
     except SystemExit:
         raise UsageError(_unbox(complaint.getvalue())) from None
     return config_class(**vars(draft))

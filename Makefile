@@ -1,0 +1,47 @@
+# llamalet's everyday commands; `make` alone lists them.
+# Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:  ## list these targets
+	@echo "llamalet: small Llama models, from data to story"
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
+
+demo: .venv/train  ## write a corpus, train a small model, export it, prove it, tell a story (minutes, offline)
+	$(RUN) tinystories.py synthesize --seed=1
+	$(RUN) tinystories.py train-vocab --source=synthetic --vocab-size=2048
+	$(RUN) tinystories.py pretokenize --source=synthetic
+	$(RUN) train.py configs/demo.toml --overwrite
+	$(RUN) benchmarks/demo.py out/demo
+
+test: .venv/dev  ## run every test (offline, CPU)
+	$(RUN) -m pytest
+
+lint: .venv/dev  ## check style (ruff) and types (mypy)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/train  ## measure the runtime's speed on this machine
+	$(RUN) benchmarks/runtime.py
+
+clean:  ## remove what the commands made, all but .venv, data/ and out/
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Two sets of packages, each installed once and again when the lists change.
+.venv/train: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
+	@touch $@
+
+.venv/dev: .venv/train
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,hub,dev]"
+	@touch $@
