@@ -1,0 +1,365 @@
+"""Token shards: the prepared data that training and evaluation read.
+
+A folder of prepared data holds raw little-endian token files (train_00000.bin, ..., val_00000.bin), the tokenizer that
+made them, and meta.json, which says all there is to know about them. Documents follow one another, each begun by BOS;
+ids are uint16, or uint32 where the vocabulary has more than 65536 tokens. A folder without meta.json is unfinished.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet.errors import DataError, DiskError, LlamaletError
+from llamalet.files import replacing
+
+META_FILE = "meta.json"
+META_FORMAT = "llamalet shards"
+META_VERSION = 1
+SPLITS = ("train", "val")
+
+Ids = NDArray[np.integer[Any]]
+
+
+class Block(NamedTuple):
+    """Encoded documents on their way into a shard."""
+
+    ids: Ids
+    """Token ids of whole documents, one after the other, each begun by BOS: (n,)."""
+    documents: int
+    """How many documents these are."""
+    text_bytes: int
+    """How many bytes their texts have in UTF-8."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One token file, as meta.json lists it."""
+
+    file: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The shards of the training or the validation documents, in reading order."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, every BOS included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the documents' texts in UTF-8: the divisor of bits per byte."""
+        return sum(shard.text_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entropy:
+    """What the validation documents cost a model that knows their true distribution: no model can do better.
+
+    A document's tokens are counted as a model predicts them: without its BOS, with the BOS that follows it.
+    """
+
+    stories: int
+    nats_per_token: float
+    bits_per_byte: float
+    bits_per_story: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meta:
+    """The contents of meta.json."""
+
+    source: str
+    """Where the documents came from, as the user named it."""
+    recipe: Mapping[str, Any]
+    """What else determines the shards' bytes: digest of the source, document rule, validation fraction, ..."""
+    bos_id: int
+    eos_id: int
+    vocab_size: int
+    tokenizer: str
+    """File name of the tokenizer in the same folder."""
+    tokenizer_sha256: str
+    """Digest of the vocabulary (llamalet.tokenizer), the one that model files and checkpoints record."""
+    splits: Mapping[str, Split]
+    entropy: Entropy | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the ids in the shards."""
+        return id_dtype(self.vocab_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of meta.json."""
+        splits = {
+            name: {
+                "tokens": split.tokens,
+                "documents": split.documents,
+                "text_bytes": split.text_bytes,
+                "shards": [dataclasses.asdict(shard) for shard in split.shards],
+            }
+            for name, split in self.splits.items()
+        }
+        return {
+            "format": META_FORMAT,
+            "version": META_VERSION,
+            "source": self.source,
+            "recipe": dict(self.recipe),
+            "dtype": self.dtype.name,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "vocab_size": self.vocab_size,
+            "tokenizer": self.tokenizer,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "splits": splits,
+            "entropy": dataclasses.asdict(self.entropy) if self.entropy else None,
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """Invert `to_dict`.
+
+        Raises:
+            DataError: if a field is missing, of the wrong type, or contradicts another.
+        """
+        if table.get("format") != META_FORMAT or table.get("version") != META_VERSION:
+            raise DataError(
+                f"format {table.get('format')!r} version {table.get('version')!r}: "
+                f"must be {META_FORMAT!r} version {META_VERSION}; prepare the data again"
+            )
+        try:
+            splits = {
+                name: Split(tuple(Shard(**shard) for shard in table["splits"][name]["shards"])) for name in SPLITS
+            }
+            rest = {key: table[key] for key in ("source", "recipe", "bos_id", "eos_id", "vocab_size")}
+            rest |= {key: table[key] for key in ("tokenizer", "tokenizer_sha256")}
+            meta = cls(splits=splits, entropy=Entropy(**table["entropy"]) if table["entropy"] else None, **rest)
+            written = meta.to_dict()
+        except KeyError as error:
+            raise DataError(f"field {error} is missing") from None
+        except (TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"a field has the wrong type: {error}") from None
+        for key, value in written.items():
+            if table[key] != value or type(table[key]) is not type(value):
+                raise DataError(f"field {key!r} is {table[key]!r}, but the other fields make it {value!r}")
+        return meta
+
+
+class TokenArray:
+    """The tokens of one split as one long array, memory-mapped across its shards.
+
+    `len(tokens)` counts them; `tokens[a:b]` copies a range into an int64 array (b - a,), whatever shards it lies in.
+    """
+
+    def __init__(self, paths: Iterable[Path], dtype: np.dtype[Any]) -> None:
+        self._maps = [np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r") for path in paths]
+        self._ends = np.cumsum([0] + [len(tokens) for tokens in self._maps])  # _ends[i] is where shard i begins
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, where: slice) -> NDArray[np.int64]:
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise IndexError(f"step {step}: tokens are read in order, without steps")
+        out = np.empty(max(stop - start, 0), dtype=np.int64)
+        done = 0
+        shard = int(np.searchsorted(self._ends, start, side="right")) - 1
+        while done < len(out):
+            skip = start + done - int(self._ends[shard])
+            part = self._maps[shard][skip : skip + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            shard += 1
+        return out
+
+    def document_starts(self, bos_id: int) -> NDArray[np.int64]:
+        """Return the position of every BOS, where the documents begin: int64 (documents,)."""
+        starts = [
+            np.flatnonzero(tokens == bos_id) + begin for tokens, begin in zip(self._maps, self._ends, strict=False)
+        ]
+        return np.concatenate(starts).astype(np.int64)
+
+
+class Shards:
+    """A folder of prepared data, checked and open for reading.
+
+    Attributes:
+        folder: where it lies.
+        meta: the contents of its meta.json.
+    """
+
+    def __init__(self, folder: Path, meta: Meta) -> None:
+        self.folder = folder
+        self.meta = meta
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = False) -> Self:
+        """Open prepared data.
+
+        Args:
+            folder: the folder that holds meta.json.
+            verify: whether to read every shard and compare its sha256; sizes are always compared.
+
+        Raises:
+            DataError: if something is missing, damaged or contradicts meta.json.
+        """
+        folder = Path(folder)
+        meta = read_meta(folder / META_FILE)
+        for name in SPLITS:
+            for shard in meta.splits[name].shards:
+                check_shard(folder, shard, meta.dtype, verify=verify)
+        return cls(folder, meta)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens in the vocabulary; every id is below it."""
+        return self.meta.vocab_size
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Digest of the vocabulary."""
+        return self.meta.tokenizer_sha256
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's file."""
+        return self.folder / self.meta.tokenizer
+
+    def split(self, name: str) -> TokenArray:
+        """Map the tokens of the split `name`: train or val.
+
+        Raises:
+            DataError: if there is no such split, or it is empty.
+        """
+        if name not in self.meta.splits or not self.meta.splits[name].shards:
+            raise DataError(f"{self.folder}: no tokens for split {name!r}; prepare the data again")
+        return TokenArray((self.folder / shard.file for shard in self.meta.splits[name].shards), self.meta.dtype)
+
+    def document_starts(self, name: str) -> NDArray[np.int64]:
+        """Return where the documents of the split `name` begin in its tokens: int64 (documents,)."""
+        return self.split(name).document_starts(self.meta.bos_id)
+
+
+def id_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest unsigned type that shards use for ids below `vocab_size`."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def find_newest(root: str | Path = "data") -> Path | None:
+    """Return the folder below `root` whose data were prepared last, or None where there are none."""
+    metas = sorted(Path(root).glob(f"**/{META_FILE}"), key=lambda path: (path.stat().st_mtime_ns, path))
+    return metas[-1].parent if metas else None
+
+
+def read_meta(path: Path) -> Meta:
+    """Read meta.json.
+
+    Raises:
+        DataError: if it is missing or its contents are not sound.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise DataError(f"a JSON object is needed, not {type(table).__name__}")
+        return Meta.from_dict(table)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: not found; `python tinystories.py --help` tells how to prepare data") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+
+
+def write_meta(path: Path, meta: Meta) -> None:
+    """Write meta.json, which declares the shards beside it finished."""
+    with writing(path) as file:
+        file.write((json.dumps(meta.to_dict(), indent=2) + "\n").encode())
+
+
+def check_shard(folder: Path, shard: Shard, dtype: np.dtype[Any], *, verify: bool) -> None:
+    """Compare a shard's file with what meta.json says of it.
+
+    Raises:
+        DataError: if the file is missing, has another size or (with `verify`) another sha256.
+    """
+    path = folder / shard.file
+    if Path(shard.file).name != shard.file or not path.is_file():
+        raise DataError(f"{path}: shard not found; prepare the data again")
+    size, expected = path.stat().st_size, shard.tokens * dtype.itemsize
+    if size != expected or not size:
+        raise DataError(f"{path}: {size} bytes, must be {expected} and not 0; prepare the data again")
+    if verify:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise DataError(f"{path}: sha256 is {found}, must be {shard.sha256}; prepare the data again")
+
+
+def write_shard(path: Path, blocks: Iterable[Block], vocab_size: int) -> Shard:
+    """Write one token file as its blocks arrive, aside and then renamed.
+
+    Args:
+        path: the file to write.
+        blocks: encoded documents; only one block is held at a time.
+        vocab_size: every id must be below it.
+
+    Returns:
+        The file's entry for meta.json.
+
+    Raises:
+        DataError: if there are no tokens, or an id lies outside the vocabulary.
+        DiskError: if the disk is full or fails.
+    """
+    dtype = id_dtype(vocab_size).newbyteorder("<")
+    digest = hashlib.sha256()
+    tokens = documents = text_bytes = 0
+    with writing(path) as file:
+        for block in blocks:
+            if len(block.ids) and not 0 <= int(block.ids.min()) <= int(block.ids.max()) < vocab_size:
+                raise DataError(f"{path}: token id {block.ids.max()} (or below 0) outside the {vocab_size} tokens")
+            data = block.ids.astype(dtype).tobytes()
+            digest.update(data)
+            file.write(data)
+            tokens += len(block.ids)
+            documents += block.documents
+            text_bytes += block.text_bytes
+        if not tokens:
+            raise DataError(f"{path}: there are no tokens to write")
+    return Shard(file=path.name, tokens=tokens, documents=documents, text_bytes=text_bytes, sha256=digest.hexdigest())
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that appears whole or not at all (`files.replacing`); a failing disk is told with the file's name.
+
+    Raises:
+        DiskError: if the disk is full or fails; `path` is then as it was.
+    """
+    try:
+        with replacing(path) as file:
+            yield file
+    except OSError as error:
+        # An error that knows a file name comes from opening some file and says enough; a failed write knows none.
+        if isinstance(error, LlamaletError) or error.filename is not None:
+            raise
+        raise DiskError(f"{path}: {error.strerror}; free some space and type the command again") from None
