@@ -1,0 +1,125 @@
+"""Batches as a pure function of (seed, step): resuming is an integer, and no process needs to know of another.
+
+A split is one long stream of tokens, cut into windows of T + 1. Windows begin at a document's BOS where they can, so
+that a model meets every document from its start. An epoch visits each window once, in an order drawn from its number.
+Needs neither torch nor a data loader.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet.errors import DataError
+from llamalet.shards import TokenArray
+
+IGNORED = -1
+
+Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Inputs and targets, each int64 (B, T); an IGNORED target does not count."""
+
+
+def window_starts(n_tokens: int, seq_len: int, document_starts: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """Return where the windows of seq_len + 1 tokens begin.
+
+    A window begins at the last document start within seq_len tokens of the window before, and where there is none
+    seq_len after it. So every token is a target at least once (but for a tail shorter than a window), and a document
+    that fits is seen whole, from its BOS on.
+
+    Args:
+        n_tokens: length of the token stream.
+        seq_len: inputs a window (T).
+        document_starts: ascending positions of the documents' BOS; None cuts plain chunks, seq_len apart.
+
+    Returns:
+        int64 (W,), ascending; empty if the stream is shorter than one window.
+    """
+    end = n_tokens - seq_len  # a window must begin before this to have all its tokens
+    if end < 1:
+        return np.empty(0, dtype=np.int64)
+    if document_starts is None or not len(document_starts):
+        return np.arange(0, end, seq_len, dtype=np.int64)
+    documents = document_starts if document_starts[0] == 0 else np.concatenate(([0], document_starts))
+    # For all documents at once: from a window that begins at this document's start, `plain` windows go by until a
+    # document starts within reach; `follower` is the last such document, where the next window begins.
+    to_next = np.diff(documents, append=n_tokens)
+    plain = np.maximum(-(-to_next // seq_len) - 1, 0)
+    reach = documents + (plain + 1) * seq_len
+    follower = np.searchsorted(documents, reach, side="right") - 1
+    chain = []
+    hops = follower.tolist()
+    at = 0
+    while at < len(hops):
+        chain.append(at)
+        at = hops[at] if hops[at] > at else len(hops)
+    begins, windows = documents[chain], plain[chain] + 1
+    offsets = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)
+    starts = np.repeat(begins, windows) + offsets * seq_len
+    return starts[starts < end]
+
+
+class Windows:
+    """The windows of one split, in batches.
+
+    Args:
+        tokens: the split's tokens.
+        seq_len: inputs a window (T).
+        document_starts: where the documents begin, to align the windows with; None for plain chunks.
+
+    Raises:
+        DataError: if there are fewer tokens than one window needs.
+    """
+
+    def __init__(self, tokens: TokenArray, seq_len: int, document_starts: NDArray[np.int64] | None = None) -> None:
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.starts = window_starts(len(tokens), seq_len, document_starts)
+        if not len(self.starts):
+            raise DataError(
+                f"{len(tokens)} tokens are fewer than the {seq_len + 1} of one window; "
+                f"prepare more data or set --max_seq_len below {len(tokens)}"
+            )
+        self._epoch_order: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the order in which `epoch` visits the windows: a permutation, int64 (W,)."""
+        if self._epoch_order is None or self._epoch_order[0] != (seed, epoch):
+            permutation = np.random.default_rng([seed, epoch]).permutation(len(self))
+            self._epoch_order = (seed, epoch), permutation
+        return self._epoch_order[1]
+
+    def training_batch(self, seed: int, first: int, batch_size: int) -> Batch:
+        """Return the sequences first, first + 1, ... of the endless training stream that `seed` names.
+
+        Args:
+            seed: names the stream.
+            first: number of sequences before this batch, over all steps and processes.
+            batch_size: sequences wanted (B); the batch may run across the end of an epoch.
+        """
+        sequences = np.arange(first, first + batch_size)
+        epochs, places = np.divmod(sequences, len(self))
+        picks = [self.order(seed, int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
+        rows = np.stack([self.tokens[s : s + self.seq_len + 1] for s in self.starts[picks].tolist()])
+        return rows[:, :-1], rows[:, 1:]
+
+    def evaluation_batches(self, batch_size: int, n_batches: int, rank: int = 0, n_ranks: int = 1) -> Iterator[Batch]:
+        """Yield this process's share of at most `n_batches` fixed batches, spread evenly over the split.
+
+        Every token is a target at most once: what the next window covers too is IGNORED, and so are the rows that fill
+        up the last batch.
+        """
+        wanted = min(batch_size * n_batches, len(self))
+        picks = np.linspace(0, len(self), num=wanted, endpoint=False).astype(np.int64)
+        own = np.diff(self.starts, append=self.starts[-1] + self.seq_len)
+        for begin in range(rank * batch_size, wanted, n_ranks * batch_size):
+            inputs = np.zeros((batch_size, self.seq_len), dtype=np.int64)
+            targets = np.full((batch_size, self.seq_len), IGNORED, dtype=np.int64)
+            for row, pick in enumerate(picks[begin : begin + batch_size]):
+                start = int(self.starts[pick])
+                window = self.tokens[start : start + self.seq_len + 1]
+                inputs[row] = window[:-1]
+                targets[row, : own[pick]] = window[1 : own[pick] + 1]
+            yield inputs, targets

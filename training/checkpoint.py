@@ -1,0 +1,265 @@
+"""Checkpoints: folders that describe themselves, appear whole or not at all, and are checked before they are trusted.
+
+    out/checkpoints/step-00001000/
+        model.safetensors       the weights, under the model's own names
+        optimizer.safetensors   the optimizer's tensors, as `parameter:slot`
+        state.json              model config, step, validation loss, data, train config
+        tokenizer.model         the vocabulary the model was trained with
+        manifest.json           size and sha256 of each file above; written last
+
+A checkpoint is written aside, synced to disk and renamed, so that a step-* folder is complete, or was damaged later,
+which the digests show. Nothing in it is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llamalet.config import ModelConfig
+from llamalet.errors import CheckpointError, ConfigError, DiskError
+from llamalet.files import sync_folder
+
+FORMAT = "llamalet checkpoint"
+VERSION = 1
+FOLDER = "checkpoints"
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+
+_STEP = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint in memory; its tensors are on the CPU."""
+
+    path: Path
+    model_config: ModelConfig
+    model_state: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
+    state: dict[str, Any]
+    """What else the run needs to go on: step, val_loss, tokenizer_sha256, data, train_config, ... in JSON types."""
+    tokenizer_path: Path
+
+
+def save(
+    run_dir: Path,
+    *,
+    model_config: ModelConfig,
+    model_state: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    tokenizer_path: Path,
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint durably, then remove old ones: all but the last `keep` and the best.
+
+    Args:
+        run_dir: the run's out_dir.
+        model_config: shape of the model.
+        model_state: its state dict.
+        optimizer_state: `training.optimizer.optimizer_state`.
+        state: JSON types; needs `step`, and `val_loss` (None where it was not measured).
+        tokenizer_path: file to copy beside the weights.
+        keep: how many of the newest checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DiskError: if the disk is full or fails; older checkpoints are untouched then.
+    """
+    parent = run_dir / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    final = parent / f"step-{state['step']:08d}"
+    aside = parent / f".{final.name}.tmp"
+    _remove(aside)
+    aside.mkdir()
+    description = {**state, "model_config": model_config.to_dict(), "tokenizer": tokenizer_path.name}
+    try:
+        files = {
+            MODEL: safetensors.torch.save(_plain(model_state)),
+            OPTIMIZER: safetensors.torch.save(_plain(optimizer_state)),
+            STATE: _json(description),
+            tokenizer_path.name: tokenizer_path.read_bytes(),
+        }
+        seals = {name: _write(aside / name, data) for name, data in files.items()}
+        _write(aside / MANIFEST, _json({"format": FORMAT, "version": VERSION, "step": state["step"], "files": seals}))
+        sync_folder(aside)
+        if final.exists():  # damaged, or of a run that went back to an earlier step: either way the new one replaces it
+            _remove(final)
+        os.rename(aside, final)
+        sync_folder(parent)
+    except OSError as error:
+        _remove(aside)
+        raise DiskError(f"{final}: cannot save: {error.strerror or error}; older checkpoints are untouched") from error
+    _retire(run_dir, keep)
+    return final
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, after comparing every file with its digest.
+
+    Raises:
+        CheckpointError: if it is missing, incomplete, damaged or of a newer version.
+    """
+    path = Path(path)
+    verify(path)
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        model_config = ModelConfig.from_dict(state.pop("model_config"))
+        tokenizer = path / state.pop("tokenizer")
+        model_state = safetensors.torch.load_file(path / MODEL)
+        optimizer_state = safetensors.torch.load_file(path / OPTIMIZER)
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError, ConfigError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    return Checkpoint(
+        path=path,
+        model_config=model_config,
+        model_state=model_state,
+        optimizer_state=optimizer_state,
+        state=state,
+        tokenizer_path=tokenizer,
+    )
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint's files with its manifest.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint; a checkpoint is a folder out/checkpoints/step-00001000")
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path / MANIFEST}: format is {manifest.get('format')!r}, must be {FORMAT!r}")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST}: version is {manifest.get('version')!r}, this program reads {VERSION}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {MODEL, OPTIMIZER, STATE} <= files.keys():
+        raise CheckpointError(f"{path / MANIFEST}: must list {MODEL}, {OPTIMIZER} and {STATE}")
+    for name, seal in files.items():
+        if Path(name).name != name or not isinstance(seal, dict):
+            raise CheckpointError(f"{path / MANIFEST}: bad entry for {name!r}")
+        try:
+            with (path / name).open("rb") as file:
+                size, digest = os.fstat(file.fileno()).st_size, None
+                if size == seal.get("bytes"):
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from None
+        if size != seal.get("bytes"):
+            raise CheckpointError(f"{path / name}: has {size} bytes, must have {seal.get('bytes')}")
+        if digest != seal.get("sha256"):
+            raise CheckpointError(f"{path / name}: damaged, its sha256 does not match the manifest")
+
+
+def find_latest(run_dir: str | Path) -> Path | None:
+    """Return the newest checkpoint of a run that passes `verify`, or None; each one refused is named on stderr."""
+    for path in reversed(list_steps(run_dir)):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            print(f"warning: checkpoint {path.name} is skipped: {error}", file=sys.stderr, flush=True)
+        else:
+            return path
+    return None
+
+
+def find_best(run_dir: str | Path) -> Path | None:
+    """Return the run's checkpoint with the lowest validation loss, the newest where none was measured, or None."""
+    steps = list_steps(run_dir)
+    measured = [(loss, path) for path in steps if (loss := _val_loss(path)) is not None]
+    return min(measured)[1] if measured else steps[-1] if steps else None
+
+
+def newest_best(root: str | Path = "out") -> Path | None:
+    """Return the best checkpoint of the run below `root` that saved last, or None where there is none."""
+    folders = [path for path in Path(root).glob(f"**/{FOLDER}") if list_steps(path.parent)]
+    newest = max(folders, key=lambda path: list_steps(path.parent)[-1].stat().st_mtime_ns, default=None)
+    return find_best(newest.parent) if newest else None
+
+
+def list_steps(run_dir: str | Path) -> list[Path]:
+    """Return the run's checkpoint folders, oldest step first, whether sound or not."""
+    return sorted(path for path in (Path(run_dir) / FOLDER).glob("step-*") if _STEP.fullmatch(path.name))
+
+
+def remove_all(run_dir: Path) -> None:
+    """Remove every checkpoint of a run."""
+    _remove(run_dir / FOLDER)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as safetensors wants them: on the CPU, contiguous."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _json(value: Any) -> bytes:
+    """Return readable JSON; NaN is refused."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object or raise CheckpointError."""
+    try:
+        table = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is incomplete") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path}: must be a JSON object")
+    return table
+
+
+def _write(path: Path, data: bytes) -> dict[str, int | str]:
+    """Write and sync one file, and return its entry in the manifest."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _val_loss(path: Path) -> float | None:
+    """Return the validation loss that a checkpoint records; None where it has none or cannot be read."""
+    try:
+        loss = json.loads((path / STATE).read_bytes()).get("val_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return loss if isinstance(loss, float) else None
+
+
+def _retire(run_dir: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the best."""
+    best = find_best(run_dir)
+    for path in list_steps(run_dir)[:-keep]:
+        if path != best:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder where it exists; renamed first, so that half of a checkpoint never bears a checkpoint's name."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name.lstrip('.')}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def _debris(run_dir: Path) -> Iterator[Path]:
+    """Yield what interrupted saves left behind."""
+    yield from (path for path in (run_dir / FOLDER).glob(".step-*") if path.name.endswith((".tmp", ".old")))

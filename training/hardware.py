@@ -1,0 +1,89 @@
+"""What the machine can do: precision, compiler, threads, memory, peak speed."""
+
+import ctypes
+import os
+import sys
+
+import torch
+
+from llamalet.errors import ConfigError
+
+# Peak of dense bf16 matrix products in TFLOP/s, by a part of the name that CUDA reports.
+# Source: NVIDIA's data sheets; the SXM figure where a form factor is not part of the name.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the peak of the device in TFLOP/s where it is known, else None."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the type of the matrix products: `name`, where auto means bfloat16 if the hardware computes in it.
+
+    Raises:
+        ConfigError: if bfloat16 is asked for on a GPU without it.
+    """
+    if name == "float32":
+        return torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    else:
+        native = False
+    if name == "bfloat16" and not native and device.type != "cpu":
+        raise ConfigError(f"dtype=bfloat16: {device} does not compute in it; use --dtype=float32")
+    return torch.bfloat16 if native or name == "bfloat16" else torch.float32
+
+
+def compile_problem(device: torch.device) -> str | None:
+    """Return why torch.compile cannot be used here, or None if it can; found out by compiling something small."""
+    if device.type == "mps":
+        return "torch.compile is not reliable on MPS"
+    try:
+        torch.compile(_probe)(torch.zeros(16, device=device))
+    except Exception as error:  # compilers fail in many ways; all mean the same here
+        return "torch.compile does not work here: " + " ".join(str(error).split())[:200]
+    return None
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    """Give the compiler something to do."""
+    return (x + 1).sin()
+
+
+def count_threads(n_processes: int) -> int:
+    """Return the share of the cores of one of `n_processes` on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // n_processes, 1)
+
+
+def tune_allocator(device: torch.device) -> None:
+    """Let the C library keep freed memory for the next step, instead of giving it back and faulting it in again.
+
+    Only for glibc and training on the CPU; elsewhere nothing happens.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt(mmap_threshold, 1 << 25)
+    mallopt(trim_threshold, (1 << 31) - 1)
