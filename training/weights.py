@@ -1,0 +1,85 @@
+"""Weights on their way between the training model and the files that carry them.
+
+The names are the same everywhere; PyTorch's state dict alone ends each with ".weight".
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llamalet import format, tokenizer
+from llamalet.config import ModelConfig
+from llamalet.files import replacing
+from llamalet.format import ModelFile
+from llamalet.quantize import Quantized, dequantize
+from model import Llama
+
+SUFFIX = ".weight"
+
+
+def to_arrays(state: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
+    """Return a state dict's tensors by their names in files, float32; float32 tensors on the CPU share their memory."""
+    return {name.removesuffix(SUFFIX): tensor.detach().float().cpu().numpy() for name, tensor in state.items()}
+
+
+def to_state(tensors: Mapping[str, format.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a file's tensors as a state dict of float32 copies, int8 ones dequantized."""
+    return {
+        name + SUFFIX: torch.from_numpy(dequantize(t) if isinstance(t, Quantized) else t.copy())
+        for name, t in tensors.items()
+    }
+
+
+def load_model(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Llama:
+    """Return the training model with these weights, float32 on the CPU, in evaluation mode; every name must match."""
+    model = Llama(config)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def load_bin(path: str | Path) -> Llama:
+    """Return the training model with the weights of a .bin of any version, float32 on the CPU, in evaluation mode.
+
+    Raises:
+        FormatError: if the file breaks a rule of its format.
+    """
+    file = format.read(path)
+    return load_model(file.config, to_state(file.tensors))
+
+
+def write_bin(
+    path: str | Path,
+    version: int,
+    config: ModelConfig,
+    state: Mapping[str, torch.Tensor],
+    tokenizer_path: Path,
+    *,
+    force: bool = False,
+) -> ModelFile:
+    """Write a model file and, beside it, its tokenizer in both layouts: NAME.tokenizer.model and NAME.tokenizer.bin.
+
+    Args:
+        path: NAME.bin, the file to make or replace.
+        version: 0, 1 or 2.
+        config: the model's shape.
+        state: the model's state dict; not changed.
+        tokenizer_path: the tokenizer the model was trained with.
+        force: see `llamalet.format.write`.
+
+    Raises:
+        ConfigError: if the version cannot carry the model.
+        TokenizerError: if the tokenizer is damaged or of another vocabulary size.
+        NonFiniteError: if a weight is NaN or infinite.
+    """
+    path = Path(path)
+    vocabulary = tokenizer.load(tokenizer_path, config.vocab_size)
+    written = format.write(path, version, config, to_arrays(state), tokenizer_sha256=vocabulary.sha256, force=force)
+    tokenizer.write_bin(path.with_suffix(".tokenizer.bin"), vocabulary)
+    if isinstance(vocabulary, tokenizer.SentencePieceTokenizer):
+        with open(tokenizer_path, "rb") as source, replacing(path.with_suffix(".tokenizer.model")) as target:
+            shutil.copyfileobj(source, target)
+    return written
