@@ -1,0 +1,330 @@
+"""The forward pass in plain numpy: the lesson, and the oracle of every kernel.
+
+Read `forward` first: it is the whole model. Each function above it is one step, and kernels.py has the fast version of
+each under the same name. Shape letters: B batch, T new positions, S cached positions (the new ones included), C dim,
+H query heads, G kv heads, D head_dim, F hidden_dim, V vocab, L layers. Everything is float32 unless said otherwise.
+
+A weight is a float32 array (rows, cols), or a `Quantized` pair of int8 values and scales. For the latter the vector
+that it multiplies is quantized too, group by group, so that the products are summed in integers as in llama2.c's runq.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet.config import ModelConfig, rope_frequencies
+from llamalet.errors import UsageError
+from llamalet.format import ModelFile
+from llamalet.quantize import Quantized
+
+Array = NDArray[np.float32]
+Weight = Array | Quantized
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
+MatMul = Callable[[Array, Weight], Array]
+
+# Positions that NumpyTransformer takes through the layers at once: enough to keep the matrix products busy, few enough
+# that the attention scores, (H, T, S), stay small.
+CHUNK = 256
+
+LAYER_TENSORS = (
+    "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
+    "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+)  # fmt: skip
+
+
+def rmsnorm(x: Array, weight: Array, eps: float) -> Array:
+    """Scale each vector of x (..., C) to a root mean square of one, then each component by `weight` (C,).
+
+    Source: https://arxiv.org/abs/1910.07467
+    """
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    return x / np.sqrt(mean_square + np.float32(eps)) * weight
+
+
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn each pair of neighbouring components by its position's angle.
+
+    Args:
+        x: (..., T, D).
+        cos: (T, D / 2), the cosines of the angles of each position.
+        sin: (T, D / 2).
+
+    Source: https://arxiv.org/abs/2104.09864, with pairs (2i, 2i + 1) as in Meta's Llama.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]  # (..., T, D / 2) each
+    turned = np.empty_like(x)
+    turned[..., 0::2] = even * cos - odd * sin
+    turned[..., 1::2] = even * sin + odd * cos
+    return turned
+
+
+def attention(q: Array, keys: Array, values: Array) -> Array:
+    """Let each new position look at itself and everything before it.
+
+    Args:
+        q: queries of the last T positions (B, H, T, D); H / G query heads share each kv head.
+        keys: keys of all S positions (B, G, S, D).
+        values: (B, G, S, D).
+
+    Returns:
+        The weighted means of the values (B, T, H * D).
+
+    Source: https://arxiv.org/abs/1706.03762; shared kv heads: https://arxiv.org/abs/2305.13245
+    """
+    (B, H, T, D), (_, G, S, _) = q.shape, keys.shape
+    q = q.reshape(B, G, H // G, T, D)
+    scores = q @ keys[:, :, None].swapaxes(-1, -2) / np.float32(np.sqrt(D))  # (B, G, H / G, T, S)
+    future = np.triu(np.full((T, S), -np.inf, np.float32), k=S - T + 1)
+    weights = softmax(scores + future)
+    mixed = weights @ values[:, :, None]  # (B, G, H / G, T, D)
+    return mixed.reshape(B, H, T, D).swapaxes(1, 2).reshape(B, T, H * D)
+
+
+def softmax(x: Array) -> Array:
+    """Turn the scores of the last axis into weights that sum to one."""
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """Return silu(gate) * up, where silu(x) = x / (1 + exp(-x)).
+
+    Source: https://arxiv.org/abs/2002.05202
+    """
+    with np.errstate(over="ignore"):  # exp(-x) may become infinite, which gives the right limit: 0
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def quantize_rows(x: Array, group_size: int) -> Quantized:
+    """Round each group of each vector to int8 with its own scale.
+
+    Args:
+        x: (..., cols); group_size divides cols.
+        group_size: neighbouring components that share a scale.
+
+    Returns:
+        int8 values (..., cols) and float32 scales (..., cols // group_size). A group with a NaN or an infinity has a
+        scale that is not finite, so that whatever is computed from it is not finite either.
+
+    Source: llama2.c, `quantize` in runq.c.
+    """
+    groups = x.reshape(*x.shape[:-1], -1, group_size)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        largest = np.abs(groups).max(axis=-1)  # NaN if any component is
+        largest = largest + np.float32(0) * largest  # and NaN where infinite
+        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
+        # Tiny groups, whose inverse overflows, are rounded to zero: they are below what float32 resolves.
+        rounded = np.rint(groups * np.where(np.isfinite(inverse), inverse, 0)[..., None])
+        values = np.nan_to_num(rounded).astype(np.int8).reshape(x.shape)
+    return Quantized(values, (largest / np.float32(127)).astype(np.float32))
+
+
+def matmul(x: Array, weight: Weight) -> Array:
+    """Multiply vectors x (..., cols) by a weight (rows, cols): (..., rows)."""
+    if not isinstance(weight, Quantized):
+        return x @ weight.T
+    return int8_matmul(quantize_rows(x, weight.group_size), weight)
+
+
+def int8_matmul(x: Quantized, weight: Quantized) -> Array:
+    """Multiply quantized vectors (..., cols) by a quantized weight (rows, cols): float32 (..., rows).
+
+    Within a group the products of int8 are summed exactly; the two scales then turn the sum into float32. Numpy
+    multiplies float32 much faster than integers, and a group's sum, below 2^24 for groups up to 1024, is exact in it.
+    """
+    lead, (rows, cols), group = x.values.shape[:-1], weight.values.shape, weight.group_size
+    left = x.values.reshape(-1, cols // group, group).astype(np.float32).swapaxes(0, 1)  # (groups, n, group)
+    right = weight.values.reshape(rows, cols // group, group).astype(np.float32).transpose(1, 2, 0)
+    sums = left @ right  # (groups, n, rows)
+    x_scales = x.scales.reshape(-1, cols // group).T[:, :, None]  # (groups, n, 1)
+    scaled = sums * x_scales * weight.scales.T[:, None, :]
+    return scaled.sum(axis=0).reshape(*lead, rows)
+
+
+def embed(weight: Weight, tokens: NDArray[np.integer[Any]]) -> Array:
+    """Return the embeddings of tokens (...): (..., C)."""
+    if not isinstance(weight, Quantized):
+        return weight[tokens]
+    groups = weight.values[tokens].reshape(*tokens.shape, -1, weight.group_size).astype(np.float32)
+    return (groups * weight.scales[tokens][..., None]).reshape(*tokens.shape, -1)
+
+
+class KVCache:
+    """The keys and values of the positions so far; it grows as they come.
+
+    Attributes:
+        keys: (L, G, capacity, D), of which the first `length` positions are in use.
+        values: (L, G, capacity, D).
+        length: number of positions.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int = 0) -> None:
+        self._max_seq_len = config.max_seq_len
+        shape = (config.n_layers, config.n_kv_heads, min(capacity, config.max_seq_len), config.head_dim)
+        self.keys: Array = np.empty(shape, np.float32)
+        self.values: Array = np.empty(shape, np.float32)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is memory for."""
+        return self.keys.shape[2]
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions; doubling keeps the copying small.
+
+        Raises:
+            UsageError: if that is more than the model's context.
+        """
+        if length > self._max_seq_len:
+            raise UsageError(f"{length} positions: the model's context is {self._max_seq_len}")
+        if length > self.capacity:
+            capacity = min(max(length, 2 * self.capacity, 64), self._max_seq_len)
+            self.keys, self.values = (self._grown(array, capacity) for array in (self.keys, self.values))
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"cannot truncate a cache of {self.length} positions to {length}")
+        self.length = length
+
+    def _grown(self, array: Array, capacity: int) -> Array:
+        """Return a copy of keys or values with room for `capacity` positions."""
+        n_layers, n_kv_heads, _, head_dim = array.shape
+        grown = np.empty((n_layers, n_kv_heads, capacity, head_dim), np.float32)
+        grown[:, :, : self.length] = array[:, :, : self.length]
+        return grown
+
+
+def hidden_states(
+    weights: Mapping[str, Any],
+    config: ModelConfig,
+    tokens: NDArray[np.integer[Any]],
+    cache: KVCache | None = None,
+    matmul: MatMul = matmul,
+) -> Array:
+    """Return what the layers make of each token, normalised, ready for the output matrix: (B, T, C).
+
+    Args:
+        weights: the checkpoint's tensors by name, without ".weight".
+        config: the model's shape.
+        tokens: ids (B, T).
+        cache: keys and values of earlier positions, to which the new ones are added; B must be 1.
+        matmul: multiplies vectors by a weight; transformer.py passes a faster one.
+    """
+    B, T = tokens.shape
+    D = config.head_dim
+    start = 0 if cache is None else cache.length
+    end = start + T
+    angles = np.outer(np.arange(start, end), rope_frequencies(config))  # (T, D / 2)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def heads(x: Array) -> Array:
+        """Split (B, T, n * D) into heads: (B, n, T, D)."""
+        return x.reshape(B, T, -1, D).swapaxes(1, 2)
+
+    if cache is not None:
+        cache.reserve(end)
+    x = embed(weights["tok_embeddings"], tokens)  # (B, T, C)
+    for layer in range(config.n_layers):
+        w = {name: weights[f"layers.{layer}.{name}"] for name in LAYER_TENSORS}
+
+        normed = rmsnorm(x, w["attention_norm"], config.norm_eps)
+        q = rope(heads(matmul(normed, w["attention.wq"])), cos, sin)  # (B, H, T, D)
+        k = rope(heads(matmul(normed, w["attention.wk"])), cos, sin)  # (B, G, T, D)
+        v = heads(matmul(normed, w["attention.wv"]))  # (B, G, T, D)
+        if cache is not None:
+            cache.keys[layer, :, start:end], cache.values[layer, :, start:end] = k[0], v[0]
+            k, v = cache.keys[None, layer, :, :end], cache.values[None, layer, :, :end]  # (1, G, S, D)
+        x = x + matmul(attention(q, k, v), w["attention.wo"])
+
+        normed = rmsnorm(x, w["ffn_norm"], config.norm_eps)
+        hidden = swiglu(matmul(normed, w["feed_forward.w1"]), matmul(normed, w["feed_forward.w3"]))  # (B, T, F)
+        x = x + matmul(hidden, w["feed_forward.w2"])
+    if cache is not None:
+        cache.length = end
+    return rmsnorm(x, weights["norm"], config.norm_eps)
+
+
+def forward(weights: Mapping[str, Any], config: ModelConfig, tokens: NDArray[np.integer[Any]]) -> Array:
+    """Return the logits after each token, given the tokens before it.
+
+    Args:
+        weights: the checkpoint's tensors by name, without ".weight".
+        config: the model's shape.
+        tokens: ids (B, T).
+
+    Returns:
+        float32 (B, T, V).
+    """
+    return matmul(hidden_states(weights, config, tokens), output_weight(weights))
+
+
+def output_weight(weights: Mapping[str, Any]) -> Weight:
+    """Return the matrix that makes the logits: a tied model uses its embeddings."""
+    return weights.get("output", weights["tok_embeddings"])
+
+
+class NumpyTransformer:
+    """A model file with a KV cache, in numpy alone: slow, without a compiler, and the same results."""
+
+    def __init__(self, file: ModelFile) -> None:
+        self.config = file.config
+        self._weights: Mapping[str, Any] = file.tensors
+
+    def new_cache(self, capacity: int = 0) -> KVCache:
+        """Return an empty KV cache with memory for `capacity` positions; it grows when they are used up."""
+        return KVCache(self.config, capacity)
+
+    def decode(self, cache: KVCache, token: int) -> Array:
+        """Append one token to the cache; return the logits after it: float32 (V,)."""
+        return self.prefill(cache, [token])
+
+    def prefill(self, cache: KVCache, tokens: Tokens) -> Array:
+        """Append tokens (T,), at least one, to the cache; return the logits after the last one: float32 (V,).
+
+        Raises:
+            UsageError: if there are no tokens, one is not in the vocabulary, or they are more than the context holds.
+        """
+        return self._logits(self._hidden_states(cache, tokens)[-1:])[0]
+
+    def logits(self, tokens: Tokens) -> Array:
+        """Return the logits after each of the tokens (T,), on their own: float32 (T, V).
+
+        Raises:
+            UsageError: as prefill.
+        """
+        return self._logits(self._hidden_states(self.new_cache(len(tokens)), tokens))
+
+    def _hidden_states(self, cache: KVCache, tokens: Tokens) -> Array:
+        """Append tokens to the cache, some at a time; return the last hidden states (T, C)."""
+        ids = check_tokens(tokens, self.config)
+        cache.reserve(cache.length + len(ids))
+        chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
+        states = [hidden_states(self._weights, self.config, chunk[None], cache, self._matmul)[0] for chunk in chunks]
+        return np.concatenate(states)
+
+    def _logits(self, states: Array) -> Array:
+        """Return the logits (T, V) of last hidden states (T, C)."""
+        return self._matmul(states, output_weight(self._weights))
+
+    def _matmul(self, x: Array, weight: Weight) -> Array:
+        """Multiply vectors (..., cols) by a weight (rows, cols): (..., rows)."""
+        return matmul(x, weight)
+
+
+def check_tokens(tokens: Tokens, config: ModelConfig) -> NDArray[np.int64]:
+    """Return tokens (T,) as an array.
+
+    Raises:
+        UsageError: if there are none, or one is not in the vocabulary.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    if ids.ndim != 1 or not len(ids):
+        raise UsageError(f"tokens of shape {ids.shape}: the model needs a list of at least one")
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if len(outside):
+        raise UsageError(f"token {outside[0]}: the model's vocabulary has the ids 0 to {config.vocab_size - 1}")
+    return ids
