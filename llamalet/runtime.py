@@ -1,0 +1,209 @@
+"""A model ready to use: its weights, a forward pass, its tokenizer."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet import format, tokenizer
+from llamalet.config import ModelConfig
+from llamalet.errors import CheckpointError, ConfigError, TokenizerError, UsageError
+from llamalet.generate import ForwardPass, Tokens, generate, stream
+from llamalet.sampler import Sampler, random_seed
+from llamalet.tokenizer import StreamDecoder, Tokenizer, beside
+
+BACKENDS = ("numba", "numpy")
+CHECKPOINT_MODEL = "model.safetensors"
+
+
+class Model:
+    """A model file or training checkpoint, opened for inference.
+
+    Attributes:
+        path: where it was read from.
+        config: its shape.
+        tokenizer: its vocabulary.
+        transformer: its forward pass.
+    """
+
+    def __init__(self, path: Path, transformer: ForwardPass, tokenizer: Tokenizer) -> None:
+        self.path = path
+        self.config = transformer.config
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        backend: str = "numba",
+        threads: int | None = None,
+        verify: bool | None = None,
+    ) -> Self:
+        """Open a model.
+
+        Args:
+            path: a .bin, a training checkpoint, or a run's folder (its newest checkpoint).
+            tokenizer: a SentencePiece .model or a tokenizer.bin; None takes the one beside the model.
+            backend: numba, or numpy, which is slow and needs no compiler.
+            threads: how many threads compute; None leaves it to the backend.
+            verify: whether to verify the payload's checksum; None verifies small files only.
+
+        Raises:
+            FormatError: if the file is missing, damaged or of another kind.
+            CheckpointError: the same for a checkpoint.
+            TokenizerError: if there is no tokenizer, or it is not the model's.
+            ConfigError: on an unknown backend.
+        """
+        if backend not in BACKENDS:
+            raise ConfigError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+        path = Path(path)
+        file, found = read_checkpoint(path) if path.is_dir() else (format.read(path, verify=verify), beside(path))
+        vocabulary = load_tokenizer(file, Path(tokenizer) if tokenizer is not None else found)
+        # The compiled kernels take longest to import: whatever else is wrong has been said by now.
+        if backend == "numpy":
+            from llamalet.reference import NumpyTransformer
+
+            return cls(file.path, NumpyTransformer(file), vocabulary)
+        from llamalet.transformer import Transformer
+
+        return cls(file.path, Transformer(file, threads=threads), vocabulary)
+
+    def logits(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Return the logits after each token, computed from an empty cache.
+
+        Args:
+            tokens: ids (T,), at most the context.
+
+        Returns:
+            float32 (T, V).
+        """
+        return self.transformer.logits(tokens)
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = -1,
+        ignore_eos: bool = False,
+    ) -> Iterator[str]:
+        """Return the text that continues a prompt, piece by piece as it is made.
+
+        Args:
+            prompt: the beginning; empty lets the model begin.
+            max_new_tokens: end after this many tokens; None goes on to the end of the story or of the context.
+            temperature: see Sampler, as for top_p, top_k and min_p.
+            top_p: see Sampler.
+            top_k: see Sampler.
+            min_p: see Sampler.
+            seed: the same seed gives the same text; -1 is another one each time.
+            ignore_eos: go on where the model ends the story.
+
+        Raises:
+            ConfigError: listing every setting out of range.
+            UsageError: if the prompt is longer than the context.
+        """
+        ids = self.tokenizer.encode(prompt, bos=True)
+        sampler = Sampler(
+            self.config.vocab_size,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=random_seed() if seed == -1 else seed,
+        )
+        decoder = StreamDecoder(self.tokenizer)
+        for token in ids:
+            decoder.push(token)
+        stop_tokens = () if ignore_eos else self.stop_tokens
+        tokens = generate(self.transformer, ids, sampler, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+        return stream(tokens, decoder)
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a story: EOS, and BOS, which begins the next one in the training data."""
+        return (self.tokenizer.bos_id, self.tokenizer.eos_id)
+
+
+def load_tokenizer(file: format.ModelFile, path: Path | None) -> Tokenizer:
+    """Read a model's tokenizer and check that it is the model's.
+
+    Raises:
+        TokenizerError: if there is none, it is damaged, or of another vocabulary.
+    """
+    if path is None:
+        raise TokenizerError(
+            f"{file.path}: no tokenizer beside it ({file.path.stem}.tokenizer.model or .bin); name one with "
+            "-z PATH or tokenizer=PATH"
+        )
+    found = tokenizer.load(path, file.config.vocab_size)
+    if file.tokenizer_sha256 not in (None, found.sha256):
+        raise TokenizerError(
+            f"{path}: not the vocabulary that {file.path} was trained with: "
+            f"sha256 is {found.sha256[:12]}..., must be {str(file.tokenizer_sha256)[:12]}..."
+        )
+    return found
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Return `folder` if it is a training checkpoint, or the newest checkpoint of the run that it holds.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    if (folder / CHECKPOINT_MODEL).is_file():
+        return folder
+    steps = sorted(folder.glob("checkpoints/step-*"))
+    if not steps:
+        raise CheckpointError(
+            f"{folder}: neither a checkpoint (a folder with {CHECKPOINT_MODEL}) nor a run with checkpoints/step-*"
+        )
+    return steps[-1]
+
+
+def read_checkpoint(folder: Path) -> tuple[format.ModelFile, Path | None]:
+    """Read the weights of a training checkpoint, without torch.
+
+    Args:
+        folder: the checkpoint, or a run's folder, of which the newest checkpoint is taken.
+
+    Returns:
+        The model as a version 1 file would hold it, and the path of its tokenizer.
+
+    Raises:
+        CheckpointError: if there is none, a file is missing or damaged, or a tensor's shape is not the config's.
+        UsageError: if the safetensors library is not installed.
+    """
+    folder = find_checkpoint(folder)
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        raise UsageError(
+            f"{folder}: reading a checkpoint needs safetensors: pip install safetensors; or export it to a .bin"
+        ) from None
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        config = ModelConfig.from_dict(state["model_config"])
+        tokenizer_path = folder / Path(state["tokenizer"]).name
+        loaded = safetensors.numpy.load_file(folder / CHECKPOINT_MODEL)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from None
+    tensors = {name.removesuffix(".weight"): tensor for name, tensor in loaded.items()}
+    shapes = {spec.name: spec.shape for spec in format.tensor_specs(1, config)}
+    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+        raise CheckpointError(f"{folder / CHECKPOINT_MODEL}: its tensors are not those of the config in state.json")
+    arrays: dict[str, format.Tensor] = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    header = format.Header(1, config, tokenizer_sha256=state.get("tokenizer_sha256"))
+    return format.ModelFile(folder, header, arrays), tokenizer_path

@@ -1,0 +1,56 @@
+"""Small stand-ins that several tests share: a vocabulary, models on disk, a forward pass that counts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from conftest import random_tensors
+
+from llamalet import format
+from llamalet.config import ModelConfig
+from llamalet.tokenizer import BinTokenizer, write_bin
+
+WORDS = (" ", "a", "b", "n", "d", "e", "t", ".", " a", " b", "an", "de", " ban", "and", " t", "\u00e9")
+
+
+def toy_tokenizer(vocab_size: int = 300) -> BinTokenizer:
+    """A vocabulary of few words, filled up to the size that is asked for."""
+    texts = [*WORDS, *(f"~{i}" for i in range(vocab_size))][: vocab_size - 259]
+    controls = [(b"<unk>", 0.0), (b"\n<s>\n", 0.0), (b"\n</s>\n", 0.0)]
+    byte_rows = [(b"<0x%02X>" % byte, 0.0) for byte in range(256)]
+    return BinTokenizer(controls + byte_rows + [(text.encode(), -float(i)) for i, text in enumerate(texts)], "toy")
+
+
+def toy_model(folder: Path, config: ModelConfig, *, version: int = 1, name: str = "model", seed: int = 0) -> Path:
+    """Write a model of random weights and its tokenizer; return the path of NAME.bin."""
+    tokenizer = toy_tokenizer(config.vocab_size)
+    path = folder / f"{name}.bin"
+    format.write(path, version, config, random_tensors(config, seed), tokenizer_sha256=tokenizer.sha256)
+    write_bin(folder / f"{name}.tokenizer.bin", tokenizer)
+    return path
+
+
+class Counting:
+    """A forward pass that makes token t + 1 the most likely after t, and checks how it is used."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.passes = 0
+
+    def new_cache(self) -> list[int]:
+        return []
+
+    def prefill(self, cache: list[int], tokens: Sequence[int]) -> np.ndarray:
+        cache.extend(tokens)
+        assert len(cache) <= self.config.max_seq_len, "past the end of the cache"
+        self.passes += 1
+        return self.logits([cache[-1]])[0]
+
+    def decode(self, cache: list[int], token: int) -> np.ndarray:
+        return self.prefill(cache, [token])
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        assert len(tokens) <= self.config.max_seq_len, "past the end of the context"
+        logits = np.zeros((len(tokens), self.config.vocab_size), dtype=np.float32)
+        logits[np.arange(len(tokens)), (np.asarray(tokens) + 1) % self.config.vocab_size] = 5.0
+        return logits
