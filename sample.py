@@ -1,0 +1,221 @@
+"""Tell stories with a model, without PyTorch.
+
+Usage:
+    python sample.py                                    the newest model under out/, else the demo model
+    python sample.py out/model.bin -i "Once upon a time" -t 0.8 -s 7
+    python sample.py stories15M.bin -z tokenizer.bin -n 256
+
+The text goes to stdout, everything else to stderr. For tamer or wilder texts change the temperature or top-p, not both;
+-t 0 always takes the most likely token. With the same -t, -p and -s the tokens are those of llama2.c's run.
+"""
+
+import io
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from configurator import parse
+from llamalet.errors import ConfigError, FormatError, UsageError, run
+from llamalet.generate import generate, stream
+from llamalet.runtime import Model
+from llamalet.sampler import MASK, Sampler, check_settings, random_seed
+from llamalet.tokenizer import StreamDecoder
+
+OUT = Path("out")
+DEMO_MODEL = Path(__file__).parent / "assets" / "demo.bin"
+DEFAULT_STEPS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleConfig:
+    """Options of sample.py. Short flags are llama2.c's."""
+
+    checkpoint: str | None = None
+    """the model: a .bin or a training checkpoint"""
+    prompt: Annotated[str, arg(aliases=("-i",))] = ""
+    """the beginning of the story; - reads it from stdin"""
+    tokenizer: Annotated[str | None, arg(aliases=("-z",))] = None
+    """a SentencePiece .model or a tokenizer.bin; the one beside the model if not given"""
+    temperature: Annotated[float, arg(aliases=("-t",))] = 1.0
+    """divides the logits: 0 takes the most likely token, 1 draws as the model has learnt"""
+    top_p: Annotated[float, arg(aliases=("-p",))] = 0.9
+    """draw from the fewest most likely tokens that exceed this share; 0 and 1 switch it off"""
+    top_k: int = 0
+    """draw from this many of the most likely tokens; 0 switches it off"""
+    min_p: float = 0.0
+    """drop tokens below this share of the most likely one's probability; 0 switches it off"""
+    seed: Annotated[int, arg(aliases=("-s",))] = -1
+    """the same seed gives the same story; -1 takes a random one and prints it"""
+    steps: Annotated[int | None, arg(aliases=("-n",))] = None
+    """end at this many positions, the prompt included (256); 0 goes on to the end of the context"""
+    max_new_tokens: int | None = None
+    """end after this many new tokens; instead of -n"""
+    num_samples: int = 1
+    """how many stories to tell; each has its own seed, one more than the last"""
+    ignore_eos: bool = False
+    """go on where the model ends the story"""
+    mode: Annotated[Literal["generate", "chat"], arg(aliases=("-m",))] = "generate"
+    """generate continues the prompt"""
+    system_prompt: Annotated[str | None, arg(aliases=("-y",))] = None
+    """for chat models"""
+    threads: int | None = None
+    """how many threads compute; one for each physical core if not given"""
+    backend: Literal["numba", "numpy"] = "numba"
+    """numpy is slow and needs no compiler"""
+    verify: bool | None = None
+    """verify the checksum of a large file too; small ones always are"""
+
+    def __post_init__(self) -> None:
+        """Raise one ConfigError that lists every value out of range."""
+        problems = check_settings(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p
+        )
+        if not -1 <= self.seed <= MASK:
+            problems.append(f"seed={self.seed}: must be -1 (random) or lie between 0 and 2**64 - 1")
+        if self.steps is not None and self.max_new_tokens is not None:
+            problems.append("-n counts the prompt and --max-new-tokens does not: give one of them")
+        if self.steps is not None and self.steps < 0:
+            problems.append(f"steps={self.steps}: must not be negative (0 goes on to the end of the context)")
+        for name in ("max_new_tokens", "num_samples", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name}={value}: must be positive")
+        if self.checkpoint == "":
+            problems.append("checkpoint='': must name a .bin or a training checkpoint")
+        if problems:
+            raise ConfigError.from_problems(problems)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Tell stories as the command line says."""
+    hint_at_prompt(argv)
+    config = parse(SampleConfig, argv, program="sample.py", description=str(__doc__), positional=("checkpoint",))
+    if config.mode == "chat":
+        raise UsageError("-m chat: chat models are not supported yet; without -m the model continues the prompt of -i")
+    if config.system_prompt is not None:
+        raise UsageError("-y: only chat models take a system prompt; put it into the prompt of -i")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    path = Path(config.checkpoint) if config.checkpoint is not None else choose_model()
+    start = time.perf_counter()
+    model = Model.load(
+        path, tokenizer=config.tokenizer, backend=config.backend, threads=config.threads, verify=config.verify
+    )
+    load_s = time.perf_counter() - start
+    note(f"model {model.path}: {model.config.n_params / 1e6:.2f}M parameters, loaded in {load_s:.2f} s")
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    seed = random_seed() if config.seed == -1 else config.seed
+    for number in range(config.num_samples):
+        if number:
+            print()
+        tell(model, prompt, config, (seed + number) & MASK)
+    return 0
+
+
+def hint_at_prompt(argv: Sequence[str]) -> None:
+    """Tell those who know llama.cpp's -p, the prompt, that here it is llama2.c's, top-p."""
+    for word, value in zip(argv, argv[1:], strict=False):
+        if word == "-p":
+            try:
+                float(value)
+            except ValueError:
+                raise UsageError(f"-p '{value}': -p is top-p, a number, as in llama2.c; the prompt is -i") from None
+
+
+def choose_model() -> Path:
+    """Return the newest .bin under out/, or the demo model where there is none, and say which.
+
+    Raises:
+        FormatError: if there is neither.
+    """
+    found = [path for path in OUT.rglob("*.bin") if not path.name.endswith(".tokenizer.bin")]
+    if found:
+        newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime))
+        note(f"no model named: taking the newest under {OUT}/, {newest} of {made}")
+        return newest
+    if DEMO_MODEL.is_file():
+        note(f"no model named and no .bin under {OUT}/: taking the demo model {DEMO_MODEL}")
+        return DEMO_MODEL
+    raise FormatError(f"no model named and no .bin under {OUT}/; train one (make demo) or name a file")
+
+
+def tell(model: Model, prompt: str, config: SampleConfig, seed: int) -> None:
+    """Print one story as it is made, then its speed."""
+    ids = model.tokenizer.encode(prompt, bos=True)
+    sampler = Sampler(
+        model.config.vocab_size,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        seed=seed,
+    )
+    note(f"seed {seed}")
+    times = [time.perf_counter()]
+    tokens = generate(
+        model.transformer,
+        ids,
+        sampler,
+        max_new_tokens=new_tokens(config, len(ids)),
+        stop_tokens=() if config.ignore_eos else model.stop_tokens,
+    )
+    for text in stream(_with_times(ids, tokens, times), StreamDecoder(model.tokenizer)):
+        print(text, end="", flush=True)
+    print(flush=True)
+    note(speed(len(ids), times))
+
+
+def new_tokens(config: SampleConfig, n_prompt: int) -> int | None:
+    """Return how many tokens to make after a prompt of `n_prompt`, BOS included; None goes on to the context's end.
+
+    Raises:
+        UsageError: if the prompt leaves no room for one.
+    """
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    steps = DEFAULT_STEPS if config.steps is None else config.steps
+    if steps == 0:
+        return None
+    # llama2.c's count: every pass through the model is one step, and the last prompt token's already gives a new one.
+    if steps < n_prompt:
+        raise UsageError(f"the prompt takes {n_prompt} of the {steps} positions; give a larger -n, or --max-new-tokens")
+    return steps - n_prompt + 1
+
+
+def speed(n_prompt: int, times: Sequence[float]) -> str:
+    """Return the line about tokens per second.
+
+    Args:
+        n_prompt: tokens of the prompt.
+        times: when the prompt was begun, then when each token came, in seconds.
+    """
+    def rate(n: int, seconds: float) -> str:
+        return f"{n} tokens, {n / seconds if seconds > 0 else math.inf:.1f} tokens/s"
+
+    if len(times) < 2:
+        return "no tokens"
+    return f"prompt: {rate(n_prompt, times[1] - times[0])}; story: {rate(len(times) - 2, times[-1] - times[1])}"
+
+
+def _with_times(prompt: Sequence[int], tokens: Iterator[int], times: list[float]) -> Iterator[int]:
+    """Pass the prompt and the tokens on, and note when each token came."""
+    yield from prompt
+    for token in tokens:
+        times.append(time.perf_counter())
+        yield token
+
+
+def note(message: str) -> None:
+    """Print a line that is no part of the story."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,233 @@
+import io
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_MODELS
+from toy import toy_model, toy_tokenizer
+
+import sample
+from llamalet import Model, errors
+from llamalet.tokenizer import pack
+
+CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
+
+ONCE = "Once upon a time, there was a little girl named Lily."
+LILY = (
+    ONCE + " She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but "
+    "it was too high.\nLily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do. She "
+    'said, "I want to play with your ball, but I can\'t find it."\nLily was sad and didn\'t know what to do. She said, '
+    "\"I'm sorry, Lily. I didn't know what to do.\"\nLily didn't want to help her mom, so she\n"
+)
+LILY_SEED_42 = (
+    ONCE + " She loved to play outside in the sun. One day, her mom asked her to teach him a nice way to play in the "
+    "sun. Lily was so excited to go outside and jump in the sky. \nAs she walked, she saw a tall toy car that was much "
+    "carrots. The toys asked her to buy some cars and Lily all nicely. The car was curious and said, \"What's wrong?\" "
+    'Lily said, "I am sorry, I want to help you." \nThey both ate the cards and toys and had a brilliant, bunnys. They '
+    "put the car and ate the ball together. Lily was happy that the ball could read\n"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(folder) -> Path:
+    return toy_model(folder, CONFIG)
+
+
+def tell(capsys, *words: object) -> tuple[str, str]:
+    assert sample.main(["--backend=numpy", *map(str, words)]) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def refuse(capsys, *words: object) -> str:
+    """Run as from the shell; return the one line of the refusal."""
+    argv, sys.argv = sys.argv, ["sample.py", "--backend=numpy", *map(str, words)]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            errors.run(sample.main)
+    finally:
+        sys.argv = argv
+    captured = capsys.readouterr()
+    assert caught.value.code not in (0, None)
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and captured.err.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+# --- the story ---
+
+
+def test_the_text_is_all_that_goes_to_stdout(model, capsys):
+    out, err = tell(capsys, model, "-i", "a band", "-s", 5, "-n", 20)
+    text = "".join(Model.load(model, backend="numpy").generate("a band", seed=5, max_new_tokens=20 - 3))
+    ids = toy_tokenizer().encode("a band", bos=True)
+    assert len(ids) == 4
+    assert out == "a band" + text + "\n"
+    assert f"model {model}" in err and "seed 5" in err
+    assert re.search(r"loaded in \d+\.\d+ s", err)
+    assert re.search(r"prompt: 4 tokens, [\d.]+ tokens/s; story: 16 tokens, [\d.]+ tokens/s", err)
+
+
+def test_short_and_long_flags_are_the_same(model, capsys):
+    short = tell(capsys, model, "-t", 0.7, "-p", 0.8, "-s", 9, "-n", 12, "-i", "and", "-m", "generate")[0]
+    assert short == tell(
+        capsys, f"--checkpoint={model}", "--temperature=0.7", "--top-p", 0.8, "--seed=9", "--steps=12", "--prompt=and"
+    )[0]
+    tokenizer = model.with_name("model.tokenizer.bin").rename(model.with_name("other"))
+    assert short == tell(capsys, model, "-t", 0.7, "-p", 0.8, "-s", 9, "-n", 12, "-i", "and", "-z", tokenizer)[0]
+
+
+def test_every_filter_reaches_the_sampler(model, capsys):
+    plain = tell(capsys, model, "-s", 1, "-p", 1)[0]
+    greedy = tell(capsys, model, "-s", 1, "-t", 0)[0]
+    for words in (["--top-k=1", "-p", 1], ["--min-p=1", "-p", 1], ["-p", 1e-6]):
+        assert tell(capsys, model, "-s", 1, *words)[0] == greedy != plain
+
+
+def test_a_random_seed_is_printed_and_tells_the_story_again(model, capsys):
+    out, err = tell(capsys, model)
+    seed = re.search(r"^seed (\d+)$", err, re.MULTILINE)
+    assert seed and out == tell(capsys, model, "-s", seed[1])[0]
+    assert tell(capsys, model, "-s", -1)[1] != tell(capsys, model, "--seed=-1")[1]
+
+
+def test_several_stories_have_seeds_of_their_own(model, capsys):
+    out, err = tell(capsys, model, "--num-samples=3", "-s", 11, "-i", "a")
+    alone = [tell(capsys, model, "-s", seed, "-i", "a")[0] for seed in (11, 12, 13)]
+    assert out == "\n".join(alone)
+    assert re.findall(r"^seed (\d+)$", err, re.MULTILINE) == ["11", "12", "13"]
+
+
+@pytest.mark.parametrize(
+    ("words", "n_new"),
+    [
+        (["-n", 6], 3),  # 4 of the prompt, and the last of them already gives a new one
+        (["-n", 4], 1),
+        (["-n", 0], 29),
+        (["-n", 999], 29),
+        ([], 29),
+        (["--max-new-tokens", 6], 6),
+        (["--max-new-tokens=999"], 29),
+    ],
+)
+def test_lengths(model, capsys, words, n_new):
+    err = tell(capsys, model, "-i", "a band", "--ignore-eos", "-s", 2, *words)[1]
+    assert f"story: {n_new - 1} tokens" in err
+
+
+def test_ignore_eos_goes_on(model, capsys, monkeypatch):
+    monkeypatch.setattr(Model, "stop_tokens", range(300))
+    out, err = tell(capsys, model, "-i", "a")
+    assert out == "a\n" and "no tokens" in err
+    assert "story: 30 tokens" in tell(capsys, model, "-i", "a", "--ignore-eos")[1]
+
+
+def test_a_prompt_from_stdin(model, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a band\n and"))
+    out = tell(capsys, model, "-i", "-", "-n", 15)[0]
+    assert out.startswith("a band\n and")
+
+
+def test_no_prompt_has_no_stray_space(model, capsys):
+    for seed in range(5):
+        assert not tell(capsys, model, "-s", seed, "-n", 1)[0].startswith("  ")
+
+
+# --- which model ---
+
+
+def test_the_newest_model_under_out_is_told(folder, capsys):
+    (folder / "out" / "run").mkdir(parents=True)
+    old = toy_model(folder / "out", CONFIG, name="old")
+    new = toy_model(folder / "out" / "run", CONFIG, name="new")
+    os.utime(old, (1_000_000_000, 1_000_000_000))
+    os.utime(new, (1_100_000_000, 1_100_000_000))
+    err = tell(capsys, "-n", 3)[1]
+    assert "out/run/new.bin of 2004-11-09" in err and "old.bin" not in err
+
+
+def test_the_demo_model_is_told(folder, capsys, monkeypatch):
+    demo = toy_model(folder, CONFIG, name="demo")
+    monkeypatch.setattr(sample, "DEMO_MODEL", demo)
+    assert f"the demo model {demo}" in tell(capsys, "-n", 3)[1]
+    demo.unlink()
+    assert "make demo" in refuse(capsys)
+
+
+# --- what people get wrong ---
+
+
+def test_wrong_words_end_in_one_line(model, capsys):
+    assert "did you mean --temperature" in refuse(capsys, model, "--temprature=1")
+    assert "the prompt is -i" in refuse(capsys, model, "-p", "Once upon a time")
+    assert "-n counts the prompt and --max-new-tokens does not" in refuse(capsys, model, "-n", 5, "--max-new-tokens=5")
+    assert "unexpected argument" in refuse(capsys, model, "Once upon a time")
+    assert "-m chat" in refuse(capsys, model, "-m", "chat")
+    assert "chat models" in refuse(capsys, model, "-y", "You are a pirate")
+    assert "mode" in refuse(capsys, model, "-m", "poem")
+    assert "backend" in refuse(capsys, model, "--backend=gpu")
+    assert "needs a value" in refuse(capsys, model, "--top-k")
+    assert "checkpoint=''" in refuse(capsys, "")
+    line = refuse(capsys, model, "-t", -1, "-p", 2, "--top-k=-3", "--min-p=7", "-s", -9, "--num-samples=0", "-n", -1)
+    for name in ("temperature", "top_p", "top_k", "min_p", "seed", "num_samples", "steps"):
+        assert name in line
+
+
+def test_wrong_files_end_in_one_line(model, folder, capsys):
+    assert "missing.bin: no such model file" in refuse(capsys, folder / "missing.bin")
+    (folder / "torn.bin").write_bytes(model.read_bytes()[:-100])
+    (folder / "torn.tokenizer.bin").write_bytes((folder / "model.tokenizer.bin").read_bytes())
+    assert "torn.bin" in refuse(capsys, folder / "torn.bin")
+    (folder / "empty.bin").touch()
+    assert "empty.bin" in refuse(capsys, folder / "empty.bin")
+    assert "is it a model?" in refuse(capsys, model, "-z", model) or "tokenizer" in refuse(capsys, model, "-z", model)
+    assert "no such tokenizer file" in refuse(capsys, model, "-z", folder / "missing")
+    (folder / "short.bin").write_bytes(pack(toy_tokenizer(299).pieces()))
+    assert "299 entries where the model has vocab_size=300" in refuse(capsys, model, "-z", folder / "short.bin")
+    (folder / "run").mkdir()
+    assert "neither a checkpoint" in refuse(capsys, folder / "run")
+    shutil.copy(model, folder / "alone.bin")
+    assert "no tokenizer beside it" in refuse(capsys, folder / "alone.bin")
+
+
+def test_prompts_that_do_not_fit_end_in_one_line(model, capsys):
+    assert "the model takes 1 to 32" in refuse(capsys, model, "-i", "a band " * 30, "-n", 0)
+    assert "the prompt takes 4 of the 3 positions" in refuse(capsys, model, "-i", "a band", "-n", 3)
+    assert "not valid Unicode" in refuse(capsys, model, "-i", "a\udcff")
+
+
+def test_help_lists_the_options_and_advises(capsys):
+    with pytest.raises(SystemExit) as caught:
+        sample.main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "temperature or top-p, not both" in " ".join(out.split())
+    for flag in ("-t", "-p", "-s", "-n", "-i", "-z", "-m", "-y", "--min-p", "--max-new-tokens", "--num-samples"):
+        assert flag in out
+
+
+# --- llama2.c's own model ---
+
+
+@pytest.fixture
+def stories260k(shared_data) -> list[str]:
+    return [str(shared_data / "stories260K.bin"), "-z", str(shared_data / "tok512.bin")]
+
+
+def test_llama2c_tells_this_story_at_temperature_0(stories260k, capsys):
+    assert tell(capsys, *stories260k, "-t", 0, "-n", 200)[0] == LILY
+
+
+def test_llama2c_draws_this_story(stories260k, capsys):
+    assert tell(capsys, *stories260k, "-t", 1.0, "-p", 0.9, "-s", 42)[0] == LILY_SEED_42
