@@ -38,6 +38,7 @@ from training.workers import Workers
 
 Config = TypeVar("Config")
 
+DATA_DIR = Path("data")
 BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 SMALLEST_VOCABULARY = 260  # 3 control tokens, 256 bytes, and the space
@@ -51,7 +52,7 @@ class DownloadConfig:
     """ID of a dataset on the Hub with a text column, or ID:CONFIG where it has several configurations."""
     max_files: int | None = None
     """Take only the first so many training files (TinyStories has 4 of about 250 MB)."""
-    data_dir: Path = Path("data")
+    data_dir: Path = DATA_DIR
     """Where sources and prepared data lie."""
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class SynthesizeConfig:
     """Another seed, other stories; the same seed, the same bytes."""
     workers: int | None = None
     """Processes that write; one per core by default. The files do not depend on it."""
-    data_dir: Path = Path("data")
+    data_dir: Path = DATA_DIR
     """Where sources and prepared data lie."""
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class TextConfig:
     val_fraction: float = 0.05
     """Share of the documents that goes to validation, or of each text where there are only few; not used where the
     source has validation files of its own (a name with val, valid or validation)."""
-    data_dir: Path = Path("data")
+    data_dir: Path = DATA_DIR
     """Where sources and prepared data lie."""
 
     def __post_init__(self) -> None:
@@ -161,13 +162,12 @@ def run_download(argv: Sequence[str]) -> int:
       python tinystories.py download --max-files=1
       python tinystories.py download --source=Salesforce/wikitext:wikitext-2-raw-v1
     """
-    config = _parse(DownloadConfig, argv, run_download)
+    config = _parse(DownloadConfig, argv, run_download, positional=("source",))
     if Path(config.source).exists():
         print(f"{config.source} is already here: nothing to download")
     else:
         download(config.source, config.data_dir, max_files=config.max_files, report=print)
-    option = "" if config.source == DEFAULT_SOURCE else f" --source={config.source}"
-    print(f"next: python tinystories.py pretokenize{option}")
+    _print_pretokenize(None if config.source == DEFAULT_SOURCE else config.source, config.data_dir)
     return 0
 
 
@@ -195,7 +195,7 @@ def run_synthesize(argv: Sequence[str]) -> int:
     for split, files in record.files.items():
         for file in files:
             print(f"{split:<5}  {config.data_dir / record.source / file.file}  {file.bytes / 1e6:.1f} MB")
-    print("next: python tinystories.py pretokenize --source=synthetic")
+    _print_pretokenize(record.source, config.data_dir)
     return 0
 
 
@@ -210,8 +210,7 @@ def run_train_vocab(argv: Sequence[str]) -> int:
     config = _parse(TrainVocabConfig, argv, run_train_vocab, positional=("source",))
     source = _open(config)
     _train_vocabulary(config, source, config.vocab_size, at_most=False)
-    option = "" if config.source is None else f" --source={config.source}"
-    print(f"next: python tinystories.py pretokenize{option}")
+    _print_pretokenize(config.source, config.data_dir)
     return 0
 
 
@@ -231,7 +230,7 @@ def run_pretokenize(argv: Sequence[str]) -> int:
     vocab = _find_vocabulary(config, source)
     tokenizer = open_tokenizer(vocab)
     # A vocabulary from elsewhere gets a folder of its own, named after its digest.
-    suffix = "" if vocab.parent == source.folder else f"-{tokenizer.sha256[:8]}"
+    suffix = "" if vocab.resolve().parent == source.folder.resolve() else f"-{tokenizer.sha256[:8]}"
     recipe = {
         "source_sha256": source.digest(),
         "document": config.document,
@@ -256,7 +255,7 @@ def run_pretokenize(argv: Sequence[str]) -> int:
             advance=bar.update,
         )
     _describe(folder, meta, n_kept, empty)
-    print("next: python train.py")
+    print("next: python train.py" + ("" if config.data_dir == DATA_DIR else f" --data={folder}"))
     return 0
 
 
@@ -276,7 +275,7 @@ def _pieces(config: TextConfig, source: Source, split: str) -> Iterator[Piece]:
 
 
 def _find_vocabulary(config: PretokenizeConfig, source: Source) -> Path:
-    """Return the vocabulary that the options mean; if it is none yet, train it."""
+    """Return the vocabulary that the options mean; where there is none yet, train it."""
     if config.vocab is not None:
         return config.vocab
     if config.vocab_size is not None:
@@ -319,6 +318,13 @@ def _describe(folder: Path, meta: Meta, n_kept: int, empty: list[str]) -> None:
             f"{entropy.bits_per_byte:.4f} bits a byte, {entropy.bits_per_story:.1f} bits a story"
         )
     print(f"wrote {folder}")
+
+
+def _print_pretokenize(source: str | None, data_dir: Path) -> None:
+    """Print the command to type next."""
+    options = [f"--source={source}"] if source is not None else []
+    options += [f"--data-dir={data_dir}"] if data_dir != DATA_DIR else []
+    print("next: " + " ".join(["python tinystories.py pretokenize", *options]))
 
 
 def _parse(

@@ -129,7 +129,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             wanted = json.loads(body)["paths"] if body.startswith("{") else urllib.parse.parse_qs(body)["paths"]
             self.json([hub.entry(name) for name in wanted if name in hub.files])
         elif path.startswith(f"/datasets/{REPO}/resolve/"):
-            self.file(path.split("/", 6)[6])
+            name = path.split("/", 6)[6]
+            if name.endswith(".parquet"):  # large files lie elsewhere
+                self.answer(302, b"", Location=f"{hub.url}/cdn/{name}?signature=1", X_Repo_Commit=COMMIT)
+            else:
+                self.file(name)
+        elif path.startswith("/cdn/"):
+            self.file(path.removeprefix("/cdn/"))
         else:
             self.answer(404, b'{"error": "Repository not found"}', X_Error_Code="RepoNotFound")
 

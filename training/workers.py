@@ -61,8 +61,7 @@ class Workers:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                "a worker process died, perhaps for want of memory (fewer --workers need less); "
-                "type the command again to go on, finished shards are kept"
+                "a worker process died, perhaps for want of memory (fewer --workers need less); type the command again"
             ) from None
 
 
