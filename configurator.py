@@ -61,7 +61,7 @@ def parse(
     fields = {field.name: _Field.of(field, hint) for field, hint in _fields_with_hints(config_class)}
     usage = " ".join([program, *(["[CONFIG.toml]"] if toml else []), *(f"[{name.upper()}]" for name in positional)])
     if any(word in ("-h", "--help") for word in argv):
-        tyro.cli(config_class, prog=usage, description=description, args=["--help"], config=_TYRO)
+        tyro.cli(_with_plain_help(config_class), prog=usage, description=description, args=["--help"], config=_TYRO)
     values: dict[str, str] = {}
     words = list(argv)
     if toml and words and words[0].endswith(".toml"):
@@ -108,6 +108,20 @@ def _fields_with_hints(config_class: type) -> Iterator[tuple["dataclasses.Field[
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in dataclasses.fields(config_class):
         yield field, hints[field.name]
+
+
+def _with_plain_help(config_class: type) -> type:
+    """Return a copy of the dataclass whose help shows `--seed INT` where tyro would show `--seed {None}|INT`."""
+    hints: dict[str, Any] = {}
+    for field, hint in _fields_with_hints(config_class):
+        annotated = typing.get_origin(hint) is typing.Annotated
+        value_types = [t for t in typing.get_args(hint.__origin__ if annotated else hint) if t is not types.NoneType]
+        if field.default is None and value_types:
+            name = {bool: "{True,False}", str: "TEXT"}.get(value_types[0], value_types[0].__name__.upper())
+            hints[field.name] = typing.Annotated[hint, tyro.conf.arg(metavar=name, help_behavior_hint="")]
+    namespace = {"__annotations__": hints, "__doc__": config_class.__doc__, "__module__": config_class.__module__}
+    namespace |= {name: dataclasses.field(default=None) for name in hints}
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type(config_class.__name__, (config_class,), namespace))
 
 
 def _read_toml(path: Path, fields: dict[str, _Field]) -> dict[str, str]:

@@ -133,6 +133,7 @@ def test_help_lists_every_option_and_exits_with_zero(capsys):
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert "x [CHECKPOINT]" in shown and "-t FLOAT" in shown and "step size" in shown
+    assert "--resume TEXT" in shown and "where to go on" in shown and "None" not in shown
 
 
 def test_run_turns_errors_into_one_line_and_an_exit_code():
