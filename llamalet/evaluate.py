@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.errors import DataError, NonFiniteError, UsageError, run
-from llamalet.generate import ForwardPass
+from llamalet.generate import LogitsOf
 from llamalet.runtime import BACKENDS, Model
 from llamalet.shards import SPLITS, Entropy, Shards, TokenArray, find_newest
 from llamalet.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ NOTHING = Evaluation(0.0, 0, 0, 0)
 class Scorer:
     """Scores sequences with one model and one vocabulary."""
 
-    def __init__(self, transformer: ForwardPass, tokenizer: Tokenizer) -> None:
+    def __init__(self, transformer: LogitsOf, tokenizer: Tokenizer) -> None:
         self._transformer = transformer
         self._bos_id = tokenizer.bos_id
         self._text_bytes = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)])
@@ -95,7 +95,7 @@ class Scorer:
 
 
 def evaluate_windows(
-    transformer: ForwardPass, tokenizer: Tokenizer, tokens: Ids | TokenArray, max_tokens: int | None = None
+    transformer: LogitsOf, tokenizer: Tokenizer, tokens: Ids | TokenArray, max_tokens: int | None = None
 ) -> Iterator[Evaluation]:
     """Yield the score of one window of the context after the other; their sum is the score of all tokens but the first.
 
@@ -111,9 +111,7 @@ def evaluate_windows(
         yield scorer.score(tokens[start : min(start + context, end) + 1])
 
 
-def evaluate_documents(
-    transformer: ForwardPass, tokenizer: Tokenizer, documents: Iterable[Ids]
-) -> Iterator[Evaluation]:
+def evaluate_documents(transformer: LogitsOf, tokenizer: Tokenizer, documents: Iterable[Ids]) -> Iterator[Evaluation]:
     """Yield the score of each document.
 
     Args:

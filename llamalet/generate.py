@@ -14,12 +14,19 @@ from llamalet.tokenizer import StreamDecoder
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
 
-class ForwardPass(Protocol):
-    """What the runtime needs of a model: llamalet.transformer has it, and llamalet.reference in plain numpy."""
+class LogitsOf(Protocol):
+    """What evaluation needs of a model: any that computes logits for a whole sequence."""
 
     @property
     def config(self) -> ModelConfig:
         """The model's shape."""
+
+    def logits(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Return the logits after each of the tokens (T,), at most the context, on their own: float32 (T, V)."""
+
+
+class ForwardPass(LogitsOf, Protocol):
+    """What generation needs of a model: llamalet.transformer has it, and llamalet.reference in plain numpy."""
 
     def new_cache(self) -> Any:
         """Return an empty KV cache."""
@@ -29,9 +36,6 @@ class ForwardPass(Protocol):
 
     def decode(self, cache: Any, token: int) -> NDArray[np.float32]:
         """Append one token to the cache; return the logits after it: float32 (V,)."""
-
-    def logits(self, tokens: Tokens) -> NDArray[np.float32]:
-        """Return the logits after each of the tokens (T,), at most the context, on their own: float32 (T, V)."""
 
 
 def generate(

@@ -1,0 +1,154 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL_MODELS, random_tensors
+from toy import toy_tokenizer
+
+import export
+from llamalet import format, shards, tokenizer
+from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
+from training import checkpoint, proof, weights
+
+ROOT = Path(__file__).parent.parent
+CONFIG = dataclasses.replace(SMALL_MODELS["gqa-tied"], max_seq_len=64)
+
+
+def prepare_data(folder: Path, seed: int = 0) -> Path:
+    """Random tokens of the toy vocabulary as prepared data."""
+    rng = np.random.default_rng(seed)
+    vocabulary = toy_tokenizer(CONFIG.vocab_size)
+    splits = {}
+    for name in shards.SPLITS:
+        ids = rng.integers(259, CONFIG.vocab_size, 700)
+        ids[::50] = tokenizer.BOS_ID
+        block = shards.Block(ids=ids, documents=14, text_bytes=2000)
+        splits[name] = shards.Split((shards.write_shard(folder / f"{name}_00000.bin", [block], CONFIG.vocab_size),))
+    tokenizer.write_bin(folder / "tokenizer.bin", vocabulary)
+    meta = shards.Meta(
+        source="toy", recipe={}, bos_id=1, eos_id=2, vocab_size=CONFIG.vocab_size, tokenizer="tokenizer.bin",
+        tokenizer_sha256=vocabulary.sha256, splits=splits,
+    )  # fmt: skip
+    shards.write_meta(folder / shards.META_FILE, meta)
+    return folder
+
+
+def save_checkpoint(run: Path, data: Path, step: int, val_loss: float, seed: int = 0) -> Path:
+    vocabulary = data / "tokenizer.bin"
+    return checkpoint.save(
+        run,
+        model_config=CONFIG,
+        model_state=weights.to_state(random_tensors(CONFIG, seed, scale=0.05)),
+        optimizer_state={},
+        state={
+            "step": step, "val_loss": val_loss, "data": str(data),
+            "tokenizer_sha256": tokenizer.load(vocabulary).sha256,
+        },
+        tokenizer_path=vocabulary,
+        keep=5,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with prepared data and a run of two checkpoints, the first of which is the better one."""
+    monkeypatch.chdir(tmp_path)
+    data = prepare_data(tmp_path / "data" / "toy")
+    save_checkpoint(tmp_path / "out", data, 10, 2.0, seed=10)
+    save_checkpoint(tmp_path / "out", data, 20, 3.0, seed=20)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("version", "name"), [(0, "model_v0.bin"), (1, "model.bin"), (2, "model_q8.bin")])
+def test_export_alone_takes_the_best_checkpoint_and_proves_the_file(project, capsys, version, name):
+    assert export.main(["--version", str(version)]) == 0
+    shown = capsys.readouterr().out
+    assert f"wrote out/{name}" in shown and "is proved" in shown and f"python sample.py out/{name}" in shown
+    file = format.read(project / "out" / name)
+    expected = random_tensors(CONFIG, seed=10, scale=0.05)
+    np.testing.assert_array_equal(file.tensors["norm"], expected["norm"])
+    assert tokenizer.beside(project / "out" / name) is not None
+    assert export.main(["--verify", f"out/{name}"]) == 0
+
+
+def test_a_checkpoint_can_be_named(project):
+    export.main(["there/last.bin", "--checkpoint=out/checkpoints/step-00000020", "--no-check"])
+    expected = random_tensors(CONFIG, seed=20, scale=0.05)
+    np.testing.assert_array_equal(format.read(project / "there" / "last.bin").tensors["norm"], expected["norm"])
+
+
+def test_another_runtime_is_not_proved(project, capsys, monkeypatch):
+    """The proof must see an error of one percent in one matrix of one layer."""
+    export.main(["--version=1", "--no-check"])
+
+    class Wrong(proof.Transformer):
+        def __init__(self, file: format.ModelFile) -> None:
+            tensors = dict(file.tensors)
+            tensors["layers.1.attention.wo"] = tensors["layers.1.attention.wo"] * np.float32(1.01)
+            super().__init__(dataclasses.replace(file, tensors=tensors))
+
+    monkeypatch.setattr(proof, "Transformer", Wrong)
+    assert export.main(["--verify", "out/model.bin"]) == FormatError.exit_code
+    assert "NOT proved: logits differ" in capsys.readouterr().out
+
+
+def test_another_checkpoint_is_not_proved(project):
+    export.main(["--no-check"])
+    other = weights.to_state(random_tensors(CONFIG, seed=20, scale=0.05))
+    found = proof.prove(project / "out" / "model.bin", checkpoint_state=other)
+    assert any("is not the checkpoint's" in problem for problem in found.problems)
+
+
+def test_data_of_another_tokenizer_is_not_used(project, capsys):
+    export.main(["--no-check"])
+    path = project / "data" / "toy" / shards.META_FILE
+    table = shards.read_meta(path)
+    shards.write_meta(path, dataclasses.replace(table, tokenizer_sha256="00" * 32))
+    assert export.main(["--verify", "out/model.bin"]) == 0
+    assert "not compared (no prepared data with this tokenizer" in capsys.readouterr().out
+    with pytest.raises(DataError, match="another tokenizer"):
+        export.main(["--verify", "out/model.bin", "--data=data/toy"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "error", "words"),
+    [
+        (["--version=3"], ConfigError, "version=3"),
+        (["model.txt"], ConfigError, "must end in .bin"),
+        (["a.bin", "--verify=b.bin"], ConfigError, "existing file"),
+        (["--verify=gone.bin"], FormatError, "gone.bin: no such model file"),
+        (["--checkpoint=gone"], CheckpointError, "gone"),
+        (["--checkpoint=model.bin"], UsageError, "--verify"),
+        (["--versoin=2"], UsageError, "did you mean --version"),
+        (["--data=gone"], DataError, "gone"),
+    ],
+)
+def test_mistakes(project, argv, error, words):
+    with pytest.raises(error, match=words):
+        export.main(argv)
+
+
+def test_no_checkpoint_yet_is_one_line(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "export.py"), "--version=2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == CheckpointError.exit_code
+    assert "python train.py" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_killed_export_leaves_the_old_file(project, monkeypatch):
+    export.main(["--no-check"])
+    before = (project / "out" / "model.bin").read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export.main(["--no-check", "--checkpoint=out/checkpoints/step-00000020"])
+    assert (project / "out" / "model.bin").read_bytes() == before
+    assert sorted(path.suffix for path in (project / "out").iterdir()) == ["", ".bin", ".bin"]

@@ -1,0 +1,209 @@
+"""The proof of an export: the PyTorch model and the torch-free runtime compute the same thing from one file.
+
+Four comparisons, from the bytes to the text: the file's weights with the checkpoint's, the logits of both programs, the
+text that both find most likely, and the bits per byte that both need for validation data.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llamalet import format, shards, tokenizer
+from llamalet.config import ModelConfig
+from llamalet.evaluate import NOTHING, evaluate_windows
+from llamalet.generate import Tokens
+from llamalet.quantize import Quantized, dequantize
+from llamalet.transformer import Transformer
+from model import Llama
+from training import weights
+
+LOGIT_TOKENS = 256
+GREEDY_TOKENS = 128
+EVALUATION_TOKENS = 20_000
+
+# How far the two programs may differ. float32: rounding in another order, far above what was seen (1e-5 of the largest
+# logit) and far below what a wrong table or a swapped tensor gives. int8: the runtime rounds the activations too.
+LOGIT_BOUND = {None: 1e-4, "int8": 0.1}  # of the largest logit
+BITS_BOUND = {None: 1e-4, "int8": 0.01}  # of the bits per byte
+
+
+@dataclass(kw_only=True)
+class Proof:
+    """What the comparisons found; an empty list of problems is the verdict "proved"."""
+
+    path: Path
+    version: int
+    weights: str = "not compared (no checkpoint)"
+    logit_difference: float = 0.0
+    largest_logit: float = 0.0
+    text: str = ""
+    torch_bits_per_byte: float | None = None
+    runtime_bits_per_byte: float | None = None
+    evaluated_tokens: int = 0
+    duration_s: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every comparison is within its bound."""
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        """Return the proof as lines to print, the verdict last."""
+        bits = "not compared (no prepared data with this tokenizer; name some with --data)"
+        if self.torch_bits_per_byte is not None and self.runtime_bits_per_byte is not None:
+            bits = (
+                f"PyTorch {self.torch_bits_per_byte:.4f}, runtime {self.runtime_bits_per_byte:.4f} bits per byte over "
+                f"{self.evaluated_tokens} validation tokens"
+            )
+        verdict = "proved" if self.ok else "NOT proved: " + "; ".join(self.problems)
+        return [
+            f"  weights  {self.weights}",
+            f"  logits   differ by at most {self.logit_difference:.2g} (the largest is {self.largest_logit:.1f})",
+            f"  text     {self.text}",
+            f"  bits     {bits}",
+            f"  verdict  {self.path} is {verdict} ({self.duration_s:.1f} s)",
+        ]
+
+
+class TorchLogits:
+    """The training model behind the runtime's interface, so that one evaluation serves both."""
+
+    def __init__(self, model: Llama, config: ModelConfig) -> None:
+        self.model = model
+        self.config = config
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Return float32 (T, V) logits of int64 (T,) ids."""
+        return self.model(torch.from_numpy(np.asarray(tokens, np.int64))[None])[0].float().numpy()
+
+
+def prove(
+    path: Path,
+    *,
+    checkpoint_state: Mapping[str, torch.Tensor] | None = None,
+    data: shards.Shards | None = None,
+) -> Proof:
+    """Compare the PyTorch model and the runtime on one model file.
+
+    Args:
+        path: the .bin; it is read with its checksum verified.
+        checkpoint_state: the weights it was made from; then they are compared, and PyTorch's bits per byte are theirs.
+        data: prepared data with the model's tokenizer; without it the logits are compared on random ids.
+
+    Returns:
+        The proof, with every bound that was exceeded among its problems.
+
+    Raises:
+        FormatError: if the file breaks a rule of its format.
+    """
+    start = time.perf_counter()
+    file = format.read(path, verify=True)
+    kind = None if file.group_size is None else "int8"
+    config = file.config
+    proof = Proof(path=path, version=file.version)
+    from_file = TorchLogits(weights.load_model(config, weights.to_state(file.tensors)), config)
+    runtime = Transformer(file)
+    if checkpoint_state is not None:
+        _compare_weights(proof, file, weights.to_arrays(checkpoint_state))
+    tokens = _some_tokens(config, data)
+    _compare_logits(proof, from_file.logits(tokens), runtime.logits(tokens), LOGIT_BOUND[kind])
+    _compare_text(proof, from_file, runtime, data)
+    if data is not None:
+        original = from_file
+        if checkpoint_state is not None:
+            original = TorchLogits(weights.load_model(config, checkpoint_state), config)
+        _compare_bits(proof, original, runtime, data, BITS_BOUND[kind])
+    proof.duration_s = time.perf_counter() - start
+    return proof
+
+
+def _compare_weights(proof: Proof, file: format.ModelFile, originals: Mapping[str, NDArray[np.float32]]) -> None:
+    """Check that float32 weights are the checkpoint's, and int8 ones within half a step of them."""
+    worst = 0.0
+    for name, original in originals.items():
+        found = file.tensors[name]
+        if isinstance(found, Quantized):
+            # In steps: half a one from rounding, and a little from float32 arithmetic.
+            steps = np.repeat(found.scales, found.group_size, axis=1)
+            error = np.abs(dequantize(found) - original)
+            worst = max(worst, float(np.max(error / np.maximum(steps, np.finfo(np.float32).tiny))))
+        elif not np.array_equal(found, original):
+            proof.problems.append(f"{name} is not the checkpoint's")
+    if file.group_size is None:
+        proof.weights = "every one equal to the checkpoint's" if proof.ok else "differ from the checkpoint's"
+    else:
+        proof.weights = f"int8 in groups of {file.group_size}, off by at most {worst:.3f} steps"
+        if worst > 0.501:
+            proof.problems.append(f"int8 weights are off by {worst:.3f} steps (at most 0.5)")
+
+
+def _some_tokens(config: ModelConfig, data: shards.Shards | None) -> NDArray[np.int64]:
+    """Return LOGIT_TOKENS ids, fewer where the context is shorter: validation data, else seeded random ids."""
+    n = min(LOGIT_TOKENS, config.max_seq_len)
+    if data is not None and len(data.split("val")) >= n:
+        return data.split("val")[:n]
+    return np.random.default_rng(0).integers(0, config.vocab_size, n)
+
+
+def _compare_logits(
+    proof: Proof, expected: NDArray[np.float32], found: NDArray[np.float32], relative_bound: float
+) -> None:
+    """Check the largest difference of any logit against a bound relative to the largest logit."""
+    proof.logit_difference = float(np.abs(found - expected).max())
+    proof.largest_logit = float(np.abs(expected).max())
+    if not proof.logit_difference <= relative_bound * proof.largest_logit:
+        proof.problems.append(
+            f"logits differ by {proof.logit_difference:.3g}, more than {relative_bound:g} of {proof.largest_logit:.3g}"
+        )
+
+
+def _compare_text(proof: Proof, expected: TorchLogits, runtime: Transformer, data: shards.Shards | None) -> None:
+    """Let the runtime write its most likely text and check that PyTorch finds each of its tokens most likely too.
+
+    Where they part, the two logits must be closer than the programs' difference there: a tie that rounding decides.
+    """
+    bos = data.meta.bos_id if data is not None else tokenizer.BOS_ID
+    cache = runtime.new_cache()
+    ids, logits = [bos], [runtime.decode(cache, bos).copy()]
+    while len(ids) < min(GREEDY_TOKENS, runtime.config.max_seq_len):
+        ids.append(int(logits[-1].argmax()))
+        logits.append(runtime.decode(cache, ids[-1]).copy())
+    torch_logits = expected.logits(np.array(ids))
+    choices = torch_logits.argmax(axis=1)
+    parted = np.flatnonzero(choices[:-1] != np.array(ids[1:]))
+    if not len(parted):
+        proof.text = f"the same {len(ids)} most likely tokens"
+        return
+    at = int(parted[0])
+    ours, theirs = ids[at + 1], int(choices[at])
+    gap = float(torch_logits[at, theirs] - torch_logits[at, ours])
+    difference = float(np.abs(torch_logits[at] - logits[at]).max())
+    proof.text = (
+        f"parts at token {at + 1}: PyTorch has {torch_logits[at, theirs]:.5f} against {torch_logits[at, ours]:.5f}, "
+        f"the runtime {logits[at][theirs]:.5f} against {logits[at][ours]:.5f}"
+    )
+    if gap > 2 * difference:
+        proof.problems.append(f"the texts part at token {at + 1} by more than rounding explains")
+
+
+def _compare_bits(
+    proof: Proof, original: TorchLogits, runtime: Transformer, data: shards.Shards, relative_bound: float
+) -> None:
+    """Check that both programs need the same bits for the same validation tokens."""
+    vocabulary = tokenizer.load(data.tokenizer_path, data.meta.vocab_size)
+    tokens = data.split("val")[: EVALUATION_TOKENS + 1]
+    expected = sum(evaluate_windows(original, vocabulary, tokens), start=NOTHING)
+    found = sum(evaluate_windows(runtime, vocabulary, tokens), start=NOTHING)
+    proof.torch_bits_per_byte, proof.runtime_bits_per_byte = expected.bits_per_byte, found.bits_per_byte
+    proof.evaluated_tokens = found.tokens
+    if not abs(found.bits_per_byte - expected.bits_per_byte) <= relative_bound * expected.bits_per_byte:
+        proof.problems.append(
+            f"{found.bits_per_byte:.4f} bits per byte where PyTorch needs {expected.bits_per_byte:.4f}"
+        )
