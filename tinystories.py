@@ -27,7 +27,8 @@ from tqdm import tqdm
 from configurator import parse
 from llamalet import errors
 from llamalet.errors import ConfigError, UsageError
-from llamalet.shards import SPLITS, Meta, writing
+from llamalet.files import replacing
+from llamalet.shards import SPLITS, Meta
 from training import documents, vocabulary
 from training.documents import DocumentRule, Piece, expected_chars
 from training.download import download
@@ -295,7 +296,7 @@ def _train_vocabulary(config: TextConfig, source: Source, vocab_size: int, *, at
     lines = vocabulary.sample_lines(_pieces(config, source, "train"), max(every, 1))
     model, n_tokens = vocabulary.train(lines, vocab_size, at_most=at_most)
     path = source.folder / f"tok{n_tokens}.model"
-    with writing(path) as file:
+    with replacing(path) as file:
         file.write(model)
     print(f"vocabulary: {path}, {n_tokens} tokens")
     return path

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from llamalet.errors import DiskError, LlamaletError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -19,19 +21,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Yields:
         A binary file open for writing and reading.
+
+    Raises:
+        DiskError: if the disk is full or fails.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+        sync_folder(path.parent)
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        # An error that knows another file's name comes from reading that one and says enough.
+        foreign = isinstance(error, LlamaletError) or getattr(error, "filename", None) not in (None, aside, str(aside))
+        if isinstance(error, OSError) and not foreign:
+            raise DiskError(f"{path}: {error.strerror}; free some space and try again, nothing was changed") from error
         raise
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,19 +5,18 @@ made them, and meta.json, which says all there is to know about them. Documents 
 ids are uint16, or uint32 where the vocabulary has more than 65536 tokens. A folder without meta.json is unfinished.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.errors import DataError, DiskError, LlamaletError
+from llamalet.errors import DataError
 from llamalet.files import replacing
 
 META_FILE = "meta.json"
@@ -292,7 +291,7 @@ def read_meta(path: Path) -> Meta:
 
 def write_meta(path: Path, meta: Meta) -> None:
     """Write meta.json, which declares the shards beside it finished."""
-    with writing(path) as file:
+    with replacing(path) as file:
         file.write((json.dumps(meta.to_dict(), indent=2) + "\n").encode())
 
 
@@ -333,7 +332,7 @@ def write_shard(path: Path, blocks: Iterable[Block], vocab_size: int) -> Shard:
     dtype = id_dtype(vocab_size).newbyteorder("<")
     digest = hashlib.sha256()
     tokens = documents = text_bytes = 0
-    with writing(path) as file:
+    with replacing(path) as file:
         for block in blocks:
             if len(block.ids) and not 0 <= int(block.ids.min()) <= int(block.ids.max()) < vocab_size:
                 raise DataError(f"{path}: token id {block.ids.max()} (or below 0) outside the {vocab_size} tokens")
@@ -346,20 +345,3 @@ def write_shard(path: Path, blocks: Iterable[Block], vocab_size: int) -> Shard:
         if not tokens:
             raise DataError(f"{path}: there are no tokens to write")
     return Shard(file=path.name, tokens=tokens, documents=documents, text_bytes=text_bytes, sha256=digest.hexdigest())
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that appears whole or not at all (`files.replacing`); a failing disk is told with the file's name.
-
-    Raises:
-        DiskError: if the disk is full or fails; `path` is then as it was.
-    """
-    try:
-        with replacing(path) as file:
-            yield file
-    except OSError as error:
-        # An error that knows a file name comes from opening some file and says enough; a failed write knows none.
-        if isinstance(error, LlamaletError) or error.filename is not None:
-            raise
-        raise DiskError(f"{path}: {error.strerror}; free some space and type the command again") from None

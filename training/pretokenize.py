@@ -18,6 +18,7 @@ import numpy as np
 
 from llamalet import shards
 from llamalet.errors import DataError, TokenizerError
+from llamalet.files import replacing
 from llamalet.shards import META_FILE, SPLITS, Block, Entropy, Meta, Shard, Split
 from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer
 from llamalet.tokenizer import load as load_tokenizer
@@ -232,7 +233,7 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a small file, whole or not at all."""
     data = source.read_bytes()
     if not target.is_file() or target.read_bytes() != data:
-        with shards.writing(target) as file:
+        with replacing(target) as file:
             file.write(data)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from llamalet.errors import DataError
-from llamalet.shards import writing
+from llamalet.files import replacing
 
 DEFAULT_SOURCE = "roneneldan/TinyStories"
 SYNTHETIC = "synthetic"
@@ -50,7 +50,7 @@ class Record:
         """Declare the source in `folder` complete."""
         files = {split: [entry._asdict() for entry in entries] for split, entries in self.files.items()}
         table = {"format": RECORD_FORMAT, "version": RECORD_VERSION, **dataclasses.asdict(self), "files": files}
-        with writing(folder / RECORD_FILE) as file:
+        with replacing(folder / RECORD_FILE) as file:
             file.write((json.dumps(table, indent=2) + "\n").encode())
 
     @classmethod

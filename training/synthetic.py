@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 import story_grammar
-from llamalet.shards import SPLITS, writing
+from llamalet.files import replacing
+from llamalet.shards import SPLITS
 from training.sources import RECORD_FILE, SYNTHETIC, Record, RecordedFile, sha256_of
 from training.workers import Workers
 
@@ -72,7 +73,7 @@ def synthesize(
         chosen = islice(stories, val_stories if name == "val" else train_stories)
         path = folder / f"{name}.jsonl"
         size = 0
-        with writing(path) as file:
+        with replacing(path) as file:
             for line, log_prob in chosen:
                 file.write(line)
                 size += len(line)

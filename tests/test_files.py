@@ -1,0 +1,46 @@
+import os
+
+import pytest
+
+from llamalet.errors import DataError, DiskError
+from llamalet.files import replacing
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file"
+    with replacing(path) as file:
+        file.write(b"first")
+        assert not path.exists()
+    assert path.read_bytes() == b"first"
+    with pytest.raises(DataError), replacing(path) as file:
+        file.write(b"half")
+        raise DataError("the source is bad")
+    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+
+
+def test_readers_keep_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with open(path, "rb") as reader:
+        with replacing(path) as file:
+            file.write(b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(DiskError, match=r"file: No space left"),
+        replacing(tmp_path / "file") as file,
+    ):
+        file.write(b"x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_source_is_not_blamed_on_the_target(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"), replacing(tmp_path / "file"):
+        open(tmp_path / "gone")
