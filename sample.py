@@ -73,9 +73,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
-        problems = check_settings(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p
-        )
+        problems = check_settings(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
         if not -1 <= self.seed <= MASK:
             problems.append(f"seed={self.seed}: must be -1 (random) or lie between 0 and 2**64 - 1")
         if self.steps is not None and self.max_new_tokens is not None:
@@ -196,6 +194,7 @@ def speed(n_prompt: int, times: Sequence[float]) -> str:
         n_prompt: tokens of the prompt.
         times: when the prompt was begun, then when each token came, in seconds.
     """
+
     def rate(n: int, seconds: float) -> str:
         return f"{n} tokens, {n / seconds if seconds > 0 else math.inf:.1f} tokens/s"
 

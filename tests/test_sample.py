@@ -19,13 +19,13 @@ ONCE = "Once upon a time, there was a little girl named Lily."
 LILY = (
     ONCE + " She loved to play outside in the park. One day, she saw a big, red ball. She wanted to play with it, but "
     "it was too high.\nLily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do. She "
-    'said, "I want to play with your ball, but I can\'t find it."\nLily was sad and didn\'t know what to do. She said, '
+    "said, \"I want to play with your ball, but I can't find it.\"\nLily was sad and didn't know what to do. She said, "
     "\"I'm sorry, Lily. I didn't know what to do.\"\nLily didn't want to help her mom, so she\n"
 )
 LILY_SEED_42 = (
     ONCE + " She loved to play outside in the sun. One day, her mom asked her to teach him a nice way to play in the "
     "sun. Lily was so excited to go outside and jump in the sky. \nAs she walked, she saw a tall toy car that was much "
-    "carrots. The toys asked her to buy some cars and Lily all nicely. The car was curious and said, \"What's wrong?\" "
+    'carrots. The toys asked her to buy some cars and Lily all nicely. The car was curious and said, "What\'s wrong?" '
     'Lily said, "I am sorry, I want to help you." \nThey both ate the cards and toys and had a brilliant, bunnys. They '
     "put the car and ate the ball together. Lily was happy that the ball could read\n"
 )
@@ -81,9 +81,8 @@ def test_the_text_is_all_that_goes_to_stdout(model, capsys):
 
 def test_short_and_long_flags_are_the_same(model, capsys):
     short = tell(capsys, model, "-t", 0.7, "-p", 0.8, "-s", 9, "-n", 12, "-i", "and", "-m", "generate")[0]
-    assert short == tell(
-        capsys, f"--checkpoint={model}", "--temperature=0.7", "--top-p", 0.8, "--seed=9", "--steps=12", "--prompt=and"
-    )[0]
+    long = ["--temperature=0.7", "--top-p", 0.8, "--seed=9", "--steps=12", "--prompt=and"]
+    assert short == tell(capsys, f"--checkpoint={model}", *long)[0]
     tokenizer = model.with_name("model.tokenizer.bin").rename(model.with_name("other"))
     assert short == tell(capsys, model, "-t", 0.7, "-p", 0.8, "-s", 9, "-n", 12, "-i", "and", "-z", tokenizer)[0]
 
