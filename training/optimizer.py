@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, and the learning rate as a pure function of the step."""
+"""AdamW, Muon, and the learning rate as a pure function of the step."""
 
 import math
 
@@ -24,42 +24,69 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: i
     return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * progress))
 
 
-def make_adamw(model: nn.Module, *, rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """Make AdamW with decay on the matrices alone: norms are no directions that could shrink without harm.
+class Optimizer:
+    """One or two of torch's optimizers as one: AdamW for all parameters, or Muon for the layers' matrices beside it.
 
-    One fused kernel does all updates where the device has one (CPU and CUDA).
+    AdamW decays the matrices alone: norms are no directions that could shrink without harm. Its updates run in one
+    fused kernel where the device has one (CPU and CUDA). Muon's updates are scaled to the size of AdamW's, so that one
+    learning rate serves both; embeddings and output are no maps between activations, so they stay with AdamW.
+
+    Source: Muon is Keller Jordan's, https://kellerjordan.github.io/posts/muon/, its scaling Moonlight's,
+    https://arxiv.org/abs/2502.16982, section 2.2.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)
 
+    def __init__(
+        self, model: nn.Module, *, kind: str, rate: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        """Set up the parameter groups.
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` in the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+        Args:
+            model: the model.
+            kind: adamw or muon.
+            rate: the first learning rate.
+            betas: AdamW's moments.
+            weight_decay: of the matrices, relative to the learning rate.
+        """
+        self._model = model
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+        matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+        orthogonal = [matrix for name, matrix in matrices.items() if kind == "muon" and name.startswith("layers.")]
+        decayed = [matrix for matrix in matrices.values() if all(matrix is not other for other in orthogonal)]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        fused = vectors[0].device.type in ("cpu", "cuda")
+        self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)]
+        if orthogonal:
+            self._parts.append(
+                torch.optim.Muon(orthogonal, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
 
+    def step(self, rate: float) -> None:
+        """Update the parameters with the learning rate `rate`, and drop their gradients."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors, each named `parameter:slot`, so that no order of parameters matters."""
-    return {
-        f"{name}:{slot}": value
-        for name, parameter in model.named_parameters()
-        for slot, value in optimizer.state.get(parameter, {}).items()
-    }
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the optimizer's tensors, each named `parameter:slot`, so that no order of parameters matters."""
+        return {
+            f"{name}:{slot}": value
+            for name, parameter in self._model.named_parameters()
+            for part in self._parts
+            for slot, value in part.state.get(parameter, {}).items()
+        }
 
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put `state_dict`'s tensors back.
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Put `optimizer_state`'s tensors back.
-
-    Raises:
-        KeyError: if a tensor belongs to no parameter of the model.
-    """
-    parameters = dict(model.named_parameters())
-    for key, value in state.items():
-        name, _, slot = key.rpartition(":")
-        parameter = parameters[name]
-        # AdamW counts its steps in a scalar, which the fused CUDA kernel wants on the device as well.
-        optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
+        Raises:
+            KeyError: if a tensor belongs to no parameter of the model.
+        """
+        parameters = dict(self._model.named_parameters())
+        for key, value in state.items():
+            name, _, slot = key.rpartition(":")
+            parameter = parameters[name]
+            part = next(p for p in self._parts if any(parameter is q for g in p.param_groups for q in g["params"]))
+            # AdamW counts its steps in a scalar, which the fused CUDA kernel wants on the device as well.
+            part.state[parameter][slot] = value.to(parameter.device, copy=True)
