@@ -1,8 +1,8 @@
-"""The forward pass as machine code: each function of reference.py under its name there, and `work`, which runs a model.
+"""The forward pass as machine code: the functions of reference.py under their names there, and `work`, which runs all.
 
-Numba compiles these functions for the kind of weights that a model has, float32 or int8: one forward pass, of which
-only `prepare`, `dot`, `dot_pair` and `embed` differ. Everything works in memory that transformer.py allotted, for T new
-positions at a time; decoding is T = 1. Shape letters as in reference.py.
+Numba compiles this once for float32 weights and once for int8 weights of each group size: one forward pass, in which
+only `embed`, `prepare` and simd's `dot_rows` differ. It works in memory that transformer.py allots, on T new positions
+at a time; decoding is T = 1. Shape letters are those of reference.py.
 """
 
 import math
@@ -13,36 +13,44 @@ from numba import float32, njit, types
 from numba.extending import overload
 
 from llamalet import team
-from llamalet.simd import add_scaled, int8_dot, layer_of, sum_lanes, zero_lanes
+from llamalet.simd import dot_rows, layer_of
 
-# What may be done to float arithmetic: another order of sums, fused multiply-add, approximate functions. Not: assuming
-# that there are no NaNs and infinities, which would hide a broken model (fastmath=True does).
+# What may be done to float arithmetic where a sum is formed: another order, fused multiply-add, approximate functions.
+# Not: assuming that there are no NaNs and infinities, which would hide a broken model (fastmath=True does). All else is
+# exact: LLVM makes two versions of a loop that stores, for arrays that are close and that are not, and both must agree.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
 
-# Without reference counting: the kernels own nothing, and counting would stop the threads at every row.
-KERNEL_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": FAST_MATH, "_nrt": False}
-kernel = njit(**KERNEL_OPTIONS)
-exact_kernel = njit(nogil=True, _nrt=False)
+# No reference counting: the kernels own nothing, and counting would stop the threads at every row. A compiled function
+# inherits its caller's options, so that each is set here even where it is the default.
+OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": False, "no_cfunc_wrapper": True, "_nrt": False}
+kernel = njit(**OPTIONS)
+summing_kernel = njit(**OPTIONS | {"fastmath": FAST_MATH})
+# For functions that take all weights or all of the workspace: as a call, numba would copy hundreds of words for each.
+inlined_kernel = njit(inline="always", **OPTIONS)
+
+# The stages of a layer; LOGITS comes once, after all layers.
+QKV, ATTENTION, PROJECTION, GATE, DOWN, LOGITS = range(6)
+STAGES_PER_LAYER = 5
+
+# The matrices in Weights.matrices, in the order of the stages that multiply by them, and the first one of each stage.
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2", "output", "tok_embeddings")
+TOK_EMBEDDINGS = MATRICES.index("tok_embeddings")
+FIRST_MATRIX = (0, -1, 3, 4, 6, 7)
+
+# The words of Workspace.job: the first new position, T, how many of the last positions get logits; then the number of
+# blocks of each stage.
+START, COUNT, N_LOGITS, N_BLOCKS, JOB_WORDS = 0, 1, 2, 3, 9
 
 
 class Int8Matrix(NamedTuple):
-    """The int8 weights of all layers (L, rows, cols), or of one (rows, cols).
-
-    values: simd.group_dtype (..., rows, groups).
-    scales: float32 (..., rows, groups).
-    """
+    """A quantized matrix (rows, cols): simd.group_dtype and float32, both (rows, groups), or Stacks of these."""
 
     values: Any
     scales: Any
 
 
 class Int8Rows(NamedTuple):
-    """Quantized activations (T, cols).
-
-    values: simd.group_dtype (T, groups).
-    scales: float32 (T, groups).
-    starts: simd.starts_dtype (T, groups); see simd.
-    """
+    """Quantized vectors (T, cols): simd.group_dtype, float32 and simd.starts_dtype, all (T, groups)."""
 
     values: Any
     scales: Any
@@ -50,46 +58,43 @@ class Int8Rows(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All weights. A matrix is float32 (L, rows, cols) or Int8Matrix; the two of the vocabulary have L = 1."""
+    """A model.
 
-    tok_embeddings: Any
+    matrices: MATRICES as Stacks of float32 (rows, cols), or Int8Matrix; those of the vocabulary have one layer.
+    attention_norm: float32 (L, C).
+    ffn_norm: float32 (L, C).
+    norm: float32 (C,).
+    norm_eps: float32.
+    """
+
+    matrices: Any
     attention_norm: Any
-    wq: Any
-    wk: Any
-    wv: Any
-    wo: Any
     ffn_norm: Any
-    w1: Any
-    w2: Any
-    w3: Any
     norm: Any
-    output: Any
     norm_eps: Any
 
 
 class Workspace(NamedTuple):
-    """The memory that a pass over T positions works in, float32 unless said otherwise.
+    """The memory of a pass over T new positions; float32 unless said otherwise.
 
-    The operands are what the matrices multiply: the array before it, or its Int8Rows.
+    tokens: int64 (T,).
+    x: the residual stream (T, C).
+    normed: (T, C).
+    attended: (T, H * D).
+    scores: (H, capacity).
+    operands: what the matrices of each stage multiply: normed, (nothing), attended, normed, gate, normed, or Int8Rows.
+    outputs: what the matrices make: q, k, v, projected (T, C), gate, up, projected, logits.
+    job: int64, the words above.
     """
 
-    tokens: Any  # int64 (T,)
-    x: Any  # (T, C)
-    normed: Any  # (T, C)
-    normed_operand: Any
-    q: Any  # (T, H * D)
-    k: Any  # (T, G * D)
-    v: Any  # (T, G * D)
-    scores: Any  # (H, capacity)
-    attended: Any  # (T, H * D)
-    attended_operand: Any
-    projected: Any  # (T, C)
-    gate: Any  # (T, F)
-    up: Any  # (T, F)
-    hidden: Any  # (T, F)
-    hidden_operand: Any
-    logits: Any  # (T, V)
-    job: Any  # int64, see the indices below
+    tokens: Any
+    x: Any
+    normed: Any
+    attended: Any
+    scores: Any
+    operands: Any
+    outputs: Any
+    job: Any
 
 
 class Past(NamedTuple):
@@ -101,42 +106,11 @@ class Past(NamedTuple):
     sin: Any
 
 
-# The words of Workspace.job: the first new position, T, how many of the last positions get logits; then, for each
-# stage, how many rows of a matrix are one block.
-START, COUNT, N_LOGITS, BLOCK_ROWS, JOB_WORDS = 0, 1, 2, 3, 9
-
-# The stages of a layer; LOGITS comes once, after all layers.
-QKV, ATTENTION, PROJECTION, GATE, DOWN, LOGITS = 0, 1, 2, 3, 4, 5
-STAGES_PER_LAYER = 5
-
-
-def n_rows(matrix: Any) -> int:
-    """Return the number of rows of a matrix (L, rows, cols)."""
-
-
 def embed(matrix: Any, token: int, x: Any) -> None:
     """Write the embedding of a token, a row of the matrix (V, C), to x (C,)."""
 
 
-def prepare(x: Any, operand: Any, count: int) -> None:
-    """Make x[:count] (T, cols) into what a matrix multiplies: itself, or quantized."""
-
-
-def dot_pair(matrix: Any, first: int, second: int, operand: Any, t: int) -> tuple[float, float]:
-    """Return the dot products of two rows of a matrix (rows, cols) with vector t of an operand.
-
-    Two at a time because every load of the vector then serves twice; rows that lie apart, as memory is read best.
-    """
-
-
-@overload(n_rows, jit_options=KERNEL_OPTIONS, strict=False)
-def _n_rows(matrix: Any) -> Any:
-    if isinstance(matrix, types.Array):
-        return lambda matrix: matrix.shape[1]
-    return lambda matrix: matrix.scales.shape[1]
-
-
-@overload(embed, jit_options=KERNEL_OPTIONS, strict=False)
+@overload(embed, jit_options=OPTIONS, strict=False)
 def _embed(matrix: Any, token: Any, x: Any) -> Any:
     if isinstance(matrix, types.Array):
 
@@ -147,88 +121,69 @@ def _embed(matrix: Any, token: Any, x: Any) -> Any:
         return copy
 
     def dequantize(matrix: Any, token: Any, x: Any) -> None:
-        size = len(matrix.values[token, 0].values)
         for g in range(matrix.scales.shape[1]):
             group, scale = matrix.values[token, g].values, matrix.scales[token, g]
-            for i in range(size):
-                x[g * size + i] = group[i] * scale
+            for i in range(len(group)):
+                x[g * len(group) + i] = group[i] * scale
 
     return dequantize
 
 
-@overload(prepare, jit_options=KERNEL_OPTIONS, strict=False)
+def prepare(x: Any, operand: Any, count: int) -> None:
+    """Make x[:count] (T, cols) into what a matrix multiplies: itself, or Int8Rows."""
+
+
+@overload(prepare, jit_options=OPTIONS, strict=False)
 def _prepare(x: Any, operand: Any, count: Any) -> Any:
     if isinstance(operand, types.Array):
         return lambda x, operand, count: None
     return lambda x, operand, count: quantize_rows(x, operand, count)
 
 
-@overload(dot_pair, jit_options=KERNEL_OPTIONS, strict=False)
-def _dot_pair(matrix: Any, first: Any, second: Any, operand: Any, t: Any) -> Any:
-    if isinstance(matrix, types.Array):
-
-        def float_dot_pair(matrix: Any, first: Any, second: Any, operand: Any, t: Any) -> tuple[float, float]:
-            a = b = float32(0)
-            for i in range(matrix.shape[1]):
-                a += matrix[first, i] * operand[t, i]
-                b += matrix[second, i] * operand[t, i]
-            return a, b
-
-        return float_dot_pair
-
-    def int8_dot_pair(matrix: Any, first: Any, second: Any, operand: Any, t: Any) -> tuple[float, float]:
-        a = b = zero_lanes(matrix.values[first, 0])
-        for g in range(operand.scales.shape[1]):
-            x, scale, starts = operand.values[t, g], operand.scales[t, g], operand.starts[t, g]
-            a = add_scaled(a, int8_dot(matrix.values[first, g], x, starts), scale, matrix.scales[first, g])
-            b = add_scaled(b, int8_dot(matrix.values[second, g], x, starts), scale, matrix.scales[second, g])
-        return sum_lanes(a), sum_lanes(b)
-
-    return int8_dot_pair
-
-
-@exact_kernel
+@kernel
 def quantize_rows(x: Any, rows: Any, count: int) -> None:
     """Quantize x[:count] (T, cols) into Int8Rows; as in reference.py a NaN or infinity spoils its group's scale."""
-    size = len(rows.values[0, 0].values)
     for t in range(count):
         for g in range(rows.scales.shape[1]):
             values, starts = rows.values[t, g].values, rows.starts[t, g].values
+            group = x[t, g * len(values) : (g + 1) * len(values)]
             largest = spoilt = float32(0)
-            for i in range(size):
-                value = x[t, g * size + i]
-                largest = max(largest, abs(value))
-                spoilt += value * float32(0)
+            for i in range(len(values)):
+                largest = max(largest, abs(group[i]))
+                spoilt += group[i] * float32(0)
+            rows.scales[t, g] = largest / float32(127) + spoilt
             inverse = float32(127) / largest if largest > 0 else float32(0)
             if not inverse < np.inf:
                 inverse = float32(0)
-            for i in range(size):
-                value = np.rint(x[t, g * size + i] * inverse)
-                values[i] = np.int8(np.int32(value if value > -127 else float32(-127)))
-            for i in range(size // 4):
-                starts[i] = -128 * (np.int32(values[4 * i]) + values[4 * i + 1] + values[4 * i + 2] + values[4 * i + 3])
-            rows.scales[t, g] = largest / float32(127) + spoilt
+            for i in range(len(values)):
+                value = np.rint(group[i] * inverse)
+                values[i] = np.int32(value if value > -127 else float32(-127))
+            for i in range(len(starts)):
+                quad = np.int32(values[4 * i]) + values[4 * i + 1] + values[4 * i + 2] + values[4 * i + 3]
+                starts[i] = -128 * quad
 
 
 @kernel
 def matmul(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int) -> None:
-    """Multiply rows first..last of a matrix (rows, cols) with `count` vectors from first_t on into out (T, rows)."""
-    half = (last - first) // 2
-    for row in range(first, first + half):
+    """Multiply rows first..last of a matrix (rows, cols) with `count` vectors from first_t on into out (T, rows).
+
+    Four rows are computed together, which lie a quarter of all these rows apart: the processor reads ahead best in a
+    few places where one address follows the other for long.
+    """
+    n = (last - first) // 4
+    for i in range(first, first + n):
+        j, k, m = i + n, i + 2 * n, i + 3 * n
         for t in range(count):
-            out[t, row], out[t, row + half] = dot_pair(matrix, row, row + half, operand, first_t + t)
-    if 2 * half < last - first:
+            out[t, i], out[t, j], out[t, k], out[t, m] = dot_rows(matrix, (i, j, k, m), operand, first_t + t)
+    for i in range(first + 4 * n, last):
         for t in range(count):
-            out[t, last - 1], _ = dot_pair(matrix, last - 1, last - 1, operand, first_t + t)
+            out[t, i] = dot_rows(matrix, (i,), operand, first_t + t)[0]
 
 
 @kernel
 def rmsnorm(x: Any, weight: Any, eps: float, out: Any) -> None:
     """Normalise x (C,) into out (C,)."""
-    squares = float32(0)
-    for i in range(len(x)):
-        squares += x[i] * x[i]
-    factor = float32(1) / np.sqrt(squares / float32(len(x)) + eps)
+    factor = float32(1) / np.sqrt(dot(x, x) / float32(len(x)) + eps)
     for i in range(len(x)):
         out[i] = x[i] * factor * weight[i]
 
@@ -250,28 +205,148 @@ def attention(q: Any, keys: Any, values: Any, length: int, scores: Any, out: Any
     scale = float32(1) / np.sqrt(float32(len(q)))
     largest = float32(-np.inf)
     for s in range(length):
-        score = float32(0)
-        for i in range(len(q)):
-            score += q[i] * keys[s, i]
-        scores[s] = score * scale
+        scores[s] = dot(q, keys[s]) * scale
         largest = max(largest, scores[s])
-    total = float32(0)
     for s in range(length):
         scores[s] = math.exp(scores[s] - largest)
-        total += scores[s]
-    for i in range(len(out)):
-        out[i] = float32(0)
+    factor = float32(1) / total(scores[:length])
+    out[:] = float32(0)
     for s in range(length):
-        weight = scores[s] / total
+        weight = scores[s] * factor
         for i in range(len(out)):
             out[i] += weight * values[s, i]
 
 
+@summing_kernel
+def dot(x: Any, y: Any) -> float:
+    """Return the dot product of x (n,) and y (n,)."""
+    result = float32(0)
+    for i in range(len(x)):
+        result += x[i] * y[i]
+    return result
+
+
+@summing_kernel
+def total(x: Any) -> float:
+    """Return the sum of x (n,)."""
+    result = float32(0)
+    for i in range(len(x)):
+        result += x[i]
+    return result
+
+
 @kernel
-def swiglu(gate: Any, up: Any, out: Any, first: int, last: int) -> None:
-    """Write silu(gate) * up to out, from column first to last of all three (F,)."""
+def swiglu(gate: Any, up: Any, first: int, last: int) -> None:
+    """Make gate (F,) into silu(gate) * up, from column first to last."""
     for i in range(first, last):
-        out[i] = gate[i] / (float32(1) + math.exp(-gate[i])) * up[i]
+        gate[i] = gate[i] / (float32(1) + math.exp(-gate[i])) * up[i]
+
+
+@kernel
+def work(weights: Any, space: Any, past: Any, shared: Any, binding: int, helping: bool) -> None:
+    """Run the model over the new positions of space.job, together with other threads; see team.py.
+
+    Args:
+        weights: Weights.
+        space: Workspace; its tokens and job say what is to be done.
+        past: Past, with room for the new positions.
+        shared: the team's words.
+        binding: the number under which the team passed these arguments.
+        helping: whether this thread is a helper; the caller's thread begins the job, and returns when it is done.
+    """
+    if not helping:
+        begin(weights, space)
+        team.open_job(shared)
+    last_stage = STAGES_PER_LAYER * weights.attention_norm.shape[0]
+    looks = 0
+    while not helping or looks < team.LOOKS:
+        ticket = team.atomic_load(shared, team.TICKET)
+        if team.atomic_load(shared, team.BINDING) != binding:
+            return
+        stage, block = team.stage_of(ticket), team.block_of(ticket)
+        if stage > last_stage and not helping:
+            return
+        kind = LOGITS if stage == last_stage else stage % STAGES_PER_LAYER
+        n_blocks = space.job[N_BLOCKS + kind] if stage <= last_stage else 0
+        if block >= n_blocks:
+            team.wait(looks)
+            looks += 1
+        elif team.take(shared, ticket):
+            run_block(weights, space, past, kind, stage // STAGES_PER_LAYER, block)
+            if team.complete(shared, n_blocks):
+                finish_stage(weights, space, past, kind, stage // STAGES_PER_LAYER)
+                team.open_next_stage(shared)
+            looks = 0
+
+
+@inlined_kernel
+def begin(weights: Any, space: Any) -> None:
+    """Do what comes before the first stage."""
+    table = layer_of(weights.matrices[TOK_EMBEDDINGS], 0)
+    for t in range(space.job[COUNT]):
+        embed(table, space.tokens[t], space.x[t])
+        rmsnorm(space.x[t], weights.attention_norm[0], weights.norm_eps, space.normed[t])
+    prepare(space.normed, space.operands[QKV], space.job[COUNT])
+
+
+@inlined_kernel
+def run_block(weights: Any, space: Any, past: Any, kind: int, layer: int, block: int) -> None:
+    """Do one block of a stage."""
+    count = space.job[COUNT]
+    if kind == ATTENTION:
+        head_dim = past.keys.shape[3]
+        head = slice(block * head_dim, (block + 1) * head_dim)
+        group = block * past.keys.shape[1] // space.scores.shape[0]
+        keys, values = layer_of(layer_of(past.keys, layer), group), layer_of(layer_of(past.values, layer), group)
+        for t in range(count):
+            length = space.job[START] + t + 1
+            q, out = space.outputs[0][t, head], space.attended[t, head]
+            attention(q, keys, values, length, space.scores[block], out)
+        return
+    # A block is a share of the rows: of one of wq, wk and wv; of w1 and w3 together; of the stage's only matrix.
+    share, n_shares, part, end = block, space.job[N_BLOCKS + kind], 0, 2 if kind == GATE else 1
+    if kind == QKV:
+        share, n_shares, part, end = block // 3, n_shares // 3, block % 3, block % 3 + 1
+    n_vectors = space.job[N_LOGITS] if kind == LOGITS else count
+    first = last = 0
+    for number in range(FIRST_MATRIX[kind] + part, FIRST_MATRIX[kind] + end):
+        out = space.outputs[number]
+        n_rows = out.shape[1]
+        quads = (n_rows + 3) // 4
+        first, last = 4 * (quads * share // n_shares), min(4 * (quads * (share + 1) // n_shares), n_rows)
+        matrix = layer_of(weights.matrices[number], 0 if kind == LOGITS else layer)
+        matmul(matrix, space.operands[kind], count - n_vectors, n_vectors, out, first, last)
+    if kind == GATE:
+        gate, up = space.outputs[FIRST_MATRIX[GATE]], space.outputs[FIRST_MATRIX[GATE] + 1]
+        for t in range(count):
+            swiglu(gate[t], up[t], first, last)
+
+
+@inlined_kernel
+def finish_stage(weights: Any, space: Any, past: Any, kind: int, layer: int) -> None:
+    """Do what comes between a stage and the next; one thread does it."""
+    count = space.job[COUNT]
+    if kind == QKV:
+        q, k, v = space.outputs[0], space.outputs[1], space.outputs[2]
+        for t in range(count):
+            position = space.job[START] + t
+            rope(q[t], past.cos[position], past.sin[position])
+            rope(k[t], past.cos[position], past.sin[position])
+            remember(k[t], layer_of(past.keys, layer), position)
+            remember(v[t], layer_of(past.values, layer), position)
+    elif kind == ATTENTION:
+        prepare(space.attended, space.operands[PROJECTION], count)
+    elif kind == GATE:
+        prepare(space.outputs[FIRST_MATRIX[GATE]], space.operands[DOWN], count)
+    elif kind != LOGITS:
+        norm = weights.ffn_norm[layer]
+        if kind == DOWN:
+            is_last = layer + 1 == weights.attention_norm.shape[0]
+            norm = weights.norm if is_last else weights.attention_norm[layer + 1]
+        for t in range(count):
+            add(space.x[t], space.outputs[FIRST_MATRIX[kind]][t])
+            rmsnorm(space.x[t], norm, weights.norm_eps, space.normed[t])
+        prepare(space.normed, space.operands[QKV], count)
 
 
 @kernel
@@ -282,156 +357,7 @@ def add(x: Any, y: Any) -> None:
 
 
 @kernel
-def work(weights: Any, space: Any, past: Any, shared: Any, binding: int, helping: bool) -> None:
-    """Run the model over the new positions of space.job, together with other threads; see team.py.
-
-    Args:
-        weights: Weights.
-        space: Workspace; its tokens and job say what is to be done, its logits receive the result.
-        past: Past, with room for the new positions.
-        shared: the team's words.
-        binding: the number under which the team passed these arguments.
-        helping: whether this thread is a helper; the caller's thread begins the job, and returns when it is done.
-    """
-    n_stages = STAGES_PER_LAYER * weights.attention_norm.shape[0] + 1
-    if not helping:
-        begin(weights, space)
-        team.open_job(shared)
-    looks = 0
-    while not helping or looks < team.SPINS + team.LOOKS:
-        ticket = team.atomic_load(shared, team.TICKET)
-        if team.atomic_load(shared, team.BINDING) != binding:
-            return
-        stage, block = team.stage_of(ticket), team.block_of(ticket)
-        if stage == n_stages and not helping:
-            return
-        n_blocks = count_blocks(weights, space, stage) if stage < n_stages else 0
-        if block < n_blocks and team.take(shared, ticket):
-            run_block(weights, space, past, stage, block)
-            if team.complete(shared, n_blocks):
-                finish_stage(weights, space, past, stage)
-                team.open_next_stage(shared)
-            looks = 0
-        elif block >= n_blocks:
-            team.wait(looks)
-            looks += 1
-
-
-@kernel
-def kind_of(weights: Any, stage: int) -> int:
-    """Return the kind of a stage: QKV, ..., LOGITS."""
-    return LOGITS if stage == STAGES_PER_LAYER * weights.attention_norm.shape[0] else stage % STAGES_PER_LAYER
-
-
-@kernel
-def count_blocks(weights: Any, space: Any, stage: int) -> int:
-    """Return the number of blocks of a stage."""
-    kind = kind_of(weights, stage)
-    if kind == ATTENTION:
-        return space.scores.shape[0]
-    if kind == QKV:
-        rows = n_rows(weights.wq) + n_rows(weights.wk) + n_rows(weights.wv)
-    elif kind == GATE:
-        rows = n_rows(weights.w1)
-    elif kind == LOGITS:
-        rows = n_rows(weights.output)
-    else:
-        rows = n_rows(weights.wo)
-    return -(-rows // space.job[BLOCK_ROWS + kind])
-
-
-@kernel
-def begin(weights: Any, space: Any) -> None:
-    """Do what comes before the first stage."""
-    table = layer_of(weights.tok_embeddings, 0)
-    for t in range(space.job[COUNT]):
-        embed(table, space.tokens[t], space.x[t])
-    normalise(weights, space, layer_of(weights.attention_norm, 0))
-
-
-@kernel
-def normalise(weights: Any, space: Any, norm: Any) -> None:
-    """Make the residual stream into the operand of the next matrices."""
-    for t in range(space.job[COUNT]):
-        rmsnorm(space.x[t], norm, weights.norm_eps, space.normed[t])
-    prepare(space.normed, space.normed_operand, space.job[COUNT])
-
-
-@kernel
-def run_block(weights: Any, space: Any, past: Any, stage: int, block: int) -> None:
-    """Do one block of a stage."""
-    index, kind, count = stage // STAGES_PER_LAYER, kind_of(weights, stage), space.job[COUNT]
-    if kind == ATTENTION:
-        n_groups, head_dim = past.keys.shape[1], past.keys.shape[3]
-        group = block // (space.scores.shape[0] // n_groups)
-        keys, values = layer_of(layer_of(past.keys, index), group), layer_of(layer_of(past.values, index), group)
-        head = slice(block * head_dim, (block + 1) * head_dim)
-        for t in range(count):
-            length = space.job[START] + t + 1
-            attention(space.q[t, head], keys, values, length, space.scores[block], space.attended[t, head])
-        return
-    first = block * space.job[BLOCK_ROWS + kind]
-    last = first + space.job[BLOCK_ROWS + kind]
-    if kind == QKV:
-        wq, wk, wv = layer_of(weights.wq, index), layer_of(weights.wk, index), layer_of(weights.wv, index)
-        n_q, n_k = n_rows(weights.wq), n_rows(weights.wk)
-        operand = space.normed_operand
-        matmul(wq, operand, 0, count, space.q, min(first, n_q), min(last, n_q))
-        matmul(wk, operand, 0, count, space.k, clip(first - n_q, n_k), clip(last - n_q, n_k))
-        matmul(wv, operand, 0, count, space.v, clip(first - n_q - n_k, n_k), clip(last - n_q - n_k, n_k))
-    elif kind == GATE:
-        last = min(last, n_rows(weights.w1))
-        matmul(layer_of(weights.w1, index), space.normed_operand, 0, count, space.gate, first, last)
-        matmul(layer_of(weights.w3, index), space.normed_operand, 0, count, space.up, first, last)
-        for t in range(count):
-            swiglu(space.gate[t], space.up[t], space.hidden[t], first, last)
-    elif kind == LOGITS:
-        last, n_logits = min(last, n_rows(weights.output)), space.job[N_LOGITS]
-        operand = space.normed_operand
-        matmul(layer_of(weights.output, 0), operand, count - n_logits, n_logits, space.logits, first, last)
-    elif kind == PROJECTION:
-        last = min(last, n_rows(weights.wo))
-        matmul(layer_of(weights.wo, index), space.attended_operand, 0, count, space.projected, first, last)
-    else:
-        last = min(last, n_rows(weights.w2))
-        matmul(layer_of(weights.w2, index), space.hidden_operand, 0, count, space.projected, first, last)
-
-
-@kernel
-def clip(row: int, n: int) -> int:
-    """Return `row` within 0..n."""
-    return min(max(row, 0), n)
-
-
-@kernel
-def finish_stage(weights: Any, space: Any, past: Any, stage: int) -> None:
-    """Do what comes between a stage and the next; one thread does it."""
-    index, kind, count = stage // STAGES_PER_LAYER, kind_of(weights, stage), space.job[COUNT]
-    if kind == QKV:
-        keys, values = layer_of(past.keys, index), layer_of(past.values, index)
-        for t in range(count):
-            position = space.job[START] + t
-            rope(space.q[t], past.cos[position], past.sin[position])
-            rope(space.k[t], past.cos[position], past.sin[position])
-            store(space.k[t], keys, position)
-            store(space.v[t], values, position)
-    elif kind == ATTENTION:
-        prepare(space.attended, space.attended_operand, count)
-    elif kind == GATE:
-        prepare(space.hidden, space.hidden_operand, count)
-    elif kind != LOGITS:
-        for t in range(count):
-            add(space.x[t], space.projected[t])
-        if kind == PROJECTION:
-            normalise(weights, space, layer_of(weights.ffn_norm, index))
-        elif index + 1 < weights.attention_norm.shape[0]:
-            normalise(weights, space, layer_of(weights.attention_norm, index + 1))
-        else:
-            normalise(weights, space, weights.norm)
-
-
-@kernel
-def store(x: Any, cached: Any, position: int) -> None:
+def remember(x: Any, cached: Any, position: int) -> None:
     """Write all heads of x (G * D,) to their places in one layer of a cache (G, capacity, D)."""
     head_dim = cached.shape[2]
     for g in range(cached.shape[0]):

@@ -1,38 +1,40 @@
-"""The few vector instructions under the kernels, as functions that numba code can call.
+"""The vector instructions under the kernels, as functions that numba code can call.
 
-A loop over int8 does not vectorise in numba, which widens every product to 64 bits. So the inner step, the dot product
-of two groups of int8, is built here as LLVM vector code, with a type `Lanes` for the vectors that it works on. Which
-instructions it becomes is chosen when a kernel is compiled; LLAMALET_SIMD=NAME forces one path:
+A loop over int8 does not vectorise in numba, which widens every product to 64 bits. So the dot product of quantized
+rows is built here as LLVM vector code. Which instructions it becomes is chosen when a kernel is compiled;
+LLAMALET_SIMD=NAME forces one path:
 
     avx512vnni   vpdpbusd, 64 bytes at a time
     avxvnni      vpdpbusd, 32 bytes at a time
     portable     widen, multiply, add: any processor
 
 vpdpbusd multiplies unsigned by signed bytes. The weights become unsigned by flipping their top bit, which adds 128 to
-each: dot(w + 128, x) = dot(w, x) + 128 * sum(x). What this is too much depends on the activations alone, so it is
-computed once per vector, for all rows, and is what the sums start from (`starts`).
+each: dot(w + 128, x) = dot(w, x) + 128 * sum(x). What this is too much depends on the vector alone, so it is computed
+once for all rows, and is what the sums start from (`starts`).
 
-A group is a numpy record of dtype `group_dtype(size)`: numba sees its size in its type, so every loop over a group
-unrolls, and an element of an array of groups is a pointer that needs no reference counting.
+A group is a numpy record of dtype `group_dtype(size)`: so numba knows its size when it compiles.
 """
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic
 
 from llamalet.errors import ConfigError
 
 PATH_VARIABLE = "LLAMALET_SIMD"
 PATHS = ("avx512vnni", "avxvnni", "portable")
 
-I8, I32, F32 = ir.IntType(8), ir.IntType(32), ir.FloatType()
+# Elements of a float32 row multiplied at a time; LLVM takes as many registers as the processor needs for them.
+FLOAT_LANES = 16
+
+I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 def group_dtype(size: int) -> np.dtype[Any]:
@@ -62,119 +64,160 @@ def instruction_path() -> str:
     return "avxvnni" if features.get("avxvnni") else "portable"
 
 
-class Lanes(types.Type):
-    """A vector register: `count` elements of type i32 or f32."""
-
-    def __init__(self, element: str, count: int) -> None:
-        self.element, self.count = element, count
-        super().__init__(name=f"Lanes({element} x {count})")
-
-
-@register_model(Lanes)
-class LanesModel(models.PrimitiveModel):
-    """Lanes are an LLVM vector."""
-
-    def __init__(self, manager: Any, lanes: Lanes) -> None:
-        super().__init__(manager, lanes, ir.VectorType({"i32": I32, "f32": F32}[lanes.element], lanes.count))
-
-
 @intrinsic
-def int8_dot(typing_context: Any, weights: Any, x: Any, starts: Any) -> Any:
-    """Multiply two groups of int8 and sum the products, 4 of them in each lane, exactly.
+def dot_rows(typing_context: Any, matrix: Any, rows: Any, operand: Any, t: Any) -> Any:
+    """Return the dot products of rows of a matrix with one vector, as a tuple of float32.
+
+    Several rows at a time because what is loaded of the vector then serves all of them. Indices are not checked.
 
     Args:
         typing_context: numba's.
-        weights: a group of weights.
-        x: a group of activations of the same size.
-        starts: as `start_sums` computes them from x.
-
-    Returns:
-        Lanes(i32, size / 4), whose total is the dot product.
+        matrix: float32 (rows, cols), or a tuple of group_dtype values and float32 scales, both (rows, groups).
+        rows: a tuple of row numbers.
+        operand: float32 (T, cols), or a tuple of group_dtype values, float32 scales and starts_dtype starts, all
+            (T, groups). The starts are, for every 4 neighbours, -128 times their sum.
+        t: which of the T vectors.
     """
-    size = weights.size
+    result = types.UniTuple(types.float32, rows.count)
+    emit = _int8_dots if isinstance(matrix, types.BaseTuple) else _float_dots
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        w_bytes, x_bytes = (_load(builder, pointer, I8, size) for pointer in args[:2])
-        path = instruction_path()
-        if path == "portable" or size % 16:
-            return _portable_dot(builder, w_bytes, x_bytes)
-        w_bytes = builder.xor(w_bytes, _splat_constant(I8, -128, size))
-        sums = _load(builder, args[2], I32, size // 4)
-        return _vnni_dot(builder, sums, w_bytes, x_bytes, 64 if path == "avx512vnni" else 32)
+        tables, vectors = (
+            [_Table(context, builder, *pair) for pair in _arrays(builder, *typed)]
+            for typed in ((matrix, args[0]), (operand, args[2]))
+        )
+        row_pointers = [[table.row(row) for table in tables] for row in cgutils.unpack_tuple(builder, args[1])]
+        totals = emit(builder, row_pointers, [table.row(args[3]) for table in vectors], tables[0])
+        return context.make_tuple(builder, result, totals)
 
-    return Lanes("i32", size // 4)(weights, x, starts), build
-
-
-@intrinsic
-def zero_lanes(typing_context: Any, group: Any) -> Any:
-    """Return Lanes(f32) of zeros, as many as `int8_dot` returns for such a group."""
-    lanes = Lanes("f32", group.size // 4)
-
-    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return _splat_constant(F32, 0.0, lanes.count)
-
-    return lanes(group), build
+    return result(matrix, rows, operand, types.intp), build
 
 
-@intrinsic
-def add_scaled(typing_context: Any, total: Any, dot: Any, x_scale: Any, w_scale: Any) -> Any:
-    """Return total + dot * x_scale * w_scale, lane by lane, in float32."""
-
-    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        floats = builder.sitofp(args[1], args[0].type)
-        scaled = builder.fmul(floats, _splat(builder, args[2], total.count))
-        product = builder.fmul(scaled, _splat(builder, args[3], total.count), flags=("contract",))
-        return builder.fadd(args[0], product, flags=("contract",))
-
-    return total(total, dot, types.float32, types.float32), build
-
-
-@intrinsic
-def sum_lanes(typing_context: Any, lanes: Any) -> Any:
-    """Return the sum of all lanes."""
-    result, element = (types.int32, I32) if lanes.element == "i32" else (types.float32, F32)
-    name = f"v{lanes.count}{lanes.element}"
-
-    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        if lanes.element == "i32":
-            return _call(builder, f"llvm.vector.reduce.add.{name}", element, args)
-        start = ir.Constant(F32, -0.0)
-        return _call(builder, f"llvm.vector.reduce.fadd.{name}", element, (start, *args), fastmath=("reassoc",))
-
-    return result(lanes), build
+def _float_dots(builder: ir.IRBuilder, row_pointers: Any, x_pointers: Any, table: "_Table") -> list[Any]:
+    """Return the dot products of float32 rows with a vector."""
+    lanes = FLOAT_LANES
+    n_whole = builder.mul(builder.udiv(table.width, ir.Constant(I64, lanes)), ir.Constant(I64, lanes))
+    vectors = [cgutils.alloca_once_value(builder, _splat_constant(F32, 0.0, lanes)) for _ in row_pointers]
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n_whole, ir.Constant(I64, lanes), I64) as (col, _):
+        x = _load(builder, builder.gep(x_pointers[0], [col]), F32, lanes)
+        for (row,), total in zip(row_pointers, vectors, strict=True):
+            product = builder.fmul(_load(builder, builder.gep(row, [col]), F32, lanes), x, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+    totals = [cgutils.alloca_once_value(builder, _sum_lanes(builder, builder.load(vector))) for vector in vectors]
+    with cgutils.for_range_slice(builder, n_whole, table.width, ir.Constant(I64, 1), I64) as (col, _):
+        x = builder.load(builder.gep(x_pointers[0], [col]))
+        for (row,), total in zip(row_pointers, totals, strict=True):
+            product = builder.fmul(builder.load(builder.gep(row, [col])), x, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+    return [builder.load(total) for total in totals]
 
 
-@intrinsic
-def layer_of(typing_context: Any, stack: Any, index: Any) -> Any:
-    """Return stack[index] of an array (L, ...), or of a named tuple of such arrays.
+def _int8_dots(builder: ir.IRBuilder, row_pointers: Any, x_pointers: Any, table: "_Table") -> list[Any]:
+    """Return the dot products of quantized rows with a quantized vector."""
+    size = table.dtype.size
+    lanes = size // 4
+    zeros = _splat_constant(F32, 0.0, lanes)
+    totals = [cgutils.alloca_once_value(builder, zeros) for _ in row_pointers]
+    with cgutils.for_range(builder, table.width, intp=I64) as loop:
+        x_bytes, x_scale, starts = (builder.gep(pointer, [loop.index]) for pointer in x_pointers)
+        x_bytes, starts = _load(builder, x_bytes, I8, size), _load(builder, starts, I32, lanes)
+        x_scale = _splat(builder, builder.load(x_scale), lanes)
+        for (w_pointer, scale_pointer), total in zip(row_pointers, totals, strict=True):
+            w_bytes = _load(builder, builder.gep(w_pointer, [loop.index]), I8, size)
+            w_scale = _splat(builder, builder.load(builder.gep(scale_pointer, [loop.index])), lanes)
+            sums = builder.sitofp(_int8_dot(builder, w_bytes, x_bytes, starts), zeros.type)
+            scaled = builder.fmul(builder.fmul(sums, x_scale), w_scale, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), scaled, flags=("contract",)), total)
+    return [_sum_lanes(builder, builder.load(total)) for total in totals]
 
-    What indexing in numba would return is reference counted, and of unknown strides wherever the layers do not follow
-    each other at once. This one is neither: each layer must be contiguous, wherever it lies.
+
+def _arrays(builder: ir.IRBuilder, array_type: Any, value: Any) -> Any:
+    """Return the (type, value) of an array, or of each array of a tuple."""
+    if isinstance(array_type, types.BaseTuple):
+        return zip(array_type.types, cgutils.unpack_tuple(builder, value), strict=True)
+    return [(array_type, value)]
+
+
+class _Table:
+    """The address, the width and the element type of a contiguous array (n, width)."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, array_type: Any, value: Any) -> None:
+        array = context.make_array(array_type)(context, builder, value)
+        self._builder, self._data = builder, array.data
+        self.dtype = array_type.dtype
+        _, self.width = cgutils.unpack_tuple(builder, array.shape)
+
+    def row(self, index: Any) -> Any:
+        """Return the address of the first element of a row."""
+        return self._builder.gep(self._data, [self._builder.mul(index, self.width)])
+
+
+def _int8_dot(builder: ir.IRBuilder, w_bytes: Any, x_bytes: Any, starts: Any) -> Any:
+    """Return the products of two vectors of int8, summed over every 4 of them: int32 in a quarter of the lanes."""
+    size, path = w_bytes.type.count, instruction_path()
+    if path == "portable" or size % 16:
+        return _portable_dot(builder, w_bytes, x_bytes)
+    w_bytes = builder.xor(w_bytes, _splat_constant(I8, -128, size))
+    return _vnni_dot(builder, starts, w_bytes, x_bytes, 64 if path == "avx512vnni" else 32)
+
+
+class Stack(NamedTuple):
+    """The layers of a matrix, equally far apart in memory.
+
+    first: the first layer, a contiguous array.
+    distance: bytes from one layer to the next.
     """
 
-    def array_type(array: Any) -> Any:
-        return types.Array(array.dtype, array.ndim - 1, "C", readonly=not array.mutable)
+    first: Any
+    distance: int
 
-    arrays = stack.types if isinstance(stack, types.BaseTuple) else [stack]
-    results = [array_type(array) for array in arrays]
-    result = types.NamedTuple(results, stack.instance_class) if isinstance(stack, types.BaseTuple) else results[0]
+
+@intrinsic
+def layer_of(typing_context: Any, layers: Any, index: Any) -> Any:
+    """Return one layer of a Stack, of each Stack of a named tuple, or of an array (L, ...), contiguous and unchecked.
+
+    What indexing an array returns in numba is reference counted, this is not.
+    """
+    result = _layer_type(layers)
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        values = cgutils.unpack_tuple(builder, args[0]) if isinstance(stack, types.BaseTuple) else [args[0]]
-        layers = [_layer_of(context, builder, *triple, args[1]) for triple in zip(arrays, results, values, strict=True)]
-        return context.make_tuple(builder, result, layers) if isinstance(stack, types.BaseTuple) else layers[0]
+        return _layer_of(context, builder, layers, *args)
 
-    return result(stack, types.intp), build
+    return result(layers, types.intp), build
 
 
-def _layer_of(context: Any, builder: ir.IRBuilder, stack: Any, result: Any, value: Any, index: Any) -> Any:
-    """Return value[index] as an array of type `result`."""
-    outer, inner = context.make_array(stack)(context, builder, value), context.make_array(result)(context, builder)
-    (distance, *strides), (_, *shape) = (cgutils.unpack_tuple(builder, x) for x in (outer.strides, outer.shape))
-    first = builder.bitcast(outer.data, I8.as_pointer())
-    data = builder.bitcast(builder.gep(first, [builder.mul(index, distance)]), outer.data.type)
-    context.populate_array(inner, data=data, shape=shape, strides=strides, itemsize=outer.itemsize, meminfo=None)
-    return inner._getvalue()
+def _is_stack(layers: Any) -> bool:
+    """Return whether a numba type is that of a Stack."""
+    return isinstance(layers, types.BaseNamedTuple) and layers.instance_class is Stack
+
+
+def _layer_type(layers: Any) -> Any:
+    """Return numba's type of one layer."""
+    if _is_stack(layers):
+        return layers[0]
+    if isinstance(layers, types.BaseNamedTuple):
+        return types.NamedTuple([_layer_type(part) for part in layers], layers.instance_class)
+    return types.Array(layers.dtype, layers.ndim - 1, "C", readonly=not layers.mutable)
+
+
+def _layer_of(context: Any, builder: ir.IRBuilder, layers: Any, value: Any, index: Any) -> Any:
+    """Return one layer of a value of numba's type `layers`."""
+    result = _layer_type(layers)
+    if isinstance(layers, types.BaseNamedTuple) and not _is_stack(layers):
+        parts = zip(layers, cgutils.unpack_tuple(builder, value), strict=True)
+        return context.make_tuple(builder, result, [_layer_of(context, builder, *part, index) for part in parts])
+    if _is_stack(layers):
+        first, distance = cgutils.unpack_tuple(builder, value)
+        array = context.make_array(result)(context, builder, first)
+        strides, shape = (cgutils.unpack_tuple(builder, x) for x in (array.strides, array.shape))
+    else:
+        array = context.make_array(layers)(context, builder, value)
+        (distance, *strides), (_, *shape) = (cgutils.unpack_tuple(builder, x) for x in (array.strides, array.shape))
+    data = builder.gep(builder.bitcast(array.data, I8.as_pointer()), [builder.mul(index, distance)])
+    data = builder.bitcast(data, array.data.type)
+    layer = context.make_array(result)(context, builder)
+    context.populate_array(layer, data=data, shape=shape, strides=strides, itemsize=array.itemsize, meminfo=None)
+    return layer._getvalue()
 
 
 def _portable_dot(builder: ir.IRBuilder, w_bytes: Any, x_bytes: Any) -> Any:
@@ -206,6 +249,12 @@ def _vnni_dot(builder: ir.IRBuilder, sums: Any, w_bytes: Any, x_bytes: Any, regi
         pairs = zip(parts[0::2], parts[1::2], strict=True)
         parts = [_select(builder, low, range(2 * low.type.count), high) for low, high in pairs]
     return parts[0]
+
+
+def _sum_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
+    """Return the sum of the lanes of a float32 vector."""
+    name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
+    return _call(builder, name, F32, (ir.Constant(F32, -0.0), vector), fastmath=("reassoc",))
 
 
 def _load(builder: ir.IRBuilder, pointer: Any, element: Any, count: int) -> Any:

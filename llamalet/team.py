@@ -35,9 +35,9 @@ TICKET, DONE, BINDING, SHARED_WORDS = 0, 16, 32, 48
 BLOCK_BITS, STAGE_BITS, SEQUENCE_BITS = 16, 16, 31
 BLOCK_MASK, STAGE_MASK, SEQUENCE_MASK = (1 << BLOCK_BITS) - 1, (1 << STAGE_BITS) - 1, (1 << SEQUENCE_BITS) - 1
 
-# A thread that finds no work spins this often, then lets other programs run between its looks; a helper that has
-# looked in vain for about a millisecond goes to sleep.
-SPINS, LOOKS = 1000, 3000
+# A thread that finds no work looks again this often at once, after that it lets others run between its looks; a helper
+# goes to sleep after so many looks, about a millisecond on an idle machine.
+SPINS, LOOKS = 1000, 4000
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 WORD_BYTES = 8
@@ -190,28 +190,26 @@ class Team:
         self._shared = np.zeros(SHARED_WORDS, np.int64)
         self._arguments: tuple[Any, ...] = ()
         self._alarms = [threading.Event() for _ in range(n_threads - 1)]
-        self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
 
     def run(self, arguments: tuple[Any, ...]) -> None:
-        """Do one job. The helpers keep the arguments, so the same tuple should be passed as long as they are the same.
+        """Do one job; the caller sees to it that there is only one at a time.
 
-        One job is done at a time: a second caller waits.
+        The helpers keep the arguments, so the same tuple should be passed as long as they are the same.
         """
-        with self._lock:
-            if arguments is not self._arguments:
-                self._arguments = arguments
-                self._shared[BINDING] += 1
-            for alarm in self._alarms:
-                if not alarm.is_set():
-                    alarm.set()
-            self._work(*arguments, self._shared, int(self._shared[BINDING]), False)
-            if self._failure is not None:
-                raise self._failure
-            # The helpers come once the function is compiled; this way they never wait for the compiler.
-            if not self._threads and self._alarms:
-                self._start()
+        if arguments is not self._arguments:
+            self._arguments = arguments
+            self._shared[BINDING] += 1
+        for alarm in self._alarms:
+            if not alarm.is_set():
+                alarm.set()
+        self._work(*arguments, self._shared, int(self._shared[BINDING]), False)
+        if self._failure is not None:
+            raise self._failure
+        # The helpers come once the function is compiled; this way they never wait for the compiler.
+        if not self._threads:
+            self._start()
 
     def stop(self) -> None:
         """Let the helpers end."""

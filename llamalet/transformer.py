@@ -1,5 +1,6 @@
 """The fast forward pass over a KV cache: one compiled call a token, or a chunk of a prompt, on all cores."""
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from llamalet.format import ModelFile
 from llamalet.kernels import Int8Matrix, Int8Rows, Past, Weights, Workspace
 from llamalet.quantize import Quantized
 from llamalet.reference import Array, KVCache, NumpyTransformer, Tokens, check_tokens
-from llamalet.simd import group_dtype, starts_dtype
+from llamalet.simd import Stack, group_dtype, starts_dtype
 from llamalet.team import Team, thread_count
 
 # Positions that the kernels take through the layers at once.
@@ -22,10 +23,10 @@ CHUNK = 32
 # From this many positions on, numpy's float32 matrix product is faster than the kernels, which compute row by row.
 BLAS_POSITIONS = 8
 
-# A block of a stage is at most this much of a matrix, small enough that the threads finish a stage together; and a
-# stage has at least so many blocks per thread.
-BLOCK_BYTES = 1 << 16
-BLOCKS_PER_THREAD = 4
+# A stage has this many blocks for each thread, so that a late thread finds something left to do, or more where a block
+# would be larger than BLOCK_BYTES. Not many: memory is read best in long runs.
+BLOCKS_PER_THREAD = 2
+BLOCK_BYTES = 1 << 20
 
 
 class Transformer(NumpyTransformer):
@@ -46,6 +47,7 @@ class Transformer(NumpyTransformer):
             kernel_cache.enable(kernels.work)
         self._team = Team(kernels.work, thread_count(threads))
         weakref.finalize(self, self._team.stop)
+        self._lock = threading.Lock()
         self._stacked = stack_weights(file)
         self._spaces: dict[int, Workspace] = {}
         self._arguments: tuple[Weights, Workspace, Past] | None = None
@@ -88,13 +90,14 @@ class Transformer(NumpyTransformer):
 
     def _run(self, cache: KVCache, ids: NDArray[np.int64], n_logits: int) -> Array:
         """Append at most CHUNK tokens to the cache; return the logits (n_logits, V) after the last of them."""
-        cache.reserve(cache.length + len(ids))
-        weights, space, past = arguments = self._bind(cache, 1 if len(ids) == 1 else CHUNK)
-        space.tokens[: len(ids)] = ids
-        space.job[kernels.START : kernels.N_LOGITS + 1] = cache.length, len(ids), n_logits
-        self._team.run(arguments)
-        cache.length += len(ids)
-        return space.logits[:n_logits].copy()
+        with self._lock:
+            cache.reserve(cache.length + len(ids))
+            _, space, _ = arguments = self._bind(cache, 1 if len(ids) == 1 else CHUNK)
+            space.tokens[: len(ids)] = ids
+            space.job[kernels.START : kernels.N_LOGITS + 1] = cache.length, len(ids), n_logits
+            self._team.run(arguments)
+            cache.length += len(ids)
+            return space.outputs[kernels.FIRST_MATRIX[kernels.LOGITS]][:n_logits].copy()
 
     def _bind(self, cache: KVCache, n_positions: int) -> tuple[Weights, Workspace, Past]:
         """Return the arguments of the kernels; the same tuple as long as nothing has moved."""
@@ -114,6 +117,7 @@ class Transformer(NumpyTransformer):
     def _new_workspace(self, n_positions: int, capacity: int) -> Workspace:
         """Return memory for passes over up to n_positions new positions and `capacity` in all."""
         c = self.config
+        q_dim = c.n_heads * c.head_dim
 
         def array(width: int) -> Array:
             return np.zeros((n_positions, width), np.float32)
@@ -121,24 +125,39 @@ class Transformer(NumpyTransformer):
         def operand(x: Array) -> Any:
             return x if self._group_size is None else new_int8_rows(n_positions, x.shape[1], self._group_size)
 
+        q, k, v, gate, up = (array(width) for width in (q_dim, c.kv_dim, c.kv_dim, c.hidden_dim, c.hidden_dim))
+        normed, attended, projected = array(c.dim), array(q_dim), array(c.dim)
+        from_normed, from_attended, from_gate = operand(normed), operand(attended), operand(gate)
         job = np.zeros(kernels.JOB_WORDS, np.int64)
-        q_dim, rows = c.n_heads * c.head_dim, c.n_heads * c.head_dim + 2 * c.kv_dim
-        matrices = {
-            kernels.QKV: (rows, c.dim), kernels.PROJECTION: (c.dim, q_dim), kernels.GATE: (c.hidden_dim, 2 * c.dim),
-            kernels.DOWN: (c.dim, c.hidden_dim), kernels.LOGITS: (c.vocab_size, c.dim),
-        }  # fmt: skip
-        for stage, (n_rows, n_cols) in matrices.items():
-            row_bytes = 4 * n_cols if self._group_size is None else n_cols + 4 * n_cols // self._group_size
-            even = -(-n_rows // (BLOCKS_PER_THREAD * self._team.n_threads))
-            job[kernels.BLOCK_ROWS + stage] = max(min(even, BLOCK_BYTES // row_bytes), 4)
-        normed, attended, hidden = array(c.dim), array(q_dim), array(c.hidden_dim)
+        job[kernels.N_BLOCKS :] = self._count_blocks()
         return Workspace(
-            tokens=np.zeros(n_positions, np.int64), x=array(c.dim), normed=normed, normed_operand=operand(normed),
-            q=array(q_dim), k=array(c.kv_dim), v=array(c.kv_dim), scores=np.zeros((c.n_heads, capacity), np.float32),
-            attended=attended, attended_operand=operand(attended), projected=array(c.dim),
-            gate=array(c.hidden_dim), up=array(c.hidden_dim), hidden=hidden, hidden_operand=operand(hidden),
-            logits=array(c.vocab_size), job=job,
-        )  # fmt: skip
+            tokens=np.zeros(n_positions, np.int64),
+            x=array(c.dim),
+            normed=normed,
+            attended=attended,
+            scores=np.zeros((c.n_heads, capacity), np.float32),
+            operands=(from_normed, from_normed, from_attended, from_normed, from_gate, from_normed),
+            outputs=(q, k, v, projected, gate, up, projected, array(c.vocab_size)),
+            job=job,
+        )
+
+    def _count_blocks(self) -> list[int]:
+        """Return the number of blocks of each stage."""
+        c = self.config
+
+        def blocks(rows: int, cols: int) -> int:
+            n_bytes = rows * cols * (4 if self._group_size is None else 1)
+            return max(BLOCKS_PER_THREAD * self._team.n_threads, -(-n_bytes // BLOCK_BYTES))
+
+        q_dim = c.n_heads * c.head_dim
+        return [
+            3 * blocks(q_dim, c.dim),
+            c.n_heads,
+            blocks(c.dim, q_dim),
+            blocks(2 * c.hidden_dim, c.dim),
+            blocks(c.dim, c.hidden_dim),
+            blocks(c.vocab_size, c.dim),
+        ]
 
 
 def new_int8_rows(n: int, cols: int, group_size: int) -> Int8Rows:
@@ -150,49 +169,43 @@ def new_int8_rows(n: int, cols: int, group_size: int) -> Int8Rows:
 
 def stack_weights(file: ModelFile) -> Weights:
     """Return a model's weights as the kernels take them: the layers of each matrix as one array, without a copy."""
-    layers, tensors = range(file.config.n_layers), file.tensors
+    tensors = file.tensors
 
-    def matrix(names: Sequence[str]) -> Any:
-        return as_matrix([tensors[name] for name in names])
+    def layers(name: str) -> list[Any]:
+        return [tensors[f"layers.{layer}.{name}"] for layer in range(file.config.n_layers)]
 
-    def of_layers(name: str) -> Any:
-        return [f"layers.{layer}.{name}" for layer in layers]
-
-    def norms(name: str) -> Any:
-        return stack([tensors[layer_name] for layer_name in of_layers(name)])
-
-    tables = ["tok_embeddings"], ["output" if "output" in tensors else "tok_embeddings"]
+    matrices = [layers(f"attention.{name}") for name in kernels.MATRICES[:4]]
+    matrices += [layers(f"feed_forward.{name}") for name in kernels.MATRICES[4:7]]
+    matrices += [[tensors.get("output", tensors["tok_embeddings"])], [tensors["tok_embeddings"]]]
     return Weights(
-        tok_embeddings=matrix(tables[0]), output=matrix(tables[1]), norm=stack([tensors["norm"]])[0],
-        attention_norm=norms("attention_norm"), ffn_norm=norms("ffn_norm"),
-        wq=matrix(of_layers("attention.wq")), wk=matrix(of_layers("attention.wk")),
-        wv=matrix(of_layers("attention.wv")), wo=matrix(of_layers("attention.wo")),
-        w1=matrix(of_layers("feed_forward.w1")), w2=matrix(of_layers("feed_forward.w2")),
-        w3=matrix(of_layers("feed_forward.w3")), norm_eps=np.float32(file.config.norm_eps),
-    )  # fmt: skip
+        matrices=tuple(as_matrix(matrix) for matrix in matrices),
+        attention_norm=np.stack(layers("attention_norm")),
+        ffn_norm=np.stack(layers("ffn_norm")),
+        norm=np.array(tensors["norm"]),
+        norm_eps=np.float32(file.config.norm_eps),
+    )
 
 
 def as_matrix(layers: Sequence[Any]) -> Any:
-    """Return the layers of a matrix as one float32 array (L, rows, cols) or one Int8Matrix."""
+    """Return the layers of a matrix, float32 or Quantized, as a Stack or as an Int8Matrix of two."""
     if not isinstance(layers[0], Quantized):
         return stack(layers)
     dtype = group_dtype(layers[0].group_size)
     return Int8Matrix(stack([w.values.view(dtype) for w in layers]), stack([w.scales for w in layers]))
 
 
-def stack(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Return arrays of one shape as a single one (L, ...): a view where they lie at equal distances, as in our files.
+def stack(arrays: Sequence[NDArray[Any]]) -> Stack:
+    """Return arrays of one shape as a Stack: in place if they are equally far apart, as in our files, else copied.
 
-    The view keeps only the first array alive; the caller keeps the others.
+    The Stack keeps the first array alive; the caller keeps the others.
     """
     addresses = [array.__array_interface__["data"][0] for array in arrays]
     distances = set(np.diff(addresses).tolist())
-    first = arrays[0]
     if len(distances) > 1 or not all(array.flags.c_contiguous for array in arrays):
-        stacked = np.stack(arrays)
+        copy = np.ascontiguousarray(np.stack(arrays))
+        first, distance = copy[0], copy.strides[0]
     else:
-        distance = distances.pop() if distances else first.nbytes
-        stacked = np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), (distance, *first.strides))
-    # One type of array, so that the kernels are compiled once, wherever the weights come from.
-    stacked.flags.writeable = False
-    return stacked
+        first, distance = arrays[0].view(), distances.pop() if distances else 0
+    # One type of array wherever the weights come from, so that the kernels are compiled once.
+    first.flags.writeable = False
+    return Stack(first, distance)

@@ -1,6 +1,7 @@
 import ctypes
 import mmap
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,23 +67,27 @@ def operand_of(x: np.ndarray, group: int | None) -> np.ndarray | kernels.Int8Row
 
 
 @pytest.mark.parametrize("group", [4, 16, 32, 64, 128])
-def test_int8_dot_is_exact_on_every_path(path, group):
+def test_int8_products_are_summed_exactly_on_every_path(path, group):
     """Over the whole range: -128, which only a foreign file can hold, and sums that saturating instructions lose."""
 
     @njit
-    def dots(w, x, starts, out):
+    def dots(matrix, operand, out):
         for i in range(len(out)):
-            out[i] = simd.sum_lanes(simd.int8_dot(w[i], x[i], starts[i]))
+            for t in range(len(operand.scales)):
+                out[i, t], _ = simd.dot_rows(matrix, (i, i), operand, t)
 
     rng = np.random.default_rng(group)
-    w, x = rng.integers(-128, 128, (2, 100, group), dtype=np.int8)
+    w, x = rng.integers(-128, 128, (2, 40, group), dtype=np.int8)
     extremes = np.array([(-128, -127), (-128, 127), (127, 127), (127, -127), (0, 127), (-128, 0)], np.int8)
     w[: len(extremes)], x[: len(extremes)] = extremes[:, :1], extremes[:, 1:]
-    starts = (-128 * x.reshape(100, -1, 4).astype(np.int32)).sum(axis=-1, dtype=np.int32)
-    out = np.zeros(100, np.int32)
-    w_groups, x_groups = (at_the_end_of_memory(a).view(simd.group_dtype(group))[:, 0] for a in (w, x))
-    dots(w_groups, x_groups, at_the_end_of_memory(starts).view(simd.starts_dtype(group))[:, 0], out)
-    np.testing.assert_array_equal(out, (w.astype(np.int32) * x).sum(axis=-1))
+    starts = (-128 * x.reshape(40, -1, 4).astype(np.int32)).sum(axis=-1, dtype=np.int32)
+    ones, out = np.ones((40, 1), np.float32), np.zeros((40, 40), np.float32)
+    w_groups, x_groups = (at_the_end_of_memory(a).view(simd.group_dtype(group)) for a in (w, x))
+    x_starts = at_the_end_of_memory(starts).view(simd.starts_dtype(group))
+    ones = at_the_end_of_memory(ones)
+    dots(kernels.Int8Matrix(w_groups, ones), kernels.Int8Rows(x_groups, ones, x_starts), out)
+    # Sums of up to 128 products fit into the 24 bits of a float32.
+    np.testing.assert_array_equal(out, w.astype(np.int32) @ x.astype(np.int32).T)
 
 
 def test_an_unknown_path_is_refused(monkeypatch):
@@ -138,15 +143,22 @@ def matmul_of_layer(matrix, operand, first_t, count, out, first, last):
     kernels.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last)
 
 
-@pytest.mark.parametrize("group", [None, 16, 32, 64])
-def test_matmul_reads_nothing_beyond_its_operands(group):
-    weight, x = floats(0, 7, 192), floats(1, 3, 192)
+@pytest.mark.parametrize(
+    ("group", "cols"), [(None, 192), (None, 200), (None, 5), (16, 48), (16, 16), (32, 192), (64, 64)]
+)
+def test_matmul_reads_nothing_beyond_its_operands(group, cols):
+    weight, x = floats(0, 7, cols), floats(1, 3, cols)
+    guarded: tuple[Any, Any]
     if group is None:
         matrix, operand = as_matrix([weight]), x
-        guarded = at_the_end_of_memory(matrix), at_the_end_of_memory(x)
+        guarded = as_matrix([at_the_end_of_memory(weight)]), at_the_end_of_memory(x)
     else:
-        matrix, operand = as_matrix([quantize(weight, group)]), operand_of(x, group)
-        guarded = matrix._make(map(at_the_end_of_memory, matrix)), operand._make(map(at_the_end_of_memory, operand))
+        quantized = quantize(weight, group)
+        matrix, operand = as_matrix([quantized]), operand_of(x, group)
+        guarded = (
+            as_matrix([quantized._make(map(at_the_end_of_memory, quantized))]),
+            operand._make(map(at_the_end_of_memory, operand)),
+        )
     expected, out = np.zeros((3, 7), np.float32), at_the_end_of_memory(np.zeros((3, 7), np.float32))
     matmul_of_layer(matrix, operand, 0, 3, expected, 0, 7)
     matmul_of_layer(*guarded, 0, 3, out, 0, 7)
@@ -160,6 +172,21 @@ def test_rmsnorm(dim, seed):
     out = np.empty(dim, np.float32)
     kernels.rmsnorm(x, weight, np.float32(1e-5), out)
     np.testing.assert_allclose(out, reference.rmsnorm(x, weight, 1e-5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [0, 4, 13, 64])
+def test_arrays_that_nearly_touch_round_alike(gap):
+    """LLVM compiles loops twice, for arrays far apart and close together; sums in another order once made them differ."""
+    memory, far = np.zeros(200, np.float32), np.zeros(48, np.float32)
+    x, near = memory[:48], memory[48 + gap : 96 + gap]
+    x[:] = floats(0, 48)
+    weight = floats(1, 48)
+    kernels.rmsnorm(x, weight, np.float32(1e-5), far)
+    kernels.rmsnorm(x, weight, np.float32(1e-5), near)
+    np.testing.assert_array_equal(near, far)
+    for values in (near, far):
+        kernels.add(values, x)
+    np.testing.assert_array_equal(near, far)
 
 
 @given(st.integers(1, 5), st.integers(1, 40), seeds)
@@ -189,10 +216,10 @@ def test_attention(head_dim, length, spread, seed):
 @settings(deadline=None, max_examples=50)
 def test_swiglu(width, spread, seed):
     gate, up = spread * floats(seed, width), floats(seed + 1, width)
-    out = np.full(width, 7, np.float32)
-    kernels.swiglu(gate, up, out, 0, width // 2)
-    kernels.swiglu(gate, up, out, width // 2, width)
-    np.testing.assert_allclose(out, reference.swiglu(gate, up), rtol=1e-5, atol=1e-30)
+    expected = reference.swiglu(gate, up)
+    kernels.swiglu(gate, up, 0, width // 2)
+    kernels.swiglu(gate, up, width // 2, width)
+    np.testing.assert_allclose(gate, expected, rtol=1e-5, atol=1e-30)
 
 
 def test_no_kernel_hides_a_nan():
@@ -202,8 +229,9 @@ def test_no_kernel_hides_a_nan():
     out = np.zeros(64, np.float32)
     kernels.rmsnorm(x, np.ones(64, np.float32), np.float32(1e-5), out)
     assert np.isnan(out).all()
-    kernels.swiglu(x, np.ones(64, np.float32), out, 0, 64)
-    assert np.isnan(out[50]) and np.isfinite(out[49])
+    gate = x.copy()
+    kernels.swiglu(gate, np.ones(64, np.float32), 0, 64)
+    assert np.isnan(gate[50]) and np.isfinite(gate[49])
     keys = floats(1, 5, 64)
     keys[3, 9] = nan
     kernels.attention(floats(2, 64), keys, floats(3, 5, 64), 5, np.zeros(5, np.float32), out)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import SMALL_MODELS, random_tensors
 
-from llamalet import format, reference, team, tokenizer
+from llamalet import format, kernels, reference, team, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, UsageError
 from llamalet.reference import NumpyTransformer
-from llamalet.transformer import CHUNK, Transformer
+from llamalet.transformer import CHUNK, Transformer, stack_weights
 
 # float32 results differ by the order of the sums alone. With int8 the activations are rounded to 1/127 of a group's
 # largest after every step, so that a last bit may become a whole step.
@@ -94,22 +94,27 @@ def test_a_prompt_longer_than_a_chunk(tmp_path):
     assert cache.length == len(tokens)
 
 
-def test_weights_are_views_of_the_file(tmp_path):
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_weights_stay_where_the_file_is_mapped(tmp_path, version):
     config = SMALL_MODELS["gqa-untied"]
-    for version in (0, 1, 2):
-        file = write(tmp_path / f"v{version}.bin", version, config)
-        stacked = Transformer(file)._stacked
-        first = file.tensors["layers.0.attention.wq"]
-        addresses = [x.__array_interface__["data"][0] for x in (*stacked.wq, *first)[:: 2 if version == 2 else 1]]
-        if version == 2:
-            assert addresses[0] == addresses[1]
-        assert stacked.w2[0].shape[0] == (2 if version == 2 else config.dim)
-        for name, stack in (("attention.wo", stacked.wo), ("feed_forward.w3", stacked.w3)):
-            for layer in range(config.n_layers):
-                tensor = file.tensors[f"layers.{layer}.{name}"]
-                pairs = zip(stack, tensor, strict=True) if version == 2 else [(stack, tensor)]
-                for whole, part in pairs:
-                    assert whole[layer].__array_interface__["data"] == part.__array_interface__["data"]
+    file = write(tmp_path / "model.bin", version, config)
+    matrices = dict(zip(kernels.MATRICES, stack_weights(file).matrices, strict=True))
+    for name, tensor in file.tensors.items():
+        *layer, matrix = name.replace("layers.", "").split(".")
+        if matrix in matrices:
+            stacks = matrices[matrix] if version == 2 else [matrices[matrix]]
+            for stack, part in zip(stacks, tensor if version == 2 else [tensor], strict=True):
+                address = stack.first.__array_interface__["data"][0] + stack.distance * int(layer[0] if layer else 0)
+                assert address == part.__array_interface__["data"][0] and stack.first.shape[0] == len(part)
+
+
+def test_weights_that_are_not_of_a_file_may_lie_anywhere():
+    config = ModelConfig.create(dim=32, n_layers=3, n_heads=2, vocab_size=50, max_seq_len=8)
+    tensors = {name: np.asfortranarray(tensor) for name, tensor in random_tensors(config).items()}
+    model = Transformer(format.ModelFile(Path("memory"), format.Header(1, config), tensors))
+    expected = reference.forward(tensors, config, np.arange(8)[None])[0]
+    found = [model.decode(cache, token) for cache in [model.new_cache()] for token in range(8)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND[1] * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["tok_embeddings", "layers.1.feed_forward.w2", "layers.0.attention_norm", "norm"])
