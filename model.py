@@ -142,8 +142,8 @@ class Llama(nn.Module):
     def init_weights(self) -> None:
         """Draw all weights from torch's global generator: normal, narrower where a projection adds to the residual.
 
-        Source: GPT-2, https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf,
-        section 2.3: 2 L projections add to the residual stream, so each is drawn with std / sqrt(2 L).
+        Source: GPT-2 (Radford et al. 2019), section 2.3: 2 L projections add to the residual stream, so each is drawn
+        with std / sqrt(2 L).
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
@@ -152,6 +152,22 @@ class Llama(nn.Module):
             adds_to_residual = name.endswith(("wo.weight", "w2.weight"))
             std = 0.02 / math.sqrt(2 * self.config.n_layers) if adds_to_residual else 0.02
             nn.init.normal_(weight, std=std)
+
+    @torch.no_grad()
+    def start_by_copying(self) -> None:
+        """Let each attention head begin by passing on what it attends to: `wo` becomes the transpose of `wv`.
+
+        Copying, which is otherwise discovered late and suddenly, is there from the first step. That pays where names
+        return through a text and steps are few, as in the demo; on broader text the plain start learnt faster.
+
+        Source: Mimetic Initialization of Self-Attention Layers, https://arxiv.org/abs/2305.09828.
+        """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.wv.weight, std=self.config.dim**-0.5)
+                rows = module.wv.weight.view(self.config.n_kv_heads, self.config.head_dim, -1)  # (G, D, C)
+                shared = rows.repeat_interleave(self.config.n_heads // self.config.n_kv_heads, dim=0)  # (H, D, C)
+                module.wo.weight.copy_(shared.flatten(0, 1).T)
 
     @property
     def output_weight(self) -> Tensor:

@@ -85,6 +85,9 @@ class TrainConfig:
     dropout: float = 0.0
     """Share of activations dropped in training."""
 
+    init: Literal["normal", "copying"] = "normal"
+    """copying lets attention begin by passing on what it attends to; for few steps on texts that repeat themselves."""
+
     # Batches
     batch_size: int = 32
     """Sequences per process and micro-step: what must fit into memory."""
@@ -261,7 +264,10 @@ class Trainer:
         self.dtype = choose_dtype(config.dtype, group.device)
         self.not_compiled = set_up_machine(config, group)
         torch.manual_seed(config.seed)
-        self.model = Llama(self.model_config, config.dropout).to(group.device)
+        self.model = Llama(self.model_config, config.dropout)
+        if config.init == "copying":
+            self.model.start_by_copying()
+        self.model.to(group.device)
         self.optimizer = Optimizer(
             self.model,
             kind=config.optimizer,
