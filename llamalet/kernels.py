@@ -5,7 +5,6 @@ only `embed`, `prepare` and simd's `dot_rows` differ. It works in memory that tr
 at a time; decoding is T = 1. Shape letters are those of reference.py.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from numba import float32, njit, types
 from numba.extending import overload
 
 from llamalet import team
-from llamalet.simd import dot_rows, layer_of
+from llamalet.simd import dot_rows, exp, layer_of
 
 # What may be done to float arithmetic where a sum is formed: another order, fused multiply-add, approximate functions.
 # Not: assuming that there are no NaNs and infinities, which would hide a broken model (fastmath=True does). All else is
@@ -80,6 +79,7 @@ class Workspace(NamedTuple):
     tokens: int64 (T,).
     x: the residual stream (T, C).
     normed: (T, C).
+    queries: the output of wq once more, as (T * H, D).
     attended: (T, H * D).
     scores: (H, capacity).
     operands: what the matrices of each stage multiply: normed, (nothing), attended, normed, gate, normed, or Int8Rows.
@@ -90,6 +90,7 @@ class Workspace(NamedTuple):
     tokens: Any
     x: Any
     normed: Any
+    queries: Any
     attended: Any
     scores: Any
     operands: Any
@@ -173,11 +174,17 @@ def matmul(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first:
     n = (last - first) // 4
     for i in range(first, first + n):
         j, k, m = i + n, i + 2 * n, i + 3 * n
-        for t in range(count):
-            out[t, i], out[t, j], out[t, k], out[t, m] = dot_rows(matrix, (i, j, k, m), operand, first_t + t)
+        for t in range(0, count - 1, 2):
+            u = t + 1
+            out[t, i], out[u, i], out[t, j], out[u, j], out[t, k], out[u, k], out[t, m], out[u, m] = dot_rows(
+                matrix, (i, j, k, m), operand, (first_t + t, first_t + u)
+            )
+        if count % 2:
+            t = count - 1
+            out[t, i], out[t, j], out[t, k], out[t, m] = dot_rows(matrix, (i, j, k, m), operand, (first_t + t,))
     for i in range(first + 4 * n, last):
         for t in range(count):
-            out[t, i] = dot_rows(matrix, (i,), operand, first_t + t)[0]
+            out[t, i] = dot_rows(matrix, (i,), operand, (first_t + t,))[0]
 
 
 @kernel
@@ -200,21 +207,46 @@ def rope(x: Any, cos: Any, sin: Any) -> None:
 
 
 @kernel
-def attention(q: Any, keys: Any, values: Any, length: int, scores: Any, out: Any) -> None:
-    """Let one head's query (D,) look at `length` positions of its keys and values (capacity, D); out is (D,)."""
-    scale = float32(1) / np.sqrt(float32(len(q)))
-    largest = float32(-np.inf)
-    for s in range(length):
-        scores[s] = dot(q, keys[s]) * scale
-        largest = max(largest, scores[s])
-    for s in range(length):
-        scores[s] = math.exp(scores[s] - largest)
-    factor = float32(1) / total(scores[:length])
+def attention(queries: Any, index: int, keys: Any, values: Any, length: int, scores: Any, out: Any) -> None:
+    """Let one query, a row of queries (n, D), look at `length` positions of its head's cache.
+
+    Args:
+        queries: all queries (n, D).
+        index: which of them.
+        keys: (capacity, D).
+        values: (capacity, D).
+        length: how many positions it sees.
+        scores: (capacity,), overwritten.
+        out: (D,), the result.
+    """
+    whole = length - length % 4
+    for s in range(0, whole, 4):
+        rows = (s, s + 1, s + 2, s + 3)
+        scores[s], scores[s + 1], scores[s + 2], scores[s + 3] = dot_rows(keys, rows, queries, (index,))
+    for s in range(whole, length):
+        scores[s] = dot_rows(keys, (s,), queries, (index,))[0]
+    softmax(scores[:length], float32(1) / np.sqrt(float32(len(out))))
     out[:] = float32(0)
-    for s in range(length):
-        weight = scores[s] * factor
+    for s in range(0, whole, 4):
+        a, b, c, d = scores[s], scores[s + 1], scores[s + 2], scores[s + 3]
         for i in range(len(out)):
-            out[i] += weight * values[s, i]
+            out[i] += a * values[s, i] + b * values[s + 1, i] + (c * values[s + 2, i] + d * values[s + 3, i])
+    for s in range(whole, length):
+        for i in range(len(out)):
+            out[i] += scores[s] * values[s, i]
+
+
+@kernel
+def softmax(x: Any, scale: float) -> None:
+    """Turn scores x (n,), times a positive scale, into weights that sum to one."""
+    largest = x[0]
+    for i in range(len(x)):
+        largest = max(largest, x[i])
+    for i in range(len(x)):
+        x[i] = exp((x[i] - largest) * scale)
+    factor = float32(1) / total(x)
+    for i in range(len(x)):
+        x[i] *= factor
 
 
 @summing_kernel
@@ -239,7 +271,7 @@ def total(x: Any) -> float:
 def swiglu(gate: Any, up: Any, first: int, last: int) -> None:
     """Make gate (F,) into silu(gate) * up, from column first to last."""
     for i in range(first, last):
-        gate[i] = gate[i] / (float32(1) + math.exp(-gate[i])) * up[i]
+        gate[i] = gate[i] / (float32(1) + exp(-gate[i])) * up[i]
 
 
 @kernel
@@ -294,14 +326,14 @@ def run_block(weights: Any, space: Any, past: Any, kind: int, layer: int, block:
     """Do one block of a stage."""
     count = space.job[COUNT]
     if kind == ATTENTION:
-        head_dim = past.keys.shape[3]
-        head = slice(block * head_dim, (block + 1) * head_dim)
-        group = block * past.keys.shape[1] // space.scores.shape[0]
+        # One head of all new positions.
+        n_heads, head_dim = space.scores.shape[0], past.keys.shape[3]
+        group = block * past.keys.shape[1] // n_heads
         keys, values = layer_of(layer_of(past.keys, layer), group), layer_of(layer_of(past.values, layer), group)
         for t in range(count):
             length = space.job[START] + t + 1
-            q, out = space.outputs[0][t, head], space.attended[t, head]
-            attention(q, keys, values, length, space.scores[block], out)
+            out = space.attended[t, block * head_dim : (block + 1) * head_dim]
+            attention(space.queries, t * n_heads + block, keys, values, length, space.scores[block], out)
         return
     # A block is a share of the rows: of one of wq, wk and wv; of w1 and w3 together; of the stage's only matrix.
     share, n_shares, part, end = block, space.job[N_BLOCKS + kind], 0, 2 if kind == GATE else 1

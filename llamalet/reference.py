@@ -8,7 +8,7 @@ A weight is a float32 array (rows, cols), or a `Quantized` pair of int8 values a
 that it multiplies is quantized too, group by group, so that the products are summed in integers as in llama2.c's runq.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from llamalet.quantize import Quantized
 Array = NDArray[np.float32]
 Weight = Array | Quantized
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
-MatMul = Callable[[Array, Weight], Array]
 
 # Positions that NumpyTransformer takes through the layers at once: enough to keep the matrix products busy, few enough
 # that the attention scores, (H, T, S), stay small.
@@ -203,7 +202,6 @@ def hidden_states(
     config: ModelConfig,
     tokens: NDArray[np.integer[Any]],
     cache: KVCache | None = None,
-    matmul: MatMul = matmul,
 ) -> Array:
     """Return what the layers make of each token, normalised, ready for the output matrix: (B, T, C).
 
@@ -212,7 +210,6 @@ def hidden_states(
         config: the model's shape.
         tokens: ids (B, T).
         cache: keys and values of earlier positions, to which the new ones are added; B must be 1.
-        matmul: multiplies vectors by a weight; transformer.py passes a faster one.
     """
     B, T = tokens.shape
     D = config.head_dim
@@ -288,7 +285,7 @@ class NumpyTransformer:
         Raises:
             UsageError: if there are no tokens, one is not in the vocabulary, or they are more than the context holds.
         """
-        return self._logits(self._hidden_states(cache, tokens)[-1:])[0]
+        return matmul(self._hidden_states(cache, tokens)[-1], output_weight(self._weights))
 
     def logits(self, tokens: Tokens) -> Array:
         """Return the logits after each of the tokens (T,), on their own: float32 (T, V).
@@ -296,23 +293,15 @@ class NumpyTransformer:
         Raises:
             UsageError: as prefill.
         """
-        return self._logits(self._hidden_states(self.new_cache(len(tokens)), tokens))
+        states = self._hidden_states(self.new_cache(len(tokens)), tokens)
+        return matmul(states, output_weight(self._weights))
 
     def _hidden_states(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens to the cache, some at a time; return the last hidden states (T, C)."""
         ids = check_tokens(tokens, self.config)
         cache.reserve(cache.length + len(ids))
         chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
-        states = [hidden_states(self._weights, self.config, chunk[None], cache, self._matmul)[0] for chunk in chunks]
-        return np.concatenate(states)
-
-    def _logits(self, states: Array) -> Array:
-        """Return the logits (T, V) of last hidden states (T, C)."""
-        return self._matmul(states, output_weight(self._weights))
-
-    def _matmul(self, x: Array, weight: Weight) -> Array:
-        """Multiply vectors (..., cols) by a weight (rows, cols): (..., rows)."""
-        return matmul(x, weight)
+        return np.concatenate([hidden_states(self._weights, self.config, chunk[None], cache)[0] for chunk in chunks])
 
 
 def check_tokens(tokens: Tokens, config: ModelConfig) -> NDArray[np.int64]:

@@ -15,8 +15,10 @@ once for all rows, and is what the sums start from (`starts`).
 A group is a numpy record of dtype `group_dtype(size)`: so numba knows its size when it compiles.
 """
 
+import itertools
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import llvmlite.binding
@@ -33,6 +35,9 @@ PATHS = ("avx512vnni", "avxvnni", "portable")
 
 # Elements of a float32 row multiplied at a time; LLVM takes as many registers as the processor needs for them.
 FLOAT_LANES = 16
+
+# The first bits of ln 2: few enough that n * LN2_HIGH is exact for every exponent n.
+LN2_HIGH = 0.693359375
 
 I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -65,10 +70,11 @@ def instruction_path() -> str:
 
 
 @intrinsic
-def dot_rows(typing_context: Any, matrix: Any, rows: Any, operand: Any, t: Any) -> Any:
-    """Return the dot products of rows of a matrix with one vector, as a tuple of float32.
+def dot_rows(typing_context: Any, matrix: Any, rows: Any, operand: Any, vectors: Any) -> Any:
+    """Return the dot products of rows of a matrix with vectors: a tuple of float32, those of the first row first.
 
-    Several rows at a time because what is loaded of the vector then serves all of them. Indices are not checked.
+    Several at a time because what is loaded of a row serves all vectors, and the other way round. Each is summed in the
+    same order whatever it is computed together with. Indices are not checked.
 
     Args:
         typing_context: numba's.
@@ -76,59 +82,75 @@ def dot_rows(typing_context: Any, matrix: Any, rows: Any, operand: Any, t: Any) 
         rows: a tuple of row numbers.
         operand: float32 (T, cols), or a tuple of group_dtype values, float32 scales and starts_dtype starts, all
             (T, groups). The starts are, for every 4 neighbours, -128 times their sum.
-        t: which of the T vectors.
+        vectors: a tuple of numbers below T.
     """
-    result = types.UniTuple(types.float32, rows.count)
+    result = types.UniTuple(types.float32, rows.count * vectors.count)
     emit = _int8_dots if isinstance(matrix, types.BaseTuple) else _float_dots
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        tables, vectors = (
+        tables, x_tables = (
             [_Table(context, builder, *pair) for pair in _arrays(builder, *typed)]
             for typed in ((matrix, args[0]), (operand, args[2]))
         )
-        row_pointers = [[table.row(row) for table in tables] for row in cgutils.unpack_tuple(builder, args[1])]
-        totals = emit(builder, row_pointers, [table.row(args[3]) for table in vectors], tables[0])
-        return context.make_tuple(builder, result, totals)
+        w_rows = [[table.row(row) for table in tables] for row in cgutils.unpack_tuple(builder, args[1])]
+        x_rows = [[table.row(vector) for table in x_tables] for vector in cgutils.unpack_tuple(builder, args[3])]
+        return context.make_tuple(builder, result, emit(builder, w_rows, x_rows, tables[0]))
 
-    return result(matrix, rows, operand, types.intp), build
+    return result(matrix, rows, operand, vectors), build
 
 
-def _float_dots(builder: ir.IRBuilder, row_pointers: Any, x_pointers: Any, table: "_Table") -> list[Any]:
-    """Return the dot products of float32 rows with a vector."""
-    lanes = FLOAT_LANES
-    n_whole = builder.mul(builder.udiv(table.width, ir.Constant(I64, lanes)), ir.Constant(I64, lanes))
-    vectors = [cgutils.alloca_once_value(builder, _splat_constant(F32, 0.0, lanes)) for _ in row_pointers]
-    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n_whole, ir.Constant(I64, lanes), I64) as (col, _):
-        x = _load(builder, builder.gep(x_pointers[0], [col]), F32, lanes)
-        for (row,), total in zip(row_pointers, vectors, strict=True):
-            product = builder.fmul(_load(builder, builder.gep(row, [col]), F32, lanes), x, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-    totals = [cgutils.alloca_once_value(builder, _sum_lanes(builder, builder.load(vector))) for vector in vectors]
+def _float_dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, table: "_Table") -> list[Any]:
+    """Return the dot products of float32 rows with float32 vectors."""
+    lanes = ir.Constant(I64, FLOAT_LANES)
+    n_whole = builder.mul(builder.udiv(table.width, lanes), lanes)
+    totals = _totals(builder, [_splat_constant(F32, 0.0, FLOAT_LANES)] * (len(w_rows) * len(x_rows)))
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n_whole, lanes, I64) as (col, _):
+        x, w = (
+            [_load(builder, builder.gep(row, [col]), F32, FLOAT_LANES) for (row,) in rows] for rows in (x_rows, w_rows)
+        )
+        _add_products(builder, totals, w, x)
+    totals = _totals(builder, [_sum_lanes(builder, builder.load(total)) for total in totals])
     with cgutils.for_range_slice(builder, n_whole, table.width, ir.Constant(I64, 1), I64) as (col, _):
-        x = builder.load(builder.gep(x_pointers[0], [col]))
-        for (row,), total in zip(row_pointers, totals, strict=True):
-            product = builder.fmul(builder.load(builder.gep(row, [col])), x, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+        x, w = ([builder.load(builder.gep(row, [col])) for (row,) in rows] for rows in (x_rows, w_rows))
+        _add_products(builder, totals, w, x)
     return [builder.load(total) for total in totals]
 
 
-def _int8_dots(builder: ir.IRBuilder, row_pointers: Any, x_pointers: Any, table: "_Table") -> list[Any]:
-    """Return the dot products of quantized rows with a quantized vector."""
+def _int8_dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, table: "_Table") -> list[Any]:
+    """Return the dot products of quantized rows with quantized vectors."""
     size = table.dtype.size
     lanes = size // 4
-    zeros = _splat_constant(F32, 0.0, lanes)
-    totals = [cgutils.alloca_once_value(builder, zeros) for _ in row_pointers]
+    totals = _totals(builder, [_splat_constant(F32, 0.0, lanes)] * (len(w_rows) * len(x_rows)))
     with cgutils.for_range(builder, table.width, intp=I64) as loop:
-        x_bytes, x_scale, starts = (builder.gep(pointer, [loop.index]) for pointer in x_pointers)
-        x_bytes, starts = _load(builder, x_bytes, I8, size), _load(builder, starts, I32, lanes)
-        x_scale = _splat(builder, builder.load(x_scale), lanes)
-        for (w_pointer, scale_pointer), total in zip(row_pointers, totals, strict=True):
-            w_bytes = _load(builder, builder.gep(w_pointer, [loop.index]), I8, size)
-            w_scale = _splat(builder, builder.load(builder.gep(scale_pointer, [loop.index])), lanes)
-            sums = builder.sitofp(_int8_dot(builder, w_bytes, x_bytes, starts), zeros.type)
-            scaled = builder.fmul(builder.fmul(sums, x_scale), w_scale, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), scaled, flags=("contract",)), total)
+        x = []
+        for pointers in x_rows:
+            values, scale, starts = (builder.gep(pointer, [loop.index]) for pointer in pointers)
+            scale = _splat(builder, builder.load(scale), lanes)
+            x.append((_load(builder, values, I8, size), scale, _load(builder, starts, I32, lanes)))
+        for row, (values, scale) in enumerate(w_rows):
+            w_bytes = _load(builder, builder.gep(values, [loop.index]), I8, size)
+            w_scale = _splat(builder, builder.load(builder.gep(scale, [loop.index])), lanes)
+            for total, (x_bytes, x_scale, starts) in zip(totals[row * len(x) :], x, strict=False):
+                sums = builder.sitofp(_int8_dot(builder, w_bytes, x_bytes, starts), w_scale.type)
+                _add_product(builder, total, builder.fmul(sums, x_scale), w_scale)
     return [_sum_lanes(builder, builder.load(total)) for total in totals]
+
+
+def _totals(builder: ir.IRBuilder, values: Iterable[Any]) -> list[Any]:
+    """Return variables that start from these values."""
+    return [cgutils.alloca_once_value(builder, value) for value in values]
+
+
+def _add_products(builder: ir.IRBuilder, totals: Any, w: Iterable[Any], x: Sequence[Any]) -> None:
+    """Add the product of each of w and each of x to its total."""
+    for total, (left, right) in zip(totals, itertools.product(w, x), strict=True):
+        _add_product(builder, total, left, right)
+
+
+def _add_product(builder: ir.IRBuilder, total: Any, left: Any, right: Any) -> None:
+    """Add left * right to a variable, as one instruction where there is one."""
+    product = builder.fmul(left, right, flags=("contract",))
+    builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
 
 
 def _arrays(builder: ir.IRBuilder, array_type: Any, value: Any) -> Any:
@@ -159,6 +181,42 @@ def _int8_dot(builder: ir.IRBuilder, w_bytes: Any, x_bytes: Any, starts: Any) ->
         return _portable_dot(builder, w_bytes, x_bytes)
     w_bytes = builder.xor(w_bytes, _splat_constant(I8, -128, size))
     return _vnni_dot(builder, starts, w_bytes, x_bytes, 64 if path == "avx512vnni" else 32)
+
+
+@intrinsic
+def exp(typing_context: Any, x: Any) -> Any:
+    """Return e ** x in float32, within two units in the last place; 0 or infinity outside 2 ** -126 to 2 ** 127.
+
+    The C library's takes one number at a time, and one call each; loops with this one become vector code.
+    Source: x = n ln 2 + r with a whole n and |r| <= ln 2 / 2; 2 ** n is an exponent's bits, e ** r a polynomial (the
+    Taylor series to degree 7, whose next term is below 2 ** -27 there).
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        (x,) = args
+
+        def constant(value: float) -> Any:
+            return ir.Constant(F32, float(np.float32(value)))
+
+        def fma(a: Any, b: Any, c: Any) -> Any:
+            return _call(builder, "llvm.fma.f32", F32, (a, b, c))
+
+        n = _call(builder, "llvm.rint.f32", F32, (builder.fmul(x, constant(1 / math.log(2))),))
+        # ln 2 in two parts: n times the first is exact, so that the difference loses nothing.
+        r = fma(n, constant(-LN2_HIGH), x)
+        r = fma(n, constant(-(math.log(2) - LN2_HIGH)), r)
+        power = constant(1 / math.factorial(7))
+        for degree in range(6, -1, -1):
+            power = fma(power, r, constant(1 / math.factorial(degree)))
+        whole = _call(builder, "llvm.fptosi.sat.i32.f32", I32, (n,))
+        bits = builder.shl(builder.add(whole, ir.Constant(I32, 127)), ir.Constant(I32, 23))
+        result = builder.fmul(power, builder.bitcast(bits, F32))
+        small = builder.fcmp_ordered("<", n, constant(-126))
+        large = builder.fcmp_ordered(">", n, constant(127))
+        result = builder.select(small, constant(0), result)
+        return builder.select(large, constant(math.inf), result)
+
+    return types.float32(types.float32), build
 
 
 class Stack(NamedTuple):

@@ -13,15 +13,12 @@ from llamalet.config import rope_tables
 from llamalet.format import ModelFile
 from llamalet.kernels import Int8Matrix, Int8Rows, Past, Weights, Workspace
 from llamalet.quantize import Quantized
-from llamalet.reference import Array, KVCache, NumpyTransformer, Tokens, check_tokens
+from llamalet.reference import Array, KVCache, Tokens, check_tokens
 from llamalet.simd import Stack, group_dtype, starts_dtype
 from llamalet.team import Team, thread_count
 
 # Positions that the kernels take through the layers at once.
-CHUNK = 32
-
-# From this many positions on, numpy's float32 matrix product is faster than the kernels, which compute row by row.
-BLAS_POSITIONS = 8
+CHUNK = 64
 
 # A stage has this many blocks for each thread, so that a late thread finds something left to do, or more where a block
 # would be larger than BLOCK_BYTES. Not many: memory is read best in long runs.
@@ -29,7 +26,7 @@ BLOCKS_PER_THREAD = 2
 BLOCK_BYTES = 1 << 20
 
 
-class Transformer(NumpyTransformer):
+class Transformer:
     """A model file with a KV cache, on compiled kernels.
 
     Args:
@@ -41,16 +38,23 @@ class Transformer(NumpyTransformer):
     """
 
     def __init__(self, file: ModelFile, threads: int | None = None) -> None:
-        super().__init__(file)
+        self.config = file.config
         self._group_size = file.group_size
+        self._tensors = file.tensors  # keeps alive what the stacked weights are views of
+        self._weights = stack_weights(file)
         if not kernels.work.signatures:
             kernel_cache.enable(kernels.work)
         self._team = Team(kernels.work, thread_count(threads))
         weakref.finalize(self, self._team.stop)
+        # What the kernels work in, for one cache and one caller at a time, and how many positions it has room for.
         self._lock = threading.Lock()
-        self._stacked = stack_weights(file)
         self._spaces: dict[int, Workspace] = {}
+        self._cos = self._sin = np.zeros((0, self.config.head_dim // 2), np.float32)
         self._arguments: tuple[Weights, Workspace, Past] | None = None
+
+    def new_cache(self, capacity: int = 0) -> KVCache:
+        """Return an empty KV cache with memory for `capacity` positions; it grows when they are used up."""
+        return KVCache(self.config, capacity)
 
     def decode(self, cache: KVCache, token: int) -> Array:
         """Append one token to the cache; return the logits after it: float32 (V,).
@@ -66,13 +70,10 @@ class Transformer(NumpyTransformer):
         Raises:
             UsageError: if there are no tokens, one is not in the vocabulary, or they are more than the context holds.
         """
-        ids = check_tokens(tokens, self.config)
-        if self._group_size is None and len(ids) >= BLAS_POSITIONS:
-            return super().prefill(cache, ids)
-        cache.reserve(cache.length + len(ids))
-        for chunk in np.split(ids, range(CHUNK, len(ids), CHUNK)):
-            logits = self._run(cache, chunk, 1)
-        return logits[0]
+        *chunks, last = self._chunks(cache, tokens)
+        for chunk in chunks:
+            self._run(cache, chunk, 0)
+        return self._run(cache, last, 1)[0]
 
     def logits(self, tokens: Tokens) -> Array:
         """Return the logits after each of the tokens (T,), on their own: float32 (T, V).
@@ -80,16 +81,17 @@ class Transformer(NumpyTransformer):
         Raises:
             UsageError: as prefill.
         """
-        if self._group_size is None:
-            return super().logits(tokens)
+        cache = self.new_cache(len(tokens))
+        return np.concatenate([self._run(cache, chunk, len(chunk)) for chunk in self._chunks(cache, tokens)])
+
+    def _chunks(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.int64]]:
+        """Check tokens, make room for all of them and cut them into what the kernels take at once."""
         ids = check_tokens(tokens, self.config)
-        cache = self.new_cache(len(ids))
-        cache.reserve(len(ids))
-        chunks = np.split(ids, range(CHUNK, len(ids), CHUNK))
-        return np.concatenate([self._run(cache, chunk, len(chunk)) for chunk in chunks])
+        cache.reserve(cache.length + len(ids))
+        return np.split(ids, range(CHUNK, len(ids), CHUNK))
 
     def _run(self, cache: KVCache, ids: NDArray[np.int64], n_logits: int) -> Array:
-        """Append at most CHUNK tokens to the cache; return the logits (n_logits, V) after the last of them."""
+        """Append at most CHUNK tokens to the cache; return the logits after the last `n_logits` of them."""
         with self._lock:
             cache.reserve(cache.length + len(ids))
             _, space, _ = arguments = self._bind(cache, 1 if len(ids) == 1 else CHUNK)
@@ -101,21 +103,19 @@ class Transformer(NumpyTransformer):
 
     def _bind(self, cache: KVCache, n_positions: int) -> tuple[Weights, Workspace, Past]:
         """Return the arguments of the kernels; the same tuple as long as nothing has moved."""
-        if self._arguments is None or self._arguments[2].keys is not cache.keys:
+        if cache.capacity > len(self._cos):
+            self._cos, self._sin = rope_tables(self.config, cache.capacity)
             self._spaces = {}
-            cos, sin = rope_tables(self.config, cache.capacity)
-            past = Past(cache.keys, cache.values, cos, sin)
-        elif self._arguments[1].tokens.size == n_positions:
-            return self._arguments
-        else:
-            past = self._arguments[2]
         if n_positions not in self._spaces:
-            self._spaces[n_positions] = self._new_workspace(n_positions, cache.capacity)
-        self._arguments = (self._stacked, self._spaces[n_positions], past)
-        return self._arguments
+            self._spaces[n_positions] = self._new_workspace(n_positions, len(self._cos))
+        space, bound = self._spaces[n_positions], self._arguments
+        if bound is None or bound[1] is not space or bound[2].keys is not cache.keys:
+            bound = self._weights, space, Past(cache.keys, cache.values, self._cos, self._sin)
+            self._arguments = bound
+        return bound
 
     def _new_workspace(self, n_positions: int, capacity: int) -> Workspace:
-        """Return memory for passes over up to n_positions new positions and `capacity` in all."""
+        """Return memory for passes over up to n_positions new positions, `capacity` with the past ones."""
         c = self.config
         q_dim = c.n_heads * c.head_dim
 
@@ -134,6 +134,7 @@ class Transformer(NumpyTransformer):
             tokens=np.zeros(n_positions, np.int64),
             x=array(c.dim),
             normed=normed,
+            queries=q.reshape(-1, c.head_dim),
             attended=attended,
             scores=np.zeros((c.n_heads, capacity), np.float32),
             operands=(from_normed, from_normed, from_attended, from_normed, from_gate, from_normed),
