@@ -17,7 +17,7 @@ demo: .venv/train  ## write a corpus, train a small model, export it, prove it, 
 	$(RUN) tinystories.py train-vocab --source=synthetic --vocab-size=2048
 	$(RUN) tinystories.py pretokenize --source=synthetic
 	$(RUN) train.py configs/demo.toml --overwrite
-	$(RUN) benchmarks/demo.py out/demo
+	$(RUN) -m benchmarks.demo out/demo
 
 test: .venv/dev  ## run every test (offline, CPU)
 	$(RUN) -m pytest
@@ -28,7 +28,7 @@ lint: .venv/dev  ## check style (ruff) and types (mypy)
 	$(BIN)/mypy
 
 bench: .venv/train  ## measure the runtime's speed on this machine
-	$(RUN) benchmarks/runtime.py
+	$(RUN) -m benchmarks.runtime
 
 clean:  ## remove what the commands made, all but .venv, data/ and out/
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -38,10 +38,12 @@ clean:  ## remove what the commands made, all but .venv, data/ and out/
 .venv/train: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@echo "installing the packages of constraints.txt into .venv (PyTorch is large: this takes minutes)"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
 	@touch $@
 
 .venv/dev: .venv/train
+	@echo "installing the packages for tests and checks"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,hub,dev]"
 	@touch $@
