@@ -12,7 +12,7 @@ from numba import float32, njit, types
 from numba.extending import overload
 
 from llamalet import team
-from llamalet.simd import dot_rows, exp, layer_of
+from llamalet.simd import dot_rows, exp, float_of_bits, layer_of, magnitude_bits, sum_quads
 
 # What may be done to float arithmetic where a sum is formed: another order, fused multiply-add, approximate functions.
 # Not: assuming that there are no NaNs and infinities, which would hide a broken model (fastmath=True does). All else is
@@ -21,7 +21,13 @@ FAST_MATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
 
 # No reference counting: the kernels own nothing, and counting would stop the threads at every row. A compiled function
 # inherits its caller's options, so that each is set here even where it is the default.
-OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": False, "no_cfunc_wrapper": True, "_nrt": False}
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "fastmath": False,
+    "error_model": "numpy",  # x / 0 is infinite; Python's, an error, would keep loops from becoming vector code
+    "no_cfunc_wrapper": True,
+    "_nrt": False,
+}
 kernel = njit(**OPTIONS)
 summing_kernel = njit(**OPTIONS | {"fastmath": FAST_MATH})
 # For functions that take all weights or all of the workspace: as a call, numba would copy hundreds of words for each.
@@ -146,22 +152,19 @@ def quantize_rows(x: Any, rows: Any, count: int) -> None:
     """Quantize x[:count] (T, cols) into Int8Rows; as in reference.py a NaN or infinity spoils its group's scale."""
     for t in range(count):
         for g in range(rows.scales.shape[1]):
-            values, starts = rows.values[t, g].values, rows.starts[t, g].values
+            values = rows.values[t, g].values
             group = x[t, g * len(values) : (g + 1) * len(values)]
-            largest = spoilt = float32(0)
+            bits = np.int32(0)
             for i in range(len(values)):
-                largest = max(largest, abs(group[i]))
-                spoilt += group[i] * float32(0)
-            rows.scales[t, g] = largest / float32(127) + spoilt
-            inverse = float32(127) / largest if largest > 0 else float32(0)
-            if not inverse < np.inf:
+                bits = max(bits, magnitude_bits(group[i]))
+            largest = float_of_bits(bits)
+            rows.scales[t, g] = largest / float32(127)
+            inverse = float32(127) / largest
+            if not inverse < np.inf:  # a group of zeros, or of numbers too small to invert, or a NaN
                 inverse = float32(0)
             for i in range(len(values)):
-                value = np.rint(group[i] * inverse)
-                values[i] = np.int32(value if value > -127 else float32(-127))
-            for i in range(len(starts)):
-                quad = np.int32(values[4 * i]) + values[4 * i + 1] + values[4 * i + 2] + values[4 * i + 3]
-                starts[i] = -128 * quad
+                values[i] = np.int32(np.rint(group[i] * inverse))
+            sum_quads(rows.values[t, g], rows.starts[t, g])
 
 
 @kernel
@@ -268,9 +271,9 @@ def total(x: Any) -> float:
 
 
 @kernel
-def swiglu(gate: Any, up: Any, first: int, last: int) -> None:
-    """Make gate (F,) into silu(gate) * up, from column first to last."""
-    for i in range(first, last):
+def swiglu(gate: Any, up: Any) -> None:
+    """Make gate (n,) into silu(gate) * up."""
+    for i in range(len(gate)):
         gate[i] = gate[i] / (float32(1) + exp(-gate[i])) * up[i]
 
 
@@ -351,7 +354,7 @@ def run_block(weights: Any, space: Any, past: Any, kind: int, layer: int, block:
     if kind == GATE:
         gate, up = space.outputs[FIRST_MATRIX[GATE]], space.outputs[FIRST_MATRIX[GATE] + 1]
         for t in range(count):
-            swiglu(gate[t], up[t], first, last)
+            swiglu(gate[t, first:last], up[t, first:last])
 
 
 @inlined_kernel

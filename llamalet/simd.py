@@ -184,6 +184,51 @@ def _int8_dot(builder: ir.IRBuilder, w_bytes: Any, x_bytes: Any, starts: Any) ->
 
 
 @intrinsic
+def sum_quads(typing_context: Any, values: Any, starts: Any) -> Any:
+    """Write what the sums over a group start from: for every 4 neighbours -128 times their sum.
+
+    Args:
+        typing_context: numba's.
+        values: an element of an array of group_dtype.
+        starts: an element of an array of starts_dtype.
+    """
+    size = values.size
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        wide = builder.sext(_load(builder, args[0], I8, size), ir.VectorType(I32, size))
+        first, second, third, fourth = (_select(builder, wide, range(place, size, 4)) for place in range(4))
+        sums = builder.add(builder.add(first, second), builder.add(third, fourth))
+        sums = builder.mul(sums, _splat_constant(I32, -128, size // 4))
+        builder.store(sums, builder.bitcast(args[1], sums.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.none(values, starts), build
+
+
+@intrinsic
+def magnitude_bits(typing_context: Any, x: Any) -> Any:
+    """Return the bits of |x| as an integer: in the order of the magnitudes, infinity above all numbers, NaN above it.
+
+    The largest of some floats is a vector instruction for integers, which need no care for NaN.
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.and_(builder.bitcast(args[0], I32), ir.Constant(I32, 0x7FFFFFFF))
+
+    return types.int32(types.float32), build
+
+
+@intrinsic
+def float_of_bits(typing_context: Any, bits: Any) -> Any:
+    """Return the float32 that has these bits."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], F32)
+
+    return types.float32(types.int32), build
+
+
+@intrinsic
 def exp(typing_context: Any, x: Any) -> Any:
     """Return e ** x in float32, within two units in the last place; 0 or infinity outside 2 ** -126 to 2 ** 127.
 

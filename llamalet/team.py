@@ -26,6 +26,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from llamalet.errors import ConfigError
 
@@ -37,7 +38,7 @@ BLOCK_MASK, STAGE_MASK, SEQUENCE_MASK = (1 << BLOCK_BITS) - 1, (1 << STAGE_BITS)
 
 # A thread that finds no work looks again this often at once, after that it lets others run between its looks; a helper
 # goes to sleep after so many looks, about a millisecond on an idle machine.
-SPINS, LOOKS = 1000, 4000
+SPINS, LOOKS = 2000, 4000
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 WORD_BYTES = 8
@@ -173,6 +174,11 @@ def wait(looks: int) -> None:
         let_others_run()
 
 
+def new_words() -> NDArray[np.int64]:
+    """Return the words that the threads share: no job, nothing done, binding 0."""
+    return np.zeros(SHARED_WORDS, np.int64)
+
+
 class Team:
     """A compiled function that runs on several threads, the caller's and sleeping helpers.
 
@@ -184,10 +190,8 @@ class Team:
     """
 
     def __init__(self, work: Callable[..., None], n_threads: int) -> None:
-        self.n_threads = n_threads
         self._work = work
-        # A multiple of the cache line, and never moved: numpy aligns to 16 bytes, so one line is kept free around.
-        self._shared = np.zeros(SHARED_WORDS, np.int64)
+        self._shared = new_words()
         self._arguments: tuple[Any, ...] = ()
         self._alarms = [threading.Event() for _ in range(n_threads - 1)]
         self._threads: list[threading.Thread] = []
@@ -207,7 +211,7 @@ class Team:
         self._work(*arguments, self._shared, int(self._shared[BINDING]), False)
         if self._failure is not None:
             raise self._failure
-        # The helpers come once the function is compiled; this way they never wait for the compiler.
+        # After the first job: a function that is compiled when it is called must not be called by all at once.
         if not self._threads:
             self._start()
 

@@ -2,9 +2,10 @@
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +16,7 @@ from llamalet.kernels import Int8Matrix, Int8Rows, Past, Weights, Workspace
 from llamalet.quantize import Quantized
 from llamalet.reference import Array, KVCache, Tokens, check_tokens
 from llamalet.simd import Stack, group_dtype, starts_dtype
-from llamalet.team import Team, thread_count
+from llamalet.team import Team, new_words, thread_count
 
 # Positions that the kernels take through the layers at once.
 CHUNK = 64
@@ -42,15 +43,14 @@ class Transformer:
         self._group_size = file.group_size
         self._tensors = file.tensors  # keeps alive what the stacked weights are views of
         self._weights = stack_weights(file)
-        if not kernels.work.signatures:
-            kernel_cache.enable(kernels.work)
-        self._team = Team(kernels.work, thread_count(threads))
-        weakref.finalize(self, self._team.stop)
-        # What the kernels work in, for one cache and one caller at a time, and how many positions it has room for.
+        self._n_threads = thread_count(threads)
+        # What the kernels work in, for one caller and one cache at a time.
         self._lock = threading.Lock()
         self._spaces: dict[int, Workspace] = {}
         self._cos = self._sin = np.zeros((0, self.config.head_dim // 2), np.float32)
         self._arguments: tuple[Weights, Workspace, Past] | None = None
+        self._team = Team(compile_work(self._bind(self.new_cache(), 1)), self._n_threads)
+        weakref.finalize(self, self._team.stop)
 
     def new_cache(self, capacity: int = 0) -> KVCache:
         """Return an empty KV cache with memory for `capacity` positions; it grows when they are used up."""
@@ -148,7 +148,7 @@ class Transformer:
 
         def blocks(rows: int, cols: int) -> int:
             n_bytes = rows * cols * (4 if self._group_size is None else 1)
-            return max(BLOCKS_PER_THREAD * self._team.n_threads, -(-n_bytes // BLOCK_BYTES))
+            return max(BLOCKS_PER_THREAD * self._n_threads, -(-n_bytes // BLOCK_BYTES))
 
         q_dim = c.n_heads * c.head_dim
         return [
@@ -159,6 +159,17 @@ class Transformer:
             blocks(c.dim, c.hidden_dim),
             blocks(c.vocab_size, c.dim),
         ]
+
+
+def compile_work(arguments: tuple[Weights, Workspace, Past]) -> Callable[..., None]:
+    """Return `kernels.work` for arguments of these types, compiled or from the cache.
+
+    What is returned takes nothing else and does not look: to find out the types of so many arrays takes numba longer
+    than a small model takes for a token.
+    """
+    if not kernels.work.signatures:
+        kernel_cache.enable(kernels.work)
+    return kernels.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, False)))
 
 
 def new_int8_rows(n: int, cols: int, group_size: int) -> Int8Rows:
