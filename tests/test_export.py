@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_MODELS, random_tensors
-from toy import toy_tokenizer
+from toy import toy_data
 
 import export
 from llamalet import format, shards, tokenizer
@@ -16,25 +16,6 @@ from training import checkpoint, proof, weights
 
 ROOT = Path(__file__).parent.parent
 CONFIG = dataclasses.replace(SMALL_MODELS["gqa-tied"], max_seq_len=64)
-
-
-def prepare_data(folder: Path, seed: int = 0) -> Path:
-    """Random tokens of the toy vocabulary as prepared data."""
-    rng = np.random.default_rng(seed)
-    vocabulary = toy_tokenizer(CONFIG.vocab_size)
-    splits = {}
-    for name in shards.SPLITS:
-        ids = rng.integers(259, CONFIG.vocab_size, 700)
-        ids[::50] = tokenizer.BOS_ID
-        block = shards.Block(ids=ids, documents=14, text_bytes=2000)
-        splits[name] = shards.Split((shards.write_shard(folder / f"{name}_00000.bin", [block], CONFIG.vocab_size),))
-    tokenizer.write_bin(folder / "tokenizer.bin", vocabulary)
-    meta = shards.Meta(
-        source="toy", recipe={}, bos_id=1, eos_id=2, vocab_size=CONFIG.vocab_size, tokenizer="tokenizer.bin",
-        tokenizer_sha256=vocabulary.sha256, splits=splits,
-    )  # fmt: skip
-    shards.write_meta(folder / shards.META_FILE, meta)
-    return folder
 
 
 def save_checkpoint(run: Path, data: Path, step: int, val_loss: float, seed: int = 0) -> Path:
@@ -57,7 +38,7 @@ def save_checkpoint(run: Path, data: Path, step: int, val_loss: float, seed: int
 def project(tmp_path, monkeypatch):
     """A folder with prepared data and a run of two checkpoints, the first of which is the better one."""
     monkeypatch.chdir(tmp_path)
-    data = prepare_data(tmp_path / "data" / "toy")
+    data = toy_data(tmp_path / "data" / "toy", CONFIG.vocab_size)
     save_checkpoint(tmp_path / "out", data, 10, 2.0, seed=10)
     save_checkpoint(tmp_path / "out", data, 20, 3.0, seed=20)
     return tmp_path

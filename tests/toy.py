@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from conftest import random_tensors
 
-from llamalet import format
+from llamalet import format, shards
 from llamalet.config import ModelConfig
-from llamalet.tokenizer import BinTokenizer, write_bin
+from llamalet.tokenizer import BOS_ID, BinTokenizer, write_bin
 
 WORDS = (" ", "a", "b", "n", "d", "e", "t", ".", " a", " b", "an", "de", " ban", "and", " t", "\u00e9")
 
@@ -28,6 +28,25 @@ def toy_model(folder: Path, config: ModelConfig, *, version: int = 1, name: str 
     format.write(path, version, config, random_tensors(config, seed), tokenizer_sha256=tokenizer.sha256)
     write_bin(folder / f"{name}.tokenizer.bin", tokenizer)
     return path
+
+
+def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 0) -> Path:
+    """Write random tokens of the toy vocabulary as prepared data, a document every 50 tokens."""
+    rng = np.random.default_rng(seed)
+    splits = {}
+    for name in shards.SPLITS:
+        ids = rng.integers(259, vocab_size, n_tokens)
+        ids[::50] = BOS_ID
+        block = shards.Block(ids=ids, documents=-(-n_tokens // 50), text_bytes=3 * n_tokens)
+        splits[name] = shards.Split((shards.write_shard(folder / f"{name}_00000.bin", [block], vocab_size),))
+    tokenizer = toy_tokenizer(vocab_size)
+    write_bin(folder / "tokenizer.bin", tokenizer)
+    meta = shards.Meta(
+        source="toy", recipe={}, bos_id=1, eos_id=2, vocab_size=vocab_size, tokenizer="tokenizer.bin",
+        tokenizer_sha256=tokenizer.sha256, splits=splits,
+    )  # fmt: skip
+    shards.write_meta(folder / shards.META_FILE, meta)
+    return folder
 
 
 class Counting:
