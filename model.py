@@ -15,6 +15,7 @@ from llamalet.config import ModelConfig, rope_tables
 IGNORED = -1
 """A target with this value does not count towards the loss."""
 
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden (B, T, C), output weight (V, C), targets (B, T)) -> mean cross-entropy."""
 
@@ -32,6 +33,23 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     logits = F.linear(hidden, weight)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Mix the values of the positions up to each one, weighted by how well its query meets their keys.
+
+    Args:
+        q: float (B, H, T, D).
+        k: float (B, G, T, D); H / G query heads share each of the G heads.
+        v: float (B, G, T, D).
+        dropout: share of the weights dropped.
+
+    Returns:
+        float (B, H, T, D).
+    """
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=k.shape[1] < q.shape[1]
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -53,12 +71,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key and value heads."""
+    """Causal self-attention with grouped key and value heads.
+
+    Attributes:
+        attend: the arithmetic between the projections; training may put a faster equivalent here.
+    """
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.dropout = dropout
+        self.attend: Attend = attend
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.kv_dim, bias=False)
@@ -70,14 +93,8 @@ class Attention(nn.Module):
         q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin)  # (B, T, H, D)
         k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin)  # (B, T, G, D)
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim)  # (B, T, G, D)
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.n_kv_heads < self.n_heads,
-        )  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        mixed = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout)  # (B, H, T, D)
         return self.wo(mixed.transpose(1, 2).reshape(B, T, self.n_heads * self.head_dim))
 
 
@@ -122,6 +139,9 @@ class Llama(nn.Module):
         config: the shape.
         head_loss: how final hidden states become a loss; training may put a faster equivalent here.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()

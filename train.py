@@ -35,6 +35,7 @@ from model import Llama
 from training import checkpoint, metrics
 from training.batches import IGNORED, Batch, Windows
 from training.checkpoint import Checkpoint
+from training.cpu import use_cpu_kernels
 from training.distributed import Processes, processes
 from training.hardware import choose_dtype, compile_problem, count_threads, peak_tflops, tune_allocator
 from training.optimizer import Optimizer, learning_rate
@@ -184,8 +185,8 @@ class TrainConfig:
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """Return the shape of the model over a vocabulary of `vocab_size` tokens."""
-        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "max_seq_len")
-        names += ("norm_eps", "rope_theta", "tied")
+        names = ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "max_seq_len"]
+        names += ["norm_eps", "rope_theta", "tied"]
         return ModelConfig.create(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
     def rate(self, step: int) -> float:
@@ -281,6 +282,8 @@ class Trainer:
             self.optimizer.load_state_dict(resumed.optimizer_state)
             self.step = resumed.state["step"]
         self.resumed_step = self.step if resumed else None
+        if group.device.type == "cpu":
+            use_cpu_kernels(self.model, compiled=self.not_compiled is None)
         if self.not_compiled is None:
             self.model.compile()
         # Checkpoints and evaluation use the model itself; only training goes through the wrapper that sums gradients.
@@ -355,7 +358,7 @@ class Trainer:
         """
         config, group = self.config, self.group
         self.model.eval()
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         for batch in self.val_windows.evaluation_batches(config.batch_size, config.eval_iters, group.rank, group.count):
             counted = int((batch[1] != IGNORED).sum())
             total += self.loss(self.model, batch).item() * counted
@@ -399,14 +402,14 @@ class Trainer:
                 f"step {self.step}: loss {mean_loss}, gradient norm {norm}; lower --learning_rate, now "
                 f"{self.config.learning_rate:g}, or lengthen --warmup_iters, and go on with --resume"
             )
-        row = {"loss": mean_loss, "lr": self.config.rate(self.step - 1), "gnorm": norm}
+        row: dict[str, float | None] = {"loss": mean_loss, "lr": self.config.rate(self.step - 1), "gnorm": norm}
         seconds = timer.lap(self.step)
         if seconds is not None:
-            row["tokens_per_s"] = self.tokens_per_step / seconds
-            row["tflops"] = training_flops(self.model_config) * row["tokens_per_s"] / 1e12
+            row["tokens_per_s"] = tokens_per_s = self.tokens_per_step / seconds
+            row["tflops"] = tflops = training_flops(self.model_config) * tokens_per_s / 1e12
             row["eta_s"] = seconds * (self.config.max_iters - self.step)
             peak = self.config.peak_tflops or peak_tflops(self.group.device, self.dtype)
-            row["mfu"] = row["tflops"] / (peak * self.group.count) if peak else None
+            row["mfu"] = tflops / (peak * self.group.count) if peak else None
         return row
 
     def record(self) -> AbstractContextManager[metrics.Metrics | None]:
@@ -457,7 +460,7 @@ def set_up_machine(config: TrainConfig, group: Processes) -> str | None:
     if config.deterministic or (config.deterministic is None and group.device.type == "cpu"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over memory
     if group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     return compile_problem(group.device) if config.compile else "switched off"

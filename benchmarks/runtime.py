@@ -1,6 +1,6 @@
 """How fast the runtime is on this machine, beside the machine's memory and, if they are named, llama2.c's programs.
 
-python benchmarks/runtime.py [--peer-run PATH/run --peer-runq PATH/runq]
+python -m benchmarks.runtime [--peer-run PATH/run --peer-runq PATH/runq]
 
 The models have random weights, which cost as much as trained ones. Machines are noisy: all contenders take turns, and
 every figure is the median of its turns. The peers are to be built with OpenMP: `make runomp` in llama2.c.
@@ -102,7 +102,7 @@ class Contest:
 
 def main(argv: Sequence[str]) -> int:
     """Measure and print; return 0."""
-    config = parse(BenchConfig, argv, program="python benchmarks/runtime.py", description=__doc__ or "")
+    config = parse(BenchConfig, argv, program="python -m benchmarks.runtime", description=__doc__ or "")
     threads = team.thread_count(config.threads)
     with tempfile.TemporaryDirectory(prefix="llamalet-bench-") as folder:
         vocabulary = Path(folder) / "tokenizer.bin"

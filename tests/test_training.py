@@ -106,12 +106,12 @@ def test_learning_rate_warms_up_and_comes_down():
 def test_windows_begin_at_documents_and_the_stream_depends_on_seed_and_place_alone(project):
     data = Shards.open(project / "data" / "toy")
     windows = Windows(data.split("train"), 64, data.document_starts("train"))
-    tokens, targets = windows.training_batch(7, 0, len(windows))
+    tokens, targets = map(torch.from_numpy, windows.training_batch(7, 0, len(windows)))
     assert (tokens[:, 0] == BOS_ID).all()  # documents of 50 tokens fit into windows of 64
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
-    halves = [windows.training_batch(7, start, 2)[0] for start in (0, 2)]
+    halves = [torch.from_numpy(windows.training_batch(7, start, 2)[0]) for start in (0, 2)]
     assert torch.equal(torch.cat(halves), tokens[:4])
-    assert not torch.equal(tokens, windows.training_batch(8, 0, len(windows))[0])
+    assert not torch.equal(tokens, torch.from_numpy(windows.training_batch(8, 0, len(windows))[0]))
 
 
 def test_two_processes_are_one_with_twice_the_accumulation_bit_for_bit(project):
