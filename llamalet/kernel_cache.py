@@ -120,7 +120,7 @@ class KernelCache(FunctionCache):
             with contextlib.suppress(OSError):
                 self.flush()
         if found is None:
-            _say("compiling the kernels for this processor; later starts will find them")
+            _say("compiling the kernels for this processor (about 10 s; later starts find them done)")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:

@@ -202,6 +202,8 @@ class Team:
 
         The helpers keep the arguments, so the same tuple should be passed as long as they are the same.
         """
+        if self._failure is not None:
+            raise self._failure
         if arguments is not self._arguments:
             self._arguments = arguments
             self._shared[BINDING] += 1
