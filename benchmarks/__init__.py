@@ -1,0 +1,1 @@
+"""What is measured, and the report at the end of `make demo`."""
