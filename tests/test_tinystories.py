@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -593,6 +594,27 @@ def test_a_full_disk_is_one_line_that_names_the_file():
     assert not list(Path("data/synthetic").iterdir())
 
 
+def test_ctrl_c_waits_while_the_pool_makes_its_thread_and_processes(monkeypatch):
+    start, now = threading.Thread.start, threading.Event()
+
+    def interrupt():  # in a thread of its own: any thread may be the one that takes a signal
+        now.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    def start_interrupted(thread):
+        if "ExecutorManagerThread" in type(thread).__name__:  # made, not started: it cannot be joined now
+            now.set()
+            other.join()
+        start(thread)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    monkeypatch.setattr(threading.Thread, "start", start_interrupted)
+    with pytest.raises(KeyboardInterrupt), Workers(1) as workers:
+        next(workers.map(abs, [-1]))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize(("sent", "to_group", "status"), [(signal.SIGINT, True, 130), (signal.SIGKILL, False, -9)])
 def test_stopping_the_command_stops_its_workers(sent, to_group, status):
     process = command("synthesize", "--size=10GB", "--workers=2", start_new_session=True)
@@ -602,7 +624,7 @@ def test_stopping_the_command_stops_its_workers(sent, to_group, status):
     time.sleep(0.3)
     (os.killpg if to_group else os.kill)(process.pid, sent)
     _, err = process.communicate(timeout=60)  # ends only when the workers, too, have closed the pipes
-    assert process.returncode == status
+    assert process.returncode == status, err
     if status == 130:
         assert err == "error: stopped by Ctrl-C\n"
     assert not Path("data/synthetic/source.json").exists()

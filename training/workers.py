@@ -72,15 +72,25 @@ def available_cores() -> int:
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait until the block ends. A process started within holds it back for good: it is the parent's."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    """Let Ctrl-C wait until the block ends. A process started within holds it back for good: it is the parent's.
+
+    Blocking the signal is not enough: another thread may take it, and Python then interrupts the main one all the same,
+    perhaps between making the pool's manager thread and starting it, which leaves a pool that cannot be shut down.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set, none interrupts
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    held_back: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held_back.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held_back:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _begin() -> None:
