@@ -86,6 +86,6 @@ def tune_allocator(device: torch.device) -> None:
     except (OSError, AttributeError):
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it allocates its first tensor of 2 MB
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    mallopt(mmap_threshold, 1 << 25)
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    mallopt(mmap_max, 0)  # blocks from mmap go back at once, however large the threshold below which they are kept
     mallopt(trim_threshold, (1 << 31) - 1)
