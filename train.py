@@ -23,7 +23,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from configurator import parse
 from llamalet import errors
@@ -38,7 +37,7 @@ from training.checkpoint import Checkpoint
 from training.cpu import use_cpu_kernels
 from training.distributed import Processes, processes
 from training.hardware import choose_dtype, compile_problem, count_threads, peak_tflops, tune_allocator
-from training.optimizer import Optimizer, learning_rate
+from training.optimizer import Optimizer, clip_gradients, learning_rate
 from training.weights import write_bin
 
 
@@ -336,7 +335,7 @@ class Trainer:
             loss = self.loss(self.parallel, batch) / self.accumulation
             loss.backward()
             total += loss.detach()
-        gradient_norm = clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        gradient_norm = clip_gradients(self.model.parameters(), config.grad_clip)
         self.optimizer.step(config.rate(self.step))
         self.step += 1
         return total, gradient_norm

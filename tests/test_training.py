@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_MODELS
+from torch import nn
 from toy import toy_data
 
 import train
@@ -20,7 +22,7 @@ from llamalet.tokenizer import BOS_ID
 from model import Llama
 from training import checkpoint
 from training.batches import Windows
-from training.optimizer import Optimizer, learning_rate
+from training.optimizer import Optimizer, clip_gradients, learning_rate
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 300
@@ -68,6 +70,19 @@ def test_one_batch_is_overfitted_in_ten_steps(kind, reached):
         optimizer.step(2e-2)
     assert losses[0] == pytest.approx(5.7, abs=0.3)  # ln 300: nothing known yet
     assert losses[10] < reached
+
+
+@pytest.mark.parametrize("largest", [0.5, 5.0, 0.0])
+def test_clipping_is_torchs_clipping(largest):
+    gradients = torch.arange(4.0), torch.tensor([[1.0]])  # norm sqrt(15)
+    ours, theirs = ([nn.Parameter(torch.zeros_like(g)) for g in gradients] for _ in range(2))
+    for ours_one, theirs_one, gradient in zip(ours, theirs, gradients, strict=True):
+        ours_one.grad, theirs_one.grad = gradient.clone(), gradient.clone()
+    unused = nn.Parameter(torch.zeros(2))
+    norm = clip_gradients([*ours, unused], largest)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(theirs, largest or math.inf), rtol=0, atol=0)
+    for ours_one, theirs_one in zip(ours, theirs, strict=True):
+        assert torch.equal(ours_one.grad, theirs_one.grad)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -1,9 +1,11 @@
 """AdamW, Muon, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: int) -> float:
@@ -22,6 +24,21 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: i
         return peak * (step + 1) / warmup
     progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
     return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
+    """Scale the gradients of `parameters` so that their common norm is at most `largest`; return the norm before.
+
+    Args:
+        parameters: those without a gradient do not count.
+        largest: the bound; 0 only measures.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    # The CPU can look at the norm and pass over a product with 1; on a GPU looking would mean waiting for it.
+    if largest and (norm.device.type != "cpu" or norm > largest):
+        clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 class Optimizer:
