@@ -33,6 +33,26 @@ class Quantized(NamedTuple):
         return self.values.shape[1] // self.scales.shape[1]
 
 
+class Packed(NamedTuple):
+    """A quantized matrix as the kernels read it: 16 rows side by side, in chunks of 8 columns.
+
+    values: uint8 (row_blocks, chunks, 128) for 8 bits or (row_blocks, chunks, 64) for 4. Of block b and chunk c,
+        with row r in 0..15, k in 0..3: 8 bits have weight [16 b + r, 8 c + 4 h + k] plus 128 at byte 64 h + 4 r + k, where
+        h is 0 or 1; 4 bits have weight [16 b + r, 8 c + k] plus 8 in the low half of byte 4 r + k, and that of column
+        8 c + 4 + k in its high half.
+    scales: uint16, the bits of bfloat16, or float32: (row_blocks, groups, 16).
+    rows: the matrix's rows; those up to a multiple of 16 are zeros.
+    cols: the matrix's columns; those up to a multiple of 8 are zeros.
+    group_size: columns that share a scale, a multiple of 8; a row's last group may be shorter.
+    """
+
+    values: NDArray[np.uint8]
+    scales: NDArray[np.uint16] | NDArray[np.float32]
+    rows: int
+    cols: int
+    group_size: int
+
+
 def quantize(weights: NDArray[np.float32], group_size: int) -> Quantized:
     """Round each group of `group_size` columns to int8 with its own scale.
 

@@ -13,8 +13,9 @@ from llamalet import kernel_cache, kernels
 from llamalet.config import rope_tables
 from llamalet.format import ModelFile
 from llamalet.kernels import Int8Matrix, Int8Rows, Past, Weights, Workspace
+from llamalet.kv_cache import KVCache
 from llamalet.quantize import Quantized
-from llamalet.reference import Array, KVCache, Tokens, check_tokens
+from llamalet.reference import Array, Tokens, check_tokens
 from llamalet.simd import Stack, group_dtype, starts_dtype
 from llamalet.team import Team, new_words, thread_count
 
