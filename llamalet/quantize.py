@@ -36,8 +36,8 @@ class Quantized(NamedTuple):
 class Packed(NamedTuple):
     """A quantized matrix as the kernels read it: 16 rows side by side, in chunks of 8 columns.
 
-    values: uint8 (row_blocks, chunks, 128) for 8 bits or (row_blocks, chunks, 64) for 4. Of block b and chunk c,
-        with row r in 0..15, k in 0..3: 8 bits have weight [16 b + r, 8 c + 4 h + k] plus 128 at byte 64 h + 4 r + k, where
+    values: uint8 (row_blocks, chunks, 128) for 8 bits or (row_blocks, chunks, 64) for 4. Of block b and chunk c, with
+        r in 0..15 and k in 0..3: 8 bits have weight [16 b + r, 8 c + 4 h + k] plus 128 at byte 64 h + 4 r + k, where
         h is 0 or 1; 4 bits have weight [16 b + r, 8 c + k] plus 8 in the low half of byte 4 r + k, and that of column
         8 c + 4 + k in its high half.
     scales: uint16, the bits of bfloat16, or float32: (row_blocks, groups, 16).
