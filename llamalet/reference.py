@@ -4,8 +4,9 @@ Read `forward` first: it is the whole model. Each function above it is one step,
 each under the same name. Shape letters: B batch, T new positions, S cached positions (the new ones included), C dim,
 H query heads, G kv heads, D head_dim, F hidden_dim, V vocab, L layers. Everything is float32 unless said otherwise.
 
-A weight is a float32 array (rows, cols), or a `Quantized` pair of int8 values and scales. For the latter the vector
-that it multiplies is quantized too, group by group, so that the products are summed in integers as in llama2.c's runq.
+A weight is a matrix (rows, cols) in any form of quantize.py: float32, the bits of bfloat16, or small integers in groups
+with a scale each (`Quantized`, `Packed`). For the last two the vector that it multiplies is quantized too, group by
+group, so that the products are summed in integers as in llama2.c's runq.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,9 @@ from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import UsageError
 from llamalet.format import ModelFile
 from llamalet.kv_cache import KVCache
-from llamalet.quantize import Quantized
+from llamalet.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows, unpack
 
 Array = NDArray[np.float32]
-Weight = Array | Quantized
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
 # Positions that NumpyTransformer takes through the layers at once: enough to keep the matrix products busy, few enough
@@ -101,54 +101,65 @@ def quantize_rows(x: Array, group_size: int) -> Quantized:
     """Round each group of each vector to int8 with its own scale.
 
     Args:
-        x: (..., cols); group_size divides cols.
-        group_size: neighbouring components that share a scale.
+        x: (..., cols).
+        group_size: neighbouring components that share a scale; where it does not divide cols, the last group is short.
 
     Returns:
-        int8 values (..., cols) and float32 scales (..., cols // group_size). A group with a NaN or an infinity has a
-        scale that is not finite, so that whatever is computed from it is not finite either.
+        int8 values (..., cols) and float32 scales (..., groups). A group with a NaN or an infinity has a scale that is
+        not finite, so that whatever is computed from it is not finite either.
 
     Source: llama2.c, `quantize` in runq.c.
     """
-    groups = x.reshape(*x.shape[:-1], -1, group_size)
+    groups = in_groups(x, group_size)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         largest = np.abs(groups).max(axis=-1)  # NaN if any component is
         largest = largest + np.float32(0) * largest  # and NaN where infinite
         inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
         # Tiny groups, whose inverse overflows, are rounded to zero: they are below what float32 resolves.
         rounded = np.rint(groups * np.where(np.isfinite(inverse), inverse, 0)[..., None])
-        values = np.nan_to_num(rounded).astype(np.int8).reshape(x.shape)
+        values = np.nan_to_num(rounded).astype(np.int8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
     return Quantized(values, (largest / np.float32(127)).astype(np.float32))
+
+
+def in_groups(x: NDArray[Any], group_size: int) -> NDArray[Any]:
+    """Cut the last axis into groups, the last one filled up with zeros: (..., groups, group_size)."""
+    if missing := -x.shape[-1] % group_size:
+        x = np.concatenate([x, np.zeros((*x.shape[:-1], missing), x.dtype)], axis=-1)
+    return x.reshape(*x.shape[:-1], -1, group_size)
 
 
 def matmul(x: Array, weight: Weight) -> Array:
     """Multiply vectors x (..., cols) by a weight (rows, cols): (..., rows)."""
-    if not isinstance(weight, Quantized):
-        return x @ weight.T
-    return int8_matmul(quantize_rows(x, weight.group_size), weight)
+    if isinstance(weight, Quantized | Packed):
+        return int8_matmul(quantize_rows(x, weight.group_size), weight)
+    return x @ dequantize(weight).T
 
 
-def int8_matmul(x: Quantized, weight: Quantized) -> Array:
+def int8_matmul(x: Quantized, weight: Quantized | Packed) -> Array:
     """Multiply quantized vectors (..., cols) by a quantized weight (rows, cols): float32 (..., rows).
 
     Within a group the products of int8 are summed exactly; the two scales then turn the sum into float32. Numpy
     multiplies float32 much faster than integers, and a group's sum, below 2^24 for groups up to 1024, is exact in it.
     """
-    lead, (rows, cols), group = x.values.shape[:-1], weight.values.shape, weight.group_size
-    left = x.values.reshape(-1, cols // group, group).astype(np.float32).swapaxes(0, 1)  # (groups, n, group)
-    right = weight.values.reshape(rows, cols // group, group).astype(np.float32).transpose(1, 2, 0)
+    values, scales = unpack(weight) if isinstance(weight, Packed) else weight
+    (rows, cols), (_, groups), group = values.shape, scales.shape, weight.group_size
+    left = in_groups(x.values.reshape(-1, cols), group).astype(np.float32).swapaxes(0, 1)  # (groups, n, group)
+    right = in_groups(values, group).astype(np.float32).transpose(1, 2, 0)  # (groups, group, rows)
     sums = left @ right  # (groups, n, rows)
-    x_scales = x.scales.reshape(-1, cols // group).T[:, :, None]  # (groups, n, 1)
-    scaled = sums * x_scales * weight.scales.T[:, None, :]
-    return scaled.sum(axis=0).reshape(*lead, rows)
+    x_scales = x.scales.reshape(-1, groups).T[:, :, None]  # (groups, n, 1)
+    scaled = sums * x_scales * scales.T[:, None, :]
+    return scaled.sum(axis=0).reshape(*x.values.shape[:-1], rows)
 
 
 def embed(weight: Weight, tokens: NDArray[np.integer[Any]]) -> Array:
     """Return the embeddings of tokens (...): (..., C)."""
-    if not isinstance(weight, Quantized):
-        return weight[tokens]
-    groups = weight.values[tokens].reshape(*tokens.shape, -1, weight.group_size).astype(np.float32)
-    return (groups * weight.scales[tokens][..., None]).reshape(*tokens.shape, -1)
+    if isinstance(weight, Packed):
+        rows = dequantize_rows(weight, tokens.reshape(-1))
+    elif isinstance(weight, Quantized):
+        rows = dequantize(Quantized(*(part[tokens.reshape(-1)] for part in weight)))
+    else:
+        rows = dequantize(weight[tokens.reshape(-1)])
+    return rows.reshape(*tokens.shape, -1)
 
 
 def hidden_states(
@@ -232,6 +243,10 @@ class NumpyTransformer:
     def decode(self, cache: KVCache, token: int) -> Array:
         """Append one token to the cache; return the logits after it: float32 (V,)."""
         return self.prefill(cache, [token])
+
+    def decode_batch(self, caches: Sequence[KVCache], tokens: Sequence[int]) -> Array:
+        """Append one token to each cache; return what `decode` returns for each: float32 (B, V)."""
+        return np.stack([self.decode(cache, token) for cache, token in zip(caches, tokens, strict=True)])
 
     def prefill(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens (T,), at least one, to the cache; return the logits after the last one: float32 (V,).

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from llamalet import format, reference
 from llamalet.errors import UsageError
-from llamalet.quantize import dequantize, quantize
+from llamalet.quantize import Packed, dequantize, pack_q4, pack_q8, quantize, to_bfloat16
 from llamalet.reference import KVCache, NumpyTransformer
 
 # Two orders of summing the same float32 products differ by a few roundings of the largest partial sum.
@@ -73,6 +73,47 @@ def test_int8_matmul_sums_exactly_within_a_group(n_rows, n_groups, group, seed):
     expected = np.einsum("trg,tg,rg->tr", sums, x.scales.astype(float), weight.scales.astype(float))
     bound = SUM_ROUNDINGS * np.abs(sums * x.scales[:, None] * weight.scales).sum(-1).max()
     np.testing.assert_allclose(reference.int8_matmul(x, weight), expected, atol=bound)
+
+
+@pytest.mark.parametrize("packer", [pack_q8, pack_q4])
+@given(size=st.tuples(st.integers(1, 40), st.integers(1, 150)), seed=st.integers(0, 2**32 - 1))
+def test_packed_matmul_is_the_product_of_what_was_rounded(packer, size, seed):
+    """Rows and columns of every number, whose last group may be short."""
+    rng = np.random.default_rng(seed)
+    weight: Packed = packer(rng.normal(size=size).astype(np.float32))
+    x = rng.normal(size=(3, size[1])).astype(np.float32)
+    rounded = reference.quantize_rows(x, weight.group_size)
+    assert rounded.scales.shape == (3, -(-size[1] // weight.group_size))
+    steps = np.repeat(rounded.scales, weight.group_size, axis=1)[:, : size[1]].astype(float)
+    assert (np.abs(rounded.values * steps - x) <= 0.5001 * steps).all()
+    left, right = rounded.values * steps, dequantize(weight).astype(float)
+    bound = SUM_ROUNDINGS * (np.abs(left) @ np.abs(right).T).max()
+    np.testing.assert_allclose(reference.matmul(x, weight), left @ right.T, atol=bound)
+
+
+@pytest.mark.parametrize("form", [to_bfloat16, pack_q8, pack_q4, lambda w: quantize(w, 16)])
+def test_embed_takes_the_rows_of_every_form(form):
+    weight = form(np.random.default_rng(0).normal(size=(37, 48)).astype(np.float32))
+    tokens = np.array([[36, 0, 5], [5, 20, 16]])
+    np.testing.assert_array_equal(reference.embed(weight, tokens), dequantize(weight)[tokens])
+
+
+def test_bfloat16_weights_multiply_float32_activations():
+    rng = np.random.default_rng(0)
+    weight, x = to_bfloat16(rng.normal(size=(7, 20)).astype(np.float32)), rng.normal(size=(3, 20)).astype(np.float32)
+    np.testing.assert_array_equal(reference.matmul(x, weight), x @ dequantize(weight).T)
+
+
+def test_a_batch_is_decoded_as_each_alone(small_config):
+    model = NumpyTransformer(model_file(small_config))
+    prompts = [[1], [2, 3, 4], [5, 6]]
+    alone, together = ([model.new_cache() for _ in prompts] for _ in range(2))
+    for caches in (alone, together):
+        for cache, prompt in zip(caches, prompts, strict=True):
+            model.prefill(cache, prompt)
+    expected = [model.decode(cache, token) for cache, token in zip(alone, (7, 8, 9), strict=True)]
+    np.testing.assert_array_equal(model.decode_batch(together, (7, 8, 9)), expected)
+    assert [cache.length for cache in together] == [2, 4, 3]
 
 
 def test_quantize_rows_rounds_to_the_nearest_step():
