@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import safetensors.numpy
 from conftest import SMALL_MODELS, random_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import Counting, toy_model, toy_tokenizer
+from toy import Counting, ListCache, toy_model, toy_tokenizer, with_decode_batch
 
 from llamalet import Model, format, reference
+from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
-from llamalet.generate import generate, stream
-from llamalet.sampler import Sampler
+from llamalet.generate import MAX_BATCH, generate, generate_batch, stream
+from llamalet.kv_cache import KVCache
+from llamalet.sampler import MASK, Sampler
 from llamalet.tokenizer import StreamDecoder, pack
 
 CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
@@ -65,6 +68,218 @@ def test_streamed_pieces_are_the_text_and_never_empty(tokens):
     pieces = list(stream(tokens, StreamDecoder(vocabulary)))
     assert "" not in pieces
     assert "".join(pieces) == vocabulary.decode(tokens)
+
+
+# --- batches ---
+
+
+def random_model(config: ModelConfig = CONFIG, scale: float = 0.1) -> reference.NumpyTransformer:
+    """A model in memory; with a larger scale it has clear preferences."""
+    header = format.Header(1, config)
+    file = format.ModelFile(Path("memory"), header, random_tensors(config, scale=scale))
+    return with_decode_batch(reference.NumpyTransformer(file))
+
+
+def collect(events) -> list[list[int]]:
+    """The texts of a batch, each closed exactly once and by its last event."""
+    texts: dict[int, list[int]] = {}
+    closed = set()
+    for number, token in events:
+        assert number not in closed
+        if token is None:
+            closed.add(number)
+            texts.setdefault(number, [])
+        else:
+            texts.setdefault(number, []).append(token)
+    assert closed == set(range(len(texts)))
+    return [texts[number] for number in range(len(texts))]
+
+
+@st.composite
+def requests(draw, longest: int) -> list[tuple[list[int], dict]]:
+    """Prompts and the settings of their samplers; some prompts are alike."""
+    tokens = st.integers(3, 299)
+    prompts = draw(st.lists(st.lists(tokens, min_size=1, max_size=longest), min_size=1, max_size=4))
+    sampler = st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([0.0, 0.7, 1.0]),
+            "top_p": st.sampled_from([0.9, 1.0]),
+            "seed": st.integers(0, MASK),
+        }
+    )
+    return draw(st.lists(st.tuples(st.sampled_from(prompts), sampler), min_size=1, max_size=8))
+
+
+@pytest.fixture(scope="module", params=["numpy", "float32", "int8"])
+def any_model(request, tmp_path_factory):
+    """A forward pass of each kind."""
+    if request.param == "numpy":
+        return random_model(scale=0.3)
+    from llamalet.transformer import Transformer
+
+    path = toy_model(tmp_path_factory.mktemp("model"), CONFIG, version={"float32": 1, "int8": 2}[request.param])
+    return with_decode_batch(Transformer(format.read(path)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_each_text_of_a_batch_is_the_one_it_is_alone(any_model, data):
+    roll = data.draw(st.booleans())
+    asked = data.draw(requests(longest=70 if roll else 32))
+    options = {
+        "max_new_tokens": data.draw(st.integers(0, 60) if roll else st.none() | st.integers(0, 40)),
+        "stop_tokens": data.draw(st.sets(st.integers(3, 299), max_size=20)),
+        "overflow": "roll" if roll else "stop",
+        "keep": data.draw(st.integers(0, 31)),
+    }
+    alone = [list(generate(any_model, prompt, Sampler(300, **how), **options)) for prompt, how in asked]
+    order = data.draw(st.permutations(range(len(asked))))
+    prompts, samplers = [asked[i][0] for i in order], [Sampler(300, **asked[i][1]) for i in order]
+    events = generate_batch(any_model, prompts, samplers, batch_size=data.draw(st.integers(1, 9)), **options)
+    assert collect(events) == [alone[i] for i in order]
+
+
+def greedy(n: int) -> list[Sampler]:
+    return [Sampler(300, temperature=0.0) for _ in range(n)]
+
+
+def test_texts_that_end_leave_and_waiting_ones_take_their_places():
+    model = Counting(CONFIG)
+    prompts = [[100], [108], [103], [105], [109]]  # all end before 110
+    texts = collect(generate_batch(model, prompts, greedy(5), stop_tokens=[110], batch_size=2))
+    assert texts == [list(range(prompt[0] + 1, 110)) for prompt in prompts]
+    # 108 makes 109 and its place goes to 103, which goes on beside 100; the last goes on by itself.
+    assert model.steps[:2] == [[101, 109], [102, 104]]
+    assert all(len(step) == 2 for step in model.steps)
+    assert model.steps[-1] == [109, 107]
+
+
+def test_more_texts_than_a_batch_holds_wait():
+    model = Counting(CONFIG)
+    prompts = [[100 + n % 7] * (1 + n % 20) for n in range(150)]
+    texts = collect(generate_batch(model, prompts, greedy(150), max_new_tokens=5))
+    assert texts == [[prompt[-1] + made for made in range(1, 6)] for prompt in prompts]
+    assert max(map(len, model.steps)) == MAX_BATCH == 64
+
+
+def test_neighbours_with_one_prompt_read_it_once():
+    model = Counting(CONFIG)
+    prompts = [[100, 101]] * 5 + [[7]] + [[100, 101]] * 2
+    assert collect(generate_batch(model, prompts, greedy(8), max_new_tokens=1)) == [[102]] * 5 + [[8]] + [[102]] * 2
+    assert model.passes == 3
+
+
+def test_a_batch_does_no_work_before_it_is_needed():
+    model = Counting(CONFIG)
+    events = generate_batch(model, [[100], [200]], greedy(2), max_new_tokens=2)
+    assert model.passes == 0
+    assert [next(events), model.passes, next(events), model.passes] == [(0, 101), 1, (1, 201), 2]
+    assert list(events) == [(0, 102), (0, None), (1, 202), (1, None)]
+    assert model.passes == 4
+    assert list(generate_batch(model, [], [])) == []
+    assert list(generate_batch(model, [[1], [2]], greedy(2), max_new_tokens=0)) == [(0, None), (1, None)]
+    assert model.passes == 4
+
+
+def test_a_batch_that_cannot_be_made_is_refused_at_once():
+    model = Counting(CONFIG)
+    for prompts, samplers, options, message in (
+        ([[1], [2]], 1, {}, "2 prompts and 1 samplers"),
+        ([[1], []], 2, {}, "the prompt has 0 tokens"),
+        ([[1], [1] * 33], 2, {}, "the prompt has 33 tokens; the model takes 1 to 32"),
+        ([[1]], 1, {"batch_size": 0}, "batch_size=0: must lie between 1 and 64"),
+        ([[1]], 1, {"batch_size": 65}, "batch_size=65"),
+        ([[1]], 1, {"overflow": "roll", "keep": 32}, "keep=32: a context of 32 positions can keep 0 to 31"),
+        ([[1]], 1, {"overflow": "roll", "keep": -1}, "keep=-1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            generate_batch(model, prompts, greedy(samplers), **options)
+    assert model.passes == 0
+
+
+def test_ctrl_c_between_two_tokens_leaves_the_model_usable(any_model, monkeypatch):
+    expected = collect(generate_batch(any_model, [[5], [6, 7]], greedy(2)))
+    samplers = greedy(2)
+    draws = iter(range(9))
+
+    def interrupted(logits):
+        if next(draws) == 5:
+            raise KeyboardInterrupt
+        return int(np.argmax(logits))
+
+    monkeypatch.setattr(samplers[1], "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(generate_batch(any_model, [[5], [6, 7]], samplers))
+    assert collect(generate_batch(any_model, [[5], [6, 7]], greedy(2))) == expected
+
+
+# --- past the context ---
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 16, 31])
+@pytest.mark.parametrize("prompt_length", [1, 3, 31, 32, 33, 34, 50, 100])
+def test_a_rolling_cache_holds_the_first_tokens_and_the_newest(monkeypatch, keep, prompt_length):
+    seen = []
+    model = Counting(CONFIG)
+    monkeypatch.setattr(model, "new_cache", lambda: seen.append(ListCache()) or seen[-1])
+    prompt = list(range(100, 100 + prompt_length))
+    tokens = generate(model, prompt, *greedy(1), overflow="roll", keep=keep)
+    text = list(prompt)
+    for token, _ in zip(tokens, range(200), strict=False):
+        (cache,) = seen
+        assert len(cache) <= 32
+        if len(text) <= 32:
+            assert cache == text
+        else:
+            newest = len(cache) - keep
+            assert newest > (32 - keep) // 2
+            assert cache == text[:keep] + text[len(text) - newest :]
+        text.append(token)
+    assert text == [100 + n if 100 + n < 300 else 100 + n - 300 for n in range(len(text))]
+    assert len(text) == prompt_length + 200
+
+
+def test_a_rolled_cache_gives_the_logits_of_the_tokens_that_are_left():
+    """In a model of one layer, keys and values depend on nothing but their token and its place."""
+    config = ModelConfig.create(
+        dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=300, max_seq_len=32
+    )
+    model = random_model(config, scale=0.3)
+    seen = []
+
+    class Recording(Sampler):
+        def sample(self, logits):
+            seen.append(logits)
+            return super().sample(logits)
+
+    prompt = np.random.default_rng(2).integers(3, 300, 45).tolist()
+    made = list(generate(model, prompt, Recording(300, seed=3), overflow="roll", max_new_tokens=120))
+    left = [*prompt[:4], *prompt[18:45]]  # 14 were dropped when the 33rd came: 18 and 13 more
+    for logits, token in zip(seen, made, strict=True):
+        np.testing.assert_allclose(logits, model.logits(left)[-1], atol=2e-4, rtol=1e-4)
+        if len(left) == 32:
+            del left[4:18]
+        left.append(token)
+
+
+def test_a_text_that_rolls_needs_no_more_memory(monkeypatch):
+    model = random_model()
+    caches = []
+    monkeypatch.setattr(model, "new_cache", lambda: caches.append(KVCache(CONFIG)) or caches[-1])
+    tokens = generate(model, [1], Sampler(300, seed=1), overflow="roll")
+    for _ in range(40):
+        next(tokens)
+    (cache,) = caches
+    keys, values = cache.keys, cache.values
+    for _ in range(1000):
+        next(tokens)
+    assert cache.keys is keys and cache.values is values and cache.capacity == 32 and len(caches) == 1
+
+
+def test_stop_tokens_and_a_number_of_tokens_end_a_text_that_rolls():
+    assert count_from(100, overflow="roll", max_new_tokens=99) == list(range(101, 200))
+    assert count_from(100, overflow="roll", stop_tokens=[250]) == list(range(101, 250))
+    assert count_from(100, overflow="roll", max_new_tokens=0) == []
 
 
 # --- a model from its file ---

@@ -49,24 +49,53 @@ def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 
     return folder
 
 
+def with_decode_batch(model):
+    """Return a forward pass with decode_batch: row by row where it has none."""
+    if not hasattr(model, "decode_batch"):
+        model.decode_batch = lambda caches, tokens: np.stack(
+            [model.decode(cache, token) for cache, token in zip(caches, tokens, strict=True)]
+        )
+    return model
+
+
+class ListCache(list):
+    """The tokens of a text, used as a KV cache."""
+
+    @property
+    def length(self) -> int:
+        return len(self)
+
+    def roll(self, keep: int, drop: int) -> None:
+        del self[keep : keep + drop]
+
+    def copy(self) -> "ListCache":
+        return ListCache(self)
+
+
 class Counting:
     """A forward pass that makes token t + 1 the most likely after t, and checks how it is used."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.passes = 0
+        self.steps: list[list[int]] = []
 
-    def new_cache(self) -> list[int]:
-        return []
+    def new_cache(self) -> ListCache:
+        return ListCache()
 
-    def prefill(self, cache: list[int], tokens: Sequence[int]) -> np.ndarray:
+    def prefill(self, cache: ListCache, tokens: Sequence[int]) -> np.ndarray:
         cache.extend(tokens)
         assert len(cache) <= self.config.max_seq_len, "past the end of the cache"
         self.passes += 1
         return self.logits([cache[-1]])[0]
 
-    def decode(self, cache: list[int], token: int) -> np.ndarray:
+    def decode(self, cache: ListCache, token: int) -> np.ndarray:
         return self.prefill(cache, [token])
+
+    def decode_batch(self, caches: Sequence[ListCache], tokens: Sequence[int]) -> np.ndarray:
+        assert len({id(cache) for cache in caches}) == len(caches) == len(tokens) <= 64
+        self.steps.append(list(tokens))
+        return np.stack([self.decode(cache, token) for cache, token in zip(caches, tokens, strict=True)])
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         assert len(tokens) <= self.config.max_seq_len, "past the end of the context"
