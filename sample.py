@@ -4,6 +4,8 @@ Usage:
     python sample.py                                    the newest model under out/, else the demo model
     python sample.py out/model.bin -i "Once upon a time" -t 0.8 -s 7
     python sample.py stories15M.bin -z tokenizer.bin -n 256
+    python sample.py out/model.bin --num-samples=64     many stories at once: several times as fast as one by one
+    python sample.py out/model.bin -n 0 --overflow=roll --ignore-eos       for ever, until Ctrl-C
 
 The text goes to stdout, everything else to stderr. For tamer or wilder texts change the temperature or top-p, not both;
 -t 0 always takes the most likely token. With the same -t, -p and -s the tokens are those of llama2.c's run.
@@ -13,7 +15,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,10 +24,10 @@ from tyro.conf import arg
 
 from configurator import parse
 from llamalet.errors import ConfigError, FormatError, UsageError, run
-from llamalet.generate import generate, stream
+from llamalet.generate import KEEP, Overflow, generate_batch
 from llamalet.runtime import Model
 from llamalet.sampler import MASK, Sampler, check_settings, random_seed
-from llamalet.tokenizer import StreamDecoder
+from llamalet.tokenizer import StreamDecoder, Tokenizer
 
 OUT = Path("out")
 DEMO_MODEL = Path(__file__).parent / "assets" / "demo.bin"
@@ -53,13 +55,17 @@ class SampleConfig:
     seed: Annotated[int, arg(aliases=("-s",))] = -1
     """the same seed gives the same story; -1 takes a random one and prints it"""
     steps: Annotated[int | None, arg(aliases=("-n",))] = None
-    """end at this many positions, the prompt included (256); 0 goes on to the end of the context"""
+    """end at this many positions, prompt included (256); 0 ends where the context does, or never if that rolls"""
     max_new_tokens: int | None = None
     """end after this many new tokens; instead of -n"""
     num_samples: int = 1
-    """how many stories to tell; each has its own seed, one more than the last"""
+    """how many stories to tell, up to 64 at once; each has its own seed, one more than the last"""
     ignore_eos: bool = False
     """go on where the model ends the story"""
+    overflow: Overflow = "stop"
+    """where the context is full: stop, or roll, which forgets the older half of it, --keep aside, and goes on"""
+    keep: int = KEEP
+    """how many of the first tokens a rolling context never forgets: without a few of them models lose the thread"""
     mode: Annotated[Literal["generate", "chat"], arg(aliases=("-m",))] = "generate"
     """generate continues the prompt"""
     system_prompt: Annotated[str | None, arg(aliases=("-y",))] = None
@@ -80,6 +86,10 @@ class SampleConfig:
             problems.append("-n counts the prompt and --max-new-tokens does not: give one of them")
         if self.steps is not None and self.steps < 0:
             problems.append(f"steps={self.steps}: must not be negative (0 goes on to the end of the context)")
+        if self.keep < 0:
+            problems.append(f"keep={self.keep}: must not be negative")
+        if self.num_samples > 1 and self.steps == 0 and self.overflow == "roll" and self.ignore_eos:
+            problems.append(f"num_samples={self.num_samples}: the first story would never end; give -n a number")
         for name in ("max_new_tokens", "num_samples", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -109,10 +119,7 @@ def main(argv: Sequence[str]) -> int:
     note(f"model {model.path}: {model.config.n_params / 1e6:.2f}M parameters, loaded in {load_s:.2f} s")
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     seed = random_seed() if config.seed == -1 else config.seed
-    for number in range(config.num_samples):
-        if number:
-            print()
-        tell(model, prompt, config, (seed + number) & MASK)
+    tell(model, prompt, config, [(seed + number) & MASK for number in range(config.num_samples)])
     return 0
 
 
@@ -144,34 +151,105 @@ def choose_model() -> Path:
     raise FormatError(f"no model named and no .bin under {OUT}/; train one (make demo) or name a file")
 
 
-def tell(model: Model, prompt: str, config: SampleConfig, seed: int) -> None:
-    """Print one story as it is made, then its speed."""
+def tell(model: Model, prompt: str, config: SampleConfig, seeds: Sequence[int]) -> None:
+    """Print a story for each seed, one after the other though they are made together; then their speed."""
     ids = model.tokenizer.encode(prompt, bos=True)
-    sampler = Sampler(
-        model.config.vocab_size,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        seed=seed,
-    )
-    note(f"seed {seed}")
-    times = [time.perf_counter()]
-    tokens = generate(
+    samplers = [
+        Sampler(
+            model.config.vocab_size,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            seed=seed,
+        )
+        for seed in seeds
+    ]
+    events = generate_batch(
         model.transformer,
-        ids,
-        sampler,
+        [ids] * len(seeds),
+        samplers,
         max_new_tokens=new_tokens(config, len(ids)),
         stop_tokens=() if config.ignore_eos else model.stop_tokens,
+        overflow=config.overflow,
+        keep=config.keep,
     )
-    for text in stream(_with_times(ids, tokens, times), StreamDecoder(model.tokenizer)):
-        print(text, end="", flush=True)
-    print(flush=True)
-    note(speed(len(ids), times))
+    clock, page = Clock(), Page(model.tokenizer, ids, seeds)
+    try:
+        for number, token in events:
+            if token is not None:
+                clock.tick()
+            page.add(number, token)
+    except KeyboardInterrupt:
+        page.close()
+        raise
+    finally:
+        note(speed(len(ids), clock, len(seeds)))
+
+
+class Page:
+    """Prints stories that are made together one after the other, each as far as it is known."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], seeds: Sequence[int]) -> None:
+        self._seeds = seeds
+        self._decoders = [StreamDecoder(tokenizer) for _ in seeds]
+        self._unprinted = ["".join(decoder.push(token) for token in prompt) for decoder in self._decoders]
+        self._ended = [False] * len(seeds)
+        self._n_begun = 1
+        self._current = 0
+        self._announce()
+        self._print()
+
+    def add(self, number: int, token: int | None) -> None:
+        """Take a story's next token, or None for its end."""
+        decoder = self._decoders[number]
+        self._unprinted[number] += decoder.finish() if token is None else decoder.push(token)
+        self._ended[number] = token is None
+        self._n_begun = max(self._n_begun, number + 1)
+        if number == self._current:
+            self._print()
+
+    def close(self) -> None:
+        """Print what there is of all stories that have begun, as if they ended here."""
+        self._seeds = self._seeds[: self._n_begun]
+        self._ended = [True] * self._n_begun
+        self._print()
+
+    def _print(self) -> None:
+        """Print what is new in the current story and, if that has ended, the next ones."""
+        while self._current < len(self._seeds):
+            print(self._unprinted[self._current], end="", flush=True)
+            self._unprinted[self._current] = ""
+            if not self._ended[self._current]:
+                return
+            print(flush=True)
+            self._current += 1
+            if self._current < len(self._seeds):
+                print()
+                self._announce()
+
+    def _announce(self) -> None:
+        """Say which story comes next."""
+        note(f"seed {self._seeds[self._current]}")
+
+
+class Clock:
+    """When the first and the newest token came."""
+
+    def __init__(self) -> None:
+        self.start = self.first = self.newest = time.perf_counter()
+        self.tokens = 0
+
+    def tick(self) -> None:
+        """Note that a token has come."""
+        self.newest = time.perf_counter()
+        self.tokens += 1
+        if self.tokens == 1:
+            self.first = self.newest
 
 
 def new_tokens(config: SampleConfig, n_prompt: int) -> int | None:
-    """Return how many tokens to make after a prompt of `n_prompt`, BOS included; None goes on to the context's end.
+    """Return how many tokens to make after a prompt of `n_prompt`, BOS included; None ends where the context does.
 
     Raises:
         UsageError: if the prompt leaves no room for one.
@@ -187,28 +265,18 @@ def new_tokens(config: SampleConfig, n_prompt: int) -> int | None:
     return steps - n_prompt + 1
 
 
-def speed(n_prompt: int, times: Sequence[float]) -> str:
-    """Return the line about tokens per second.
-
-    Args:
-        n_prompt: tokens of the prompt.
-        times: when the prompt was begun, then when each token came, in seconds.
-    """
+def speed(n_prompt: int, clock: Clock, n_stories: int) -> str:
+    """Return the line about tokens per second, after a prompt of `n_prompt`."""
 
     def rate(n: int, seconds: float) -> str:
         return f"{n} tokens, {n / seconds if seconds > 0 else math.inf:.1f} tokens/s"
 
-    if len(times) < 2:
+    if not clock.tokens:
         return "no tokens"
-    return f"prompt: {rate(n_prompt, times[1] - times[0])}; story: {rate(len(times) - 2, times[-1] - times[1])}"
-
-
-def _with_times(prompt: Sequence[int], tokens: Iterator[int], times: list[float]) -> Iterator[int]:
-    """Pass the prompt and the tokens on, and note when each token came."""
-    yield from prompt
-    for token in tokens:
-        times.append(time.perf_counter())
-        yield token
+    if n_stories > 1:
+        return f"{n_stories} stories: {rate(clock.tokens, clock.newest - clock.start)}"
+    prompt, story = rate(n_prompt, clock.first - clock.start), rate(clock.tokens - 1, clock.newest - clock.first)
+    return f"prompt: {prompt}; story: {story}"
 
 
 def note(message: str) -> None:

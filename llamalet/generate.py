@@ -4,14 +4,14 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig
 from llamalet.errors import UsageError
-from llamalet.kv_cache import KVCache
+from llamalet.kv_cache import KVCache, cache_bytes, free_memory
 from llamalet.sampler import Sampler
 from llamalet.tokenizer import StreamDecoder
 
@@ -105,7 +105,7 @@ def generate_batch(
     stop_tokens: Collection[int] = (),
     overflow: Overflow = "stop",
     keep: int = KEEP,
-    batch_size: int = MAX_BATCH,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[int, int | None]]:
     """Return the tokens that continue each of several prompts, all of them in turn, as (number of the prompt, token).
 
@@ -121,7 +121,8 @@ def generate_batch(
         stop_tokens: see generate.
         overflow: see generate.
         keep: see generate.
-        batch_size: texts in the making at once, 1 .. MAX_BATCH: each needs a KV cache.
+        batch_size: texts in the making at once, 1 .. MAX_BATCH; None takes as many as have room for their KV caches in
+            the machine's memory.
 
     Raises:
         UsageError: as generate, or if there are not as many samplers as prompts, or on a batch size out of range.
@@ -130,7 +131,9 @@ def generate_batch(
     context, ids, samplers = transformer.config.max_seq_len, [list(prompt) for prompt in prompts], list(samplers)
     if len(ids) != len(samplers):
         raise UsageError(f"{len(ids)} prompts and {len(samplers)} samplers: each text needs its own")
-    if not 1 <= batch_size <= MAX_BATCH:
+    if overflow not in get_args(Overflow):
+        raise UsageError(f"overflow={overflow!r}: must be one of {', '.join(get_args(Overflow))}")
+    if batch_size is not None and not 1 <= batch_size <= MAX_BATCH:
         raise UsageError(f"batch_size={batch_size}: must lie between 1 and {MAX_BATCH}")
     if overflow == "roll" and not 0 <= keep < context:
         raise UsageError(f"keep={keep}: a context of {context} positions can keep 0 to {context - 1} and roll")
@@ -142,6 +145,10 @@ def generate_batch(
         room = context - len(prompt) + 1 if overflow == "stop" else math.inf
         n_left = room if max_new_tokens is None else min(room, max_new_tokens)
         texts.append(_Text(number, prompt, sampler, n_left))
+    if batch_size is None:
+        positions = max((min(context, len(text.prompt) + text.n_left) for text in texts), default=1)
+        n_that_fit = free_memory() // cache_bytes(transformer.config, int(positions))
+        batch_size = max(1, min(n_that_fit, MAX_BATCH))
     return _make(transformer, texts, batch_size, frozenset(stop_tokens), keep)
 
 
@@ -209,12 +216,14 @@ def _step(transformer: ForwardPass, texts: Sequence[_Text]) -> Logits:
     return transformer.decode_batch([text.cache for text in texts], [text.token for text in texts])
 
 
-def stream(tokens: Iterable[int], decoder: StreamDecoder) -> Iterator[str]:
-    """Yield the text of tokens as soon as it is known, never empty, always valid Unicode."""
-    for token in tokens:
-        text = decoder.push(token)
+def stream(events: Iterable[tuple[int, int | None]], decoders: Sequence[StreamDecoder]) -> Iterator[tuple[int, str]]:
+    """Yield the texts of what generate_batch returns, as (number, piece): never empty, always valid Unicode.
+
+    Args:
+        events: (number, token), and (number, None) at a text's end.
+        decoders: one for each text.
+    """
+    for number, token in events:
+        text = decoders[number].finish() if token is None else decoders[number].push(token)
         if text:
-            yield text
-    rest = decoder.finish()
-    if rest:
-        yield rest
+            yield number, text

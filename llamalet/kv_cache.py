@@ -17,6 +17,8 @@ Array = NDArray[np.float32]
 # Source: https://doi.org/10.1090/S0025-5718-07-01931-X
 ROLL_ERROR = 4 * 2.0**-24
 
+MEMINFO = Path("/proc/meminfo")
+
 
 class KVCache:
     """The keys and values of the positions so far; it grows as they come.
@@ -28,8 +30,7 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, capacity: int = 0) -> None:
-        self._max_seq_len = config.max_seq_len
-        self._frequencies = rope_frequencies(config)
+        self._config = config
         shape = (config.n_layers, config.n_kv_heads, min(capacity, config.max_seq_len), config.head_dim)
         self.keys: Array = np.empty(shape, np.float32)
         self.values: Array = np.empty(shape, np.float32)
@@ -44,12 +45,19 @@ class KVCache:
         """Make room for `length` positions; doubling keeps the copying small.
 
         Raises:
-            UsageError: if that is more than the model's context.
+            UsageError: if that is more than the model's context, or than the machine has memory for.
         """
-        if length > self._max_seq_len:
-            raise UsageError(f"{length} positions: the model's context is {self._max_seq_len}")
+        context = self._config.max_seq_len
+        if length > context:
+            raise UsageError(f"{length} positions: the model's context is {context}")
         if length > self.capacity:
-            capacity = min(max(length, 2 * self.capacity, 64), self._max_seq_len)
+            capacity = min(max(length, 2 * self.capacity, 64), context)
+            n_bytes, n_free = cache_bytes(self._config, capacity), free_memory()
+            if n_bytes > n_free:
+                raise UsageError(
+                    f"a KV cache of {capacity} positions takes {n_bytes / 1e6:.0f} MB, and {n_free / 1e6:.0f} MB of "
+                    "memory are free: use shorter texts or fewer at once"
+                )
             self.keys, self.values = (self._grown(array, capacity) for array in (self.keys, self.values))
 
     def truncate(self, length: int) -> None:
@@ -83,7 +91,7 @@ class KVCache:
         """
         if not (keep >= 0 <= drop and keep + drop <= self.length):
             raise UsageError(f"cannot keep {keep} and drop {drop} of a cache of {self.length} positions")
-        turn = np.exp(-1j * drop * self._frequencies).astype(np.complex64)  # (D / 2,)
+        turn = np.exp(-1j * drop * rope_frequencies(self._config)).astype(np.complex64)  # (D / 2,)
         old, new = slice(keep + drop, self.length), slice(keep, self.length - drop)
         # Layer by layer, so that what is moved needs little memory besides the cache.
         for keys, values in zip(self.keys, self.values, strict=True):  # (G, capacity, D) each
@@ -100,17 +108,15 @@ class KVCache:
         return grown
 
 
-def caches_that_fit(config: ModelConfig, n_positions: int) -> int:
-    """Return how many caches of this many positions, at most the context, the machine's free memory holds."""
-    positions = min(n_positions, config.max_seq_len)
-    n_bytes = 2 * config.n_layers * config.kv_dim * positions * np.dtype(np.float32).itemsize
-    return free_memory() // n_bytes
+def cache_bytes(config: ModelConfig, n_positions: int) -> int:
+    """Return the size of a cache with room for this many positions, in bytes."""
+    return 2 * config.n_layers * config.kv_dim * n_positions * np.dtype(np.float32).itemsize
 
 
 def free_memory() -> int:
     """Return the bytes that can still be allocated without swapping; where the system does not tell, what it has."""
     try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         pass

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from llamalet import format, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, TokenizerError, UsageError
-from llamalet.generate import ForwardPass, Tokens, generate, stream
-from llamalet.sampler import Sampler, random_seed
+from llamalet.generate import KEEP, ForwardPass, Overflow, Tokens, generate_batch, stream
+from llamalet.sampler import MASK, Sampler, random_seed
 from llamalet.tokenizer import StreamDecoder, Tokenizer, beside
 
 BACKENDS = ("numba", "numpy")
@@ -97,6 +97,8 @@ class Model:
         min_p: float = 0.0,
         seed: int = -1,
         ignore_eos: bool = False,
+        overflow: Overflow = "stop",
+        keep: int = KEEP,
     ) -> Iterator[str]:
         """Return the text that continues a prompt, piece by piece as it is made.
 
@@ -109,26 +111,95 @@ class Model:
             min_p: see Sampler.
             seed: the same seed gives the same text; -1 is another one each time.
             ignore_eos: go on where the model ends the story.
+            overflow: "stop" ends where the context is full; "roll" forgets the older half of it and goes on.
+            keep: how many of the first tokens a rolling context never forgets.
 
         Raises:
             ConfigError: listing every setting out of range.
-            UsageError: if the prompt is longer than the context.
+            UsageError: if the prompt is longer than the context and that does not roll.
         """
-        ids = self.tokenizer.encode(prompt, bos=True)
-        sampler = Sampler(
-            self.config.vocab_size,
+        pieces = self.generate_batch(
+            [prompt],
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             min_p=min_p,
-            seed=random_seed() if seed == -1 else seed,
+            seed=seed,
+            ignore_eos=ignore_eos,
+            overflow=overflow,
+            keep=keep,
         )
-        decoder = StreamDecoder(self.tokenizer)
-        for token in ids:
-            decoder.push(token)
-        stop_tokens = () if ignore_eos else self.stop_tokens
-        tokens = generate(self.transformer, ids, sampler, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
-        return stream(tokens, decoder)
+        return (text for _, text in pieces)
+
+    def generate_batch(
+        self,
+        prompts: Iterable[str],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = -1,
+        ignore_eos: bool = False,
+        overflow: Overflow = "stop",
+        keep: int = KEEP,
+        batch_size: int | None = None,
+    ) -> Iterator[tuple[int, str]]:
+        """Return the texts that continue several prompts, made together: (number of the prompt, piece) as they come.
+
+        That is several times as fast as one after the other, and each text is the one that `generate` makes of it:
+
+            texts = [""] * len(prompts)
+            for number, piece in model.generate_batch(prompts, seed=7):
+                texts[number] += piece
+
+        Args:
+            prompts: the beginnings, any number of them.
+            max_new_tokens: see generate, as for everything not named here.
+            temperature: see Sampler, as for top_p, top_k and min_p.
+            top_p: see Sampler.
+            top_k: see Sampler.
+            min_p: see Sampler.
+            seed: that of the first text; each has one more than the last.
+            ignore_eos: see generate.
+            overflow: see generate.
+            keep: see generate.
+            batch_size: texts in the making at once, at most 64; None takes as many as memory has room for.
+
+        Raises:
+            ConfigError: as generate.
+            UsageError: as generate, or on a batch size out of range.
+        """
+        ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        first_seed = random_seed() if seed == -1 else seed
+        samplers = [
+            Sampler(
+                self.config.vocab_size,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                seed=(first_seed + number) & MASK if number else first_seed,  # a first one out of range is refused
+            )
+            for number in range(len(ids))
+        ]
+        decoders = [StreamDecoder(self.tokenizer) for _ in ids]
+        for decoder, prompt_ids in zip(decoders, ids, strict=True):
+            for token in prompt_ids:
+                decoder.push(token)
+        events = generate_batch(
+            self.transformer,
+            ids,
+            samplers,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=() if ignore_eos else self.stop_tokens,
+            overflow=overflow,
+            keep=keep,
+            batch_size=batch_size,
+        )
+        return stream(events, decoders)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from llamalet import Model, format, reference
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.generate import MAX_BATCH, generate, generate_batch, stream
-from llamalet.kv_cache import KVCache
+from llamalet.kv_cache import KVCache, cache_bytes
 from llamalet.sampler import MASK, Sampler
 from llamalet.tokenizer import StreamDecoder, pack
 
@@ -62,12 +62,18 @@ def test_no_work_is_done_before_or_after_it_is_needed():
 
 
 @settings(max_examples=200)
-@given(st.lists(st.integers(0, 299), max_size=30))
-def test_streamed_pieces_are_the_text_and_never_empty(tokens):
+@given(st.lists(st.lists(st.integers(0, 299), max_size=30), min_size=1, max_size=3), st.randoms())
+def test_streamed_pieces_are_the_texts_and_never_empty(texts, random):
     vocabulary = toy_tokenizer()
-    pieces = list(stream(tokens, StreamDecoder(vocabulary)))
-    assert "" not in pieces
-    assert "".join(pieces) == vocabulary.decode(tokens)
+    turns = [number for number, tokens in enumerate(texts) for _ in range(len(tokens) + 1)]
+    random.shuffle(turns)
+    rest = [iter([*tokens, None]) for tokens in texts]
+    pieces = list(
+        stream(((number, next(rest[number])) for number in turns), [StreamDecoder(vocabulary) for _ in texts])
+    )
+    assert "" not in [piece for _, piece in pieces]
+    for number, tokens in enumerate(texts):
+        assert "".join(piece for n, piece in pieces if n == number) == vocabulary.decode(tokens)
 
 
 # --- batches ---
@@ -160,6 +166,14 @@ def test_more_texts_than_a_batch_holds_wait():
     texts = collect(generate_batch(model, prompts, greedy(150), max_new_tokens=5))
     assert texts == [[prompt[-1] + made for made in range(1, 6)] for prompt in prompts]
     assert max(map(len, model.steps)) == MAX_BATCH == 64
+
+
+def test_a_batch_is_no_larger_than_memory_has_room_for(monkeypatch):
+    for n_fit, n_new, largest in ((3.5, None, 3), (0.5, None, 1), (3.5, 15, 7), (1e6, None, 9)):
+        monkeypatch.setattr("llamalet.generate.free_memory", lambda n_fit=n_fit: int(n_fit * cache_bytes(CONFIG, 32)))
+        model = Counting(CONFIG)
+        collect(generate_batch(model, [[100 + n] for n in range(9)], greedy(9), max_new_tokens=n_new))
+        assert max(map(len, model.steps), default=1) == largest
 
 
 def test_neighbours_with_one_prompt_read_it_once():
@@ -324,6 +338,32 @@ def test_only_a_text_without_a_prompt_loses_its_first_space(model, monkeypatch):
     assert "".join(model.generate("a", max_new_tokens=2, **GREEDY)) == " ban ban"
 
 
+def test_texts_made_together_are_those_made_alone(model):
+    prompts = ["a band", "", "a band", "dent", "and a ban. "]
+    texts = [""] * 5
+    for number, piece in model.generate_batch(prompts, seed=5, batch_size=2):
+        assert piece
+        texts[number] += piece
+    assert texts == ["".join(model.generate(prompt, seed=5 + n)) for n, prompt in enumerate(prompts)]
+    assert len(set(texts)) == 5
+    assert list(model.generate_batch([])) == []
+
+
+def test_text_goes_on_past_the_context(model):
+    rolled = model.generate("a ban", max_new_tokens=100, seed=3, ignore_eos=True, overflow="roll", keep=2)
+    ids = model.tokenizer.encode("a ban", bos=True)
+    tokens = generate(model.transformer, ids, Sampler(300, seed=3), max_new_tokens=100, overflow="roll", keep=2)
+    assert "a ban" + "".join(rolled) == model.tokenizer.decode([*ids, *tokens])
+    assert "".join(model.generate("a band " * 30, overflow="roll", max_new_tokens=5, seed=1))
+
+
+def test_the_last_seed_is_followed_by_the_first(model):
+    texts = ["", ""]
+    for number, piece in model.generate_batch(["a", "a"], seed=MASK):
+        texts[number] += piece
+    assert texts == ["".join(model.generate("a", seed=seed)) for seed in (MASK, 0)]
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_story_ends_at_bos_and_at_eos_unless_told_otherwise(model, stop):
     model.transformer = Counting(CONFIG)
@@ -349,6 +389,8 @@ def test_wrong_settings_are_refused_at_once(model):
         model.generate("a", seed=-2)
     with pytest.raises(UsageError, match="the prompt has"):
         model.generate("a band " * 20)
+    with pytest.raises(UsageError, match="overflow='spill': must be one of stop, roll"):
+        model.generate("a", overflow="spill")
     with pytest.raises(ConfigError, match="backend='gpu'"):
         Model.load(model.path, backend="gpu")
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import SMALL_MODELS, random_tensors
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
 from llamalet.errors import UsageError
-from llamalet.kv_cache import ROLL_ERROR, KVCache, caches_that_fit, free_memory
+from llamalet.kv_cache import ROLL_ERROR, KVCache, cache_bytes, free_memory
 from llamalet.reference import hidden_states
 
 CONFIG = SMALL_MODELS["gqa-tied"]  # context 32
@@ -130,11 +132,20 @@ def test_the_cache_ends_at_the_context():
     assert cache.capacity == 32
 
 
-def test_how_many_caches_fit(monkeypatch):
-    monkeypatch.setattr("llamalet.kv_cache.free_memory", lambda: 10 * KVCache(CONFIG, 32).keys.nbytes * 2 + 1)
-    assert caches_that_fit(CONFIG, 32) == caches_that_fit(CONFIG, 1000) == 10
-    assert caches_that_fit(CONFIG, 16) == 20
+def test_a_cache_that_does_not_fit_into_memory_is_refused(monkeypatch):
+    cache, _ = filled(SCALED, 100)
+    assert cache_bytes(SCALED, cache.capacity) == cache.keys.nbytes + cache.values.nbytes
+    monkeypatch.setattr("llamalet.kv_cache.free_memory", lambda: cache_bytes(SCALED, 1000) - 1)
+    with pytest.raises(UsageError, match=r"a KV cache of 1000 positions takes 2 MB, and 2 MB of memory are free"):
+        cache.reserve(1000)
+    assert cache.capacity == 100
+    cache.reserve(999)
 
 
-def test_free_memory_is_found():
-    assert 1 << 20 < free_memory() < 1 << 50
+def test_free_memory_is_found(monkeypatch):
+    measured = free_memory()
+    assert 1 << 20 < measured < 1 << 50
+    monkeypatch.setattr("llamalet.kv_cache.MEMINFO", Path("missing"))
+    assert measured <= free_memory() < 1 << 50
+    monkeypatch.delattr("os.sysconf")
+    assert free_memory() == 1 << 62

@@ -2,15 +2,17 @@ import io
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import SMALL_MODELS
-from toy import toy_model, toy_tokenizer
+from toy import WORDS, toy_model, toy_tokenizer
 
 import sample
-from llamalet import Model, errors
+from llamalet import Model, errors, kv_cache
 from llamalet.tokenizer import pack
 
 CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
@@ -108,6 +110,76 @@ def test_several_stories_have_seeds_of_their_own(model, capsys):
     assert re.findall(r"^seed (\d+)$", err, re.MULTILINE) == ["11", "12", "13"]
 
 
+def test_more_stories_than_a_batch_holds_come_in_their_order(model, capsys):
+    out, err = tell(capsys, model, "--num-samples=70", "-s", 3, "-i", "a")
+    alone = [tell(capsys, model, "-s", seed, "-i", "a")[0] for seed in range(3, 73)]
+    assert out == "\n".join(alone)
+    assert re.findall(r"^seed (\d+)$", err, re.MULTILINE) == [str(seed) for seed in range(3, 73)]
+    assert re.search(r"^70 stories: [1-9]\d+ tokens, [\d.]+ tokens/s$", err, re.MULTILINE)
+
+
+def test_stories_follow_each_other_whatever_the_order_they_end_in(capsys):
+    a, b, n, accent = (259 + WORDS.index(word) for word in ("a", "b", "n", "\u00e9"))
+    page = sample.Page(toy_tokenizer(), [1, a], [7, 8, 9])
+    assert capsys.readouterr() == ("a", "seed 7\n")
+    for number, token in ((0, b), (1, n), (2, b), (1, None), (0, a)):
+        page.add(number, token)
+    assert capsys.readouterr() == ("ba", "")
+    page.add(0, None)
+    assert capsys.readouterr() == ("\n\nan\n\nab", "seed 8\nseed 9\n")
+    page.add(2, accent)
+    assert capsys.readouterr().out == "\u00e9"
+    page.add(2, None)
+    page.close()
+    assert capsys.readouterr() == ("\n", "")
+
+
+def test_a_page_that_is_closed_shows_what_has_begun(capsys):
+    page = sample.Page(toy_tokenizer(), [1], range(9))
+    for number in (0, 1, 2, 1):
+        page.add(number, 259 + WORDS.index("a"))
+    page.close()
+    assert capsys.readouterr() == ("a\n\naa\n\na\n", "seed 0\nseed 1\nseed 2\n")
+
+
+@pytest.mark.parametrize("words", [["-n", 0], ["-n", 0, "--num-samples=3"]])
+def test_ctrl_c_keeps_the_text(model, capsys, monkeypatch, words):
+    n_samples = 3 if len(words) > 2 else 1
+    whole = [tell(capsys, model, "-t", 0, "-n", 0, "--ignore-eos", "-i", "a")[0].strip("\n")] * n_samples
+    passes = iter(range(9 * n_samples))
+    draw = sample.Sampler.sample
+
+    def interrupted(self, logits):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+        return draw(self, logits)
+
+    monkeypatch.setattr(sample.Sampler, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(["--backend=numpy", str(model), "-t", "0", "--ignore-eos", "-i", "a", *map(str, words)])
+    out, err = capsys.readouterr()
+    assert out.endswith("\n") and err.endswith("tokens/s\n")
+    stories = out.rstrip("\n").split("\n\n")
+    assert len(stories) == n_samples
+    for story, full in zip(stories, whole, strict=True):
+        assert 1 < len(story) < len(full) and full.startswith(story)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_an_endless_story_ends_at_ctrl_c(model):
+    words = [sys.executable, sample.__file__, model, "--backend=numpy", "-n", "0", "--overflow=roll", "--ignore-eos"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as program:
+        begun = program.stdout.read(500)  # more than the context of 32 tokens could spell
+        program.send_signal(signal.SIGINT)
+        rest, err = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert len(begun) == 500 and rest.endswith("\n")
+    assert err.splitlines()[-1] == "error: stopped by Ctrl-C"
+    assert re.search(r"story: \d+ tokens, [\d.]+ tokens/s", err)
+
+
 @pytest.mark.parametrize(
     ("words", "n_new"),
     [
@@ -118,6 +190,9 @@ def test_several_stories_have_seeds_of_their_own(model, capsys):
         ([], 29),
         (["--max-new-tokens", 6], 6),
         (["--max-new-tokens=999"], 29),
+        (["--overflow=roll"], 253),
+        (["--overflow=roll", "-n", 6], 3),
+        (["--overflow=roll", "--max-new-tokens=99", "--keep=0"], 99),
     ],
 )
 def test_lengths(model, capsys, words, n_new):
@@ -177,9 +252,15 @@ def test_wrong_words_end_in_one_line(model, capsys):
     assert "mode" in refuse(capsys, model, "-m", "poem")
     assert "backend" in refuse(capsys, model, "--backend=gpu")
     assert "needs a value" in refuse(capsys, model, "--top-k")
+    assert "overflow" in refuse(capsys, model, "--overflow=spill")
+    assert "keep=32: a context of 32 positions" in refuse(capsys, model, "--overflow=roll", "--keep=32")
+    endless = ["-n", 0, "--overflow=roll", "--ignore-eos", "--num-samples=2"]
+    assert "the first story would never end" in refuse(capsys, model, *endless)
     assert "checkpoint=''" in refuse(capsys, "")
-    line = refuse(capsys, model, "-t", -1, "-p", 2, "--top-k=-3", "--min-p=7", "-s", -9, "--num-samples=0", "-n", -1)
-    for name in ("temperature", "top_p", "top_k", "min_p", "seed", "num_samples", "steps"):
+    line = refuse(
+        capsys, model, "-t", -1, "-p", 2, "--top-k=-3", "--min-p=7", "-s", -9, "--num-samples=0", "-n", -1, "--keep=-1"
+    )
+    for name in ("temperature", "top_p", "top_k", "min_p", "seed", "num_samples", "steps", "keep"):
         assert name in line
 
 
@@ -202,8 +283,15 @@ def test_wrong_files_end_in_one_line(model, folder, capsys):
 
 def test_prompts_that_do_not_fit_end_in_one_line(model, capsys):
     assert "the model takes 1 to 32" in refuse(capsys, model, "-i", "a band " * 30, "-n", 0)
+    assert tell(capsys, model, "-i", "a band " * 30, "--max-new-tokens=2", "--overflow=roll")[0].startswith("a band a")
     assert "the prompt takes 4 of the 3 positions" in refuse(capsys, model, "-i", "a band", "-n", 3)
     assert "not valid Unicode" in refuse(capsys, model, "-i", "a\udcff")
+
+
+def test_a_cache_without_room_ends_in_one_line(model, capsys, monkeypatch):
+    monkeypatch.setattr(kv_cache, "free_memory", lambda: 1000)
+    with pytest.raises(errors.UsageError, match=r"a KV cache of 32 positions takes 0 MB, and 0 MB of memory are free"):
+        sample.main(["--backend=numpy", str(model)])
 
 
 def test_help_lists_the_options_and_advises(capsys):
