@@ -18,7 +18,8 @@ def model_file(config, version=1, seed=0):
     tensors = random_tensors(config, seed)
     if version == 2:
         tensors = {name: quantize(t, 32) if t.ndim == 2 and t.shape[1] % 32 == 0 else t for name, t in tensors.items()}
-    return format.ModelFile(None, format.Header(version, config, 32 if version == 2 else None), tensors)
+    kind = ("q8", 32) if version == 2 else ("f32", None)
+    return format.ModelFile(None, format.Header(version, config, *kind), tensors)
 
 
 def test_rmsnorm_gives_unit_mean_square():
