@@ -168,8 +168,6 @@ def _make(
     transformer: ForwardPass, waiting: deque[_Text], batch_size: int, stop_tokens: frozenset[int], keep: int
 ) -> Iterator[tuple[int, int | None]]:
     """Yield what generate_batch returns. A round begins one text, or takes a step with all that have begun."""
-    context = transformer.config.max_seq_len
-    drop = max(1, (context - keep) // 2)
     running: list[_Text] = []
     shared: tuple[KVCache, Logits] | None = None  # where the next text's prompt leads, if the last had it too
     while waiting or running:
@@ -178,15 +176,14 @@ def _make(
             if text.n_left <= 0:
                 yield text.number, None
                 continue
-            text.cache, logits = shared or _read(transformer, text.prompt, keep, drop)
+            text.cache, logits = shared or _read(transformer, text.prompt, keep)
             shared = (text.cache.copy(), logits) if waiting and waiting[0].prompt == text.prompt else None
             running.append(text)
             stepping, rows = [text], logits[None]
         else:
             stepping = running.copy()
             for text in stepping:
-                if text.cache.length == context:  # only if it rolls: otherwise n_left ends it before
-                    text.cache.roll(keep, drop)
+                make_room(text.cache, keep)  # only if it may roll: otherwise n_left ends it before
             rows = _step(transformer, stepping)
         for text, row in zip(stepping, rows, strict=True):
             text.token = text.sampler.sample(row)
@@ -199,13 +196,20 @@ def _make(
                 yield text.number, None
 
 
-def _read(transformer: ForwardPass, prompt: list[int], keep: int, drop: int) -> tuple[KVCache, Logits]:
+def make_room(cache: KVCache, keep: int) -> None:
+    """Let a full cache forget the older half of what follows its first `keep` positions."""
+    if cache.length == cache.context:
+        cache.roll(keep, max(1, (cache.context - keep) // 2))
+
+
+def _read(transformer: ForwardPass, prompt: list[int], keep: int) -> tuple[KVCache, Logits]:
     """Return a cache of the prompt, as much of it as the context holds, and the logits after it."""
-    cache, context = transformer.new_cache(), transformer.config.max_seq_len
-    logits, rest = transformer.prefill(cache, prompt[:context]), prompt[context:]
-    while rest:
-        cache.roll(keep, drop)
-        logits, rest = transformer.prefill(cache, rest[:drop]), rest[drop:]
+    cache, read = transformer.new_cache(), 0
+    while read < len(prompt):
+        make_room(cache, keep)
+        piece = prompt[read : read + cache.context - cache.length]
+        logits = transformer.prefill(cache, piece)
+        read += len(piece)
     return cache, logits
 
 

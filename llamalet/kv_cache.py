@@ -27,10 +27,12 @@ class KVCache:
         keys: (L, G, capacity, D), of which the first `length` positions are in use.
         values: (L, G, capacity, D).
         length: number of positions.
+        context: the most positions that it may have.
     """
 
     def __init__(self, config: ModelConfig, capacity: int = 0) -> None:
         self._config = config
+        self.context = config.max_seq_len
         shape = (config.n_layers, config.n_kv_heads, min(capacity, config.max_seq_len), config.head_dim)
         self.keys: Array = np.empty(shape, np.float32)
         self.values: Array = np.empty(shape, np.float32)
@@ -47,11 +49,10 @@ class KVCache:
         Raises:
             UsageError: if that is more than the model's context, or than the machine has memory for.
         """
-        context = self._config.max_seq_len
-        if length > context:
-            raise UsageError(f"{length} positions: the model's context is {context}")
+        if length > self.context:
+            raise UsageError(f"{length} positions: the model's context is {self.context}")
         if length > self.capacity:
-            capacity = min(max(length, 2 * self.capacity, 64), context)
+            capacity = min(max(length, 2 * self.capacity, 64), self.context)
             n_bytes, n_free = cache_bytes(self._config, capacity), free_memory()
             if n_bytes > n_free:
                 raise UsageError(

@@ -235,7 +235,7 @@ def test_ctrl_c_between_two_tokens_leaves_the_model_usable(any_model, monkeypatc
 def test_a_rolling_cache_holds_the_first_tokens_and_the_newest(monkeypatch, keep, prompt_length):
     seen = []
     model = Counting(CONFIG)
-    monkeypatch.setattr(model, "new_cache", lambda: seen.append(ListCache()) or seen[-1])
+    monkeypatch.setattr(model, "new_cache", lambda: seen.append(ListCache(32)) or seen[-1])
     prompt = list(range(100, 100 + prompt_length))
     tokens = generate(model, prompt, *greedy(1), overflow="roll", keep=keep)
     text = list(prompt)

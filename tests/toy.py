@@ -61,6 +61,10 @@ def with_decode_batch(model):
 class ListCache(list):
     """The tokens of a text, used as a KV cache."""
 
+    def __init__(self, context: int, tokens: Sequence[int] = ()) -> None:
+        super().__init__(tokens)
+        self.context = context
+
     @property
     def length(self) -> int:
         return len(self)
@@ -69,7 +73,7 @@ class ListCache(list):
         del self[keep : keep + drop]
 
     def copy(self) -> "ListCache":
-        return ListCache(self)
+        return ListCache(self.context, self)
 
 
 class Counting:
@@ -81,7 +85,7 @@ class Counting:
         self.steps: list[list[int]] = []
 
     def new_cache(self) -> ListCache:
-        return ListCache()
+        return ListCache(self.config.max_seq_len)
 
     def prefill(self, cache: ListCache, tokens: Sequence[int]) -> np.ndarray:
         cache.extend(tokens)
