@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.errors import DataError, NonFiniteError, UsageError, run
-from llamalet.generate import LogitsOf
+from llamalet.generate import KEEP, ForwardPass, LogitsOf, make_room
+from llamalet.kv_cache import KVCache
 from llamalet.runtime import BACKENDS, Model
 from llamalet.shards import SPLITS, Entropy, Shards, TokenArray, find_newest
 from llamalet.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ class Scorer:
         """
         logits = self._transformer.logits(tokens[:-1])[first - 1 :]  # (n, V)
         before, targets = tokens[first - 1 : -1], tokens[first:]
-        nats = _cross_entropy(logits, targets)
+        nats = float(losses(logits, targets).sum())
         # A document's dummy prefix space is none of its text.
         prefixes = np.count_nonzero((before == self._bos_id) & self._spaced[targets])
         text_bytes = int(self._text_bytes[targets].sum()) - int(prefixes)
@@ -129,13 +130,36 @@ def evaluate_documents(transformer: LogitsOf, tokenizer: Tokenizer, documents: I
         yield total
 
 
-def _cross_entropy(logits: NDArray[np.float32], targets: Ids) -> float:
-    """Return the sum of -log softmax(logits)[target] over the rows of (n, V), or raise a NonFiniteError."""
+def evaluate_streams(
+    transformer: ForwardPass, streams: Ids, caches: Sequence[KVCache], keep: int = KEEP
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the loss of each next token of several long texts, each (B,): one position after the other, without end.
+
+    It is what generation sees: a text's tokens pass through its cache one by one, and a cache that is full rolls.
+
+    Args:
+        transformer: the model.
+        streams: ids (B, T + 1); T may be far more than the context.
+        caches: an empty one for each text.
+        keep: first positions that a rolling cache keeps.
+    """
+    for position in range(streams.shape[1] - 1):
+        for cache in caches:
+            make_room(cache, keep)
+        logits = transformer.decode_batch(caches, streams[:, position].tolist())
+        yield losses(logits, streams[:, position + 1])
+
+
+def losses(logits: NDArray[np.float32], targets: Ids) -> NDArray[np.float64]:
+    """Return -log softmax(logits)[target] for each row of (n, V), in nats: (n,).
+
+    Raises:
+        NonFiniteError: if one is NaN or infinite.
+    """
     peaks = logits.max(axis=1)
     sums = np.exp(logits - peaks[:, None]).sum(axis=1, dtype=np.float64)
-    chosen = logits[np.arange(len(targets)), targets]
-    nats = float(np.sum(np.log(sums) + peaks - chosen))
-    if not math.isfinite(nats):
+    nats = np.log(sums) + peaks - logits[np.arange(len(targets)), targets]
+    if not np.isfinite(nats).all():
         raise NonFiniteError("the logits are NaN or infinite: the weights are damaged, or the training diverged")
     return nats
 

@@ -1,4 +1,6 @@
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from toy import Counting, toy_model, toy_tokenizer
 
 from llamalet import evaluate, format, reference
 from llamalet.errors import DataError, FormatError, NonFiniteError, TokenizerError, UsageError
-from llamalet.evaluate import NOTHING, Evaluation, evaluate_documents, evaluate_windows
+from llamalet.evaluate import NOTHING, Evaluation, evaluate_documents, evaluate_streams, evaluate_windows
 from llamalet.shards import Block, Entropy, Meta, Shards, Split, write_meta, write_shard
 from llamalet.tokenizer import write_bin
 
@@ -20,7 +22,7 @@ def encode(text: str) -> np.ndarray:
     return np.array([*toy_tokenizer().encode(text, bos=True), 1])
 
 
-def losses(tokens: np.ndarray) -> np.ndarray:
+def exact_losses(tokens: np.ndarray) -> np.ndarray:
     """-log p of every token but the first, in float64, from the reference forward pass."""
     logits = reference.forward(random_tensors(CONFIG), CONFIG, tokens[None, :-1])[0].astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
@@ -37,7 +39,7 @@ def test_documents_are_scored_whole_and_alone(transformer):
     documents = [encode(text) for text in TEXTS if text != TEXTS[3]]
     scores = list(evaluate_documents(transformer, toy_tokenizer(), documents))
     for document, score in zip(documents, scores, strict=True):
-        assert score.nats == pytest.approx(losses(document).sum(), abs=1e-3)
+        assert score.nats == pytest.approx(exact_losses(document).sum(), abs=1e-3)
         assert (score.tokens, score.documents) == (len(document) - 1, 1)
 
 
@@ -51,10 +53,10 @@ def test_bytes_are_those_of_the_text():
 def test_every_token_of_a_long_document_is_scored_once_with_half_a_context_before_it(transformer, length):
     document = np.append(np.random.default_rng(length).integers(3, 300, length), 1)
     document[0] = 1
-    expected = losses(document[:33]).sum()
+    expected = exact_losses(document[:33]).sum()
     for position in range(33, len(document)):
         begin = (position - 17) // 16 * 16  # windows begin at every half context, and score what none did before
-        expected += losses(document[begin : position + 1])[-1]
+        expected += exact_losses(document[begin : position + 1])[-1]
         assert position - begin > 16
     (score,) = evaluate_documents(transformer, toy_tokenizer(), [document])
     assert score.tokens == len(document) - 1
@@ -66,10 +68,29 @@ def test_every_token_of_a_long_document_is_scored_once_with_half_a_context_befor
 def test_windows_score_every_token_but_the_first(transformer, length, limit):
     tokens = np.random.default_rng(length).integers(1, 300, length)
     end = length if limit is None else min(length, limit + 1)
-    expected = sum(losses(tokens[start : min(start + 33, end)]).sum() for start in range(0, end - 1, 32))
+    expected = sum(exact_losses(tokens[start : min(start + 33, end)]).sum() for start in range(0, end - 1, 32))
     score = sum(evaluate_windows(transformer, toy_tokenizer(), tokens, limit), NOTHING)
     assert score.tokens == end - 1
     assert score.nats == pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 31])
+def test_streams_are_scored_with_what_a_rolling_cache_has_left(keep):
+    """In a model of one layer the cache after a roll is that of the tokens which are left."""
+    config = dataclasses.replace(CONFIG, n_layers=1)
+    header, tensors = format.Header(1, config), random_tensors(config, scale=0.3)
+    model = reference.NumpyTransformer(format.ModelFile(Path("memory"), header, tensors))
+    streams = np.random.default_rng(keep).integers(0, 300, (3, 101))
+    scores = np.array(list(evaluate_streams(model, streams, [model.new_cache() for _ in streams], keep)))
+    assert scores.shape == (100, 3)
+    for stream, found in zip(streams, scores.T, strict=True):
+        left: list[int] = []
+        for position, score in enumerate(found):
+            if len(left) == 32:
+                del left[keep : keep + max(1, (32 - keep) // 2)]
+            left.append(stream[position])
+            logits = model.logits(left)[-1:]
+            assert score == pytest.approx(float(evaluate.losses(logits, stream[[position + 1]])[0]), abs=1e-3)
 
 
 def test_a_uniform_model_costs_the_logarithm_of_its_vocabulary(monkeypatch):
