@@ -1,11 +1,11 @@
 """Write a trained model as a raw binary, and prove that the runtime computes from it what PyTorch does.
 
-  python export.py --version 2              the newest best checkpoint under out/ -> out/model_q8.bin (int8)
+  python export.py --dtype q8               the newest best checkpoint under out/ -> out/model_v3_q8.bin (8 bits)
   python export.py                          the same -> out/model.bin (float32)
   python export.py story.bin --checkpoint out/run --version 0
   python export.py --verify out/model_q8.bin
 
-llama2.c's run reads version 0 and its runq version 2, sample.py all of them. The tokenizer goes beside the file.
+sample.py reads all versions, llama2.c's run version 0 and its runq version 2. The tokenizer goes beside the file.
 """
 
 import time
@@ -18,9 +18,11 @@ from torch import Tensor
 from configurator import parse
 from llamalet import format, shards
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
+from llamalet.header import DTYPES
 from training import checkpoint, weights
 from training.proof import prove
 
+VERSIONS = (0, 1, 2, 3)
 DEFAULT_NAMES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
 OUT_ROOT = Path("out")
 
@@ -30,9 +32,11 @@ class ExportConfig:
     """The options of export.py."""
 
     out: str | None = None
-    """The file to write, also as the first word; out/model.bin, out/model_q8.bin or out/model_v0.bin when left out."""
-    version: int = 1
-    """0 and 1 are float32, 2 is int8: a quarter of the size, and faster."""
+    """The file to write, also as the first word; when left out, a name under out/ that says the version and dtype."""
+    version: int | None = None
+    """0 and 1 are float32, 2 is int8, 3 has a --dtype; 1 when left out, and 3 where there is a --dtype."""
+    dtype: str | None = None
+    """What version 3 stores: f32, bf16 (bfloat16), q8 or q4 (8 or 4 bits, in groups with a scale); q8 when left out."""
     checkpoint: str | None = None
     """A checkpoint, or a run's folder, whose best one is taken; the newest run under out/ when left out."""
     check: bool = True
@@ -46,12 +50,31 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Refuse combinations that mean nothing."""
-        if self.version not in DEFAULT_NAMES:
-            raise ConfigError(f"version={self.version}: must be one of {', '.join(map(str, DEFAULT_NAMES))}")
+        if self.version is not None and self.version not in VERSIONS:
+            raise ConfigError(f"version={self.version}: must be one of {', '.join(map(str, VERSIONS))}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
+        if self.dtype is not None and self.version not in (None, 3):
+            raise ConfigError(f"dtype={self.dtype}: version {self.version} has no choice of it; leave one of them out")
         if self.verify is not None and (self.out is not None or self.checkpoint is not None):
             raise ConfigError(f"verify={self.verify}: checks an existing file, so neither OUT nor --checkpoint fit")
         if self.out is not None and not self.out.endswith(".bin"):
             raise ConfigError(f"out={self.out}: must end in .bin; the tokenizer's name beside it is made from it")
+
+    @property
+    def resolved_version(self) -> int:
+        """The version to write."""
+        if self.version is not None:
+            return self.version
+        return 1 if self.dtype is None else 3
+
+    @property
+    def path(self) -> Path:
+        """The file to write."""
+        if self.out is not None:
+            return Path(self.out)
+        version = self.resolved_version
+        return OUT_ROOT / (DEFAULT_NAMES[version] if version < 3 else f"model_v3_{self.dtype or 'q8'}.bin")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,16 +88,17 @@ def main(argv: Sequence[str]) -> int:
 def _export(config: ExportConfig) -> int:
     """Write a checkpoint as a model file and prove it."""
     source = checkpoint.load(_find_checkpoint(config.checkpoint))
-    path = Path(config.out) if config.out is not None else OUT_ROOT / DEFAULT_NAMES[config.version]
+    path, version = config.path, config.resolved_version
     print(f"checkpoint {source.path}: step {source.state['step']}, {source.model_config.n_params:,} parameters")
     start = time.perf_counter()
     written = weights.write_bin(
-        path, config.version, source.model_config, source.model_state, source.tokenizer_path, force=config.force
-    )
+        path, version, source.model_config, source.model_state, source.tokenizer_path,
+        dtype=config.dtype, force=config.force,
+    )  # fmt: skip
     size, duration = path.stat().st_size, time.perf_counter() - start
-    kind = "float32" if written.group_size is None else f"int8 in groups of {written.group_size}"
-    print(f"wrote {path}: version {config.version}, {kind}, {size:,} bytes in {duration:.2f} s, read back and compared")
-    if lost := format.llama2c_differences(source.model_config):
+    kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
+    print(f"wrote {path}: version {version}, {kind}, {size:,} bytes in {duration:.2f} s, read back and compared")
+    if version < 3 and (lost := format.llama2c_differences(source.model_config)):
         print(f"note: llama2.c's programs will compute something else from this file: {', '.join(lost)}")
     code = 0
     if config.check:
@@ -87,7 +111,7 @@ def _export(config: ExportConfig) -> int:
 def _verify(path: Path, named_data: str | None) -> int:
     """Prove an existing model file."""
     file = format.read(path)
-    print(f"{path}: version {file.version}, {file.config.n_params:,} parameters")
+    print(f"{path}: version {file.version}, {file.dtype}, {file.config.n_params:,} parameters")
     return _prove(path, _find_data(named_data, None, file.tokenizer_sha256), None)
 
 

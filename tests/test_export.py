@@ -12,10 +12,22 @@ from toy import toy_data
 import export
 from llamalet import format, shards, tokenizer
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
+from llamalet.reference import NumpyTransformer
+from llamalet.transformer import Transformer
 from training import checkpoint, proof, weights
 
 ROOT = Path(__file__).parent.parent
 CONFIG = dataclasses.replace(SMALL_MODELS["gqa-tied"], max_seq_len=64)
+
+
+@pytest.fixture(autouse=True)
+def _v3_in_numpy(monkeypatch):
+    """Version 3 files are run by the reference."""
+
+    def transformer(file: format.ModelFile):
+        return NumpyTransformer(file) if file.version == 3 else Transformer(file)
+
+    monkeypatch.setattr(proof, "Transformer", transformer)
 
 
 def save_checkpoint(run: Path, data: Path, step: int, val_loss: float, seed: int = 0) -> Path:
@@ -44,11 +56,22 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("version", "name"), [(0, "model_v0.bin"), (1, "model.bin"), (2, "model_q8.bin")])
-def test_export_alone_takes_the_best_checkpoint_and_proves_the_file(project, capsys, version, name):
-    assert export.main(["--version", str(version)]) == 0
+@pytest.mark.parametrize(
+    ("argv", "name", "kind"),
+    [
+        (["--version=0"], "model_v0.bin", "version 0, f32"),
+        ([], "model.bin", "version 1, f32"),
+        (["--version=2"], "model_q8.bin", "version 2, q8 in groups of 64"),
+        (["--version=3"], "model_v3_q8.bin", "version 3, q8 in groups of 64"),
+        (["--version=3", "--dtype=f32"], "model_v3_f32.bin", "version 3, f32"),
+        (["--dtype=bf16"], "model_v3_bf16.bin", "version 3, bf16"),
+        (["--dtype=q4"], "model_v3_q4.bin", "version 3, q4 in groups of 32"),
+    ],
+)
+def test_export_alone_takes_the_best_checkpoint_and_proves_the_file(project, capsys, argv, name, kind):
+    assert export.main(argv) == 0
     shown = capsys.readouterr().out
-    assert f"wrote out/{name}" in shown and "is proved" in shown and f"python sample.py out/{name}" in shown
+    assert f"wrote out/{name}: {kind}," in shown and "is proved" in shown and f"python sample.py out/{name}" in shown
     file = format.read(project / "out" / name)
     expected = random_tensors(CONFIG, seed=10, scale=0.05)
     np.testing.assert_array_equal(file.tensors["norm"], expected["norm"])
@@ -66,7 +89,7 @@ def test_another_runtime_is_not_proved(project, capsys, monkeypatch):
     """The proof must see an error of one percent in one matrix of one layer."""
     export.main(["--version=1", "--no-check"])
 
-    class Wrong(proof.Transformer):
+    class Wrong(Transformer):
         def __init__(self, file: format.ModelFile) -> None:
             tensors = dict(file.tensors)
             tensors["layers.1.attention.wo"] = tensors["layers.1.attention.wo"] * np.float32(1.01)
@@ -77,11 +100,24 @@ def test_another_runtime_is_not_proved(project, capsys, monkeypatch):
     assert "NOT proved: logits differ" in capsys.readouterr().out
 
 
-def test_another_checkpoint_is_not_proved(project):
-    export.main(["--no-check"])
-    other = weights.to_state(random_tensors(CONFIG, seed=20, scale=0.05))
-    found = proof.prove(project / "out" / "model.bin", checkpoint_state=other)
-    assert any("is not the checkpoint's" in problem for problem in found.problems)
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        ("f32", "wq is not the checkpoint's"),
+        ("bf16", "wq is not the checkpoint's"),
+        ("q8", "q8 weights are off by"),
+        ("q4", "q4 weights are off by"),
+    ],
+)
+def test_another_checkpoint_is_not_proved(project, dtype, words):
+    """One matrix of one layer is another's."""
+    path = project / "out" / f"model_v3_{dtype}.bin"
+    export.main(["--no-check", f"--dtype={dtype}"])
+    own = random_tensors(CONFIG, seed=10, scale=0.05)
+    assert not proof.prove(path, checkpoint_state=weights.to_state(own)).problems
+    own["layers.1.attention.wq"] = random_tensors(CONFIG, seed=20, scale=0.05)["layers.1.attention.wq"]
+    found = proof.prove(path, checkpoint_state=weights.to_state(own))
+    assert any(words in problem for problem in found.problems)
 
 
 def test_data_of_another_tokenizer_is_not_used(project, capsys):
@@ -98,7 +134,9 @@ def test_data_of_another_tokenizer_is_not_used(project, capsys):
 @pytest.mark.parametrize(
     ("argv", "error", "words"),
     [
-        (["--version=3"], ConfigError, "version=3"),
+        (["--version=4"], ConfigError, "version=4: must be one of 0, 1, 2, 3"),
+        (["--version=2", "--dtype=q4"], ConfigError, "dtype=q4: version 2 has no choice of it"),
+        (["--dtype=q5"], ConfigError, "dtype=q5: must be one of f32, bf16, q8, q4"),
         (["model.txt"], ConfigError, "must end in .bin"),
         (["a.bin", "--verify=b.bin"], ConfigError, "existing file"),
         (["--verify=gone.bin"], FormatError, "gone.bin: no such model file"),

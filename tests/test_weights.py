@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -21,22 +23,27 @@ def vocabulary(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("version", [0, 1, 2])
-def test_the_training_model_loads_every_version(tmp_path, version, small_config, vocabulary):
+@pytest.mark.parametrize(
+    ("version", "dtype"), [(0, None), (1, None), (2, None), (3, "f32"), (3, "bf16"), (3, "q8"), (3, "q4")]
+)
+def test_the_training_model_loads_every_version(tmp_path, version, dtype, small_config, vocabulary):
     torch.manual_seed(0)
     model = Llama(small_config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights.write_bin(tmp_path / "m.bin", version, small_config, model.state_dict(), vocabulary)
+    weights.write_bin(tmp_path / "m.bin", version, small_config, model.state_dict(), vocabulary, dtype=dtype)
     loaded = weights.load_bin(tmp_path / "m.bin")
     assert loaded.config == small_config and not loaded.training
     file = format.read(tmp_path / "m.bin")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(model.state_dict()[name], before[name])  # exporting changed nothing
-        if version == 2 and tensor.dim() == 2:
-            expected = dequantize(file.tensors[name.removesuffix(".weight")])
-            np.testing.assert_array_equal(tensor.numpy(), expected)
-        else:
+        np.testing.assert_array_equal(tensor.numpy(), dequantize(file.tensors[name.removesuffix(".weight")]))
+        if file.dtype == "f32" or tensor.dim() == 1:
             assert torch.equal(tensor, before[name])
+        elif file.dtype == "bf16":
+            assert torch.equal(tensor, before[name].to(torch.bfloat16).float())
+        else:
+            share = {"q8": 0.51 / 127, "q4": 0.15}[file.dtype]
+            assert (tensor - before[name]).abs().max() <= share * before[name].abs().max()
 
 
 def test_the_tokenizer_goes_beside_the_file(tmp_path, vocabulary):
@@ -46,6 +53,15 @@ def test_the_tokenizer_goes_beside_the_file(tmp_path, vocabulary):
     assert tokenizer.beside(tmp_path / "story.bin") == tmp_path / "story.tokenizer.bin"
     assert (tmp_path / "story.tokenizer.bin").read_bytes() == vocabulary.read_bytes()
     assert written.tokenizer_sha256 == tokenizer.load(vocabulary).sha256
+
+
+def test_llama2c_s_layout_of_the_tokenizer_is_for_its_versions(tmp_path, shared_data):
+    config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=32000)
+    state = weights.to_state(random_tensors(config))
+    for version, expected in ((1, {".bin", ".model"}), (3, {".model"})):
+        folder = tmp_path / str(version)
+        weights.write_bin(folder / "m.bin", version, config, state, shared_data / "llama2-tokenizer.model")
+        assert {path.suffix for path in folder.glob("m.tokenizer.*")} == expected
 
 
 def test_a_tokenizer_of_another_size_is_refused_before_anything_is_written(tmp_path, vocabulary):

@@ -17,7 +17,7 @@ from llamalet import format, shards, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.evaluate import NOTHING, evaluate_windows
 from llamalet.generate import Tokens
-from llamalet.quantize import Quantized, dequantize
+from llamalet.quantize import Packed, Quantized, dequantize, to_bfloat16, unpack
 from llamalet.transformer import Transformer
 from model import Llama
 from training import weights
@@ -26,10 +26,15 @@ LOGIT_TOKENS = 256
 GREEDY_TOKENS = 128
 EVALUATION_TOKENS = 20_000
 
-# How far the two programs may differ. float32: rounding in another order, far above what was seen (1e-5 of the largest
-# logit) and far below what a wrong table or a swapped tensor gives. int8: the runtime rounds the activations too.
-LOGIT_BOUND = {None: 1e-4, "int8": 0.1}  # of the largest logit
-BITS_BOUND = {None: 1e-4, "int8": 0.01}  # of the bits per byte
+# How far the two programs may differ on the file's weights. f32, bf16: rounding in another order, far above what was
+# seen (1e-5 of the largest logit) and far below what a wrong table or a swapped tensor gives. q8, q4: the runtime
+# rounds the activations too.
+LOGIT_BOUND = {"f32": 1e-4, "bf16": 1e-4, "q8": 0.1, "q4": 0.1}  # of the largest logit
+# What the file may cost against the checkpoint's weights. Seen on small models, which suffer most: q4 3 %.
+BITS_BOUND = {"f32": 1e-4, "bf16": 2e-3, "q8": 0.01, "q4": 0.1}  # of the bits per byte
+# How far rounded weights may be off. q8: half a step, and a little from float32 arithmetic. q4: root mean square, as a
+# share of the matrix's; trained weights have 0.1, and one with its columns in disorder more than 1.
+WEIGHT_BOUND = {"q8": 0.501, "q4": 0.3}
 
 
 @dataclass(kw_only=True)
@@ -105,7 +110,6 @@ def prove(
     """
     start = time.perf_counter()
     file = format.read(path, verify=True)
-    kind = None if file.group_size is None else "int8"
     config = file.config
     proof = Proof(path=path, version=file.version)
     from_file = TorchLogits(weights.load_model(config, weights.to_state(file.tensors)), config)
@@ -113,35 +117,45 @@ def prove(
     if checkpoint_state is not None:
         _compare_weights(proof, file, weights.to_arrays(checkpoint_state))
     tokens = _some_tokens(config, data)
-    _compare_logits(proof, from_file.logits(tokens), runtime.logits(tokens), LOGIT_BOUND[kind])
+    _compare_logits(proof, from_file.logits(tokens), runtime.logits(tokens), LOGIT_BOUND[file.dtype])
     _compare_text(proof, from_file, runtime, data)
     if data is not None:
         original = from_file
         if checkpoint_state is not None:
             original = TorchLogits(weights.load_model(config, checkpoint_state), config)
-        _compare_bits(proof, original, runtime, data, BITS_BOUND[kind])
+        _compare_bits(proof, original, runtime, data, BITS_BOUND[file.dtype])
     proof.duration_s = time.perf_counter() - start
     return proof
 
 
 def _compare_weights(proof: Proof, file: format.ModelFile, originals: Mapping[str, NDArray[np.float32]]) -> None:
-    """Check that float32 weights are the checkpoint's, and int8 ones within half a step of them."""
-    worst = 0.0
+    """Check that the weights are the checkpoint's, or what these are when rounded."""
+    errors = []
     for name, original in originals.items():
         found = file.tensors[name]
-        if isinstance(found, Quantized):
-            # In steps: half a one from rounding, and a little from float32 arithmetic.
-            steps = np.repeat(found.scales, found.group_size, axis=1)
-            error = np.abs(dequantize(found) - original)
-            worst = max(worst, float(np.max(error / np.maximum(steps, np.finfo(np.float32).tiny))))
-        elif not np.array_equal(found, original):
+        if isinstance(found, Quantized | Packed):
+            errors.append(_error(found, original, file.dtype))
+        elif not np.array_equal(found, original if found.dtype == np.float32 else to_bfloat16(original)):
             proof.problems.append(f"{name} is not the checkpoint's")
     if file.group_size is None:
-        proof.weights = "every one equal to the checkpoint's" if proof.ok else "differ from the checkpoint's"
-    else:
-        proof.weights = f"int8 in groups of {file.group_size}, off by at most {worst:.3f} steps"
-        if worst > 0.501:
-            proof.problems.append(f"int8 weights are off by {worst:.3f} steps (at most 0.5)")
+        rounded = "" if file.dtype == "f32" else " in bfloat16"
+        proof.weights = f"every one equal to the checkpoint's{rounded}" if proof.ok else "differ from the checkpoint's"
+        return
+    worst, bound = float(np.max(errors)), WEIGHT_BOUND[file.dtype]
+    off = f"{worst:.3f} steps" if file.dtype == "q8" else f"{worst:.1%} of a matrix's root mean square"
+    proof.weights = f"{file.dtype} in groups of {file.group_size}, off by at most {off}"
+    if not worst <= bound:
+        proof.problems.append(f"{file.dtype} weights are off by {worst:.3f} (at most {bound})")
+
+
+def _error(found: Quantized | Packed, original: NDArray[np.float32], dtype: str) -> float:
+    """Return how far a rounded matrix is off, in the unit of WEIGHT_BOUND."""
+    error = dequantize(found) - original
+    if dtype == "q4":
+        return float(np.linalg.norm(error) / max(np.linalg.norm(original), np.finfo(np.float32).tiny))
+    _, scales = unpack(found) if isinstance(found, Packed) else found
+    steps = np.repeat(scales, found.group_size, axis=1)[:, : original.shape[1]]
+    return float(np.max(np.abs(error) / np.maximum(steps, np.finfo(np.float32).tiny)))
 
 
 def _some_tokens(config: ModelConfig, data: shards.Shards | None) -> NDArray[np.int64]:

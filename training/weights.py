@@ -15,7 +15,7 @@ from llamalet import format, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.files import replacing
 from llamalet.format import ModelFile
-from llamalet.quantize import Quantized, dequantize
+from llamalet.quantize import dequantize
 from model import Llama
 
 SUFFIX = ".weight"
@@ -27,11 +27,8 @@ def to_arrays(state: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32
 
 
 def to_state(tensors: Mapping[str, format.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a file's tensors as a state dict of float32 copies, int8 ones dequantized."""
-    return {
-        name + SUFFIX: torch.from_numpy(dequantize(t) if isinstance(t, Quantized) else t.copy())
-        for name, t in tensors.items()
-    }
+    """Return a file's tensors, in whatever form, as a state dict of float32 copies."""
+    return {name + SUFFIX: torch.tensor(dequantize(tensor)) for name, tensor in tensors.items()}
 
 
 def load_model(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Llama:
@@ -58,16 +55,21 @@ def write_bin(
     state: Mapping[str, torch.Tensor],
     tokenizer_path: Path,
     *,
+    dtype: str | None = None,
     force: bool = False,
 ) -> ModelFile:
-    """Write a model file and, beside it, its tokenizer in both layouts: NAME.tokenizer.model and NAME.tokenizer.bin.
+    """Write a model file and its tokenizer beside it.
+
+    The tokenizer goes as it is into NAME.tokenizer.model, and for llama2.c, which reads versions 0 to 2, into
+    NAME.tokenizer.bin in its layout; a tokenizer that is no SentencePiece model goes there with every version.
 
     Args:
         path: NAME.bin, the file to make or replace.
-        version: 0, 1 or 2.
+        version: 0 to 3.
         config: the model's shape.
         state: the model's state dict; not changed.
         tokenizer_path: the tokenizer the model was trained with.
+        dtype: see `llamalet.format.write`.
         force: see `llamalet.format.write`.
 
     Raises:
@@ -77,9 +79,13 @@ def write_bin(
     """
     path = Path(path)
     vocabulary = tokenizer.load(tokenizer_path, config.vocab_size)
-    written = format.write(path, version, config, to_arrays(state), tokenizer_sha256=vocabulary.sha256, force=force)
-    tokenizer.write_bin(path.with_suffix(".tokenizer.bin"), vocabulary)
-    if isinstance(vocabulary, tokenizer.SentencePieceTokenizer):
+    written = format.write(
+        path, version, config, to_arrays(state), dtype=dtype, tokenizer_sha256=vocabulary.sha256, force=force
+    )
+    is_sentencepiece = isinstance(vocabulary, tokenizer.SentencePieceTokenizer)
+    if version < 3 or not is_sentencepiece:
+        tokenizer.write_bin(path.with_suffix(".tokenizer.bin"), vocabulary)
+    if is_sentencepiece:
         with open(tokenizer_path, "rb") as source, replacing(path.with_suffix(".tokenizer.model")) as target:
             shutil.copyfileobj(source, target)
     return written
