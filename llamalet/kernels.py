@@ -1,8 +1,8 @@
 """The forward pass as machine code: the functions of reference.py under their names there, and `work`, which runs all.
 
-Numba compiles this once for float32 weights and once for int8 weights of each group size: one forward pass, in which
-only `embed`, `prepare` and simd's `dot_rows` differ. It works in memory that transformer.py allots, on T new positions
-at a time; decoding is T = 1. Shape letters are those of reference.py.
+Numba compiles this once for each kind of weights: one forward pass, in which only `embed`, `prepare` and `matmul`
+differ. It works in memory that transformer.py allots, on T new positions at a time: one for decoding, many of one
+sequence for a prompt, or one of each of many sequences. Shape letters are those of reference.py.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,21 @@ from numba import float32, njit, types
 from numba.extending import overload
 
 from llamalet import team
-from llamalet.simd import dot_rows, exp, float_of_bits, layer_of, magnitude_bits, sum_quads
+from llamalet.simd import (
+    BLOCK_ROWS,
+    BYTES_OF_8_BITS,
+    CHUNK_COLS,
+    FLOAT_BYTES,
+    combine_lanes,
+    dot_rows,
+    exp,
+    float_of_bits,
+    floats_at,
+    layer_of,
+    magnitude_bits,
+    multiply_blocks,
+    softmax_lanes,
+)
 
 # What may be done to float arithmetic where a sum is formed: another order, fused multiply-add, approximate functions.
 # Not: assuming that there are no NaNs and infinities, which would hide a broken model (fastmath=True does). All else is
@@ -33,43 +47,55 @@ summing_kernel = njit(**OPTIONS | {"fastmath": FAST_MATH})
 # For functions that take all weights or all of the workspace: as a call, numba would copy hundreds of words for each.
 inlined_kernel = njit(inline="always", **OPTIONS)
 
-# The stages of a layer; LOGITS comes once, after all layers.
-QKV, ATTENTION, PROJECTION, GATE, DOWN, LOGITS = range(6)
-STAGES_PER_LAYER = 5
+# The stages of a layer; LOGITS comes once, after all layers. Those with an odd number are work on single positions.
+QKV, ROPE, ATTENTION, ATTENDED, PROJECTION, FFN_NORM, GATE, SWIGLU, DOWN, NEXT_NORM, LOGITS = range(11)
+STAGES_PER_LAYER = 10
 
 # The matrices in Weights.matrices, in the order of the stages that multiply by them, and the first one of each stage.
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2", "output", "tok_embeddings")
 TOK_EMBEDDINGS = MATRICES.index("tok_embeddings")
-FIRST_MATRIX = (0, -1, 3, 4, 6, 7)
+FIRST_MATRIX = (0, -1, -1, -1, 3, -1, 4, -1, 6, -1, 7)
 
-# The words of Workspace.job: the first new position, T, how many of the last positions get logits; then the number of
-# blocks of each stage.
-START, COUNT, N_LOGITS, N_BLOCKS, JOB_WORDS = 0, 1, 2, 3, 9
+# The words of Workspace.job: T, whether all positions are of one sequence, how many of the last positions get logits;
+# then the number of blocks of each stage.
+COUNT, ONE_SEQUENCE, N_LOGITS, N_BLOCKS, JOB_WORDS = 0, 1, 2, 3, 14
+
+# The words of a row of Workspace.places: the addresses of the sequence's keys and values, its cache's capacity, and the
+# new position.
+KEYS, VALUES, CAPACITY, POSITION, PLACE_WORDS = range(5)
+
+# So many queries of a prompt look at the keys together, one in each lane.
+QUERY_LANES = 16
 
 
-class Int8Matrix(NamedTuple):
-    """A quantized matrix (rows, cols): simd.group_dtype and float32, both (rows, groups), or Stacks of these."""
+class PackedMatrix(NamedTuple):
+    """A quantize.Packed matrix: simd.chunk_dtype (blocks, chunks) and simd.scales_dtype (blocks, groups), or Stacks."""
 
     values: Any
     scales: Any
 
 
-class Int8Rows(NamedTuple):
-    """Quantized vectors (T, cols): simd.group_dtype, float32 and simd.starts_dtype, all (T, groups)."""
+class QuantizedRows(NamedTuple):
+    """Quantized vectors (T, cols): simd.group_dtype, float32 scales and int32 starts, all (T, groups).
+
+    zero: what the matrix added to its weights to make them unsigned; a start is minus the group's sum times that.
+    """
 
     values: Any
     scales: Any
     starts: Any
+    zero: Any
 
 
 class Weights(NamedTuple):
     """A model.
 
-    matrices: MATRICES as Stacks of float32 (rows, cols), or Int8Matrix; those of the vocabulary have one layer.
+    matrices: MATRICES as Stacks of float32 or bfloat16 (rows, cols), or PackedMatrix; the vocabulary's have one layer.
     attention_norm: float32 (L, C).
     ffn_norm: float32 (L, C).
     norm: float32 (C,).
     norm_eps: float32.
+    group_size: columns that share a scale of a PackedMatrix; 0 for floats.
     """
 
     matrices: Any
@@ -77,117 +103,200 @@ class Weights(NamedTuple):
     ffn_norm: Any
     norm: Any
     norm_eps: Any
+    group_size: Any
 
 
 class Workspace(NamedTuple):
     """The memory of a pass over T new positions; float32 unless said otherwise.
 
     tokens: int64 (T,).
+    places: int64 (T, PLACE_WORDS), where each position's keys and values are.
     x: the residual stream (T, C).
     normed: (T, C).
     queries: the output of wq once more, as (T * H, D).
     attended: (T, H * D).
     scores: (H, capacity).
-    operands: what the matrices of each stage multiply: normed, (nothing), attended, normed, gate, normed, or Int8Rows.
+    lane_scores: scores of QUERY_LANES queries (H, capacity, QUERY_LANES).
+    lane_queries: those queries and what they see (H, D, QUERY_LANES).
+    operands: what the matrices of the even stages multiply: float32 (T, cols) or QuantizedRows.
     outputs: what the matrices make: q, k, v, projected (T, C), gate, up, projected, logits.
     job: int64, the words above.
     """
 
     tokens: Any
+    places: Any
     x: Any
     normed: Any
     queries: Any
     attended: Any
     scores: Any
+    lane_scores: Any
+    lane_queries: Any
     operands: Any
     outputs: Any
     job: Any
 
 
-class Past(NamedTuple):
-    """The KV cache (L, G, capacity, D) and the angles of its positions (capacity, D / 2)."""
+class Angles(NamedTuple):
+    """The cosines and sines of RoPE's angles at every position (capacity, D / 2)."""
 
-    keys: Any
-    values: Any
     cos: Any
     sin: Any
 
 
-def embed(matrix: Any, token: int, x: Any) -> None:
+def embed(matrix: Any, token: int, x: Any, group_size: int) -> None:
     """Write the embedding of a token, a row of the matrix (V, C), to x (C,)."""
 
 
 @overload(embed, jit_options=OPTIONS, strict=False)
-def _embed(matrix: Any, token: Any, x: Any) -> Any:
+def _embed(matrix: Any, token: Any, x: Any, group_size: Any) -> Any:
     if isinstance(matrix, types.Array):
+        return lambda matrix, token, x, group_size: widen(matrix[token], x)
+    if matrix.types[0].dtype.size == BYTES_OF_8_BITS:
 
-        def copy(matrix: Any, token: Any, x: Any) -> None:
+        def unpack8(matrix: Any, token: Any, x: Any, group_size: int) -> None:
+            block, row = token // BLOCK_ROWS, token % BLOCK_ROWS
             for i in range(len(x)):
-                x[i] = matrix[token, i]
+                half, place = i % CHUNK_COLS // 4, i % 4
+                value = matrix.values[block, i // CHUNK_COLS].values[64 * half + 4 * row + place]
+                scale = as_float(matrix.scales[block, i // group_size].values[row])
+                x[i] = float32(np.int32(value) - 128) * scale
 
-        return copy
+        return unpack8
 
-    def dequantize(matrix: Any, token: Any, x: Any) -> None:
-        for g in range(matrix.scales.shape[1]):
-            group, scale = matrix.values[token, g].values, matrix.scales[token, g]
-            for i in range(len(group)):
-                x[g * len(group) + i] = group[i] * scale
+    def unpack4(matrix: Any, token: Any, x: Any, group_size: int) -> None:
+        block, row = token // BLOCK_ROWS, token % BLOCK_ROWS
+        for i in range(len(x)):
+            half, place = i % CHUNK_COLS // 4, i % 4
+            value = matrix.values[block, i // CHUNK_COLS].values[4 * row + place] >> (4 * half) & 15
+            scale = as_float(matrix.scales[block, i // group_size].values[row])
+            x[i] = float32(np.int32(value) - 8) * scale
 
-    return dequantize
-
-
-def prepare(x: Any, operand: Any, count: int) -> None:
-    """Make x[:count] (T, cols) into what a matrix multiplies: itself, or Int8Rows."""
-
-
-@overload(prepare, jit_options=OPTIONS, strict=False)
-def _prepare(x: Any, operand: Any, count: Any) -> Any:
-    if isinstance(operand, types.Array):
-        return lambda x, operand, count: None
-    return lambda x, operand, count: quantize_rows(x, operand, count)
+    return unpack4
 
 
 @kernel
-def quantize_rows(x: Any, rows: Any, count: int) -> None:
-    """Quantize x[:count] (T, cols) into Int8Rows; as in reference.py a NaN or infinity spoils its group's scale."""
-    for t in range(count):
+def widen(x: Any, out: Any) -> None:
+    """Copy x (n,), float32 or bfloat16, to out (n,)."""
+    for i in range(len(out)):
+        out[i] = as_float(x[i])
+
+
+def as_float(x: Any) -> float:
+    """Return a float32, or the one whose upper bits are those of a bfloat16."""
+
+
+@overload(as_float, jit_options=OPTIONS, strict=False)
+def _as_float(x: Any) -> Any:
+    if isinstance(x, types.Float):
+        return lambda x: x
+    return lambda x: float_of_bits(np.int32(np.uint32(x) << np.uint32(16)))
+
+
+def prepare(x: Any, operand: Any, first: int, last: int) -> None:
+    """Make x[first:last] (T, cols) into what a matrix multiplies: itself, or QuantizedRows."""
+
+
+@overload(prepare, jit_options=OPTIONS, strict=False)
+def _prepare(x: Any, operand: Any, first: Any, last: Any) -> Any:
+    if isinstance(operand, types.Array):
+        return lambda x, operand, first, last: None
+    return lambda x, operand, first, last: quantize_rows(x, operand, first, last)
+
+
+@kernel
+def quantize_rows(x: Any, rows: Any, first: int, last: int) -> None:
+    """Quantize x[first:last] (T, cols); as in reference.py a NaN or an infinity spoils its group's scale.
+
+    The last group may have fewer columns than the others; its values after them stay what they are, zeros.
+    """
+    for t in range(first, last):
         for g in range(rows.scales.shape[1]):
             values = rows.values[t, g].values
-            group = x[t, g * len(values) : (g + 1) * len(values)]
+            group = x[t, g * len(values) : min((g + 1) * len(values), x.shape[1])]
             bits = np.int32(0)
-            for i in range(len(values)):
+            for i in range(len(group)):
                 bits = max(bits, magnitude_bits(group[i]))
             largest = float_of_bits(bits)
             rows.scales[t, g] = largest / float32(127)
             inverse = float32(127) / largest
             if not inverse < np.inf:  # a group of zeros, or of numbers too small to invert, or a NaN
                 inverse = float32(0)
-            for i in range(len(values)):
-                values[i] = np.int32(np.rint(group[i] * inverse))
-            sum_quads(rows.values[t, g], rows.starts[t, g])
+            total = np.int32(0)
+            for i in range(len(group)):
+                value = np.int32(np.rint(group[i] * inverse))
+                values[i] = value
+                total += value
+            rows.starts[t, g] = -rows.zero * total
+
+
+def matmul(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int) -> None:
+    """Multiply blocks first..last, of 16 rows each, of a matrix with `count` vectors from first_t on.
+
+    Args:
+        matrix: (rows, cols), float32 or bfloat16, or PackedMatrix.
+        operand: the vectors (T, cols), float32, or QuantizedRows.
+        first_t: the first vector.
+        count: how many vectors.
+        out: (T, rows); its first `count` rows are written.
+        first: the first block.
+        last: the block after the last; that one may have fewer than 16 rows.
+    """
+
+
+@overload(matmul, jit_options=OPTIONS, strict=False)
+def _matmul(matrix: Any, operand: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any) -> Any:
+    if isinstance(matrix, types.Array):
+        return lambda matrix, operand, first_t, count, out, first, last: matmul_rows(
+            matrix, operand, first_t, count, out, first * BLOCK_ROWS, min(last * BLOCK_ROWS, out.shape[1])
+        )
+    return lambda matrix, operand, first_t, count, out, first, last: matmul_blocks(
+        matrix, operand, first_t, count, out, first, last
+    )
 
 
 @kernel
-def matmul(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int) -> None:
-    """Multiply rows first..last of a matrix (rows, cols) with `count` vectors from first_t on into out (T, rows).
+def matmul_rows(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int) -> None:
+    """Multiply rows first..last of a matrix of floats.
 
-    Four rows are computed together, which lie a quarter of all these rows apart: the processor reads ahead best in a
-    few places where one address follows the other for long.
+    One vector is multiplied with four rows at a time, which lie a quarter of all these rows apart: the processor reads
+    ahead best in a few places where one address follows the other for long. Many vectors are multiplied by tiles of 4
+    rows and 6 vectors. Where less than a tile is left, its last row or vector is computed more than once.
     """
-    n = (last - first) // 4
-    for i in range(first, first + n):
-        j, k, m = i + n, i + 2 * n, i + 3 * n
-        for t in range(0, count - 1, 2):
-            u = t + 1
-            out[t, i], out[u, i], out[t, j], out[u, j], out[t, k], out[u, k], out[t, m], out[u, m] = dot_rows(
-                matrix, (i, j, k, m), operand, (first_t + t, first_t + u)
-            )
-        if count % 2:
-            t = count - 1
-            out[t, i], out[t, j], out[t, k], out[t, m] = dot_rows(matrix, (i, j, k, m), operand, (first_t + t,))
-    for i in range(first + 4 * n, last):
-        for t in range(count):
-            out[t, i] = dot_rows(matrix, (i,), operand, (first_t + t,))[0]
+    if count == 1:
+        n = (last - first + 3) // 4
+        for i in range(first, first + n):
+            j, k, m = min(i + n, last - 1), min(i + 2 * n, last - 1), min(i + 3 * n, last - 1)
+            out[0, i], out[0, j], out[0, k], out[0, m] = dot_rows(matrix, (i, j, k, m), operand, (first_t,))
+        return
+    for i in range(first, last, 4):
+        rows = (i, min(i + 1, last - 1), min(i + 2, last - 1), min(i + 3, last - 1))
+        for t in range(0, count, 6):
+            end = count - 1
+            ts = (t, min(t + 1, end), min(t + 2, end), min(t + 3, end), min(t + 4, end), min(t + 5, end))
+            vectors = (
+                first_t + ts[0], first_t + ts[1], first_t + ts[2], first_t + ts[3], first_t + ts[4], first_t + ts[5],
+            )  # fmt: skip
+            products = dot_rows(matrix, rows, operand, vectors)
+            for r in range(4):
+                for v in range(6):
+                    out[ts[v], rows[r]] = products[6 * r + v]
+
+
+@kernel
+def matmul_blocks(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int) -> None:
+    """Multiply blocks first..last of a PackedMatrix, as `matmul_rows`: one vector with 2 blocks, many by tiles."""
+    if count == 1:
+        n = (last - first + 1) // 2
+        for i in range(first, first + n):
+            multiply_blocks(matrix, (i, min(i + n, last - 1)), operand, (first_t,), out, first_t)
+        return
+    end = first_t + count - 1
+    for i in range(first, last, 2):
+        blocks = (i, min(i + 1, last - 1))
+        for t in range(first_t, first_t + count, 4):
+            vectors = (t, min(t + 1, end), min(t + 2, end), min(t + 3, end))
+            multiply_blocks(matrix, blocks, operand, vectors, out, first_t)
 
 
 @kernel
@@ -240,6 +349,54 @@ def attention(queries: Any, index: int, keys: Any, values: Any, length: int, sco
 
 
 @kernel
+def attention_of_lanes(
+    queries: Any, first: int, step: int, count: int, start: int, keys: Any, values: Any, scores: Any, lanes: Any,
+    out: Any, column: int,
+) -> None:  # fmt: skip
+    """Let up to QUERY_LANES queries of neighbouring positions look at their head's cache, each in a lane.
+
+    Args:
+        queries: all queries (n, D).
+        first: the number of the first.
+        step: from one to the next.
+        count: how many.
+        start: the position of the first.
+        keys: (capacity, D).
+        values: (capacity, D).
+        scores: (capacity, QUERY_LANES), overwritten.
+        lanes: (D, QUERY_LANES), overwritten.
+        out: (count, H * D).
+        column: where the results begin in each row of out.
+    """
+    head_dim, length = keys.shape[1], start + count
+    lanes[:] = float32(0)
+    for t in range(count):
+        for i in range(head_dim):
+            lanes[i, t] = queries[first + t * step, i]
+    end = length - 1
+    for s in range(0, length, 8):
+        rows = (
+            s, min(s + 1, end), min(s + 2, end), min(s + 3, end),
+            min(s + 4, end), min(s + 5, end), min(s + 6, end), min(s + 7, end),
+        )  # fmt: skip
+        combine_lanes(keys, rows, head_dim, 1, lanes, head_dim, scores)
+    for s in range(start + 1, length):  # what is in the future of a query has no weight
+        for t in range(s - start):
+            scores[s, t] = -np.inf
+    softmax_lanes(scores, length, float32(1) / np.sqrt(float32(head_dim)))
+    end = head_dim - 1
+    for i in range(0, head_dim, 8):
+        rows = (
+            i, min(i + 1, end), min(i + 2, end), min(i + 3, end),
+            min(i + 4, end), min(i + 5, end), min(i + 6, end), min(i + 7, end),
+        )  # fmt: skip
+        combine_lanes(values, rows, 1, head_dim, scores, length, lanes)
+    for t in range(count):
+        for i in range(head_dim):
+            out[t, column + i] = lanes[i, t]
+
+
+@kernel
 def softmax(x: Any, scale: float) -> None:
     """Turn scores x (n,), times a positive scale, into weights that sum to one."""
     largest = x[0]
@@ -278,13 +435,13 @@ def swiglu(gate: Any, up: Any) -> None:
 
 
 @kernel
-def work(weights: Any, space: Any, past: Any, shared: Any, binding: int, helping: bool) -> None:
+def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, helping: bool) -> None:
     """Run the model over the new positions of space.job, together with other threads; see team.py.
 
     Args:
         weights: Weights.
-        space: Workspace; its tokens and job say what is to be done.
-        past: Past, with room for the new positions.
+        space: Workspace; its tokens, places and job say what is to be done.
+        angles: Angles of all positions.
         shared: the team's words.
         binding: the number under which the team passed these arguments.
         helping: whether this thread is a helper; the caller's thread begins the job, and returns when it is done.
@@ -301,87 +458,131 @@ def work(weights: Any, space: Any, past: Any, shared: Any, binding: int, helping
         stage, block = team.stage_of(ticket), team.block_of(ticket)
         if stage > last_stage and not helping:
             return
-        kind = LOGITS if stage == last_stage else stage % STAGES_PER_LAYER
-        n_blocks = space.job[N_BLOCKS + kind] if stage <= last_stage else 0
+        n_blocks = count_blocks(space.job, stage, last_stage)
         if block >= n_blocks:
             team.wait(looks)
             looks += 1
         elif team.take(shared, ticket):
-            run_block(weights, space, past, kind, stage // STAGES_PER_LAYER, block)
-            if team.complete(shared, n_blocks):
-                finish_stage(weights, space, past, kind, stage // STAGES_PER_LAYER)
-                team.open_next_stage(shared)
-            looks = 0
+            looks, goes_on = 0, True
+            while goes_on:
+                if stage % 2 and stage < last_stage:
+                    run_positions(weights, space, angles, stage, block)
+                else:
+                    run_block(weights, space, stage, last_stage, block)
+                goes_on = False
+                if team.complete(shared, n_blocks):
+                    stage, block = stage + 1, 0
+                    n_blocks = count_blocks(space.job, stage, last_stage)
+                    goes_on = n_blocks == 1
+                    if not goes_on:
+                        team.open_stage(shared, stage)
+
+
+@kernel
+def count_blocks(job: Any, stage: int, last_stage: int) -> int:
+    """Return the number of blocks of a stage."""
+    if stage > last_stage:
+        return 0
+    return job[N_BLOCKS + (LOGITS if stage == last_stage else stage % STAGES_PER_LAYER)]
 
 
 @inlined_kernel
 def begin(weights: Any, space: Any) -> None:
     """Do what comes before the first stage."""
     table = layer_of(weights.matrices[TOK_EMBEDDINGS], 0)
-    for t in range(space.job[COUNT]):
-        embed(table, space.tokens[t], space.x[t])
+    count = space.job[COUNT]
+    for t in range(count):
+        embed(table, space.tokens[t], space.x[t], weights.group_size)
         rmsnorm(space.x[t], weights.attention_norm[0], weights.norm_eps, space.normed[t])
-    prepare(space.normed, space.operands[QKV], space.job[COUNT])
+    prepare(space.normed, space.operands[QKV], 0, count)
 
 
 @inlined_kernel
-def run_block(weights: Any, space: Any, past: Any, kind: int, layer: int, block: int) -> None:
-    """Do one block of a stage."""
-    count = space.job[COUNT]
+def run_block(weights: Any, space: Any, stage: int, last_stage: int, block: int) -> None:
+    """Do one block of a stage of matrices or of attention."""
+    count, layer = space.job[COUNT], stage // STAGES_PER_LAYER
+    kind = LOGITS if stage == last_stage else stage % STAGES_PER_LAYER
     if kind == ATTENTION:
-        # One head of all new positions.
-        n_heads, head_dim = space.scores.shape[0], past.keys.shape[3]
-        group = block * past.keys.shape[1] // n_heads
-        keys, values = layer_of(layer_of(past.keys, layer), group), layer_of(layer_of(past.values, layer), group)
-        for t in range(count):
-            length = space.job[START] + t + 1
-            out = space.attended[t, block * head_dim : (block + 1) * head_dim]
-            attention(space.queries, t * n_heads + block, keys, values, length, space.scores[block], out)
+        attend(space, layer, block)
         return
     # A block is a share of the rows: of one of wq, wk and wv; of w1 and w3 together; of the stage's only matrix.
     share, n_shares, part, end = block, space.job[N_BLOCKS + kind], 0, 2 if kind == GATE else 1
     if kind == QKV:
         share, n_shares, part, end = block // 3, n_shares // 3, block % 3, block % 3 + 1
     n_vectors = space.job[N_LOGITS] if kind == LOGITS else count
-    first = last = 0
     for number in range(FIRST_MATRIX[kind] + part, FIRST_MATRIX[kind] + end):
         out = space.outputs[number]
-        n_rows = out.shape[1]
-        quads = (n_rows + 3) // 4
-        first, last = 4 * (quads * share // n_shares), min(4 * (quads * (share + 1) // n_shares), n_rows)
+        n = (out.shape[1] + BLOCK_ROWS - 1) // BLOCK_ROWS
         matrix = layer_of(weights.matrices[number], 0 if kind == LOGITS else layer)
-        matmul(matrix, space.operands[kind], count - n_vectors, n_vectors, out, first, last)
-    if kind == GATE:
-        gate, up = space.outputs[FIRST_MATRIX[GATE]], space.outputs[FIRST_MATRIX[GATE] + 1]
-        for t in range(count):
-            swiglu(gate[t, first:last], up[t, first:last])
+        first, last = n * share // n_shares, n * (share + 1) // n_shares
+        if first < last:
+            matmul(matrix, space.operands[kind], count - n_vectors, n_vectors, out, first, last)
 
 
 @inlined_kernel
-def finish_stage(weights: Any, space: Any, past: Any, kind: int, layer: int) -> None:
-    """Do what comes between a stage and the next; one thread does it."""
-    count = space.job[COUNT]
-    if kind == QKV:
+def run_positions(weights: Any, space: Any, angles: Any, stage: int, block: int) -> None:
+    """Do one block of a stage of work on single positions: a share of them."""
+    kind, layer, n_layers = stage % STAGES_PER_LAYER, stage // STAGES_PER_LAYER, weights.attention_norm.shape[0]
+    count, n_shares = space.job[COUNT], space.job[N_BLOCKS + kind]
+    first, last = count * block // n_shares, count * (block + 1) // n_shares
+    if kind == ROPE:
         q, k, v = space.outputs[0], space.outputs[1], space.outputs[2]
-        for t in range(count):
-            position = space.job[START] + t
-            rope(q[t], past.cos[position], past.sin[position])
-            rope(k[t], past.cos[position], past.sin[position])
-            remember(k[t], layer_of(past.keys, layer), position)
-            remember(v[t], layer_of(past.values, layer), position)
-    elif kind == ATTENTION:
-        prepare(space.attended, space.operands[PROJECTION], count)
-    elif kind == GATE:
-        prepare(space.outputs[FIRST_MATRIX[GATE]], space.operands[DOWN], count)
-    elif kind != LOGITS:
-        norm = weights.ffn_norm[layer]
-        if kind == DOWN:
-            is_last = layer + 1 == weights.attention_norm.shape[0]
-            norm = weights.norm if is_last else weights.attention_norm[layer + 1]
-        for t in range(count):
-            add(space.x[t], space.outputs[FIRST_MATRIX[kind]][t])
+        head_dim = space.queries.shape[1]
+        n_kv_heads = k.shape[1] // head_dim
+        for t in range(first, last):
+            place = space.places[t]
+            position = place[POSITION]
+            rope(q[t], angles.cos[position], angles.sin[position])
+            rope(k[t], angles.cos[position], angles.sin[position])
+            for g in range(n_kv_heads):
+                keys, values = cached_head(place, layer * n_kv_heads + g, head_dim)
+                copy(k[t, g * head_dim : (g + 1) * head_dim], keys[position])
+                copy(v[t, g * head_dim : (g + 1) * head_dim], values[position])
+    elif kind == ATTENDED:
+        prepare(space.attended, space.operands[PROJECTION], first, last)
+    elif kind == SWIGLU:
+        gate, up = space.outputs[FIRST_MATRIX[GATE]], space.outputs[FIRST_MATRIX[GATE] + 1]
+        for t in range(first, last):
+            swiglu(gate[t], up[t])
+        prepare(gate, space.operands[DOWN], first, last)
+    else:
+        norm, projected = weights.ffn_norm[layer], space.outputs[FIRST_MATRIX[PROJECTION]]
+        if kind == NEXT_NORM:
+            norm = weights.norm if layer + 1 == n_layers else weights.attention_norm[layer + 1]
+        for t in range(first, last):
+            add(space.x[t], projected[t])
             rmsnorm(space.x[t], norm, weights.norm_eps, space.normed[t])
-        prepare(space.normed, space.operands[QKV], count)
+        prepare(space.normed, space.operands[QKV], first, last)
+
+
+@kernel
+def attend(space: Any, layer: int, head: int) -> None:
+    """Let one head of all new positions look at what its sequence has so far."""
+    count, head_dim, n_heads = space.job[COUNT], space.queries.shape[1], space.scores.shape[0]
+    n_kv_heads = space.outputs[1].shape[1] // head_dim
+    cached, column = layer * n_kv_heads + head * n_kv_heads // n_heads, head * head_dim
+    if count > 1 and space.job[ONE_SEQUENCE]:
+        keys, values = cached_head(space.places[0], cached, head_dim)
+        for t in range(0, count, QUERY_LANES):
+            n, start = min(QUERY_LANES, count - t), space.places[t, POSITION]
+            scores, lanes, out = space.lane_scores[head], space.lane_queries[head], space.attended[t : t + n]
+            attention_of_lanes(
+                space.queries, t * n_heads + head, n_heads, n, start, keys, values, scores, lanes, out, column
+            )
+        return
+    for t in range(count):
+        keys, values = cached_head(space.places[t], cached, head_dim)
+        out = space.attended[t, column : column + head_dim]
+        length = space.places[t, POSITION] + 1
+        attention(space.queries, t * n_heads + head, keys, values, length, space.scores[head], out)
+
+
+@kernel
+def cached_head(place: Any, number: int, head_dim: int) -> Any:
+    """Return the keys and the values (capacity, D) of one head of one layer, heads numbered through all layers."""
+    offset = number * place[CAPACITY] * head_dim * FLOAT_BYTES
+    keys = floats_at(place[KEYS] + offset, place[CAPACITY], head_dim)
+    return keys, floats_at(place[VALUES] + offset, place[CAPACITY], head_dim)
 
 
 @kernel
@@ -392,9 +593,7 @@ def add(x: Any, y: Any) -> None:
 
 
 @kernel
-def remember(x: Any, cached: Any, position: int) -> None:
-    """Write all heads of x (G * D,) to their places in one layer of a cache (G, capacity, D)."""
-    head_dim = cached.shape[2]
-    for g in range(cached.shape[0]):
-        for i in range(head_dim):
-            cached[g, position, i] = x[g * head_dim + i]
+def copy(x: Any, out: Any) -> None:
+    """Copy x (n,) to out (n,)."""
+    for i in range(len(x)):
+        out[i] = x[i]

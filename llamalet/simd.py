@@ -1,18 +1,19 @@
 """The vector instructions under the kernels, as functions that numba code can call.
 
-A loop over int8 does not vectorise in numba, which widens every product to 64 bits. So the dot product of quantized
-rows is built here as LLVM vector code. Which instructions it becomes is chosen when a kernel is compiled;
+A loop over int8 does not vectorise in numba, which widens every product to 64 bits. So the products of quantized
+matrices are built here as LLVM vector code. Which instructions it becomes is chosen when a kernel is compiled;
 LLAMALET_SIMD=NAME forces one path:
 
     avx512vnni   vpdpbusd, 64 bytes at a time
     avxvnni      vpdpbusd, 32 bytes at a time
-    portable     widen, multiply, add: any processor
+    portable     widen, multiply, add: any processor (pmaddwd on x86)
 
-vpdpbusd multiplies unsigned by signed bytes. The weights become unsigned by flipping their top bit, which adds 128 to
-each: dot(w + 128, x) = dot(w, x) + 128 * sum(x). What this is too much depends on the vector alone, so it is computed
-once for all rows, and is what the sums start from (`starts`).
+vpdpbusd multiplies 4 unsigned bytes by 4 signed ones and adds the products to a lane. So a matrix is stored with 16
+rows side by side, a lane each, as unsigned weights w + zero (quantize.Packed): a register of weights is multiplied by 4
+neighbours of the vector, repeated in every lane, and nothing is ever summed across lanes. What the sums are too much
+by, zero * sum(x), depends on the vector alone, so it is computed once for all rows; they start from minus that.
 
-A group is a numpy record of dtype `group_dtype(size)`: so numba knows its size when it compiles.
+Groups, chunks and scales are numpy records (`group_dtype`, ...), so that numba knows their sizes when it compiles.
 """
 
 import itertools
@@ -36,20 +37,30 @@ PATHS = ("avx512vnni", "avxvnni", "portable")
 # Elements of a float32 row multiplied at a time; LLVM takes as many registers as the processor needs for them.
 FLOAT_LANES = 16
 
+# A packed matrix has blocks of so many rows, in chunks of so many columns.
+BLOCK_ROWS, CHUNK_COLS = 16, 8
+FLOAT_BYTES = 4
+BYTES_OF_8_BITS = BLOCK_ROWS * CHUNK_COLS
+
 # The first bits of ln 2: few enough that n * LN2_HIGH is exact for every exponent n.
 LN2_HIGH = 0.693359375
 
-I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 def group_dtype(size: int) -> np.dtype[Any]:
-    """Return the dtype of a group of `size` int8 values, a multiple of 4."""
+    """Return the dtype of a group of `size` int8 values of a quantized vector, a multiple of CHUNK_COLS."""
     return np.dtype([("values", np.int8, (size,))])
 
 
-def starts_dtype(size: int) -> np.dtype[Any]:
-    """Return the dtype of what the sums over a group start from: an int32 for every 4 values."""
-    return np.dtype([("values", np.int32, (size // 4,))])
+def chunk_dtype(n_bytes: int) -> np.dtype[Any]:
+    """Return the dtype of a chunk of a packed matrix: 128 bytes hold 8 bits a weight, 64 bytes 4."""
+    return np.dtype([("values", np.uint8, (n_bytes,))])
+
+
+def scales_dtype(scale: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype of the scales of a group, one for each row of a block; uint16 are the bits of bfloat16."""
+    return np.dtype([("values", scale, (BLOCK_ROWS,))])
 
 
 def instruction_path() -> str:
@@ -78,62 +89,256 @@ def dot_rows(typing_context: Any, matrix: Any, rows: Any, operand: Any, vectors:
 
     Args:
         typing_context: numba's.
-        matrix: float32 (rows, cols), or a tuple of group_dtype values and float32 scales, both (rows, groups).
+        matrix: float32 (rows, cols), or uint16, the bits of bfloat16.
         rows: a tuple of row numbers.
-        operand: float32 (T, cols), or a tuple of group_dtype values, float32 scales and starts_dtype starts, all
-            (T, groups). The starts are, for every 4 neighbours, -128 times their sum.
+        operand: float32 (T, cols).
         vectors: a tuple of numbers below T.
     """
     result = types.UniTuple(types.float32, rows.count * vectors.count)
-    emit = _int8_dots if isinstance(matrix, types.BaseTuple) else _float_dots
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        tables, x_tables = (
-            [_Table(context, builder, *pair) for pair in _arrays(builder, *typed)]
-            for typed in ((matrix, args[0]), (operand, args[2]))
-        )
-        w_rows = [[table.row(row) for table in tables] for row in cgutils.unpack_tuple(builder, args[1])]
-        x_rows = [[table.row(vector) for table in x_tables] for vector in cgutils.unpack_tuple(builder, args[3])]
-        return context.make_tuple(builder, result, emit(builder, w_rows, x_rows, tables[0]))
+        table, x_table = (_Table(context, builder, *typed) for typed in ((matrix, args[0]), (operand, args[2])))
+        w_rows = [table.row(row) for row in cgutils.unpack_tuple(builder, args[1])]
+        x_rows = [x_table.row(vector) for vector in cgutils.unpack_tuple(builder, args[3])]
+        return context.make_tuple(builder, result, _dots(builder, w_rows, x_rows, table.width))
 
     return result(matrix, rows, operand, vectors), build
 
 
-def _float_dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, table: "_Table") -> list[Any]:
-    """Return the dot products of float32 rows with float32 vectors."""
+def _dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, width: Any) -> list[Any]:
+    """Return the dot products of rows with vectors, `width` elements each."""
     lanes = ir.Constant(I64, FLOAT_LANES)
-    n_whole = builder.mul(builder.udiv(table.width, lanes), lanes)
+    n_whole = builder.mul(builder.udiv(width, lanes), lanes)
     totals = _totals(builder, [_splat_constant(F32, 0.0, FLOAT_LANES)] * (len(w_rows) * len(x_rows)))
     with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n_whole, lanes, I64) as (col, _):
         x, w = (
-            [_load(builder, builder.gep(row, [col]), F32, FLOAT_LANES) for (row,) in rows] for rows in (x_rows, w_rows)
+            [_load_floats(builder, builder.gep(row, [col]), FLOAT_LANES) for row in rows] for rows in (x_rows, w_rows)
         )
         _add_products(builder, totals, w, x)
     totals = _totals(builder, [_sum_lanes(builder, builder.load(total)) for total in totals])
-    with cgutils.for_range_slice(builder, n_whole, table.width, ir.Constant(I64, 1), I64) as (col, _):
-        x, w = ([builder.load(builder.gep(row, [col])) for (row,) in rows] for rows in (x_rows, w_rows))
+    with cgutils.for_range_slice(builder, n_whole, width, ir.Constant(I64, 1), I64) as (col, _):
+        x, w = (
+            [
+                builder.extract_element(_load_floats(builder, builder.gep(row, [col]), 1), ir.Constant(I32, 0))
+                for row in rows
+            ]
+            for rows in (x_rows, w_rows)
+        )
         _add_products(builder, totals, w, x)
     return [builder.load(total) for total in totals]
 
 
-def _int8_dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, table: "_Table") -> list[Any]:
-    """Return the dot products of quantized rows with quantized vectors."""
-    size = table.dtype.size
-    lanes = size // 4
-    totals = _totals(builder, [_splat_constant(F32, 0.0, lanes)] * (len(w_rows) * len(x_rows)))
-    with cgutils.for_range(builder, table.width, intp=I64) as loop:
-        x = []
-        for pointers in x_rows:
-            values, scale, starts = (builder.gep(pointer, [loop.index]) for pointer in pointers)
-            scale = _splat(builder, builder.load(scale), lanes)
-            x.append((_load(builder, values, I8, size), scale, _load(builder, starts, I32, lanes)))
-        for row, (values, scale) in enumerate(w_rows):
-            w_bytes = _load(builder, builder.gep(values, [loop.index]), I8, size)
-            w_scale = _splat(builder, builder.load(builder.gep(scale, [loop.index])), lanes)
-            for total, (x_bytes, x_scale, starts) in zip(totals[row * len(x) :], x, strict=False):
-                sums = builder.sitofp(_int8_dot(builder, w_bytes, x_bytes, starts), w_scale.type)
-                _add_product(builder, total, builder.fmul(sums, x_scale), w_scale)
-    return [_sum_lanes(builder, builder.load(total)) for total in totals]
+@intrinsic
+def multiply_blocks(
+    typing_context: Any, matrix: Any, blocks: Any, operand: Any, vectors: Any, out: Any, first_vector: Any
+) -> Any:
+    """Multiply blocks of rows of a packed matrix with quantized vectors.
+
+    Within a group the products are summed exactly; the groups are added one after the other, whatever is computed
+    together. Indices are not checked.
+
+    Args:
+        typing_context: numba's.
+        matrix: a tuple of values, chunk_dtype (blocks, chunks), and scales, scales_dtype (blocks, groups).
+        blocks: a tuple of block numbers.
+        operand: a tuple of values, group_dtype, float32 scales and int32 starts, all (T, groups). The values after the
+            last column are zeros. The starts are minus the group's sum times what makes the weights unsigned, 128 or 8.
+        vectors: a tuple of numbers below T.
+        out: float32 (n, rows); the last block may have fewer rows than BLOCK_ROWS.
+        first_vector: the number of the vector whose products are out's first row.
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        values, scales = _tables(context, builder, matrix, args[0])
+        x_tables = _tables(context, builder, operand, args[2])
+        numbers, vector_numbers = (cgutils.unpack_tuple(builder, args[place]) for place in (1, 3))
+        w_rows = [(values.row(number), scales.row(number)) for number in numbers]
+        x_rows = [[table.row(number) for table in x_tables] for number in vector_numbers]
+        totals = _block_products(builder, w_rows, x_rows, values, x_tables[0].dtype.size)
+        table = _Table(context, builder, out, args[4])
+        for (number, vector), total in zip(itertools.product(numbers, vector_numbers), totals, strict=True):
+            first = builder.mul(number, ir.Constant(I64, BLOCK_ROWS))
+            address = builder.gep(table.row(builder.sub(vector, args[5])), [first])
+            _store_lanes(builder, builder.load(total), address, builder.sub(table.width, first))
+        return context.get_dummy_value()
+
+    return types.none(matrix, blocks, operand, vectors, out, types.intp), build
+
+
+@intrinsic
+def combine_lanes(
+    typing_context: Any,
+    matrix: Any,
+    rows: Any,
+    row_distance: Any,
+    term_distance: Any,
+    lanes: Any,
+    n_terms: Any,
+    out: Any,
+) -> Any:
+    """Write to out[row] the sum of m[row, k] * lanes[k] over k < n_terms, for each of `rows`.
+
+    Each lane is a vector of its own: 16 queries look at a key with one multiplication. Sums run from the first term to
+    the last, whatever is computed together. Indices are not checked.
+
+    Args:
+        typing_context: numba's.
+        matrix: float32, contiguous; m[row, k] is element row * row_distance + k * term_distance of it.
+        rows: a tuple of row numbers.
+        row_distance: elements from one row to the next.
+        term_distance: elements from one term to the next.
+        lanes: float32 (n, 16).
+        n_terms: how many terms.
+        out: float32 (n, 16).
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        data = context.make_array(matrix)(context, builder, args[0]).data
+        lane_table, out_table = (_Table(context, builder, *typed) for typed in ((lanes, args[4]), (out, args[6])))
+        numbers = cgutils.unpack_tuple(builder, args[1])
+        starts = [builder.gep(data, [builder.mul(number, args[2])]) for number in numbers]
+        totals = _totals(builder, [_splat_constant(F32, 0.0, BLOCK_ROWS)] * len(numbers))
+        with cgutils.for_range(builder, args[5], intp=I64) as loop:
+            vector = _load(builder, lane_table.row(loop.index), F32, BLOCK_ROWS)
+            place = builder.mul(loop.index, args[3])
+            for total, start in zip(totals, starts, strict=True):
+                weight = _splat(builder, builder.load(builder.gep(start, [place])), BLOCK_ROWS)
+                _add_product(builder, total, weight, vector)
+        for number, total in zip(numbers, totals, strict=True):
+            vector = builder.load(total)
+            address = builder.bitcast(out_table.row(number), vector.type.as_pointer())
+            builder.store(vector, address, align=4)
+        return context.get_dummy_value()
+
+    return types.none(matrix, rows, types.intp, types.intp, lanes, types.intp, out), build
+
+
+def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: "_Table", group_size: int) -> list[Any]:
+    """Return variables with the products of blocks and vectors, those of the first block first."""
+    n_bytes = values.dtype.size
+    chunks_per_group = group_size // CHUNK_COLS
+    totals = _totals(builder, [_splat_constant(F32, 0.0, BLOCK_ROWS)] * (len(w_rows) * len(x_rows)))
+
+    def add_group(group: Any, add_chunks: Any) -> None:
+        """Add the products of a group, whose chunks `add_chunks` adds to the sums."""
+        x = [[builder.gep(pointer, [group]) for pointer in pointers] for pointers in x_rows]
+        starts = [_splat(builder, builder.load(start), BLOCK_ROWS) for _, _, start in x]
+        sums = _totals(builder, [_first_sums(builder, start) for _ in w_rows for start in starts])
+        first_chunk = builder.mul(group, ir.Constant(I64, chunks_per_group))
+        add_chunks(
+            sums,
+            [builder.gep(chunks, [first_chunk]) for chunks, _ in w_rows],
+            [builder.bitcast(x_values, I8.as_pointer()) for x_values, _, _ in x],
+        )
+        x_scales = [_splat(builder, builder.load(scale), BLOCK_ROWS) for _, scale, _ in x]
+        w_scales = [_load_scales(builder, builder.gep(scales, [group])) for _, scales in w_rows]
+        for total, group_sums, (w_scale, x_scale) in zip(
+            totals, sums, itertools.product(w_scales, x_scales), strict=True
+        ):
+            product = builder.sitofp(_last_sums(builder, builder.load(group_sums)), x_scale.type)
+            _add_product(builder, total, builder.fmul(product, x_scale), w_scale)
+
+    def add_chunk(sums: Any, chunks: Any, x_values: Any, index: Any) -> None:
+        """Add the products of chunk number `index` of a group."""
+        halves = [_chunk_halves(builder, builder.gep(chunk, [index]), n_bytes) for chunk in chunks]
+        for half in range(2):
+            place = builder.add(builder.mul(index, ir.Constant(I64, CHUNK_COLS)), ir.Constant(I64, 4 * half))
+            quads = [
+                builder.load(builder.bitcast(builder.gep(x, [place]), I32.as_pointer()), align=1) for x in x_values
+            ]
+            quads = [_splat(builder, quad, BLOCK_ROWS) for quad in quads]
+            for total, (w, x) in zip(sums, itertools.product([pair[half] for pair in halves], quads), strict=True):
+                builder.store(_add_quads(builder, builder.load(total), w, x), total)
+
+    def add_whole(sums: Any, chunks: Any, x_values: Any) -> None:
+        for index in range(chunks_per_group):
+            add_chunk(sums, chunks, x_values, ir.Constant(I64, index))
+
+    n_whole = builder.udiv(values.width, ir.Constant(I64, chunks_per_group))
+    rest = builder.urem(values.width, ir.Constant(I64, chunks_per_group))
+
+    def add_rest(sums: Any, chunks: Any, x_values: Any) -> None:
+        with cgutils.for_range(builder, rest, intp=I64) as loop:
+            add_chunk(sums, chunks, x_values, loop.index)
+
+    with cgutils.for_range(builder, n_whole, intp=I64) as loop:
+        add_group(loop.index, add_whole)
+    with builder.if_then(builder.icmp_unsigned("!=", rest, ir.Constant(I64, 0))):
+        add_group(n_whole, add_rest)
+    return totals
+
+
+def _chunk_halves(builder: ir.IRBuilder, chunk: Any, n_bytes: int) -> list[Any]:
+    """Return the unsigned weights of the first and the last 4 columns of a chunk: 64 bytes each, 4 for each row."""
+    half = BYTES_OF_8_BITS // 2
+    chunk = builder.bitcast(chunk, I8.as_pointer())
+    if n_bytes == BYTES_OF_8_BITS:
+        return [_load(builder, builder.gep(chunk, [ir.Constant(I64, place)]), I8, half) for place in (0, half)]
+    both = _load(builder, chunk, I8, half)
+    return [
+        builder.and_(both, _splat_constant(I8, 0x0F, half)),
+        builder.lshr(both, _splat_constant(I8, 4, half)),
+    ]
+
+
+def _load_scales(builder: ir.IRBuilder, scales: Any) -> Any:
+    """Return the scales of a group, a float32 for each row of a block."""
+    is_float = scales.type.pointee.count == 4 * BLOCK_ROWS
+    pointer = builder.bitcast(scales, (F32 if is_float else I16).as_pointer())
+    return _load_floats(builder, pointer, BLOCK_ROWS)
+
+
+def _first_sums(builder: ir.IRBuilder, start: Any) -> Any:
+    """Return what the sums of a group start from; each lane of `start` is the start of a row."""
+    if instruction_path() != "portable":
+        return start
+    # The portable path has two sums for each row, side by side.
+    zeros = _splat_constant(I32, 0, BLOCK_ROWS)
+    return _select(builder, start, [place // 2 + BLOCK_ROWS * (place % 2) for place in range(2 * BLOCK_ROWS)], zeros)
+
+
+def _add_quads(builder: ir.IRBuilder, sums: Any, w: Any, quads: Any) -> Any:
+    """Add the products of unsigned and signed bytes, 4 of each lane, to the sums."""
+    path = instruction_path()
+    if path == "portable":
+        products = builder.mul(
+            builder.zext(w, ir.VectorType(I32, w.type.count)),
+            builder.sext(builder.bitcast(quads, w.type), ir.VectorType(I32, w.type.count)),
+        )
+        # LLVM knows the sum of neighbouring products as one instruction on many processors.
+        even, odd = (_select(builder, products, range(place, w.type.count, 2)) for place in range(2))
+        return builder.add(sums, builder.add(even, odd))
+    w = builder.bitcast(w, quads.type)
+    lanes = BLOCK_ROWS if path == "avx512vnni" else BLOCK_ROWS // 2
+    parts = []
+    for first in range(0, BLOCK_ROWS, lanes):
+        operands = [_select(builder, vector, range(first, first + lanes)) for vector in (sums, w, quads)]
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+        parts.append(_call(builder, name, operands[0].type, operands))
+    return parts[0] if len(parts) == 1 else _select(builder, parts[0], range(BLOCK_ROWS), parts[1])
+
+
+def _last_sums(builder: ir.IRBuilder, sums: Any) -> Any:
+    """Return the sum of each row."""
+    if instruction_path() != "portable":
+        return sums
+    even, odd = (_select(builder, sums, range(place, 2 * BLOCK_ROWS, 2)) for place in range(2))
+    return builder.add(even, odd)
+
+
+def _store_lanes(builder: ir.IRBuilder, vector: Any, address: Any, room: Any) -> None:
+    """Store a vector of float32, or only its first `room` lanes if there is no more room."""
+    lanes = vector.type.count
+    pointer = builder.bitcast(address, vector.type.as_pointer())
+    with builder.if_else(builder.icmp_signed(">=", room, ir.Constant(I64, lanes))) as (whole, part):
+        with whole:
+            builder.store(vector, pointer, align=1)
+        with part:
+            numbers = ir.Constant(ir.VectorType(I64, lanes), [ir.Constant(I64, lane) for lane in range(lanes)])
+            mask = builder.icmp_signed("<", numbers, _splat(builder, room, lanes))
+            alignment = ir.Constant(I32, 1)
+            name = f"llvm.masked.store.v{lanes}f32.p0"
+            _call(builder, name, ir.VoidType(), (vector, pointer, alignment, mask))
 
 
 def _totals(builder: ir.IRBuilder, values: Iterable[Any]) -> list[Any]:
@@ -153,13 +358,6 @@ def _add_product(builder: ir.IRBuilder, total: Any, left: Any, right: Any) -> No
     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
 
 
-def _arrays(builder: ir.IRBuilder, array_type: Any, value: Any) -> Any:
-    """Return the (type, value) of an array, or of each array of a tuple."""
-    if isinstance(array_type, types.BaseTuple):
-        return zip(array_type.types, cgutils.unpack_tuple(builder, value), strict=True)
-    return [(array_type, value)]
-
-
 class _Table:
     """The address, the width and the element type of a contiguous array (n, width)."""
 
@@ -174,35 +372,10 @@ class _Table:
         return self._builder.gep(self._data, [self._builder.mul(index, self.width)])
 
 
-def _int8_dot(builder: ir.IRBuilder, w_bytes: Any, x_bytes: Any, starts: Any) -> Any:
-    """Return the products of two vectors of int8, summed over every 4 of them: int32 in a quarter of the lanes."""
-    size, path = w_bytes.type.count, instruction_path()
-    if path == "portable" or size % 16:
-        return _portable_dot(builder, w_bytes, x_bytes)
-    w_bytes = builder.xor(w_bytes, _splat_constant(I8, -128, size))
-    return _vnni_dot(builder, starts, w_bytes, x_bytes, 64 if path == "avx512vnni" else 32)
-
-
-@intrinsic
-def sum_quads(typing_context: Any, values: Any, starts: Any) -> Any:
-    """Write what the sums over a group start from: for every 4 neighbours -128 times their sum.
-
-    Args:
-        typing_context: numba's.
-        values: an element of an array of group_dtype.
-        starts: an element of an array of starts_dtype.
-    """
-    size = values.size
-
-    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        wide = builder.sext(_load(builder, args[0], I8, size), ir.VectorType(I32, size))
-        first, second, third, fourth = (_select(builder, wide, range(place, size, 4)) for place in range(4))
-        sums = builder.add(builder.add(first, second), builder.add(third, fourth))
-        sums = builder.mul(sums, _splat_constant(I32, -128, size // 4))
-        builder.store(sums, builder.bitcast(args[1], sums.type.as_pointer()), align=1)
-        return context.get_dummy_value()
-
-    return types.none(values, starts), build
+def _tables(context: Any, builder: ir.IRBuilder, tuple_type: Any, value: Any) -> list[_Table]:
+    """Return the arrays of a tuple."""
+    parts = zip(tuple_type.types, cgutils.unpack_tuple(builder, value), strict=True)
+    return [_Table(context, builder, *part) for part in parts if isinstance(part[0], types.Array)]
 
 
 @intrinsic
@@ -238,30 +411,90 @@ def exp(typing_context: Any, x: Any) -> Any:
     """
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        (x,) = args
-
-        def constant(value: float) -> Any:
-            return ir.Constant(F32, float(np.float32(value)))
-
-        def fma(a: Any, b: Any, c: Any) -> Any:
-            return _call(builder, "llvm.fma.f32", F32, (a, b, c))
-
-        n = _call(builder, "llvm.rint.f32", F32, (builder.fmul(x, constant(1 / math.log(2))),))
-        # ln 2 in two parts: n times the first is exact, so that the difference loses nothing.
-        r = fma(n, constant(-LN2_HIGH), x)
-        r = fma(n, constant(-(math.log(2) - LN2_HIGH)), r)
-        power = constant(1 / math.factorial(7))
-        for degree in range(6, -1, -1):
-            power = fma(power, r, constant(1 / math.factorial(degree)))
-        whole = _call(builder, "llvm.fptosi.sat.i32.f32", I32, (n,))
-        bits = builder.shl(builder.add(whole, ir.Constant(I32, 127)), ir.Constant(I32, 23))
-        result = builder.fmul(power, builder.bitcast(bits, F32))
-        small = builder.fcmp_ordered("<", n, constant(-126))
-        large = builder.fcmp_ordered(">", n, constant(127))
-        result = builder.select(small, constant(0), result)
-        return builder.select(large, constant(math.inf), result)
+        return _exp(builder, args[0])
 
     return types.float32(types.float32), build
+
+
+def _exp(builder: ir.IRBuilder, x: Any) -> Any:
+    """Return e ** x of a float32 or of each lane of a vector."""
+    lanes = getattr(x.type, "count", None)
+    suffix = "" if lanes is None else f"v{lanes}"
+    integer = I32 if lanes is None else ir.VectorType(I32, lanes)
+
+    def constant(value: float, element: Any = F32) -> Any:
+        value = float(np.float32(value)) if element is F32 else value
+        return ir.Constant(element, value) if lanes is None else _splat_constant(element, value, lanes)
+
+    def fma(a: Any, b: Any, c: Any) -> Any:
+        return _call(builder, f"llvm.fma.{suffix}f32", x.type, (a, b, c))
+
+    n = _call(builder, f"llvm.rint.{suffix}f32", x.type, (builder.fmul(x, constant(1 / math.log(2))),))
+    # ln 2 in two parts: n times the first is exact, so that the difference loses nothing.
+    r = fma(n, constant(-LN2_HIGH), x)
+    r = fma(n, constant(-(math.log(2) - LN2_HIGH)), r)
+    power = constant(1 / math.factorial(7))
+    for degree in range(6, -1, -1):
+        power = fma(power, r, constant(1 / math.factorial(degree)))
+    whole = _call(builder, f"llvm.fptosi.sat.{suffix}i32.{suffix}f32", integer, (n,))
+    bits = builder.shl(builder.add(whole, constant(127, I32)), constant(23, I32))
+    result = builder.fmul(power, builder.bitcast(bits, x.type))
+    result = builder.select(builder.fcmp_ordered("<", n, constant(-126)), constant(0), result)
+    return builder.select(builder.fcmp_ordered(">", n, constant(127)), constant(math.inf), result)
+
+
+@intrinsic
+def softmax_lanes(typing_context: Any, x: Any, length: Any, scale: Any) -> Any:
+    """Turn each lane of scores x[:length] (n, 16), times a positive scale, into weights that sum to one; unchecked."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        table = _Table(context, builder, x, args[0])
+        scale = _splat(builder, args[2], BLOCK_ROWS)
+        vector = ir.VectorType(F32, BLOCK_ROWS)
+        starts = [_splat_constant(F32, value, BLOCK_ROWS) for value in (-math.inf, 0.0)]
+        largest, total = _totals(builder, starts)
+
+        def row(index: Any) -> Any:
+            return builder.bitcast(table.row(index), vector.as_pointer())
+
+        with cgutils.for_range(builder, args[1], intp=I64) as loop:
+            score = builder.load(row(loop.index), align=4)
+            larger = builder.fcmp_ordered(">", score, builder.load(largest))
+            builder.store(builder.select(larger, score, builder.load(largest)), largest)
+        with cgutils.for_range(builder, args[1], intp=I64) as loop:
+            score = builder.fsub(builder.load(row(loop.index), align=4), builder.load(largest))
+            power = _exp(builder, builder.fmul(score, scale))
+            builder.store(power, row(loop.index), align=4)
+            builder.store(builder.fadd(builder.load(total), power), total)
+        factor = builder.fdiv(_splat_constant(F32, 1.0, BLOCK_ROWS), builder.load(total))
+        with cgutils.for_range(builder, args[1], intp=I64) as loop:
+            weight = builder.fmul(builder.load(row(loop.index), align=4), factor)
+            builder.store(weight, row(loop.index), align=4)
+        return context.get_dummy_value()
+
+    return types.none(x, types.intp, types.float32), build
+
+
+@intrinsic
+def floats_at(typing_context: Any, address: Any, rows: Any, cols: Any) -> Any:
+    """Return the float32 array (rows, cols) that lies at an address; the caller sees to it that it stays there."""
+    result = types.Array(types.float32, 2, "C")
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        address, rows, cols = args
+        row_bytes = builder.mul(cols, ir.Constant(I64, FLOAT_BYTES))
+        array = context.make_array(result)(context, builder)
+        context.populate_array(
+            array,
+            data=builder.inttoptr(address, F32.as_pointer()),
+            shape=(rows, cols),
+            strides=(row_bytes, ir.Constant(I64, FLOAT_BYTES)),
+            itemsize=ir.Constant(I64, FLOAT_BYTES),
+            meminfo=None,
+        )
+        return array._getvalue()
+
+    return result(types.intp, types.intp, types.intp), build
 
 
 class Stack(NamedTuple):
@@ -323,37 +556,6 @@ def _layer_of(context: Any, builder: ir.IRBuilder, layers: Any, value: Any, inde
     return layer._getvalue()
 
 
-def _portable_dot(builder: ir.IRBuilder, w_bytes: Any, x_bytes: Any) -> Any:
-    """Sum the products of pairs of neighbours, then the pairs of the first half with those of the second.
-
-    LLVM knows the sum of neighbouring products as one instruction on many processors (pmaddwd on x86).
-    """
-    size = w_bytes.type.count
-    wide = ir.VectorType(I32, size)
-    products = builder.mul(builder.sext(w_bytes, wide), builder.sext(x_bytes, wide))
-    pairs = builder.add(_select(builder, products, range(0, size, 2)), _select(builder, products, range(1, size, 2)))
-    return builder.add(_select(builder, pairs, range(size // 4)), _select(builder, pairs, range(size // 4, size // 2)))
-
-
-def _vnni_dot(builder: ir.IRBuilder, sums: Any, w_bytes: Any, x_bytes: Any, register_bytes: int) -> Any:
-    """Add the products of 4 neighbours, unsigned times signed, to each lane of sums, a register at a time."""
-    size = w_bytes.type.count
-    step = min(size, register_bytes)
-    lanes = ir.VectorType(I32, step // 4)
-    parts = []
-    for first in range(0, size, step):
-        part_sums = _select(builder, sums, range(first // 4, (first + step) // 4))
-        w_part, x_part = (
-            builder.bitcast(_select(builder, part, range(first, first + step)), lanes) for part in (w_bytes, x_bytes)
-        )
-        name = f"llvm.x86.avx512.vpdpbusd.{8 * step}"
-        parts.append(_call(builder, name, lanes, (part_sums, w_part, x_part)))
-    while len(parts) > 1:
-        pairs = zip(parts[0::2], parts[1::2], strict=True)
-        parts = [_select(builder, low, range(2 * low.type.count), high) for low, high in pairs]
-    return parts[0]
-
-
 def _sum_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
     """Return the sum of the lanes of a float32 vector."""
     name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
@@ -363,6 +565,14 @@ def _sum_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
 def _load(builder: ir.IRBuilder, pointer: Any, element: Any, count: int) -> Any:
     """Load `count` elements from an address of any alignment."""
     return builder.load(builder.bitcast(pointer, ir.VectorType(element, count).as_pointer()), align=1)
+
+
+def _load_floats(builder: ir.IRBuilder, pointer: Any, count: int) -> Any:
+    """Load `count` float32, or as many bfloat16 and make them float32: theirs are the upper 16 of its bits."""
+    if pointer.type.pointee == F32:
+        return _load(builder, pointer, F32, count)
+    bits = builder.zext(_load(builder, pointer, I16, count), ir.VectorType(I32, count))
+    return builder.bitcast(builder.shl(bits, _splat_constant(I32, 16, count)), ir.VectorType(F32, count))
 
 
 def _select(builder: ir.IRBuilder, vector: Any, elements: Sequence[int], second: Any = None) -> Any:

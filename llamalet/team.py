@@ -5,8 +5,8 @@ which block of which stage is next:
 
     sequence of the job (31 bits) | stage (16 bits) | block (16 bits)
 
-A thread takes a block by adding one to the ticket. Whoever completes the last block of a stage does what has to be done
-between the stages and opens the next one. Nobody waits for a thread that has not come: the caller alone could do the
+A thread takes a block by adding one to the ticket. Whoever completes the last block of a stage opens the next one, or
+does it at once if it has one block only. Nobody waits for a thread that has not come: the caller alone could do the
 whole job, helpers only take blocks from it. So a busy machine, a missing thread or a slow core costs what it must and
 no more, where a pool with barriers waits for its slowest member at every one of them. A helper that comes late finds no
 block of an old job, because a ticket is never the same twice.
@@ -132,10 +132,10 @@ def open_job(shared: Any) -> None:
 
 
 @compiled
-def open_next_stage(shared: Any) -> None:
-    """Let the blocks of the next stage be taken; called by the thread that completed the last block of this one."""
-    ticket = atomic_load(shared, TICKET)
-    atomic_store(shared, TICKET, ((ticket >> BLOCK_BITS) + 1) << BLOCK_BITS)
+def open_stage(shared: Any, stage: int) -> None:
+    """Let the blocks of a later stage be taken; called by the thread that completed the last block before it."""
+    sequence = atomic_load(shared, TICKET) >> (STAGE_BITS + BLOCK_BITS)
+    atomic_store(shared, TICKET, ((sequence << STAGE_BITS) + stage) << BLOCK_BITS)
 
 
 @compiled

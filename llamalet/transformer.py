@@ -1,4 +1,4 @@
-"""The fast forward pass over a KV cache: one compiled call a token, or a chunk of a prompt, on all cores."""
+"""The fast forward pass over a KV cache: one compiled call a token, a batch, or a chunk of a prompt, on all cores."""
 
 import threading
 import weakref
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from llamalet import kernel_cache, kernels
 from llamalet.config import rope_tables
+from llamalet.errors import UsageError
 from llamalet.format import ModelFile
-from llamalet.kernels import Int8Matrix, Int8Rows, Past, Weights, Workspace
+from llamalet.kernels import Angles, PackedMatrix, QuantizedRows, Weights, Workspace
 from llamalet.kv_cache import KVCache
-from llamalet.quantize import Quantized
+from llamalet.quantize import Packed, Quantized, pack
 from llamalet.reference import Array, Tokens, check_tokens
-from llamalet.simd import Stack, group_dtype, starts_dtype
+from llamalet.simd import Stack, chunk_dtype, group_dtype, scales_dtype
 from llamalet.team import Team, new_words, thread_count
 
 # Positions that the kernels take through the layers at once.
@@ -41,16 +42,15 @@ class Transformer:
 
     def __init__(self, file: ModelFile, threads: int | None = None) -> None:
         self.config = file.config
-        self._group_size = file.group_size
         self._tensors = file.tensors  # keeps alive what the stacked weights are views of
         self._weights = stack_weights(file)
+        self._bits = bits_of(file.tensors["tok_embeddings"])
         self._n_threads = thread_count(threads)
-        # What the kernels work in, for one caller and one cache at a time.
+        # What the kernels work in, for one caller at a time.
         self._lock = threading.Lock()
-        self._spaces: dict[int, Workspace] = {}
-        self._cos = self._sin = np.zeros((0, self.config.head_dim // 2), np.float32)
-        self._arguments: tuple[Weights, Workspace, Past] | None = None
-        self._team = Team(compile_work(self._bind(self.new_cache(), 1)), self._n_threads)
+        self._angles = Angles(*rope_tables(self.config, 0))
+        self._arguments: dict[int, tuple[Weights, Workspace, Angles]] = {}
+        self._team = Team(compile_work(self._bind(1, 0)), self._n_threads)
         weakref.finalize(self, self._team.stop)
 
     def new_cache(self, capacity: int = 0) -> KVCache:
@@ -63,7 +63,22 @@ class Transformer:
         Raises:
             UsageError: if it is not in the vocabulary, or the context is full.
         """
-        return self._run(cache, check_tokens((token,), self.config), 1)[0]
+        return self._extend(cache, check_tokens((token,), self.config), 1)[0]
+
+    def decode_batch(self, caches: Sequence[KVCache], tokens: Sequence[int]) -> Array:
+        """Append one token to each of B caches; return the logits after each: float32 (B, V), as `decode` alone would.
+
+        Raises:
+            UsageError: if there are no tokens or not one for each cache, two caches are the same, a token is not in the
+                vocabulary, or a context is full; then nothing has been appended.
+        """
+        ids = check_tokens(tokens, self.config)
+        if len(ids) != len(caches) or len({id(cache) for cache in caches}) != len(caches):
+            raise UsageError(f"{len(ids)} tokens for {len(caches)} caches: each cache takes one")
+        for cache in caches:
+            cache.reserve(cache.length + 1)
+        parts = range(0, len(ids), CHUNK)
+        return np.concatenate([self._run(caches[i : i + CHUNK], ids[i : i + CHUNK], CHUNK) for i in parts])
 
     def prefill(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens (T,), at least one, to the cache; return the logits after the last one: float32 (V,).
@@ -73,8 +88,8 @@ class Transformer:
         """
         *chunks, last = self._chunks(cache, tokens)
         for chunk in chunks:
-            self._run(cache, chunk, 0)
-        return self._run(cache, last, 1)[0]
+            self._extend(cache, chunk, 0)
+        return self._extend(cache, last, 1)[0]
 
     def logits(self, tokens: Tokens) -> Array:
         """Return the logits after each of the tokens (T,), on their own: float32 (T, V).
@@ -83,7 +98,7 @@ class Transformer:
             UsageError: as prefill.
         """
         cache = self.new_cache(len(tokens))
-        return np.concatenate([self._run(cache, chunk, len(chunk)) for chunk in self._chunks(cache, tokens)])
+        return np.concatenate([self._extend(cache, chunk, len(chunk)) for chunk in self._chunks(cache, tokens)])
 
     def _chunks(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.int64]]:
         """Check tokens, make room for all of them and cut them into what the kernels take at once."""
@@ -91,29 +106,45 @@ class Transformer:
         cache.reserve(cache.length + len(ids))
         return np.split(ids, range(CHUNK, len(ids), CHUNK))
 
-    def _run(self, cache: KVCache, ids: NDArray[np.int64], n_logits: int) -> Array:
-        """Append at most CHUNK tokens to the cache; return the logits after the last `n_logits` of them."""
-        with self._lock:
-            cache.reserve(cache.length + len(ids))
-            _, space, _ = arguments = self._bind(cache, 1 if len(ids) == 1 else CHUNK)
-            space.tokens[: len(ids)] = ids
-            space.job[kernels.START : kernels.N_LOGITS + 1] = cache.length, len(ids), n_logits
-            self._team.run(arguments)
-            cache.length += len(ids)
-            return space.outputs[kernels.FIRST_MATRIX[kernels.LOGITS]][:n_logits].copy()
+    def _extend(self, cache: KVCache, ids: NDArray[np.int64], n_logits: int) -> Array:
+        """Append at most CHUNK tokens to a cache; return the logits after the last `n_logits` of them."""
+        cache.reserve(cache.length + len(ids))
+        return self._run([cache], ids, n_logits)
 
-    def _bind(self, cache: KVCache, n_positions: int) -> tuple[Weights, Workspace, Past]:
-        """Return the arguments of the kernels; the same tuple as long as nothing has moved."""
-        if cache.capacity > len(self._cos):
-            self._cos, self._sin = rope_tables(self.config, cache.capacity)
-            self._spaces = {}
-        if n_positions not in self._spaces:
-            self._spaces[n_positions] = self._new_workspace(n_positions, len(self._cos))
-        space, bound = self._spaces[n_positions], self._arguments
-        if bound is None or bound[1] is not space or bound[2].keys is not cache.keys:
-            bound = self._weights, space, Past(cache.keys, cache.values, self._cos, self._sin)
-            self._arguments = bound
-        return bound
+    def _run(self, caches: Sequence[KVCache], ids: NDArray[np.int64], n_logits: int) -> Array:
+        """Append at most CHUNK tokens to one cache, which has room for them, or one to each of several.
+
+        Returns:
+            The logits after the last `n_logits` of them.
+        """
+        count, one_sequence = len(ids), len(caches) == 1
+        with self._lock:
+            arguments = self._bind(1 if count == 1 else CHUNK, max(cache.capacity for cache in caches))
+            _, space, _ = arguments
+            space.tokens[:count] = ids
+            if one_sequence:
+                space.places[:count] = _place(caches[0])
+                space.places[:count, kernels.POSITION] += np.arange(count)
+            else:
+                space.places[:count] = [_place(cache) for cache in caches]
+            space.job[kernels.COUNT : kernels.N_LOGITS + 1] = count, one_sequence, min(n_logits, count)
+            self._team.run(arguments)
+            for cache in caches:
+                cache.length += count // len(caches)
+            return space.outputs[kernels.FIRST_MATRIX[kernels.LOGITS]][: min(n_logits, count)].copy()
+
+    def _bind(self, n_positions: int, capacity: int) -> tuple[Weights, Workspace, Angles]:
+        """Return the arguments of the kernels for this many new positions and as many in all.
+
+        They are the same tuple as long as the memory is large enough.
+        """
+        if capacity > len(self._angles.cos):
+            self._angles = Angles(*rope_tables(self.config, capacity))
+            self._arguments = {}
+        if n_positions not in self._arguments:
+            space = self._new_workspace(n_positions, len(self._angles.cos))
+            self._arguments[n_positions] = self._weights, space, self._angles
+        return self._arguments[n_positions]
 
     def _new_workspace(self, n_positions: int, capacity: int) -> Workspace:
         """Return memory for passes over up to n_positions new positions, `capacity` with the past ones."""
@@ -124,45 +155,59 @@ class Transformer:
             return np.zeros((n_positions, width), np.float32)
 
         def operand(x: Array) -> Any:
-            return x if self._group_size is None else new_int8_rows(n_positions, x.shape[1], self._group_size)
+            group_size = self._weights.group_size
+            return new_quantized_rows(n_positions, x.shape[1], group_size, self._bits) if group_size else x
 
         q, k, v, gate, up = (array(width) for width in (q_dim, c.kv_dim, c.kv_dim, c.hidden_dim, c.hidden_dim))
         normed, attended, projected = array(c.dim), array(q_dim), array(c.dim)
-        from_normed, from_attended, from_gate = operand(normed), operand(attended), operand(gate)
+        from_normed = operand(normed)
+        operands = {kernels.PROJECTION: operand(attended), kernels.DOWN: operand(gate)}
         job = np.zeros(kernels.JOB_WORDS, np.int64)
-        job[kernels.N_BLOCKS :] = self._count_blocks()
+        job[kernels.N_BLOCKS :] = self._count_blocks(n_positions)
         return Workspace(
             tokens=np.zeros(n_positions, np.int64),
+            places=np.zeros((n_positions, kernels.PLACE_WORDS), np.int64),
             x=array(c.dim),
             normed=normed,
             queries=q.reshape(-1, c.head_dim),
             attended=attended,
             scores=np.zeros((c.n_heads, capacity), np.float32),
-            operands=(from_normed, from_normed, from_attended, from_normed, from_gate, from_normed),
+            lane_scores=np.zeros((c.n_heads, capacity, kernels.QUERY_LANES), np.float32),
+            lane_queries=np.zeros((c.n_heads, c.head_dim, kernels.QUERY_LANES), np.float32),
+            operands=tuple(operands.get(kind, from_normed) for kind in range(kernels.LOGITS + 1)),
             outputs=(q, k, v, projected, gate, up, projected, array(c.vocab_size)),
             job=job,
         )
 
-    def _count_blocks(self) -> list[int]:
+    def _count_blocks(self, n_positions: int) -> list[int]:
         """Return the number of blocks of each stage."""
         c = self.config
+        q_dim = c.n_heads * c.head_dim
 
         def blocks(rows: int, cols: int) -> int:
-            n_bytes = rows * cols * (4 if self._group_size is None else 1)
+            n_bytes = rows * cols * self._bits // 8
             return max(BLOCKS_PER_THREAD * self._n_threads, -(-n_bytes // BLOCK_BYTES))
 
-        q_dim = c.n_heads * c.head_dim
-        return [
-            3 * blocks(q_dim, c.dim),
-            c.n_heads,
-            blocks(c.dim, q_dim),
-            blocks(2 * c.hidden_dim, c.dim),
-            blocks(c.dim, c.hidden_dim),
-            blocks(c.vocab_size, c.dim),
-        ]
+        n_blocks = {
+            kernels.QKV: 3 * blocks(q_dim, c.dim),
+            kernels.ATTENTION: c.n_heads,
+            kernels.PROJECTION: blocks(c.dim, q_dim),
+            kernels.GATE: blocks(2 * c.hidden_dim, c.dim),
+            kernels.DOWN: blocks(c.dim, c.hidden_dim),
+            kernels.LOGITS: blocks(c.vocab_size, c.dim),
+        }
+        # One position is dealt with by the thread that is there already.
+        pieces = 1 if n_positions == 1 else BLOCKS_PER_THREAD * self._n_threads
+        return [n_blocks.get(kind, pieces) for kind in range(kernels.LOGITS + 1)]
 
 
-def compile_work(arguments: tuple[Weights, Workspace, Past]) -> Callable[..., None]:
+def _place(cache: KVCache) -> tuple[int, int, int, int]:
+    """Return where a sequence's next position goes: a row of Workspace.places."""
+    keys, values = (array.__array_interface__["data"][0] for array in (cache.keys, cache.values))
+    return keys, values, cache.capacity, cache.length
+
+
+def compile_work(arguments: tuple[Weights, Workspace, Angles]) -> Callable[..., None]:
     """Return `kernels.work` for arguments of these types, compiled or from the cache.
 
     What is returned takes nothing else and does not look: to find out the types of so many arrays takes numba longer
@@ -173,11 +218,18 @@ def compile_work(arguments: tuple[Weights, Workspace, Past]) -> Callable[..., No
     return kernels.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, False)))
 
 
-def new_int8_rows(n: int, cols: int, group_size: int) -> Int8Rows:
-    """Return room for n quantized vectors of `cols` components."""
-    shape = (n, cols // group_size)
-    values, starts = np.zeros(shape, group_dtype(group_size)), np.zeros(shape, starts_dtype(group_size))
-    return Int8Rows(values, np.zeros(shape, np.float32), starts)
+def bits_of(weight: Any) -> int:
+    """Return how many bits a number of a matrix has, scales apart."""
+    if isinstance(weight, Packed):
+        return weight.bits
+    return 8 if isinstance(weight, Quantized) else 8 * weight.itemsize
+
+
+def new_quantized_rows(n: int, cols: int, group_size: int, bits: int) -> QuantizedRows:
+    """Return room for n vectors of `cols` components, to be multiplied by matrices of so many bits."""
+    shape = (n, -(-cols // group_size))
+    values = np.zeros(shape, group_dtype(group_size))
+    return QuantizedRows(values, np.zeros(shape, np.float32), np.zeros(shape, np.int32), 1 << (bits - 1))
 
 
 def stack_weights(file: ModelFile) -> Weights:
@@ -196,15 +248,22 @@ def stack_weights(file: ModelFile) -> Weights:
         ffn_norm=np.stack(layers("ffn_norm")),
         norm=np.array(tensors["norm"]),
         norm_eps=np.float32(file.config.norm_eps),
+        group_size=getattr(tensors["tok_embeddings"], "group_size", 0),
     )
 
 
 def as_matrix(layers: Sequence[Any]) -> Any:
-    """Return the layers of a matrix, float32 or Quantized, as a Stack or as an Int8Matrix of two."""
-    if not isinstance(layers[0], Quantized):
+    """Return the layers of a matrix as a Stack, or of quantized ones as a PackedMatrix of two; int8 is packed anew."""
+    if isinstance(layers[0], Quantized):
+        packed = [pack(layer) for layer in layers]
+        # In one array, whose parts keep it alive.
+        values, scales = (list(np.stack([matrix[part] for matrix in packed])) for part in range(2))
+    elif isinstance(layers[0], Packed):
+        values, scales = [layer.values for layer in layers], [layer.scales for layer in layers]
+    else:
         return stack(layers)
-    dtype = group_dtype(layers[0].group_size)
-    return Int8Matrix(stack([w.values.view(dtype) for w in layers]), stack([w.scales for w in layers]))
+    chunk, lanes = chunk_dtype(values[0].shape[2]), scales_dtype(scales[0].dtype)
+    return PackedMatrix(stack([v.view(chunk)[..., 0] for v in values]), stack([s.view(lanes)[..., 0] for s in scales]))
 
 
 def stack(arrays: Sequence[NDArray[Any]]) -> Stack:

@@ -11,8 +11,8 @@ from numba import njit
 
 from llamalet import kernels, reference, simd
 from llamalet.errors import ConfigError
-from llamalet.quantize import quantize
-from llamalet.transformer import as_matrix, new_int8_rows
+from llamalet.quantize import Packed, Quantized, pack, pack_q4, pack_q8, quantize, to_bfloat16
+from llamalet.transformer import as_matrix, bits_of, new_quantized_rows
 
 # Two orders of summing n float32 products differ by a few roundings of the sum of their absolute values.
 SUM_ROUNDINGS = 1e-6
@@ -58,37 +58,52 @@ def at_the_end_of_memory(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def operand_of(x: np.ndarray, group: int | None) -> np.ndarray | kernels.Int8Rows:
-    """Return x (T, cols) as the kernels prepare it."""
-    if group is None:
+KINDS = ("float32", "bfloat16", "q8", "q4", "int8 in groups of 16", "int8 in groups of 32")
+
+
+def weight_of(weight: np.ndarray, kind: str) -> Any:
+    """Return a matrix in one of its forms; int8 needs columns that are whole groups."""
+    if kind.startswith("int8"):
+        return pack(quantize(weight, int(kind.split()[-1])))
+    return {"float32": np.asarray, "bfloat16": to_bfloat16, "q8": pack_q8, "q4": pack_q4}[kind](weight)
+
+
+def operand_of(x: np.ndarray, weight: Any) -> Any:
+    """Return x (T, cols) as the kernels prepare it for a weight."""
+    if not isinstance(weight, Packed):
         return x
-    rows = new_int8_rows(*x.shape, group)
-    kernels.quantize_rows(x, rows, len(x))
+    rows = new_quantized_rows(*x.shape, weight.group_size, bits_of(weight))
+    kernels.quantize_rows(x, rows, 0, len(x))
     return rows
 
 
-@pytest.mark.parametrize("group", [4, 16, 32, 64, 128])
-def test_int8_products_are_summed_exactly_on_every_path(path, group):
+@njit
+def matmul_of_layer(matrix, operand, first_t, count, out, first, last):
+    kernels.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last)
+
+
+@pytest.mark.parametrize("group", [8, 16, 64, 128])
+def test_products_of_8_bits_are_summed_exactly_on_every_path(path, group):
     """Over the whole range: -128, which only a foreign file can hold, and sums that saturating instructions lose."""
 
     @njit
-    def dots(matrix, operand, out):
-        for i in range(len(out)):
-            for t in range(len(operand.scales)):
-                out[i, t], _, _, _ = simd.dot_rows(matrix, (i, i), operand, (t, t))
+    def multiply(matrix, operand, out):
+        matrix = simd.layer_of(matrix, 0)
+        for i in range(0, len(matrix.values), 2):
+            for t in range(0, len(out), 4):
+                simd.multiply_blocks(matrix, (i, i + 1), operand, (t, t + 1, t + 2, t + 3), out, 0)
 
     rng = np.random.default_rng(group)
-    w, x = rng.integers(-128, 128, (2, 40, group), dtype=np.int8)
+    w, x = rng.integers(-128, 128, (32, group), dtype=np.int8), rng.integers(-127, 128, (32, group), dtype=np.int8)
     extremes = np.array([(-128, -127), (-128, 127), (127, 127), (127, -127), (0, 127), (-128, 0)], np.int8)
     w[: len(extremes)], x[: len(extremes)] = extremes[:, :1], extremes[:, 1:]
-    starts = (-128 * x.reshape(40, -1, 4).astype(np.int32)).sum(axis=-1, dtype=np.int32)
-    ones, out = np.ones((40, 1), np.float32), np.zeros((40, 40), np.float32)
-    w_groups, x_groups = (at_the_end_of_memory(a).view(simd.group_dtype(group)) for a in (w, x))
-    x_starts = at_the_end_of_memory(starts).view(simd.starts_dtype(group))
-    ones = at_the_end_of_memory(ones)
-    dots(kernels.Int8Matrix(w_groups, ones), kernels.Int8Rows(x_groups, ones, x_starts), out)
+    ones, out = np.ones((32, 1), np.float32), np.zeros((32, 32), np.float32)
+    rows = kernels.QuantizedRows(
+        x.view(simd.group_dtype(group)), ones, -128 * x.sum(axis=1, dtype=np.int32, keepdims=True), 128
+    )
+    multiply(as_matrix([pack(Quantized(w, ones))]), rows, out)
     # Sums of up to 128 products fit into the 24 bits of a float32.
-    np.testing.assert_array_equal(out, w.astype(np.int32) @ x.astype(np.int32).T)
+    np.testing.assert_array_equal(out, x.astype(np.int32) @ w.astype(np.int32).T)
 
 
 def test_an_unknown_path_is_refused(monkeypatch):
@@ -97,73 +112,96 @@ def test_an_unknown_path_is_refused(monkeypatch):
         simd.instruction_path()
 
 
-@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from([16, 32, 64]), seeds)
+@given(st.integers(1, 6), st.integers(1, 300), st.sampled_from([16, 32, 64]), seeds)
 @settings(deadline=None, max_examples=50)
-def test_quantize_rows(n, n_groups, group, seed):
-    x = floats(seed, n, n_groups * group)
+def test_quantize_rows(n, cols, group, seed):
+    x = floats(seed, n, cols)
     x[0, :group] = 0
-    rows, expected = operand_of(x, group), reference.quantize_rows(x, group)
-    np.testing.assert_array_equal(rows.values.view(np.int8), expected.values)
+    rows, expected = new_quantized_rows(n, cols, group, 8), reference.quantize_rows(x, group)
+    kernels.quantize_rows(x, rows, 0, n)
+    values = rows.values.view(np.int8).reshape(n, -1)
+    np.testing.assert_array_equal(values[:, :cols], expected.values)
+    assert not values[:, cols:].any()
     np.testing.assert_array_equal(rows.scales, expected.scales)
-    np.testing.assert_array_equal(
-        rows.starts.view(np.int32), -128 * expected.values.reshape(n, -1, 4).sum(axis=-1, dtype=np.int32)
-    )
+    np.testing.assert_array_equal(rows.starts, -128 * values.reshape(n, -1, group).sum(axis=-1, dtype=np.int32))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e-45])
 def test_quantize_rows_keeps_what_is_not_finite(bad):
-    x = np.ones((1, 64), np.float32)
+    x, rows = np.ones((1, 64), np.float32), new_quantized_rows(1, 64, 32, 8)
     x[0, 40] = bad
     x[0, 32:40] = x[0, 41:] = 0
-    found, expected = operand_of(x, 32).scales, reference.quantize_rows(x, 32).scales
+    kernels.quantize_rows(x, rows, 0, 1)
+    found, expected = rows.scales, reference.quantize_rows(x, 32).scales
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
     assert np.isfinite(found[0, 1]) == np.isfinite(bad)
 
 
-@given(st.integers(1, 13), st.integers(1, 9), st.integers(1, 5), st.sampled_from([None, 16, 32, 64]), seeds, st.data())
-@settings(deadline=None, max_examples=100)
-def test_matmul(n_rows, n_groups, n_vectors, group, seed, data):
-    cols = data.draw(st.integers(1, 200)) if group is None else n_groups * group
-    weight, x = floats(seed, n_rows, cols), floats(seed + 1, n_vectors, cols)
-    bound = SUM_ROUNDINGS * (np.abs(x) @ np.abs(weight).T).max()
-    first = data.draw(st.integers(0, n_rows))
-    last = data.draw(st.integers(first, n_rows))
+@given(st.sampled_from(KINDS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), seeds, st.data())
+@settings(deadline=None, max_examples=200)
+def test_matmul(kind, n_rows, cols, n_vectors, seed, data):
+    if kind.startswith("int8"):
+        cols = (cols + 31) // 32 * 32
+    floating, x = floats(seed, n_rows, cols), floats(seed + 1, n_vectors, cols)
+    weight, n_blocks = weight_of(floating, kind), -(-n_rows // simd.BLOCK_ROWS)
+    first = data.draw(st.integers(0, n_blocks - 1))
+    last = data.draw(st.integers(first + 1, n_blocks))
     first_t = data.draw(st.integers(0, n_vectors - 1))
-    if group is not None:
-        weight = quantize(weight, group)
     out = np.full((n_vectors, n_rows), 7, np.float32)
-    expected = out.copy()
-    count = n_vectors - first_t
-    expected[:count, first:last] = reference.matmul(x, weight)[first_t:, first:last]
-    matmul_of_layer(as_matrix([weight]), operand_of(x, group), first_t, count, out, first, last)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=bound)
+    expected, product, count = out.copy(), reference.matmul(x, weight), n_vectors - first_t
+    rows = slice(first * simd.BLOCK_ROWS, last * simd.BLOCK_ROWS)
+    expected[:count, rows] = product[first_t:, rows]
+    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), first_t, count, out, first, last)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=SUM_ROUNDINGS * (np.abs(x) @ np.abs(floating).T).max())
 
 
-@njit
-def matmul_of_layer(matrix, operand, first_t, count, out, first, last):
-    kernels.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last)
+@given(st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 5), st.integers(2, 12), seeds)
+@settings(deadline=None, max_examples=100)
+def test_a_vector_gets_the_same_products_whatever_is_multiplied_beside_it(kind, n_rows, n_groups, n_vectors, seed):
+    x, weight = floats(seed, n_vectors, 32 * n_groups), weight_of(floats(seed + 1, n_rows, 32 * n_groups), kind)
+    together, alone = np.zeros((2, n_vectors, n_rows), np.float32)
+    n_blocks = -(-n_rows // simd.BLOCK_ROWS)
+    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), 0, n_vectors, together, 0, n_blocks)
+    for t in range(n_vectors):
+        matmul_of_layer(as_matrix([weight]), operand_of(x, weight), t, 1, alone[t:], 0, n_blocks)
+    np.testing.assert_array_equal(together, alone)
 
 
-@pytest.mark.parametrize(
-    ("group", "cols"), [(None, 192), (None, 200), (None, 5), (16, 48), (16, 16), (32, 192), (64, 64)]
-)
-def test_matmul_reads_nothing_beyond_its_operands(group, cols):
-    weight, x = floats(0, 7, cols), floats(1, 3, cols)
-    guarded: tuple[Any, Any]
-    if group is None:
-        matrix, operand = as_matrix([weight]), x
-        guarded = as_matrix([at_the_end_of_memory(weight)]), at_the_end_of_memory(x)
-    else:
-        quantized = quantize(weight, group)
-        matrix, operand = as_matrix([quantized]), operand_of(x, group)
-        guarded = (
-            as_matrix([quantized._make(map(at_the_end_of_memory, quantized))]),
-            operand._make(map(at_the_end_of_memory, operand)),
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cols", [192, 200, 5])
+def test_matmul_reads_nothing_beyond_its_operands(kind, cols):
+    if kind.startswith("int8"):
+        cols = 192
+    x, weight = floats(1, 5, cols), weight_of(floats(0, 23, cols), kind)
+    operand, guarded, guarded_operand = operand_of(x, weight), weight, at_the_end_of_memory(x)
+    if isinstance(weight, Packed):
+        guarded = weight._replace(
+            values=at_the_end_of_memory(weight.values), scales=at_the_end_of_memory(weight.scales)
         )
-    expected, out = np.zeros((3, 7), np.float32), at_the_end_of_memory(np.zeros((3, 7), np.float32))
-    matmul_of_layer(matrix, operand, 0, 3, expected, 0, 7)
-    matmul_of_layer(*guarded, 0, 3, out, 0, 7)
-    np.testing.assert_array_equal(out, expected)
+        guarded_operand = operand._replace(
+            values=at_the_end_of_memory(operand.values), scales=at_the_end_of_memory(operand.scales),
+            starts=at_the_end_of_memory(operand.starts),
+        )  # fmt: skip
+    else:
+        guarded = at_the_end_of_memory(weight)
+    for count in (1, 5):
+        expected, out = np.zeros((count, 23), np.float32), at_the_end_of_memory(np.zeros((count, 23), np.float32))
+        matmul_of_layer(as_matrix([weight]), operand, 0, count, expected, 0, 2)
+        matmul_of_layer(as_matrix([guarded]), guarded_operand, 0, count, out, 0, 2)
+        np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embed(kind):
+    @njit
+    def embed_all(table, out, group_size):
+        for token in range(len(out)):
+            kernels.embed(simd.layer_of(table, 0), token, out[token], group_size)
+
+    cols = 96 if kind.startswith("int8") else 89
+    weight, out = weight_of(floats(0, 37, cols), kind), np.zeros((37, cols), np.float32)
+    embed_all(as_matrix([weight]), out, getattr(weight, "group_size", 0))
+    np.testing.assert_array_equal(out, reference.embed(weight, np.arange(37)))
 
 
 @given(st.integers(1, 300), seeds)
@@ -212,6 +250,29 @@ def test_attention(head_dim, length, spread, seed):
     # A score's rounding becomes a relative error of its weight.
     bound = (EXP_ROUNDINGS + SUM_ROUNDINGS * scores.max()) * np.abs(values).max()
     np.testing.assert_allclose(out, expected[0, 0], rtol=0, atol=bound)
+
+
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 16), st.integers(0, 40), st.floats(0.1, 30), seeds)
+@settings(deadline=None, max_examples=50)
+def test_attention_of_lanes(n_heads, head_dim, count, start, spread, seed):
+    """The last head of several, whose queries lie between the others'."""
+    length = start + count
+    queries = spread * floats(seed, count, n_heads, head_dim)
+    keys, values = floats(seed + 1, length + 3, head_dim), floats(seed + 2, length + 3, head_dim)
+    keys[length:] = values[length:] = np.nan  # which nobody may look at
+    out = np.full((count, n_heads * head_dim), 7, np.float32)
+    scores, lanes = np.empty((length, 16), np.float32), np.empty((head_dim, 16), np.float32)
+    kernels.attention_of_lanes(
+        queries.reshape(-1, head_dim), n_heads - 1, n_heads, count, start, at_the_end_of_memory(keys),
+        at_the_end_of_memory(values), at_the_end_of_memory(scores), at_the_end_of_memory(lanes), out,
+        (n_heads - 1) * head_dim,
+    )  # fmt: skip
+    q = queries[None, :, -1:].swapaxes(1, 2)  # (1, 1, count, D)
+    expected = reference.attention(q, keys[None, None, :length], values[None, None, :length])[0]
+    reach = np.abs(queries[:, -1]) @ np.abs(keys[:length]).T
+    bound = (EXP_ROUNDINGS + SUM_ROUNDINGS * reach.max()) * np.abs(values[:length]).max()
+    np.testing.assert_allclose(out[:, (n_heads - 1) * head_dim :], expected, rtol=0, atol=bound)
+    assert (out[:, : (n_heads - 1) * head_dim] == 7).all()
 
 
 def test_exp():
@@ -263,7 +324,11 @@ def test_no_kernel_hides_a_nan():
     keys[3, 9] = nan
     kernels.attention(floats(2, 1, 64), 0, keys, floats(3, 5, 64), 5, np.zeros(5, np.float32), out)
     assert np.isnan(out).all()
-    matrix = as_matrix([floats(4, 3, 64)])
-    result = np.zeros((1, 3), np.float32)
-    matmul_of_layer(matrix, x[None], 0, 1, result, 0, 3)
-    assert np.isnan(result).all()
+    lanes, scores = np.zeros((64, 16), np.float32), np.zeros((5, 16), np.float32)
+    both = np.zeros((2, 64), np.float32)
+    kernels.attention_of_lanes(floats(2, 2, 64), 0, 1, 2, 3, keys, floats(3, 5, 64), scores, lanes, both, 0)
+    assert np.isnan(both).all()
+    for kind in KINDS:
+        weight, result = weight_of(floats(4, 3, 64), kind), np.zeros((1, 3), np.float32)
+        matmul_of_layer(as_matrix([weight]), operand_of(x[None], weight), 0, 1, result, 0, 1)
+        assert np.isnan(result).all()

@@ -7,24 +7,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_MODELS, random_tensors
+from test_kernels import available_paths
 
-from llamalet import format, kernels, reference, team, tokenizer
+from llamalet import format, kernels, quantize, reference, team, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, UsageError
-from llamalet.reference import NumpyTransformer
 from llamalet.transformer import CHUNK, Transformer, stack_weights
 
-# float32 results differ by the order of the sums alone. With int8 the activations are rounded to 1/127 of a group's
-# largest after every step, so that a last bit may become a whole step.
-BOUND = {1: 1e-5, 2: 0.05}  # of the largest logit
+DTYPES = ("f32", "bf16", "q8", "q4", "v2")
+
+# Floats differ by the order of the sums alone. With integers the activations are rounded to 1/127 of a group's largest
+# after every step, so that a last bit may become a whole step.
+BOUND = {"f32": 1e-5, "bf16": 1e-5, "q8": 0.05, "q4": 0.05, "v2": 0.05}  # of the largest logit
 
 
-@pytest.fixture(params=[1, 2], ids=["float32", "int8"])
-def file(request, small_config, tmp_path):
-    """Each small model in float32 and, where its widths allow, in int8."""
-    if request.param == 2 and small_config.dim % 16 + small_config.hidden_dim % 16:
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def file(dtype, small_config):
+    """Each small model in each kind of weights; v2 where its widths allow."""
+    if dtype == "v2" and small_config.dim % 16 + small_config.hidden_dim % 16:
         pytest.skip("v2 needs groups of 16 at least")
-    return write(tmp_path / "model.bin", request.param, small_config)
+    return in_memory(small_config, dtype)
+
+
+def in_memory(config: ModelConfig, dtype: str, **changes: np.ndarray) -> format.ModelFile:
+    """Return a model of random weights as a file of this kind would give it."""
+    convert = {
+        "f32": np.asarray,
+        "bf16": quantize.to_bfloat16,
+        "q8": quantize.pack_q8,
+        "q4": quantize.pack_q4,
+        "v2": lambda weight: quantize.quantize(weight, 16),
+    }[dtype]
+    tensors = random_tensors(config) | changes
+    weights = {name: convert(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    return format.ModelFile(Path("memory"), format.Header(1, config), weights)
 
 
 def write(path: Path, version: int, config: ModelConfig, **changes: np.ndarray) -> format.ModelFile:
@@ -36,10 +57,10 @@ def some_tokens(config: ModelConfig, n: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, config.vocab_size, n)
 
 
-def test_equals_the_reference(file):
+def test_equals_the_reference(file, dtype):
     tokens = some_tokens(file.config, file.config.max_seq_len)
     expected = reference.forward(file.tensors, file.config, tokens[None])[0]
-    bound = BOUND[file.version] * np.abs(expected).max()
+    bound = BOUND[dtype] * np.abs(expected).max()
     model = Transformer(file)
     np.testing.assert_allclose(model.logits(tokens), expected, rtol=0, atol=bound)
     cache = model.new_cache()
@@ -47,29 +68,47 @@ def test_equals_the_reference(file):
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=bound)
 
 
-def test_cached_equals_uncached_for_every_prefix(file):
-    """Bit for bit: a row's products are summed in one order, whatever is computed beside it."""
+def test_a_prompt_in_pieces_equals_the_whole(file):
+    """Bit for bit, as long as no piece is a single token: that one is decoded, with its sums in another order."""
     tokens = some_tokens(file.config, file.config.max_seq_len)
     model = Transformer(file)
     together = model.logits(tokens)
-    cache = model.new_cache()
-    for position, token in enumerate(tokens):
-        np.testing.assert_array_equal(model.decode(cache, token), together[position])
-        prefix = model.prefill(model.new_cache(), tokens[: position + 1])
-        np.testing.assert_array_equal(prefix, together[position])
+    for cut in range(2, len(tokens) - 2, 3):
+        cache = model.new_cache()
+        np.testing.assert_array_equal(model.prefill(cache, tokens[:cut]), together[cut - 1])
+        np.testing.assert_array_equal(model.prefill(cache, tokens[cut:]), together[-1])
+
+
+def test_a_sequence_gets_the_same_logits_in_a_batch_as_alone(file):
+    """Bit for bit: a row's products are summed in one order, whatever is computed beside it."""
+    model, rng = Transformer(file), np.random.default_rng(0)
+    tokens = some_tokens(file.config, file.config.max_seq_len)
+    for size in (1, 2, 3, 7, CHUNK + 2):
+        lengths = rng.integers(0, file.config.max_seq_len - 3, size)
+        batch, alone = [[model.new_cache() for _ in range(size)] for _ in range(2)]
+        for caches in (batch, alone):
+            for cache, length in zip(caches, lengths, strict=True):
+                if length:
+                    model.prefill(cache, tokens[:length])
+        n_steps = 3
+        for _ in range(n_steps):
+            ids = rng.integers(0, file.config.vocab_size, size)
+            found = model.decode_batch(batch, ids)
+            assert found.shape == (size, file.config.vocab_size)
+            np.testing.assert_array_equal(found, [model.decode(c, i) for c, i in zip(alone, ids, strict=True)])
+        assert [cache.length for cache in batch] == [length + n_steps for length in lengths]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_number_of_threads_changes_nothing(threads, tmp_path):
-    config = SMALL_MODELS["gqa-tied"]
-    for version in (1, 2):
-        file = write(tmp_path / f"v{version}.bin", version, config)
-        tokens = some_tokens(config, 20)
-        caches = [NumpyTransformer(file).new_cache() for _ in range(2)]
-        models = [Transformer(file, threads=n) for n in (3, threads)]
-        for token in tokens:
-            expected, found = (model.decode(cache, token) for model, cache in zip(models, caches, strict=True))
-            np.testing.assert_array_equal(found, expected)
+def test_the_number_of_threads_changes_nothing(threads, dtype):
+    file = in_memory(SMALL_MODELS["gqa-tied"], dtype)
+    tokens = some_tokens(file.config, 20)
+    models = [Transformer(file, threads=n) for n in (3, threads)]
+    np.testing.assert_array_equal(models[0].logits(tokens), models[1].logits(tokens))
+    caches = [model.new_cache() for model in models]
+    for token in tokens:
+        expected, found = (model.decode(cache, token) for model, cache in zip(models, caches, strict=True))
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_caches_take_turns_grow_and_forget(file):
@@ -83,17 +122,16 @@ def test_caches_take_turns_grow_and_forget(file):
     np.testing.assert_array_equal(model.decode(first, tokens[3]), expected[3])
 
 
-def test_a_prompt_longer_than_a_chunk(tmp_path):
+def test_a_prompt_longer_than_a_chunk():
     config = ModelConfig.create(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100, max_seq_len=3 * CHUNK)
-    file = write(tmp_path / "model.bin", 2, config)
-    model, tokens = Transformer(file), some_tokens(config, 2 * CHUNK + 7)
+    model, tokens = Transformer(in_memory(config, "q8")), some_tokens(config, 2 * CHUNK + 7)
     logits, cache = model.logits(tokens), model.new_cache()
     np.testing.assert_array_equal(model.prefill(cache, tokens[:5]), logits[4])
     np.testing.assert_array_equal(model.prefill(cache, tokens[5:]), logits[-1])
     assert cache.length == len(tokens)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("version", [0, 1])
 def test_weights_stay_where_the_file_is_mapped(tmp_path, version):
     config = SMALL_MODELS["gqa-untied"]
     file = write(tmp_path / "model.bin", version, config)
@@ -101,10 +139,9 @@ def test_weights_stay_where_the_file_is_mapped(tmp_path, version):
     for name, tensor in file.tensors.items():
         *layer, matrix = name.replace("layers.", "").split(".")
         if matrix in matrices:
-            stacks = matrices[matrix] if version == 2 else [matrices[matrix]]
-            for stack, part in zip(stacks, tensor if version == 2 else [tensor], strict=True):
-                address = stack.first.__array_interface__["data"][0] + stack.distance * int(layer[0] if layer else 0)
-                assert address == part.__array_interface__["data"][0] and stack.first.shape[0] == len(part)
+            stack = matrices[matrix]
+            address = stack.first.__array_interface__["data"][0] + stack.distance * int(layer[0] if layer else 0)
+            assert address == tensor.__array_interface__["data"][0] and stack.first.shape[0] == len(tensor)
 
 
 def test_weights_that_are_not_of_a_file_may_lie_anywhere():
@@ -113,7 +150,7 @@ def test_weights_that_are_not_of_a_file_may_lie_anywhere():
     model = Transformer(format.ModelFile(Path("memory"), format.Header(1, config), tensors))
     expected = reference.forward(tensors, config, np.arange(8)[None])[0]
     found = [model.decode(cache, token) for cache in [model.new_cache()] for token in range(8)]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND[1] * np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND["f32"] * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["tok_embeddings", "layers.1.feed_forward.w2", "layers.0.attention_norm", "norm"])
@@ -129,16 +166,17 @@ def test_bad_weights_reach_the_logits(name, bad, tmp_path):
         assert not np.isfinite(model.prefill(model.new_cache(), [5] * 9)).all()
 
 
-def test_a_bad_scale_reaches_the_logits(tmp_path):
-    config = SMALL_MODELS["gqa-tied"]
-    file = write(tmp_path / "model.bin", 2, config)
-    tensors = dict(file.tensors)
+@pytest.mark.parametrize("dtype", ["q8", "q4", "v2"])
+def test_a_bad_scale_reaches_the_logits(dtype):
+    file = in_memory(SMALL_MODELS["gqa-tied"], dtype)
     for name in ("tok_embeddings", "layers.1.attention.wv"):
-        weight = tensors[name]
+        weight = file.tensors[name]
         scales = weight.scales.copy()
-        scales[5] = np.nan
-        model = Transformer(format.ModelFile(file.path, file.header, tensors | {name: weight._replace(scales=scales)}))
-        assert np.isnan(model.decode(model.new_cache(), 5)).any()
+        scales.reshape(-1)[5] = np.nan if dtype == "v2" else 0x7FC0
+        model = Transformer(
+            format.ModelFile(file.path, file.header, file.tensors | {name: weight._replace(scales=scales)})
+        )
+        assert np.isnan(model.logits(np.arange(20))).any()
 
 
 def test_what_a_caller_can_get_wrong_is_named(file):
@@ -154,6 +192,12 @@ def test_what_a_caller_can_get_wrong_is_named(file):
         model.decode(cache, 1)
     with pytest.raises(UsageError, match=f"context is {context}"):
         model.logits([1] * (context + 1))
+    with pytest.raises(UsageError, match=f"context is {context}"):
+        model.decode_batch([other := model.new_cache(), cache], [1, 1])
+    assert other.length == 0
+    for caches in ([other], [other, other]):
+        with pytest.raises(UsageError, match="2 tokens for"):
+            model.decode_batch(caches, [1, 1])
     with pytest.raises(ConfigError, match="threads=0"):
         Transformer(file, threads=0)
 
@@ -248,21 +292,26 @@ def test_tells_llama2_c_story(shared_data):
 
 SCRIPT = """
 import sys, numpy
-from llamalet import format
+sys.path.insert(0, "tests")
+from conftest import SMALL_MODELS
 from llamalet.transformer import Transformer
-model = Transformer(format.read(sys.argv[1]))
-numpy.save(sys.argv[2], model.logits(numpy.arange(20)))
+from test_transformer import in_memory
+model = Transformer(in_memory(SMALL_MODELS["gqa-tied"], sys.argv[1]))
+numpy.save(sys.argv[2], numpy.stack([model.logits(numpy.arange(20))[-1], model.decode(model.new_cache(), 3)]))
 """
 
 
-def test_the_portable_path_gives_the_same_logits(tmp_path):
-    config = SMALL_MODELS["gqa-tied"]
-    file = write(tmp_path / "model.bin", 2, config)
-    environment = os.environ | {"LLAMALET_SIMD": "portable", "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", SCRIPT, str(file.path), str(tmp_path / "logits.npy")]
+@pytest.mark.parametrize("path", ["portable", "avxvnni"])
+@pytest.mark.parametrize("dtype", ["q8", "q4"])
+def test_another_instruction_path_gives_the_same_logits(dtype, path, tmp_path):
+    """Bit for bit: each sums the products of a group exactly, and the groups in one order."""
+    if path not in available_paths():
+        pytest.skip(f"this processor has no {path}")
+    environment = os.environ | {"LLAMALET_SIMD": path, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", SCRIPT, dtype, str(tmp_path / "logits.npy")]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
     assert result.stderr.count("\n") == 1 and "compiling the kernels" in result.stderr
-    expected = Transformer(file).logits(np.arange(20))
-    found = np.load(tmp_path / "logits.npy")
-    np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND[2] * np.abs(expected).max())
+    model = Transformer(in_memory(SMALL_MODELS["gqa-tied"], dtype))
+    expected = np.stack([model.logits(np.arange(20))[-1], model.decode(model.new_cache(), 3)])
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
