@@ -183,7 +183,8 @@ def widen(x: Any, out: Any) -> None:
 
 
 def as_float(x: Any) -> float:
-    """Return a float32, or the one whose upper bits are those of a bfloat16."""
+    """Return a float32 as it is; of a uint16, the bits of a bfloat16, the float32 whose upper half they are."""
+    return float((np.uint32(x) << np.uint32(16)).view(np.float32) if isinstance(x, np.uint16) else x)
 
 
 @overload(as_float, jit_options=OPTIONS, strict=False)
