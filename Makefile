@@ -28,7 +28,7 @@ lint: .venv/dev  ## check style (ruff) and types (mypy)
 	$(BIN)/mypy
 
 bench: .venv/train  ## measure the runtime's speed on this machine
-	$(RUN) -m benchmarks.runtime
+	$(RUN) -m benchmarks.runtime $(ARGS)
 
 clean:  ## remove what the commands made, all but .venv, data/ and out/
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

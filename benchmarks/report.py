@@ -1,0 +1,268 @@
+"""What benchmarks/runtime.py found, turn by turn: medians, ratios and the bars that they are held to.
+
+As text, as JSON and as a chart.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llamalet.config import ModelConfig
+from llamalet.files import replacing
+from llamalet.header import DTYPES
+
+# The contenders; "fa" is flash attention.
+OURS, LLAMA_CPP, LLAMA_CPP_FLASH, LLAMA2C = "llamalet", "llama.cpp", "llama.cpp fa", "llama2.c"
+CONTENDERS = (OURS, LLAMA_CPP, LLAMA_CPP_FLASH, LLAMA2C)
+
+# What the runtime's tokens/s are to be, at the least, as a multiple of the fastest rival's, by dtype, figure and shape.
+BARS: Mapping[tuple[str, str], Mapping[str, float]] = {
+    ("f32", "decode"): {"15M": 1.0, "110M": 1.0},
+    ("q8", "decode"): {"15M": 1.8, "110M": 1.25, "1B": 1.15},
+    ("q4", "decode"): {"15M": 1.8, "110M": 1.25, "1B": 1.05},
+    ("f32", "prefill 128"): {"15M": 1.0, "110M": 0.85},
+    ("q8", "prefill 128"): {"15M": 1.0, "110M": 1.2, "1B": 1.0},
+    ("q4", "prefill 128"): {"15M": 1.0, "110M": 1.2, "1B": 1.0},
+    ("q8", "batch 16"): {"15M": 2.0, "110M": 1.5},
+    ("q8", "batch 64"): {"15M": 2.0, "110M": 1.5},
+    ("q4", "batch 16"): {"15M": 2.0, "110M": 1.5},
+    ("q4", "batch 64"): {"15M": 2.0, "110M": 1.5},
+}
+# Our q8 against our f32, and what memory may hold beside the file and the cache.
+Q8_BARS = {"15M": 2.5, "110M": 3.0, "1B": 3.0}
+Q8_SIZE_BAR = 0.28
+REST_BAR_BYTES = 200e6
+
+POSITION_PREFIX = "decode at "
+
+
+class Key(NamedTuple):
+    """What was measured: on which model, which figure, of whom."""
+
+    shape: str
+    dtype: str
+    figure: str
+    contender: str = OURS
+
+
+class Check(NamedTuple):
+    """A ratio or size beside its bar."""
+
+    shape: str
+    what: str
+    value: float
+    bar: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the value keeps to the bar."""
+        return self.value <= self.bar if self.at_most else self.value >= self.bar
+
+    def __str__(self) -> str:
+        """Return the check as a line."""
+        sign, verdict = "<=" if self.at_most else ">=", "met" if self.met else "MISSED"
+        return f"{self.shape:5} {self.what:58} {self.value:7.2f} {sign} {self.bar:6.2f} {verdict}"
+
+
+@dataclass
+class Results:
+    """The figures of all turns, in tokens/s, seconds or bytes, and why some are missing."""
+
+    turns: dict[Key, list[float]] = field(default_factory=dict)
+    missing: dict[Key, str] = field(default_factory=dict)
+
+    def add(self, key: Key, value: float) -> None:
+        """Note the value of one more turn."""
+        self.turns.setdefault(key, []).append(value)
+
+    def median(self, shape: str, dtype: str, figure: str, contender: str = OURS) -> float | None:
+        """Return the median of a figure's turns, None if it has none."""
+        turns = self.turns.get(Key(shape, dtype, figure, contender))
+        return statistics.median(turns) if turns else None
+
+    def dtypes(self, shape: str) -> list[str]:
+        """Return the dtypes of a shape of which anything is known."""
+        known = {key.dtype for key in [*self.turns, *self.missing] if key.shape == shape}
+        return [dtype for dtype in DTYPES if dtype in known]
+
+    def rates(self, shape: str, dtype: str) -> list[str]:
+        """Return the figures that are tokens/s of several contenders, in the order in which they were measured."""
+        found = (key.figure for key in [*self.turns, *self.missing] if key[:2] == (shape, dtype))
+        return [figure for figure in dict.fromkeys(found) if figure.split()[0] in RATES and not at_position(figure)]
+
+    def rival(self, shape: str, dtype: str, figure: str) -> tuple[str, float] | None:
+        """Return the fastest program that the bars compare with, and its tokens/s.
+
+        llama2.c's run is one, and its runq, which shares our q8 of version 2 and not llama.cpp's, is only reported.
+        """
+        names = (LLAMA_CPP, LLAMA_CPP_FLASH, LLAMA2C) if dtype == "f32" else (LLAMA_CPP, LLAMA_CPP_FLASH)
+        rates = [(name, self.median(shape, dtype, figure, name)) for name in names]
+        found = [(name, rate) for name, rate in rates if rate is not None]
+        return max(found, key=lambda pair: pair[1], default=None)
+
+    def ratio(self, shape: str, dtype: str, figure: str) -> float | None:
+        """Return our tokens/s as a multiple of the rival's."""
+        ours, rival = self.median(shape, dtype, figure), self.rival(shape, dtype, figure)
+        return None if ours is None or rival is None else ours / rival[1]
+
+    def checks(self) -> Iterator[Check]:
+        """Yield every bar for which there is a value."""
+        for (dtype, figure), bars in BARS.items():
+            for shape, bar in bars.items():
+                ratio, rival = self.ratio(shape, dtype, figure), self.rival(shape, dtype, figure)
+                if ratio is not None and rival is not None:
+                    yield Check(shape, f"{dtype} {figure} / {rival[0]}", ratio, bar)
+        for shape, bar in Q8_BARS.items():
+            for figure, limit, at_most in (("decode", bar, False), ("file", Q8_SIZE_BAR, True)):
+                ours, other = self.median(shape, "q8", figure), self.median(shape, "f32", figure)
+                if ours is not None and other is not None:
+                    yield Check(shape, f"q8 {figure} / f32 {figure}", ours / other, limit, at_most)
+            rest = self.rest_bytes(shape, "q8")
+            if rest is not None:
+                what = "q8 resident memory beside file and cache, MB"
+                yield Check(shape, what, rest / 1e6, REST_BAR_BYTES / 1e6, True)
+
+    def rest_bytes(self, shape: str, dtype: str) -> float | None:
+        """Return the resident bytes beside the file's and the cache's."""
+        found = [self.median(shape, dtype, figure) for figure in ("resident", "file", "cache")]
+        if any(value is None for value in found):
+            return None
+        resident, file, cache = (value or 0 for value in found)
+        return resident - file - cache
+
+
+RATES = ("decode", "prefill", "batch")
+
+
+def at_position(figure: str) -> int:
+    """Return the position of a figure of decoding at one, else 0."""
+    return int(figure.removeprefix(POSITION_PREFIX)) if figure.startswith(POSITION_PREFIX) else 0
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def shape_lines(results: Results, shape: str, config: ModelConfig, turns: int) -> Iterator[str]:
+    """Yield the lines about one shape."""
+    c = config
+    yield (
+        f"{shape}: {c.n_params / 1e6:.0f}M parameters, dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads, "
+        f"hidden_dim {c.hidden_dim}, vocabulary {c.vocab_size}"
+    )
+    shown = [name for name in CONTENDERS if any(key.shape == shape and key.contender == name for key in results.turns)]
+    head = "".join(f"{name:>14}" for name in shown)
+    yield f"  {f'tokens/s, medians of {turns} turns':28}{head}{'ratio':>8}{'bar':>7}"
+    for dtype in results.dtypes(shape):
+        for figure in results.rates(shape, dtype):
+            cells = "".join(_cell(results, Key(shape, dtype, figure, name)) for name in shown)
+            yield f"  {dtype:5}{figure:23}{cells}{_verdict(results, shape, dtype, figure)}".rstrip()
+        yield from (f"       {line}" for line in _own_lines(results, shape, dtype))
+
+
+def _cell(results: Results, key: Key) -> str:
+    """Return the cell of a median."""
+    rate = results.median(*key)
+    text = "not available" if key in results.missing else "-"
+    return f"{text:>14}" if rate is None else f"{rate:14.1f}"
+
+
+def _verdict(results: Results, shape: str, dtype: str, figure: str) -> str:
+    """Return the ratio's cells."""
+    ratio, bar = results.ratio(shape, dtype, figure), BARS.get((dtype, figure), {}).get(shape)
+    if ratio is None:
+        return ""
+    if bar is None:
+        return f"{ratio:8.2f}"
+    return f"{ratio:8.2f}{bar:7.2f} {'met' if ratio >= bar else 'MISSED'}"
+
+
+def _own_lines(results: Results, shape: str, dtype: str) -> Iterator[str]:
+    """Yield what only our side has: the share of the memory's speed, the cost of a position, start-up, memory."""
+    decode, read, file = (results.median(shape, dtype, figure) for figure in ("decode", "read", "file"))
+    if decode and read and file:
+        yield (
+            f"decode reads {file / 1e6:.1f} MB a token: {decode * file / 1e9:.1f} GB/s, {decode * file / read:.0%} of "
+            f"the {read / 1e9:.1f} GB/s at which this machine reads as much memory"
+        )
+    positions = {
+        at_position(key.figure): statistics.median(turns)
+        for key, turns in results.turns.items()
+        if key[:2] == (shape, dtype) and at_position(key.figure)
+    }
+    if positions:
+        costs = ", ".join(f"{1e3 / rate:.3f} at {position}" for position, rate in positions.items())
+        yield f"milliseconds of a token by position: {costs}"
+    start, resident, cache = (results.median(shape, dtype, figure) for figure in ("start", "resident", "cache"))
+    if start:
+        yield f"sample.py's first word after {start:.2f} s"
+    rest = results.rest_bytes(shape, dtype)
+    if resident and file and cache and rest is not None:
+        yield (
+            f"resident memory {resident / 1e6:.0f} MB: file {file / 1e6:.1f}, cache {cache / 1e6:.1f}, "
+            f"rest {rest / 1e6:.0f}"
+        )
+    reasons = [text for key, text in results.missing.items() if key[:2] == (shape, dtype)]
+    yield from (f"not available: {reason}" for reason in dict.fromkeys(reasons))
+
+
+# -- JSON and chart ---------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, results: Results, facts: Mapping[str, Any]) -> None:
+    """Write the facts of the run, every figure with its turns, and the bars."""
+    figures = [key._asdict() | {"median": results.median(*key), "turns": turns} for key, turns in results.turns.items()]
+    bars = [check._asdict() | {"met": check.met} for check in results.checks()]
+    missing = [key._asdict() | {"reason": reason} for key, reason in results.missing.items()]
+    whole = {**facts, "figures": figures, "bars": bars, "missing": missing}
+    with replacing(path) as file:
+        file.write(json.dumps(whole, indent=1, default=dataclasses.asdict).encode() + b"\n")
+
+
+def write_chart(path: Path, results: Results, shapes: Sequence[str]) -> bool:
+    """Draw, for each shape, decoding beside the peers' and its cost by position; return False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("warning: no chart: matplotlib is not installed", file=sys.stderr)
+        return False
+    picture = Figure(figsize=(4.5 * len(shapes), 7), layout="constrained")
+    axes = picture.subplots(2, len(shapes), squeeze=False)
+    for column, shape in enumerate(shapes):
+        _draw_decode(axes[0, column], results, shape)
+        _draw_positions(axes[1, column], results, shape)
+    with replacing(path) as file:
+        picture.savefig(file, format="png", dpi=120)
+    return True
+
+
+def _draw_decode(axis: Any, results: Results, shape: str) -> None:
+    """Draw a bar for each contender and dtype."""
+    dtypes = results.dtypes(shape)
+    names = [name for name in CONTENDERS if any(results.median(shape, dtype, "decode", name) for dtype in dtypes)]
+    width = 0.8 / max(1, len(names))
+    for number, name in enumerate(names):
+        rates = [results.median(shape, dtype, "decode", name) or 0.0 for dtype in dtypes]
+        places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(dtypes))]
+        axis.bar(places, rates, width, label=name)
+    axis.set_xticks(range(len(dtypes)), dtypes)
+    axis.set(title=shape, ylabel="decode, tokens/s")
+    if names:
+        axis.legend(fontsize="small")
+
+
+def _draw_positions(axis: Any, results: Results, shape: str) -> None:
+    """Draw the milliseconds of a token over its position, a line for each dtype."""
+    for dtype in results.dtypes(shape):
+        figures = [key.figure for key in results.turns if key[:2] == (shape, dtype) and at_position(key.figure)]
+        costs = [1e3 / (results.median(shape, dtype, figure) or 1.0) for figure in figures]
+        if figures:
+            axis.plot([at_position(figure) for figure in figures], costs, marker="o", label=dtype)
+            axis.legend(fontsize="small")
+    axis.set(xlabel="position", ylabel="ms a token")
+    axis.set_ylim(bottom=0)
