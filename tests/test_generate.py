@@ -9,7 +9,7 @@ import safetensors.numpy
 from conftest import SMALL_MODELS, random_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import Counting, ListCache, toy_model, toy_tokenizer, with_decode_batch
+from toy import Counting, ListCache, toy_model, toy_tokenizer
 
 from llamalet import Model, format, reference
 from llamalet.config import ModelConfig
@@ -83,7 +83,7 @@ def random_model(config: ModelConfig = CONFIG, scale: float = 0.1) -> reference.
     """A model in memory; with a larger scale it has clear preferences."""
     header = format.Header(1, config)
     file = format.ModelFile(Path("memory"), header, random_tensors(config, scale=scale))
-    return with_decode_batch(reference.NumpyTransformer(file))
+    return reference.NumpyTransformer(file)
 
 
 def collect(events) -> list[list[int]]:
@@ -116,15 +116,27 @@ def requests(draw, longest: int) -> list[tuple[list[int], dict]]:
     return draw(st.lists(st.tuples(st.sampled_from(prompts), sampler), min_size=1, max_size=8))
 
 
-@pytest.fixture(scope="module", params=["numpy", "float32", "int8"])
+@pytest.fixture(scope="module", params=["numpy", (1, None), (2, None), (3, "bf16"), (3, "q8"), (3, "q4")], ids=str)
 def any_model(request, tmp_path_factory):
     """A forward pass of each kind."""
     if request.param == "numpy":
         return random_model(scale=0.3)
     from llamalet.transformer import Transformer
 
-    path = toy_model(tmp_path_factory.mktemp("model"), CONFIG, version={"float32": 1, "int8": 2}[request.param])
-    return with_decode_batch(Transformer(format.read(path)))
+    version, dtype = request.param
+    folder = tmp_path_factory.mktemp("model")
+    return Transformer(format.read(toy_model(folder, CONFIG, version=version, dtype=dtype, scale=0.3)))
+
+
+def test_each_of_many_texts_is_the_one_it_is_alone(any_model):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 300, 1 + n % 23).tolist() for n in range(70)]
+    samplers = [Sampler(300, seed=n, top_p=1.0) for n in range(70)]
+    texts = collect(generate_batch(any_model, prompts, samplers, max_new_tokens=9, stop_tokens=range(20)))
+    assert len({len(text) for text in texts}) > 3
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        sampler = Sampler(300, seed=number, top_p=1.0)
+        assert text == list(generate(any_model, prompt, sampler, max_new_tokens=9, stop_tokens=range(20)))
 
 
 @settings(max_examples=25, deadline=None)

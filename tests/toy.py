@@ -21,11 +21,21 @@ def toy_tokenizer(vocab_size: int = 300) -> BinTokenizer:
     return BinTokenizer(controls + byte_rows + [(text.encode(), -float(i)) for i, text in enumerate(texts)], "toy")
 
 
-def toy_model(folder: Path, config: ModelConfig, *, version: int = 1, name: str = "model", seed: int = 0) -> Path:
+def toy_model(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    version: int = 1,
+    dtype: str | None = None,
+    name: str = "model",
+    seed: int = 0,
+    scale: float = 0.1,
+) -> Path:
     """Write a model of random weights and its tokenizer; return the path of NAME.bin."""
     tokenizer = toy_tokenizer(config.vocab_size)
     path = folder / f"{name}.bin"
-    format.write(path, version, config, random_tensors(config, seed), tokenizer_sha256=tokenizer.sha256)
+    tensors = random_tensors(config, seed, scale)
+    format.write(path, version, config, tensors, dtype=dtype, tokenizer_sha256=tokenizer.sha256)
     write_bin(folder / f"{name}.tokenizer.bin", tokenizer)
     return path
 
@@ -47,15 +57,6 @@ def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 
     )  # fmt: skip
     shards.write_meta(folder / shards.META_FILE, meta)
     return folder
-
-
-def with_decode_batch(model):
-    """Return a forward pass with decode_batch: row by row where it has none."""
-    if not hasattr(model, "decode_batch"):
-        model.decode_batch = lambda caches, tokens: np.stack(
-            [model.decode(cache, token) for cache, token in zip(caches, tokens, strict=True)]
-        )
-    return model
 
 
 class ListCache(list):
