@@ -142,8 +142,10 @@ def int8_matmul(x: Quantized, weight: Quantized | Packed) -> Array:
     multiplies float32 much faster than integers, and a group's sum, below 2^24 for groups up to 1024, is exact in it.
     """
     values, scales = unpack(weight) if isinstance(weight, Packed) else weight
-    (rows, cols), (_, groups), group = values.shape, scales.shape, weight.group_size
-    left = in_groups(x.values.reshape(-1, cols), group).astype(np.float32).swapaxes(0, 1)  # (groups, n, group)
+    rows, groups, group = len(values), scales.shape[1], weight.group_size
+    left = (
+        in_groups(x.values.reshape(-1, x.values.shape[-1]), group).astype(np.float32).swapaxes(0, 1)
+    )  # (groups, n, group)
     right = in_groups(values, group).astype(np.float32).transpose(1, 2, 0)  # (groups, group, rows)
     sums = left @ right  # (groups, n, rows)
     x_scales = x.scales.reshape(-1, groups).T[:, :, None]  # (groups, n, 1)

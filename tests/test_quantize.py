@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+from conftest import SMALL_MODELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import toy_model
 
+from benchmarks import quantization
 from llamalet import quantize
-from llamalet.errors import FormatError
+from llamalet.errors import DataError, FormatError
 from llamalet.quantize import (
     Packed,
     Quantized,
@@ -205,3 +208,32 @@ def test_dequantize_takes_every_form():
     assert dequantize(weights) is weights
     np.testing.assert_array_equal(dequantize(to_bfloat16(weights)), from_bfloat16(to_bfloat16(weights)))
     np.testing.assert_allclose(dequantize(to_bfloat16(weights)), weights, rtol=2.0**-8)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("cols", [64, 172])
+def test_through_gguf_is_what_gguf_reads(kind, cols):
+    """The benchmark takes llama.cpp's blocks apart by itself."""
+    gguf = pytest.importorskip("gguf")
+    weights = random_weights(5, cols, seed=0)
+    padded = np.pad(weights, ((0, 0), (0, -cols % 32)))
+    blocks = gguf.quants.quantize(padded, gguf.GGMLQuantizationType[kind])
+    found = quantization.through_gguf(weights, kind)
+    assert found.group_size == 32
+    np.testing.assert_array_equal(dequantize(found), gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind]))
+
+
+def test_quantization_s_table(tmp_path, capsys):
+    config = SMALL_MODELS["gqa-tied"]
+    path = toy_model(tmp_path, config)
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text('{"text": " a band and a tent."}\n{"text": " b"}\n')
+    assert quantization.main([str(path), f"--text={stories}", "--stories=5"]) == 0
+    heading, columns, *rows = capsys.readouterr().out.splitlines()
+    assert "2 stories" in heading and columns.startswith("dtype")
+    figures = {row.split()[0]: row.split()[1:] for row in rows}
+    assert [figures[name][0] for name in ("f32", "bf16", "q8", "q4")] == ["32.00", "16.00", "8.27", "4.51"]
+    assert figures["f32"][2] == figures["f32"][4] != figures["q4"][2] and figures["f32"][3] == "+0.00%"
+    stories.write_text("no json")
+    with pytest.raises(DataError, match="stories.jsonl"):
+        quantization.main([str(path), f"--text={stories}"])

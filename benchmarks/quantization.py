@@ -1,0 +1,197 @@
+"""What fewer bits cost: bits per byte of one model in every dtype, beside the same weights through llama.cpp's types.
+
+python -m benchmarks.quantization out/demo/model.bin
+python -m benchmarks.quantization stories260K.bin --tokenizer=tok512.bin --text=stories.jsonl
+
+Without --text the stories are drawn from the grammar behind the demo's corpus, with a seed of their own. Everything is
+computed by the reference, twice: as the runtime does, which rounds the activations of q8 and q4 too (and in groups of
+32 for Q8_0 and Q4_0, as llama.cpp does), and with the rounded weights alone.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import story_grammar
+from configurator import parse
+from llamalet import format
+from llamalet.errors import ConfigError, DataError, run
+from llamalet.evaluate import NOTHING, Ids, evaluate_documents
+from llamalet.quantize import Floats, Packed, Quantized, Weight, dequantize, pack_q4, pack_q8, to_bfloat16
+from llamalet.reference import NumpyTransformer
+from llamalet.runtime import load_tokenizer
+from llamalet.tokenizer import Tokenizer, beside
+
+# llama.cpp's block: this many columns with a float16 scale.
+GGUF_BLOCK = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizationConfig:
+    """The options of benchmarks/quantization.py."""
+
+    model: str = "out/demo/model.bin"
+    """A model file of float32, also as the first word; another's rounded weights are taken for the truth."""
+    tokenizer: str | None = None
+    """Its tokenizer; the one beside it when left out."""
+    text: str | None = None
+    """Stories to score, a .jsonl with a "text" in each line; drawn from the grammar when left out."""
+    stories: int = 40
+    """How many stories."""
+    seed: int = 20_000
+    """Seed of the stories that are drawn: another than the corpus's."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.stories < 1:
+            raise ConfigError(f"stories={self.stories}: must be positive")
+
+
+class Row(NamedTuple):
+    """One dtype's line of the table."""
+
+    name: str
+    bits_per_weight: float
+    error: float
+    weights_alone: float
+    as_run: float
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table of one model; return 0."""
+    config = parse(
+        QuantizationConfig,
+        argv,
+        program="python -m benchmarks.quantization",
+        description=__doc__ or "",
+        positional=("model",),
+    )
+    file = format.read(config.model)
+    named = Path(config.tokenizer) if config.tokenizer is not None else beside(file.path)
+    tokenizer = load_tokenizer(file, named)
+    documents = list(_documents(config, tokenizer))
+    print(
+        f"{file.path}: {file.config.n_params:,} parameters, {file.dtype}; {len(documents)} stories, "
+        f"{sum(map(len, documents)):,} tokens"
+    )
+    print(table(list(_rows(file, tokenizer, documents))))
+    return 0
+
+
+def _documents(config: QuantizationConfig, tokenizer: Tokenizer) -> Iterator[Ids]:
+    """Yield stories as tokens, each from its BOS up to the BOS that closes it."""
+    for text in islice(_texts(config), config.stories):
+        yield np.array([*tokenizer.encode(text, bos=True), tokenizer.bos_id])
+
+
+def _texts(config: QuantizationConfig) -> Iterator[str]:
+    """Yield the stories of a file, or new ones without end."""
+    if config.text is None:
+        rng = np.random.default_rng(config.seed)
+        while True:
+            yield story_grammar.draw(rng)
+    try:
+        with open(config.text, encoding="utf-8") as file:
+            yield from (json.loads(line)["text"] for line in file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{config.text}: must be lines of {{"text": ...}}: {error!r}') from None
+
+
+def _rows(file: format.ModelFile, tokenizer: Tokenizer, documents: Sequence[Ids]) -> Iterator[Row]:
+    """Measure one dtype after the other."""
+    originals = {name: dequantize(tensor) for name, tensor in file.tensors.items()}
+
+    def bits_per_byte(tensors: Mapping[str, Weight]) -> float:
+        model = NumpyTransformer(format.ModelFile(file.path, file.header, tensors))
+        return sum(evaluate_documents(model, tokenizer, documents), start=NOTHING).bits_per_byte
+
+    for name, rounding in forms().items():
+        rounded = {name: rounding(w) if w.ndim == 2 else w for name, w in originals.items()}
+        plain = {name: dequantize(rounded[name])[..., : w.shape[-1]] for name, w in originals.items()}
+        matrices = [name for name, w in originals.items() if w.ndim == 2]
+        n_weights = sum(originals[name].size for name in matrices)
+        squared_error = sum(float(((plain[name] - originals[name]) ** 2).sum()) for name in matrices)
+        squares = sum(float((originals[name] ** 2).sum()) for name in matrices)
+        yield Row(
+            name,
+            8 * sum(_n_bytes(rounded[name]) for name in matrices) / n_weights,
+            (squared_error / squares) ** 0.5,
+            bits_per_byte(plain),
+            bits_per_byte(rounded),
+        )
+
+
+def forms() -> dict[str, Callable[[Floats], Weight]]:
+    """Return what makes a float32 matrix one of each dtype; llama.cpp's where the gguf package is installed."""
+    found: dict[str, Callable[[Floats], Weight]] = {
+        "f32": lambda weights: weights,
+        "bf16": to_bfloat16,
+        "q8": pack_q8,
+        "q4": pack_q4,
+    }
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        return found
+    return found | {name: lambda weights, name=name: through_gguf(weights, name) for name in ("Q8_0", "Q4_0")}
+
+
+def through_gguf(weights: Floats, kind: str) -> Quantized:
+    """Round a matrix as llama.cpp does.
+
+    Args:
+        weights: float32 (rows, cols). Where cols is no multiple of GGUF_BLOCK, llama.cpp refuses or takes a larger
+            type; here the last block is filled up with zeros, which changes none of its other values.
+        kind: Q8_0 or Q4_0.
+
+    Returns:
+        int8 (rows, cols up to a multiple of GGUF_BLOCK) and float32 (rows, groups).
+
+    Source: ggml's block_q8_0 and block_q4_0: a float16 scale, then the values; a byte of 4 bits has value i in its low
+    half and i + 16 in its high half.
+    """
+    import gguf
+
+    rows, cols = weights.shape
+    padded = np.pad(weights, ((0, 0), (0, -cols % GGUF_BLOCK)))
+    blocks = gguf.quants.quantize(padded, gguf.GGMLQuantizationType[kind]).reshape(
+        rows, padded.shape[1] // GGUF_BLOCK, -1
+    )
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+    values: NDArray[np.int8] = np.ascontiguousarray(blocks[..., 2:]).view(np.int8)
+    if kind == "Q4_0":
+        halves = values.view(np.uint8)
+        values = np.concatenate([halves & 15, halves >> 4], axis=2).view(np.int8) - np.int8(8)
+    return Quantized(values.reshape(rows, -1), scales)
+
+
+def _n_bytes(weight: Weight) -> int:
+    """Return the bytes that a matrix takes in a file."""
+    if isinstance(weight, Packed):
+        return weight.values.nbytes + weight.scales.nbytes
+    if isinstance(weight, Quantized):
+        bits = 4 if np.abs(weight.values.astype(int)).max() <= 8 else 8
+        return weight.values.size * bits // 8 + 2 * weight.scales.size
+    return weight.nbytes
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the table to print; a cost is the share of bits per byte more than the first row's."""
+    first = rows[0]
+    lines = ["dtype  bits/weight  error   weights alone: bits/byte   cost     as run: bits/byte   cost"]
+    lines += [
+        f"{row.name:5} {row.bits_per_weight:12.2f} {row.error:6.2%} {row.weights_alone:25.5f} "
+        f"{row.weights_alone / first.weights_alone - 1:+7.2%} {row.as_run:20.5f} {row.as_run / first.as_run - 1:+7.2%}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)
