@@ -6,11 +6,11 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-bounds lint bench clean
 
 help:  ## list these targets
 	@echo "llamalet: small Llama models, from data to story"
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 16
 
 demo: .venv/train  ## write a corpus, train a small model, export it, prove it, tell a story (minutes, offline)
 	$(RUN) tinystories.py synthesize --seed=1
@@ -21,6 +21,10 @@ demo: .venv/train  ## write a corpus, train a small model, export it, prove it, 
 
 test: .venv/dev  ## run every test (offline, CPU)
 	$(RUN) -m pytest
+
+test-bounds: .venv/dev  ## run the runtime's tests with every index of the kernels checked
+	NUMBA_BOUNDSCHECK=1 $(RUN) -m pytest tests/test_kernels.py tests/test_transformer.py tests/test_parity.py \
+	    tests/test_generate.py tests/test_evaluate.py
 
 lint: .venv/dev  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff format --check .

@@ -56,9 +56,9 @@ MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2", "output", "tok_embeddings"
 TOK_EMBEDDINGS = MATRICES.index("tok_embeddings")
 FIRST_MATRIX = (0, -1, -1, -1, 3, -1, 4, -1, 6, -1, 7)
 
-# The words of Workspace.job: T, whether all positions are of one sequence, how many of the last positions get logits;
-# then the number of blocks of each stage.
-COUNT, ONE_SEQUENCE, N_LOGITS, N_BLOCKS, JOB_WORDS = 0, 1, 2, 3, 14
+# The words of Workspace.job: T, whether all positions are of one sequence, how many of the last positions get logits,
+# the address of these (N, V); then the number of blocks of each stage.
+COUNT, ONE_SEQUENCE, N_LOGITS, LOGITS_AT, N_BLOCKS, JOB_WORDS = 0, 1, 2, 3, 4, 15
 
 # The words of a row of Workspace.places: the addresses of the sequence's keys and values, its cache's capacity, and the
 # new position.
@@ -119,7 +119,7 @@ class Workspace(NamedTuple):
     lane_scores: scores of QUERY_LANES queries (H, capacity, QUERY_LANES).
     lane_queries: those queries and what they see (H, D, QUERY_LANES).
     operands: what the matrices of the even stages multiply: float32 (T, cols) or QuantizedRows.
-    outputs: what the matrices make: q, k, v, projected (T, C), gate, up, projected, logits.
+    outputs: what the matrices make: q, k, v, projected (T, C), gate, up, projected, (0, V) for logits.
     job: int64, the words above.
     """
 
@@ -513,6 +513,8 @@ def run_block(weights: Any, space: Any, stage: int, last_stage: int, block: int)
     n_vectors = space.job[N_LOGITS] if kind == LOGITS else count
     for number in range(FIRST_MATRIX[kind] + part, FIRST_MATRIX[kind] + end):
         out = space.outputs[number]
+        if kind == LOGITS:
+            out = floats_at(space.job[LOGITS_AT], n_vectors, out.shape[1])
         n = (out.shape[1] + BLOCK_ROWS - 1) // BLOCK_ROWS
         matrix = layer_of(weights.matrices[number], 0 if kind == LOGITS else layer)
         first, last = n * share // n_shares, n * (share + 1) // n_shares

@@ -436,8 +436,10 @@ def _exp(builder: ir.IRBuilder, x: Any) -> Any:
     power = constant(1 / math.factorial(7))
     for degree in range(6, -1, -1):
         power = fma(power, r, constant(1 / math.factorial(degree)))
-    whole = _call(builder, f"llvm.fptosi.sat.{suffix}i32.{suffix}f32", integer, (n,))
-    bits = builder.shl(builder.add(whole, constant(127, I32)), constant(23, I32))
+    # What has an exponent; a NaN becomes any of these, and stays in the power.
+    exponent = _call(builder, f"llvm.minnum.{suffix}f32", x.type, (n, constant(127)))
+    exponent = _call(builder, f"llvm.maxnum.{suffix}f32", x.type, (exponent, constant(-126)))
+    bits = builder.shl(builder.add(builder.fptosi(exponent, integer), constant(127, I32)), constant(23, I32))
     result = builder.fmul(power, builder.bitcast(bits, x.type))
     result = builder.select(builder.fcmp_ordered("<", n, constant(-126)), constant(0), result)
     return builder.select(builder.fcmp_ordered(">", n, constant(127)), constant(math.inf), result)

@@ -77,8 +77,9 @@ class Transformer:
             raise UsageError(f"{len(ids)} tokens for {len(caches)} caches: each cache takes one")
         for cache in caches:
             cache.reserve(cache.length + 1)
-        parts = range(0, len(ids), CHUNK)
-        return np.concatenate([self._run(caches[i : i + CHUNK], ids[i : i + CHUNK], CHUNK) for i in parts])
+        parts = [slice(first, first + CHUNK) for first in range(0, len(ids), CHUNK)]
+        logits = [self._run(caches[part], ids[part], CHUNK) for part in parts]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def prefill(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens (T,), at least one, to the cache; return the logits after the last one: float32 (V,).
@@ -118,6 +119,7 @@ class Transformer:
             The logits after the last `n_logits` of them.
         """
         count, one_sequence = len(ids), len(caches) == 1
+        logits = np.empty((min(n_logits, count), self.config.vocab_size), np.float32)
         with self._lock:
             arguments = self._bind(1 if count == 1 else CHUNK, max(cache.capacity for cache in caches))
             _, space, _ = arguments
@@ -127,11 +129,11 @@ class Transformer:
                 space.places[:count, kernels.POSITION] += np.arange(count)
             else:
                 space.places[:count] = [_place(cache) for cache in caches]
-            space.job[kernels.COUNT : kernels.N_LOGITS + 1] = count, one_sequence, min(n_logits, count)
+            space.job[: kernels.N_BLOCKS] = count, one_sequence, len(logits), _address(logits)
             self._team.run(arguments)
             for cache in caches:
                 cache.length += count // len(caches)
-            return space.outputs[kernels.FIRST_MATRIX[kernels.LOGITS]][: min(n_logits, count)].copy()
+            return logits
 
     def _bind(self, n_positions: int, capacity: int) -> tuple[Weights, Workspace, Angles]:
         """Return the arguments of the kernels for this many new positions and as many in all.
@@ -175,7 +177,7 @@ class Transformer:
             lane_scores=np.zeros((c.n_heads, capacity, kernels.QUERY_LANES), np.float32),
             lane_queries=np.zeros((c.n_heads, c.head_dim, kernels.QUERY_LANES), np.float32),
             operands=tuple(operands.get(kind, from_normed) for kind in range(kernels.LOGITS + 1)),
-            outputs=(q, k, v, projected, gate, up, projected, array(c.vocab_size)),
+            outputs=(q, k, v, projected, gate, up, projected, array(c.vocab_size)[:0]),
             job=job,
         )
 
@@ -203,8 +205,13 @@ class Transformer:
 
 def _place(cache: KVCache) -> tuple[int, int, int, int]:
     """Return where a sequence's next position goes: a row of Workspace.places."""
-    keys, values = (array.__array_interface__["data"][0] for array in (cache.keys, cache.values))
-    return keys, values, cache.capacity, cache.length
+    return _address(cache.keys), _address(cache.values), cache.capacity, cache.length
+
+
+def _address(array: NDArray[Any]) -> int:
+    """Return where an array's first element is."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def compile_work(arguments: tuple[Weights, Workspace, Angles]) -> Callable[..., None]:
@@ -271,7 +278,7 @@ def stack(arrays: Sequence[NDArray[Any]]) -> Stack:
 
     The Stack keeps the first array alive; the caller keeps the others.
     """
-    addresses = [array.__array_interface__["data"][0] for array in arrays]
+    addresses = [_address(array) for array in arrays]
     distances = set(np.diff(addresses).tolist())
     if len(distances) > 1 or not all(array.flags.c_contiguous for array in arrays):
         copy = np.ascontiguousarray(np.stack(arrays))

@@ -1,6 +1,9 @@
 import ctypes
 import mmap
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,6 +205,23 @@ def test_embed(kind):
     weight, out = weight_of(floats(0, 37, cols), kind), np.zeros((37, cols), np.float32)
     embed_all(as_matrix([weight]), out, getattr(weight, "group_size", 0))
     np.testing.assert_array_equal(out, reference.embed(weight, np.arange(37)))
+
+
+OUT_OF_RANGE = """
+import numpy as np
+from llamalet import kernels
+kernels.rmsnorm(np.ones(8, np.float32), np.ones(8, np.float32), np.float32(1e-5), np.ones(7, np.float32))
+"""
+
+
+def test_bounds_checking_would_see_an_index_out_of_range(tmp_path):
+    """`make test-bounds` runs these tests with it; here is what it finds in a kernel whose output is too short."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    root = Path(__file__).parent.parent
+    result = subprocess.run(
+        [sys.executable, "-c", OUT_OF_RANGE], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert result.returncode and "IndexError" in result.stderr
 
 
 @given(st.integers(1, 300), seeds)
