@@ -13,6 +13,7 @@ import export
 from llamalet import format, shards, tokenizer
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
 from llamalet.reference import NumpyTransformer
+from llamalet.runtime import Model
 from llamalet.transformer import Transformer
 from training import checkpoint, proof, weights
 
@@ -75,7 +76,7 @@ def test_export_alone_takes_the_best_checkpoint_and_proves_the_file(project, cap
     file = format.read(project / "out" / name)
     expected = random_tensors(CONFIG, seed=10, scale=0.05)
     np.testing.assert_array_equal(file.tensors["norm"], expected["norm"])
-    assert tokenizer.beside(project / "out" / name) is not None
+    assert Model.load(project / "out" / name, backend="numpy").logits([1, 2]).shape == (2, CONFIG.vocab_size)
     assert export.main(["--verify", f"out/{name}"]) == 0
 
 
