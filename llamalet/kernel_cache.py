@@ -29,6 +29,9 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("simd.py", "team.py"
 
 PRIVATE = 0o700
 
+# Several checkouts and settings may be in use; what they left behind goes.
+KEPT_FOLDERS = 8
+
 
 def enable(kernel: Any) -> None:
     """Keep a compiled function on disk and find it there; without a usable folder it is compiled in every process."""
@@ -63,11 +66,11 @@ def folder_name(sources: Iterable[Path]) -> str:
 
 
 def open_folder(candidates: Iterable[Path], name: str) -> Path | None:
-    """Make the folder `name` in the first candidate that is safe, and remove its predecessors.
+    """Make the folder `name` in the first candidate that is safe; only the KEPT_FOLDERS used last stay there.
 
     Args:
         candidates: folders to hold it.
-        name: as from folder_name. Folders of the same environment and other sources are removed.
+        name: as from folder_name.
 
     Returns:
         The folder; None, and a line on stderr for each reason, if no candidate can be used.
@@ -78,11 +81,13 @@ def open_folder(candidates: Iterable[Path], name: str) -> Path | None:
             for path in (root, folder):
                 path.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
                 check_private(path)
+            os.utime(folder)
         except OSError as error:
             _say(f"kernel cache: {error.filename}: {error.strerror}; not used")
             continue
-        for old in root.glob(name.partition("-")[0] + "-*"):
-            if old != folder:
+        with contextlib.suppress(OSError):  # another process may be tidying up too
+            used = sorted((path.stat().st_mtime, path) for path in root.iterdir() if path.is_dir())
+            for _, old in used[:-KEPT_FOLDERS]:
                 shutil.rmtree(old, ignore_errors=True)
         return folder
     return None

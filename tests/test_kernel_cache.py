@@ -15,14 +15,14 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numba
-from llamalet import kernel_cache
+from llamalet import kernel_cache, simd
 
 @numba.njit
-def double(x):
-    return 2 * x
+def power(x):
+    return simd.exp(x)
 
-kernel_cache.enable(double)
-print(double(21), double.stats.cache_hits.total(), double._cache.cache_path)
+kernel_cache.enable(power)
+print(round(power(numba.float32(1)), 3), power.stats.cache_hits.total(), power._cache.cache_path)
 """
 
 
@@ -49,21 +49,36 @@ def package(tmp_path):
 def test_compiles_once_and_again_after_an_edit_of_the_intrinsics(package, tmp_path):
     cache = tmp_path / "cache"
     result, hits, first, stderr = run(package, cache)
-    assert (result, hits) == ("42", 0) and stderr.count("compiling the kernels") == 1
+    assert (result, hits) == ("2.718", 0) and stderr.count("compiling the kernels") == 1
     assert first.is_relative_to(cache / "llamalet") and first.stat().st_mode & 0o777 == 0o700
     assert (cache / "llamalet").stat().st_mode & 0o777 == 0o700
-    assert run(package, cache) == ("42", 1, first, "")
+    assert run(package, cache) == ("2.718", 1, first, "")
 
     simd = package / "llamalet" / "simd.py"
-    simd.write_text(simd.read_text() + "# edited\n")
+    edited = simd.read_text().replace("return _exp(builder, args[0])", "return builder.fadd(args[0], args[0])")
+    assert edited != simd.read_text()
+    simd.write_text(edited)
     result, hits, second, stderr = run(package, cache)
-    assert hits == 0 and second != first and "compiling" in stderr
-    assert not first.exists()
+    assert (result, hits) == ("2.0", 0) and second != first and "compiling" in stderr
 
     # Another environment has a folder of its own beside it.
     *_, third, _ = run(package, cache, NUMBA_BOUNDSCHECK="1")
     *_, fourth, _ = run(package, cache, LLAMALET_SIMD="portable")
     assert len({second, third, fourth}) == 3 and second.exists() and third.exists()
+
+
+def test_the_folders_that_were_used_longest_ago_are_removed(tmp_path):
+    (tmp_path / "notes.txt").write_text("not ours to remove")
+    names = [f"environment-{number}" for number in range(kernel_cache.KEPT_FOLDERS + 3)]
+    for age, name in enumerate(names):
+        folder = kernel_cache.open_folder([tmp_path], name)
+        assert folder is not None
+        os.utime(folder, (1e9 + age, 1e9 + age))
+    kernel_cache.open_folder([tmp_path], names[4])  # in use, however old
+    kernel_cache.open_folder([tmp_path], "environment-new")
+    kept = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert kept == {"environment-new", names[4], *names[-(kernel_cache.KEPT_FOLDERS - 2) :]}
+    assert (tmp_path / "notes.txt").exists()
 
 
 def test_the_name_depends_on_every_source(tmp_path):
@@ -85,9 +100,9 @@ def test_a_damaged_file_is_compiled_again(package, tmp_path, damage):
     for file in folder.glob("*.nbi" if damage == "index" else "*.nbc"):
         file.write_bytes(file.read_bytes()[:40])
     result, hits, _, stderr = run(package, tmp_path / "cache")
-    assert (result, hits) == ("42", 0) and "compiling" in stderr
+    assert (result, hits) == ("2.718", 0) and "compiling" in stderr
     result, hits, _, stderr = run(package, tmp_path / "cache")
-    assert (result, hits, stderr) == ("42", 1, "")
+    assert (result, hits, stderr) == ("2.718", 1, "")
 
 
 @posix
