@@ -30,8 +30,9 @@ EVALUATION_TOKENS = 20_000
 # seen (1e-5 of the largest logit) and far below what a wrong table or a swapped tensor gives. q8, q4: the runtime
 # rounds the activations too.
 LOGIT_BOUND = {"f32": 1e-4, "bf16": 1e-4, "q8": 0.1, "q4": 0.1}  # of the largest logit
-# What the file may cost against the checkpoint's weights. Seen on small models, which suffer most: q4 3 %.
-BITS_BOUND = {"f32": 1e-4, "bf16": 2e-3, "q8": 0.01, "q4": 0.1}  # of the bits per byte
+# What the file may cost against the checkpoint's weights. 4 bits cost the smallest models most: 8 % were seen on
+# 0.26 M parameters, 0.3 % on 0.8 M.
+BITS_BOUND = {"f32": 1e-4, "bf16": 2e-3, "q8": 0.01, "q4": 0.2}  # of the bits per byte
 # How far rounded weights may be off. q8: half a step, and a little from float32 arithmetic. q4: root mean square, as a
 # share of the matrix's; trained weights have 0.1, and one with its columns in disorder more than 1.
 WEIGHT_BOUND = {"q8": 0.501, "q4": 0.3}
