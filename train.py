@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import parse
-from llamalet import errors
+from llamalet import errors, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from llamalet.files import replacing
@@ -226,12 +226,9 @@ def main(argv: Sequence[str]) -> int:
         config = parse(
             with_defaults(resumed.state["train_config"]), argv, program=program, description=about, toml=True
         )
-    elif checkpoint.list_steps(config.out_dir) and not config.overwrite:
-        raise CheckpointError(
-            f"{config.out_dir}: holds the checkpoints of an earlier run; go on with --resume, keep them with "
-            f"--out_dir=OTHER, or lose them with --overwrite"
-        )
-    with processes(config.device) as group:
+    if not config.eval_only:
+        check_out_dir(config, resumed)
+    with memory_errors(), processes(config.device) as group:
         trainer = Trainer(config, group, resumed)
         if config.eval_only:
             loss = trainer.evaluate()
@@ -254,6 +251,7 @@ class Trainer:
         self.config, self.group = config, group
         self.run_dir = Path(config.out_dir)
         self.data = open_data(config)
+        self.tokenizer_data = read_tokenizer(self.data)
         self.model_config = config.model_config(self.data.vocab_size)
         self.accumulation = config.accumulation(group.count)
         self.tokens_per_step = self.accumulation * group.count * config.batch_size * config.max_seq_len
@@ -297,7 +295,7 @@ class Trainer:
         """Run the loop from the current step to the last."""
         config, group = self.config, self.group
         if group.is_main:
-            prepare_run_dir(self.run_dir, config)
+            prepare_run_dir(self.run_dir, config, self.step)
             describe(self)
         group.wait()
         timer = Timer(self.step)
@@ -383,7 +381,8 @@ class Trainer:
                     "data": str(self.data.folder),
                     "train_config": dataclasses.asdict(self.config),
                 },
-                tokenizer_path=self.data.tokenizer_path,
+                tokenizer_name=self.data.meta.tokenizer,
+                tokenizer_data=self.tokenizer_data,
                 keep=self.config.keep,
             )
         self.group.wait()
@@ -442,6 +441,17 @@ class Timer:
         self._start += time.perf_counter() - begin
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise what torch raises when memory runs out, a RuntimeError, as a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError from error
+        raise
+
+
 def training_flops(config: ModelConfig) -> float:
     """Return the floating-point operations that training spends on a token of a full sequence.
 
@@ -488,6 +498,18 @@ def open_data(config: TrainConfig) -> Shards:
     return data
 
 
+def read_tokenizer(data: Shards) -> bytes:
+    """Return the file of the data's tokenizer, which goes into each checkpoint.
+
+    Raises:
+        DataError: if it is not the one that the data were made with.
+        TokenizerError: if it is missing or damaged.
+    """
+    if tokenizer.load(data.tokenizer_path).sha256 != data.tokenizer_sha256:
+        raise DataError(f"{data.tokenizer_path}: not the vocabulary that the data were made with; prepare them again")
+    return data.tokenizer_path.read_bytes()
+
+
 def open_checkpoint(config: TrainConfig) -> Checkpoint:
     """Load the checkpoint to go on from.
 
@@ -500,6 +522,23 @@ def open_checkpoint(config: TrainConfig) -> Checkpoint:
     if newest is None:
         raise CheckpointError(f"{config.out_dir}: no sound checkpoint to go on from; start with `python train.py`")
     return checkpoint.load(newest)
+
+
+def check_out_dir(config: TrainConfig, resumed: Checkpoint | None) -> None:
+    """Refuse to mix the checkpoints of two runs, or to remove the one to go on from.
+
+    Raises:
+        CheckpointError: saying what the folder holds and what to do.
+    """
+    earlier = checkpoint.list_steps(config.out_dir)
+    if earlier and resumed is not None and resumed.path.resolve().parent == earlier[0].resolve().parent:
+        if config.overwrite:
+            raise CheckpointError(f"{config.out_dir}: --overwrite would remove {resumed.path}; leave it out to go on")
+    elif earlier and not config.overwrite:
+        raise CheckpointError(
+            f"{config.out_dir}: holds the checkpoints of an earlier run; go on with --resume, keep them with "
+            f"--out_dir=OTHER, or lose them with --overwrite"
+        )
 
 
 def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
@@ -527,18 +566,21 @@ def check_continuity(resumed: Checkpoint, model_config: ModelConfig, data: Shard
         raise ConfigError.from_problems(problems)
 
 
-def prepare_run_dir(run_dir: Path, config: TrainConfig) -> None:
-    """Make out_dir, with the settings in a config.toml that train.py reads back."""
+def prepare_run_dir(run_dir: Path, config: TrainConfig, step: int) -> None:
+    """Make out_dir ready to go on after `step`, with the settings in a config.toml that train.py reads back."""
     if config.overwrite:
         checkpoint.remove_all(run_dir)
+    for path in checkpoint.go_back(run_dir, step):
+        print(f"a later checkpoint is out of the way: {path}")
     settings = {
         key: value
         for key, value in dataclasses.asdict(config).items()
         if value is not None and key not in ("resume", "init_from", "overwrite")
     }
     with replacing(run_dir / "config.toml") as file:
-        # Numbers, booleans and strings are written alike in JSON and TOML.
-        file.write("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()).encode())
+        # Numbers, booleans and strings are written alike in JSON and TOML, but for this one character.
+        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
+        file.write("".join(lines).replace("\x7f", "\\u007f").encode())
 
 
 def describe(trainer: Trainer) -> None:
@@ -560,6 +602,10 @@ def describe(trainer: Trainer) -> None:
         "memory": f"about {activation_bytes(config, model, trainer.dtype) / 2**20:,.0f} MiB of activations and "
         f"{16 * model.n_params / 2**20:,.0f} MiB of weights, gradients and moments",
     }
+    if config.warmup_iters > config.max_iters:
+        lines["warm-up"] = (
+            f"never done: it has {config.warmup_iters} steps, the run {config.max_iters}; give a lower --warmup_iters"
+        )
     for name, text in lines.items():
         print(f"{name:8} {text}")
     if trainer.resumed_step is not None:
@@ -598,7 +644,7 @@ def finish(config: TrainConfig, data: Shards) -> None:
         print(f"loss curve: {picture}")
     best_path = checkpoint.find_best(run_dir)
     if best_path is None:
-        return
+        raise CheckpointError(f"{run_dir}: no sound checkpoint to export")
     best, target = checkpoint.load(best_path), run_dir / "model.bin"
     write_bin(target, 1, best.model_config, best.model_state, best.tokenizer_path)
     print(f"best checkpoint: {best_path}, exported to {target}")

@@ -42,7 +42,8 @@ def save_checkpoint(run: Path, data: Path, step: int, val_loss: float, seed: int
             "step": step, "val_loss": val_loss, "data": str(data),
             "tokenizer_sha256": tokenizer.load(vocabulary).sha256,
         },
-        tokenizer_path=vocabulary,
+        tokenizer_name=vocabulary.name,
+        tokenizer_data=vocabulary.read_bytes(),
         keep=5,
     )  # fmt: skip
 

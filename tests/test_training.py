@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import SMALL_MODELS
 from torch import nn
-from toy import toy_data
+from toy import toy_data, toy_tokenizer
 
 import train
+from configurator import parse
 from llamalet import format
 from llamalet.errors import CheckpointError, ConfigError, DataError, UsageError
 from llamalet.shards import Shards
-from llamalet.tokenizer import BOS_ID
+from llamalet.tokenizer import BOS_ID, write_bin
 from model import Llama
 from training import checkpoint
 from training.batches import Windows
@@ -164,13 +165,118 @@ def test_resuming_is_exact(project):
 def test_a_damaged_checkpoint_is_passed_over_loudly(project, capsys):
     train.main([*SMALL, "--keep=9", "--no-sample"])
     path = project / "out" / "checkpoints" / "step-00000004" / checkpoint.MODEL
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    damage(path)
     assert checkpoint.find_latest("out") == Path("out/checkpoints/step-00000002")
     assert "step-00000004 is skipped" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
         checkpoint.load(path.parent)
+
+
+def save_steps(run_dir: Path, losses: dict[int, float | None], keep: int = 9) -> list[int]:
+    """Save a checkpoint for each step, all of one run, and return the steps that are kept."""
+    for step, loss in losses.items():
+        checkpoint.save(
+            run_dir, model_config=SMALL_MODELS["gqa-tied"], model_state={"w": torch.ones(2)}, optimizer_state={},
+            state={"step": step, "val_loss": loss}, tokenizer_name="t", tokenizer_data=b"t", keep=keep,
+        )  # fmt: skip
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.list_steps(run_dir)]
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(tmp_path, capsys):
+    save_steps(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: None})
+    for best in (2, 3, 1, 4):
+        found = checkpoint.find_best(tmp_path)
+        assert found == tmp_path / "checkpoints" / f"step-{best:08d}"
+        damage(found / checkpoint.MODEL)
+    assert checkpoint.find_best(tmp_path) is None
+    assert "step-00000002 is skipped" in capsys.readouterr().err
+    assert checkpoint.find_best(tmp_path / "nowhere") is None
+
+
+def test_going_back_leaves_the_later_checkpoints_out(tmp_path):
+    assert save_steps(tmp_path, {300: 3.0, 900: 1.0, 1000: 2.0}) == [300, 900, 1000]
+    assert save_steps(tmp_path, {400: 2.5}, keep=2) == [400, 900, 1000]  # never the one just written
+    debris = tmp_path / "checkpoints" / ".step-00000950.tmp"
+    debris.mkdir()
+    moved = checkpoint.go_back(tmp_path, 400)
+    assert [path.name for path in moved] == ["step-00000900", "step-00001000"] and not debris.exists()
+    assert checkpoint.load(moved[0]).state["step"] == 900
+    assert checkpoint.find_latest(tmp_path) == checkpoint.find_best(tmp_path) == checkpoint.newest_best(tmp_path)
+    assert save_steps(tmp_path, {500: 2.4, 900: 2.3}, keep=2) == [500, 900]
+    assert [path.name for path in checkpoint.go_back(tmp_path, 500)] == ["step-00000900"]
+
+
+def test_resuming_from_an_earlier_checkpoint_is_exact_and_leaves_the_later_ones(project, capsys):
+    options = [*SMALL, "--no-sample", "--max_iters=6"]
+    assert train.main([*options, "--keep=9"]) == 0
+    whole = weights_of(project / "out", 6)
+    damage(project / "out" / "checkpoints" / "step-00000006" / checkpoint.MODEL)
+    assert train.main([*options, "--keep=1", "--resume=out/checkpoints/step-00000002"]) == 0
+    assert "checkpoints/abandoned/step-00000006" in capsys.readouterr().out
+    assert weights_of(project / "out", 6) == whole
+    assert checkpoint.load("out/checkpoints/abandoned/step-00000004").state["step"] == 4
+    assert checkpoint.find_latest("out") == Path("out/checkpoints/step-00000006")
+
+
+def test_the_checkpoints_of_two_runs_are_not_mixed(project):
+    options = [*SMALL, "--no-sample", "--max_iters=2"]
+    for name in ("a", "b"):
+        train.main([*options, f"--out_dir={name}"])
+    before = weights_of(project / "b", 2)
+    with pytest.raises(CheckpointError, match="b: holds the checkpoints of an earlier run"):
+        train.main([*options, "--out_dir=b", "--resume=a/checkpoints/step-00000002", "--max_iters=4"])
+    with pytest.raises(CheckpointError, match="--overwrite would remove"):
+        train.main([*options, "--out_dir=b", "--resume", "--overwrite"])
+    assert weights_of(project / "b", 2) == before
+    assert train.main([*options, "--out_dir=c", "--resume=a/checkpoints/step-00000002", "--max_iters=4"]) == 0
+
+
+def test_data_that_move_during_training_do_not_end_it(project, monkeypatch):
+    step = train.Trainer.optimizer_step
+
+    def step_and_move(trainer):
+        (project / "data" / "toy" / "tokenizer.bin").unlink(missing_ok=True)
+        return step(trainer)
+
+    monkeypatch.setattr(train.Trainer, "optimizer_step", step_and_move)
+    assert train.main([*SMALL, "--no-sample"]) == 0
+
+
+def test_data_with_another_vocabulary_than_they_were_made_with_are_refused(project):
+    write_bin(project / "data" / "toy" / "tokenizer.bin", toy_tokenizer(VOCAB + 1))
+    with pytest.raises(DataError, match=r"tokenizer\.bin: not the vocabulary that the data were made with"):
+        train.main(SMALL)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_is_a_memory_error(project, monkeypatch, error):
+    def fail(trainer):
+        raise error
+
+    monkeypatch.setattr(train.Trainer, "optimizer_step", fail)
+    with pytest.raises(MemoryError):
+        train.main(SMALL)
+
+
+def test_config_toml_reads_back_what_was_typed(project):
+    name = 'caf\u00e9 \U0001f600 "x" \\ \x7f\n'
+    config = train.TrainConfig(wandb_run_name=name, out_dir="run")
+    train.prepare_run_dir(Path("run"), config, 0)
+    again = parse(train.TrainConfig, ["run/config.toml"], program="", description="", toml=True)
+    assert again == config
+
+
+def test_a_warm_up_longer_than_the_run_is_told(project, capsys):
+    train.main([*SMALL, "--no-sample", "--max_iters=2", "--warmup_iters=9"])
+    assert "never done: it has 9 steps, the run 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

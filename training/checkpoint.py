@@ -8,16 +8,18 @@
         manifest.json           size and sha256 of each file above; written last
 
 A checkpoint is written aside, synced to disk and renamed, so that a step-* folder is complete, or was damaged later,
-which the digests show. Nothing in it is ever unpickled.
+which the digests show. Nothing in it is ever unpickled. A run that goes back to an earlier step moves the later ones
+into checkpoints/abandoned/, where nothing finds them unless it is told to.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from llamalet.files import sync_folder
 
 FORMAT = "llamalet checkpoint"
 VERSION = 1
-FOLDER = "checkpoints"
+FOLDER, ABANDONED = "checkpoints", "abandoned"
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
 _STEP = re.compile(r"step-(\d{8})")
@@ -58,7 +60,8 @@ def save(
     model_state: Mapping[str, Tensor],
     optimizer_state: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    tokenizer_path: Path,
+    tokenizer_name: str,
+    tokenizer_data: bytes,
     keep: int = 2,
 ) -> Path:
     """Write a checkpoint durably, then remove old ones: all but the last `keep` and the best.
@@ -69,7 +72,8 @@ def save(
         model_state: its state dict.
         optimizer_state: `training.optimizer.optimizer_state`.
         state: JSON types; needs `step`, and `val_loss` (None where it was not measured).
-        tokenizer_path: file to copy beside the weights.
+        tokenizer_name: name of the tokenizer's file beside the weights.
+        tokenizer_data: what is in it.
         keep: how many of the newest checkpoints stay.
 
     Returns:
@@ -84,25 +88,24 @@ def save(
     aside = parent / f".{final.name}.tmp"
     _remove(aside)
     aside.mkdir()
-    description = {**state, "model_config": model_config.to_dict(), "tokenizer": tokenizer_path.name}
+    description = {**state, "model_config": model_config.to_dict(), "tokenizer": tokenizer_name}
     try:
         files = {
             MODEL: safetensors.torch.save(_plain(model_state)),
             OPTIMIZER: safetensors.torch.save(_plain(optimizer_state)),
             STATE: _json(description),
-            tokenizer_path.name: tokenizer_path.read_bytes(),
+            tokenizer_name: tokenizer_data,
         }
         seals = {name: _write(aside / name, data) for name, data in files.items()}
         _write(aside / MANIFEST, _json({"format": FORMAT, "version": VERSION, "step": state["step"], "files": seals}))
         sync_folder(aside)
-        if final.exists():  # damaged, or of a run that went back to an earlier step: either way the new one replaces it
-            _remove(final)
+        _remove(final)  # where there is one, the new one replaces it
         os.rename(aside, final)
         sync_folder(parent)
     except OSError as error:
         _remove(aside)
         raise DiskError(f"{final}: cannot save: {error.strerror or error}; older checkpoints are untouched") from error
-    _retire(run_dir, keep)
+    _retire(run_dir, keep, final)
     return final
 
 
@@ -168,25 +171,19 @@ def verify(path: Path) -> None:
 
 def find_latest(run_dir: str | Path) -> Path | None:
     """Return the newest checkpoint of a run that passes `verify`, or None; each one refused is named on stderr."""
-    for path in reversed(list_steps(run_dir)):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            print(f"warning: checkpoint {path.name} is skipped: {error}", file=sys.stderr, flush=True)
-        else:
-            return path
-    return None
+    return _first_sound(reversed(list_steps(run_dir)))
 
 
 def find_best(run_dir: str | Path) -> Path | None:
-    """Return the run's checkpoint with the lowest validation loss, the newest where none was measured, or None."""
-    steps = list_steps(run_dir)
-    measured = [(loss, path) for path in steps if (loss := _val_loss(path)) is not None]
-    return min(measured)[1] if measured else steps[-1] if steps else None
+    """Return the best checkpoint of a run that passes `verify`, or None; each one refused is named on stderr.
+
+    The best has the lowest validation loss; where none was measured, the newest is the best.
+    """
+    return _first_sound(_best_first(run_dir))
 
 
 def newest_best(root: str | Path = "out") -> Path | None:
-    """Return the best checkpoint of the run below `root` that saved last, or None where there is none."""
+    """Return the best sound checkpoint of the run below `root` that saved last, or None where there is none."""
     folders = [path for path in Path(root).glob(f"**/{FOLDER}") if list_steps(path.parent)]
     newest = max(folders, key=lambda path: list_steps(path.parent)[-1].stat().st_mtime_ns, default=None)
     return find_best(newest.parent) if newest else None
@@ -200,6 +197,31 @@ def list_steps(run_dir: str | Path) -> list[Path]:
 def remove_all(run_dir: Path) -> None:
     """Remove every checkpoint of a run."""
     _remove(run_dir / FOLDER)
+
+
+def go_back(run_dir: Path, step: int) -> list[Path]:
+    """Make a run's folder ready to go on after `step`, and return where the later checkpoints are now.
+
+    They are of a branch that the run leaves: they must neither crowd out its new checkpoints nor be resumed or exported
+    in their place. What interrupted saves left behind is removed.
+
+    Raises:
+        DiskError: if the folder cannot be changed.
+    """
+    parent = run_dir / FOLDER
+    moved = []
+    try:
+        for debris in [*parent.glob(".step-*.tmp"), *parent.glob(".step-*.old")]:
+            shutil.rmtree(debris)
+        for path in list_steps(run_dir):
+            if int(path.name.removeprefix("step-")) > step:
+                target = parent / ABANDONED / path.name
+                target.parent.mkdir(exist_ok=True)
+                _remove(target)
+                moved.append(path.rename(target))
+    except OSError as error:
+        raise DiskError(f"{parent}: cannot be tidied up: {error.strerror or error}") from error
+    return moved
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,20 +256,37 @@ def _write(path: Path, data: bytes) -> dict[str, int | str]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _val_loss(path: Path) -> float | None:
-    """Return the validation loss that a checkpoint records; None where it has none or cannot be read."""
+def _val_loss(path: Path) -> float:
+    """Return the validation loss that a checkpoint records; infinity where it has none or cannot be read."""
     try:
         loss = json.loads((path / STATE).read_bytes()).get("val_loss")
     except (OSError, ValueError, AttributeError):
-        return None
-    return loss if isinstance(loss, float) else None
+        return math.inf
+    return loss if isinstance(loss, float) else math.inf
 
 
-def _retire(run_dir: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the best."""
-    best = find_best(run_dir)
+def _best_first(run_dir: str | Path) -> list[Path]:
+    """Return the run's checkpoints by their validation losses, then those without one, the newest first."""
+    return sorted(reversed(list_steps(run_dir)), key=_val_loss)
+
+
+def _first_sound(paths: Iterable[Path]) -> Path | None:
+    """Return the first checkpoint that passes `verify`, or None; each one before it is named on stderr."""
+    for path in paths:
+        try:
+            verify(path)
+        except CheckpointError as error:
+            print(f"warning: checkpoint {path.name} is skipped: {error}", file=sys.stderr, flush=True)
+        else:
+            return path
+    return None
+
+
+def _retire(run_dir: Path, keep: int, written: Path) -> None:
+    """Remove all checkpoints but the newest `keep`, the best, and the one just written."""
+    best = _best_first(run_dir)[0]
     for path in list_steps(run_dir)[:-keep]:
-        if path != best:
+        if path not in (best, written):
             _remove(path)
 
 
@@ -258,8 +297,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
         shutil.rmtree(doomed)
-
-
-def _debris(run_dir: Path) -> Iterator[Path]:
-    """Yield what interrupted saves left behind."""
-    yield from (path for path in (run_dir / FOLDER).glob(".step-*") if path.name.endswith((".tmp", ".old")))
