@@ -30,6 +30,7 @@ Config = TypeVar("Config")
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
+TOML_FILE = "CONFIG.toml"
 
 
 def parse(
@@ -49,24 +50,22 @@ def parse(
         program: what the user typed, shown in the usage line.
         description: shown above the options.
         positional: fields that bare words fill, in this order.
-        toml: whether a first bare word ending in .toml names a file of field values.
+        toml: whether a bare word ending in .toml names a file of field values.
 
     Returns:
         The configuration, checked by its own __post_init__.
 
     Raises:
-        UsageError: on an unknown option, a stray word, a missing or unreadable value.
+        UsageError: on an unknown option, a stray word, a missing or unreadable value, a word that is no text.
         ConfigError: on a bad TOML file, or (from the dataclass) values out of range.
     """
     fields = {field.name: _Field.of(field, hint) for field, hint in _fields_with_hints(config_class)}
-    usage = " ".join([program, *(["[CONFIG.toml]"] if toml else []), *(f"[{name.upper()}]" for name in positional)])
+    usage = " ".join([program, *([f"[{TOML_FILE}]"] if toml else []), *(f"[{name.upper()}]" for name in positional)])
     if any(word in ("-h", "--help") for word in argv):
         tyro.cli(_with_plain_help(config_class), prog=usage, description=description, args=["--help"], config=_TYRO)
-    values: dict[str, str] = {}
-    words = list(argv)
-    if toml and words and words[0].endswith(".toml"):
-        values.update(_read_toml(Path(words.pop(0)), fields))
-    values.update(_read_words(words, fields, list(positional)))
+    values = _read_words(list(argv), fields, list(positional), toml)
+    if (path := values.pop(TOML_FILE, None)) is not None:
+        values = _read_toml(Path(path), fields) | values
     return _convert(config_class, values)
 
 
@@ -130,6 +129,8 @@ def _read_toml(path: Path, fields: dict[str, _Field]) -> dict[str, str]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     unknown = [f"{path}: {_unknown(key, key, fields)}" for key in table if key.replace("-", "_") not in fields]
@@ -139,14 +140,17 @@ def _read_toml(path: Path, fields: dict[str, _Field]) -> dict[str, str]:
     return {name: fields[name].spell(str(value)) for name, value in ((k.replace("-", "_"), table[k]) for k in table)}
 
 
-def _read_words(words: list[str], fields: dict[str, _Field], positional: list[str]) -> dict[str, str]:
-    """Return option name -> value for the words of a command line."""
+def _read_words(words: list[str], fields: dict[str, _Field], positional: list[str], toml: bool) -> dict[str, str]:
+    """Return option name -> value for the words of a command line; the name of a TOML file is TOML_FILE's."""
     by_flag = {alias: field for field in fields.values() for alias in field.aliases}
     by_flag |= {"--" + name: field for name, field in fields.items()}
     values: dict[str, str] = {}
     while words:
         word = words.pop(0)
         if not word.startswith("-") or word == "-":
+            if toml and word.endswith(".toml") and TOML_FILE not in values:
+                values[TOML_FILE] = word
+                continue
             if not positional:
                 raise UsageError(f"unexpected argument '{word}'; options start with --, see --help")
             values[positional.pop(0)] = word
@@ -170,6 +174,9 @@ def _read_words(words: list[str], fields: dict[str, _Field], positional: list[st
             raise UsageError(f"{word}: needs a value, as in {word}=VALUE")
         else:
             values[field.name] = field.spell(words.pop(0))
+    for name, value in values.items():
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UsageError(f"{name}={value!a}: not valid UTF-8")
     return values
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class LlamaletError(Exception):
     """Base of all errors that a user can cause."""
@@ -64,22 +66,10 @@ class NonFiniteError(LlamaletError, ArithmeticError):
     exit_code = 6
 
 
-class LockedError(LlamaletError):
-    """A folder that another process is using."""
-
-    exit_code = 7
-
-
 class DiskError(LlamaletError, OSError):
     """A file that could not be written."""
 
     exit_code = 8
-
-
-class InterruptedRun(LlamaletError):
-    """A run that was stopped and can be resumed."""
-
-    exit_code = 75
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -90,22 +80,28 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """
     try:
         code = main(sys.argv[1:])
-        sys.stdout.flush()
+        print(end="", flush=True)  # unlike sys.stdout.flush(), this may be done where stdout is closed
     except LlamaletError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         code = _fail("stopped by Ctrl-C", 130)
-    except BrokenPipeError:
-        # The reader (head, less) has gone. Without this, closing stdout at exit would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has gone
+        _forget_stdout()
         code = 141
     except MemoryError:
         code = _fail("out of memory; use a smaller model, batch or context", 1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        where, full = f"{error.filename}: " if error.filename else "", error.errno in DISK_FULL
+        if full and not where:  # whoever writes to a file names it
+            where = "stdout: "
+            _forget_stdout()
         code = _fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
     sys.exit(code)
+
+
+def _forget_stdout() -> None:
+    """Send what stdout still holds nowhere, or Python would complain once more when it closes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from llamalet.errors import DiskError, LlamaletError
+from llamalet.errors import DISK_FULL, DiskError, LlamaletError
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         A binary file open for writing and reading.
 
     Raises:
-        DiskError: if the disk is full or fails.
+        DiskError: if the file cannot be written.
     """
     aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -35,12 +35,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(aside, path)
         sync_folder(path.parent)
     except BaseException as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         # An error that knows another file's name comes from reading that one and says enough.
-        foreign = isinstance(error, LlamaletError) or getattr(error, "filename", None) not in (None, aside, str(aside))
-        if isinstance(error, OSError) and not foreign:
-            raise DiskError(f"{path}: {error.strerror}; free some space and try again, nothing was changed") from error
-        raise
+        if isinstance(error, LlamaletError) or not isinstance(error, OSError):
+            raise
+        if error.filename is not None and Path(error.filename) not in (aside, *path.parents):
+            raise
+        advice = "; free some space and try again" if error.errno in DISK_FULL else ""
+        raise DiskError(f"{path}: cannot be written: {error.strerror}{advice}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -87,6 +87,7 @@ def test_spellings(argv, changed):
         (("--dtype=float16",), UsageError, ["float16", "float32"]),
         (("--batch-size",), UsageError, ["--batch-size", "needs a value"]),
         (("a.bin", "b.bin"), UsageError, ["unexpected argument 'b.bin'"]),
+        (("--prompt=caf\udce9",), UsageError, ["prompt='caf\\udce9': not valid UTF-8"]),
         (("--batch-size=0", "-t", "-1"), ConfigError, ["batch_size=0", "temperature=-1.0"]),
     ],
 )
@@ -122,6 +123,22 @@ def test_bad_toml_is_one_config_error(tmp_path, text, words):
     assert all(word in str(caught.value) for word in [str(path), *words]), str(caught.value)
 
 
+def test_toml_may_stand_anywhere(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("batch_size = 4\nseed = 5\n")
+    for argv in (("-s", "6", str(path)), ("--compile", str(path), "--seed=6"), (str(path), "-s=6")):
+        assert options(*argv, toml=True) == Options(batch_size=4, seed=6)
+    assert options("m.bin", str(path), toml=True) == Options(batch_size=4, seed=5, checkpoint="m.bin")
+    with pytest.raises(UsageError, match="unexpected argument 'two.toml'"):
+        options("m.bin", str(path), "two.toml", toml=True)
+
+
+def test_toml_that_is_a_folder_is_a_config_error(tmp_path):
+    (tmp_path / "a.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"a\.toml: cannot be read: Is a directory"):
+        options(str(tmp_path / "a.toml"), toml=True)
+
+
 def test_missing_toml_names_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"gone\.toml: no such config file"):
         options(str(tmp_path / "gone.toml"), toml=True)
@@ -149,3 +166,17 @@ def test_run_turns_errors_into_one_line_and_an_exit_code():
         done = subprocess.run([sys.executable, "-c", code, kind], cwd=root, capture_output=True, text=True)
         assert done.returncode == status
         assert text in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "words"),
+    [("> /dev/full", 8, "error: stdout: No space left on device\n"), (">&-", 0, ""), ("| true", 141, "")],
+)
+def test_an_output_that_takes_nothing(redirection, status, words):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    code = "from llamalet import errors\nerrors.run(lambda argv: print('word ' * 100_000) or 0)"
+    command = f'set -o pipefail; {sys.executable} -c "{code}" {redirection}'
+    root = Path(__file__).parent.parent
+    done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, words)

@@ -34,7 +34,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with (
-        pytest.raises(DiskError, match=r"file: No space left"),
+        pytest.raises(DiskError, match=r"file: cannot be written: No space left on device; free some space"),
         replacing(tmp_path / "file") as file,
     ):
         file.write(b"x")
@@ -44,3 +44,15 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 def test_an_unreadable_source_is_not_blamed_on_the_target(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"), replacing(tmp_path / "file"):
         open(tmp_path / "gone")
+
+
+def test_what_cannot_be_written_names_the_file_and_the_reason(tmp_path):
+    parent = tmp_path / "parent"
+    parent.write_bytes(b"a file")
+    for path in (parent / "file", parent / "deep" / "file"):
+        with pytest.raises(DiskError, match=r"file: cannot be written: \w[\w ]+$"), replacing(path):
+            pass
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DiskError, match="folder: cannot be written: Is a directory$"), replacing(tmp_path / "folder"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "parent"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llamalet.errors import DataError
+from llamalet.errors import DataError, DiskError
 from llamalet.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,10 +40,17 @@ class Metrics:
         self._wandb = _start_wandb(wandb, run_dir) if wandb is not None else None
 
     def log(self, row: Row) -> None:
-        """Append one row; it needs `step`, and numbers that are not finite are recorded as null."""
+        """Append one row; it needs `step`, and numbers that are not finite are recorded as null.
+
+        Raises:
+            DiskError: if the disk is full or fails.
+        """
         row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise DiskError(f"{self.path}: cannot be written: {error.strerror}") from error
         if self._wandb is not None:
             try:
                 self._wandb.log(dict(row), step=row["step"])
