@@ -13,10 +13,12 @@ COMMAND --help lists the options of each. Some ways to go:
   python tinystories.py pretokenize my_folder --document=blankline --vocab=llama2/tokenizer.model
 """
 
+import dataclasses
 import difflib
 import inspect
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +28,13 @@ from tqdm import tqdm
 
 from configurator import parse
 from llamalet import errors
-from llamalet.errors import ConfigError, UsageError
+from llamalet.errors import ConfigError, DataError, UsageError
 from llamalet.files import replacing
 from llamalet.shards import SPLITS, Meta
 from training import documents, vocabulary
 from training.documents import DocumentRule, Piece, expected_chars
 from training.download import download
-from training.pretokenize import open_tokenizer, pretokenize
+from training.pretokenize import check_source, open_tokenizer, pretokenize
 from training.sources import DEFAULT_SOURCE, Source, open_source
 from training.synthetic import synthesize
 from training.workers import Workers
@@ -168,7 +170,9 @@ def run_download(argv: Sequence[str]) -> int:
         print(f"{config.source} is already here: nothing to download")
     else:
         download(config.source, config.data_dir, max_files=config.max_files, report=print)
-    _print_pretokenize(None if config.source == DEFAULT_SOURCE else config.source, config.data_dir)
+    _print_pretokenize(
+        TextConfig(source=None if config.source == DEFAULT_SOURCE else config.source, data_dir=config.data_dir)
+    )
     return 0
 
 
@@ -196,7 +200,7 @@ def run_synthesize(argv: Sequence[str]) -> int:
     for split, files in record.files.items():
         for file in files:
             print(f"{split:<5}  {config.data_dir / record.source / file.file}  {file.bytes / 1e6:.1f} MB")
-    _print_pretokenize(record.source, config.data_dir)
+    _print_pretokenize(TextConfig(source=record.source, data_dir=config.data_dir))
     return 0
 
 
@@ -210,8 +214,9 @@ def run_train_vocab(argv: Sequence[str]) -> int:
     """
     config = _parse(TrainVocabConfig, argv, run_train_vocab, positional=("source",))
     source = _open(config)
-    _train_vocabulary(config, source, config.vocab_size, at_most=False)
-    _print_pretokenize(config.source, config.data_dir)
+    path = _train_vocabulary(config, source, config.vocab_size, at_most=False)
+    print(f"wrote {path}")
+    _print_pretokenize(config)
     return 0
 
 
@@ -230,6 +235,7 @@ def run_pretokenize(argv: Sequence[str]) -> int:
     source = _open(config)
     vocab = _find_vocabulary(config, source)
     tokenizer = open_tokenizer(vocab)
+    print(f"vocabulary: {vocab}, {tokenizer.vocab_size} tokens", flush=True)
     # A vocabulary from elsewhere gets a folder of its own, named after its digest.
     suffix = "" if vocab.resolve().parent == source.folder.resolve() else f"-{tokenizer.sha256[:8]}"
     recipe = {
@@ -256,13 +262,14 @@ def run_pretokenize(argv: Sequence[str]) -> int:
             advance=bar.update,
         )
     _describe(folder, meta, n_kept, empty)
-    print("next: python train.py" + ("" if config.data_dir == DATA_DIR else f" --data={folder}"))
+    print("next: " + shlex.join(["python", "train.py", *([] if config.data_dir == DATA_DIR else [f"--data={folder}"])]))
     return 0
 
 
 def _open(config: TextConfig) -> Source:
     """Find the source, and say which one it is where the user did not."""
     source = open_source(config.source, config.data_dir)
+    check_source(source.folder, source.label)
     if config.source is None:
         print(f"source: {source.label}")
     return source
@@ -286,19 +293,21 @@ def _find_vocabulary(config: PretokenizeConfig, source: Source) -> Path:
     if trained and trained[-1].is_file():
         return trained[-1]
     size = config.vocab_size or vocabulary.DEFAULT_SIZE
-    print(f"no vocabulary yet: training one of {size} tokens", flush=True)
+    print("no vocabulary yet", flush=True)
     return _train_vocabulary(config, source, size, at_most=config.vocab_size is None)
 
 
 def _train_vocabulary(config: TextConfig, source: Source, vocab_size: int, *, at_most: bool) -> Path:
     """Train a vocabulary on the training documents and write it to the source's folder."""
     every = math.ceil(expected_chars(source.files, config.text_column) / vocabulary.SAMPLE_CHARS)
-    lines = vocabulary.sample_lines(_pieces(config, source, "train"), max(every, 1))
+    lines = list(vocabulary.sample_lines(_pieces(config, source, "train"), max(every, 1)))
+    if not lines:
+        raise DataError(f"{source.label}: there is no text to train a vocabulary on")
+    print(f"training a vocabulary of {vocab_size} tokens", flush=True)
     model, n_tokens = vocabulary.train(lines, vocab_size, at_most=at_most)
     path = source.folder / f"tok{n_tokens}.model"
     with replacing(path) as file:
         file.write(model)
-    print(f"vocabulary: {path}, {n_tokens} tokens")
     return path
 
 
@@ -321,11 +330,11 @@ def _describe(folder: Path, meta: Meta, n_kept: int, empty: list[str]) -> None:
     print(f"wrote {folder}")
 
 
-def _print_pretokenize(source: str | None, data_dir: Path) -> None:
-    """Print the command to type next."""
-    options = [f"--source={source}"] if source is not None else []
-    options += [f"--data-dir={data_dir}"] if data_dir != DATA_DIR else []
-    print("next: " + " ".join(["python tinystories.py pretokenize", *options]))
+def _print_pretokenize(config: TextConfig) -> None:
+    """Print the command to type next, for the same text."""
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(TextConfig)}
+    options = [f"--{f.name.replace('_', '-')}={value}" for f, value in values.items() if value != f.default]
+    print("next: " + shlex.join(["python", "tinystories.py", "pretokenize", *options]))
 
 
 def _parse(
@@ -367,9 +376,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run one of the commands; see the top of the file."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv:
+        raise UsageError(f"no command; it must be {', '.join(COMMANDS)}; see --help")
+    if argv[0] in ("-h", "--help", "help"):
         print(__doc__.strip())
-        return 0 if argv else UsageError.exit_code
+        return 0
     command = COMMANDS.get(argv[0].replace("_", "-"))
     if command is None:
         near = difflib.get_close_matches(argv[0].replace("_", "-"), COMMANDS, n=1, cutoff=0.4)

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -113,7 +114,11 @@ def test_synthesize_then_pretokenize_and_nothing_between(capsys):
     capsys.readouterr()
     run("pretokenize")
     said = capsys.readouterr().out
-    assert "source: synthetic" in said and "no vocabulary yet" in said and "next: python train.py" in said
+    assert (
+        "source: synthetic" in said
+        and "training a vocabulary of 4096 tokens" in said
+        and "next: python train.py" in said
+    )
     folder = find_newest("data")
     data = Shards.open(folder, verify=True)
     assert f"wrote {folder}" in said and f"{data.meta.splits['train'].tokens:,} tokens" in said
@@ -371,6 +376,12 @@ def test_a_vocabulary_learns_from_very_long_lines():
     assert vocabulary.train([line], 280)[1] == 280
 
 
+def test_a_text_of_one_long_document_is_sampled_too():
+    pieces = [Piece(f"piece {i}", i == 0, "novel.txt", 1) for i in range(7)]
+    assert list(vocabulary.sample_lines(pieces, 3)) == ["piece 0", "piece 3", "piece 6"]
+    assert len(list(vocabulary.sample_lines(pieces, 1))) == 7
+
+
 def test_a_text_too_small_for_the_vocabulary_names_the_largest(stories):
     write_jsonl(Path("s.jsonl"), stories)
     with pytest.raises(DataError, match=r"--vocab-size=9000: .*the largest possible is (\d+)") as caught:
@@ -500,6 +511,22 @@ def test_prepared_data_of_another_source_are_not_replaced(stories):
     with pytest.raises(DataError, match=r"tok303: holds data of a/s\.jsonl, not b/s\.jsonl"):
         run("pretokenize", "b/s.jsonl", "--vocab-size=303")
     assert digests(Path("data/s/tok303")) == before
+    # Nor is the vocabulary of one taken for the other's text, or replaced.
+    for options in (["pretokenize"], ["pretokenize", "--vocab-size=310"], ["train-vocab", "--vocab-size=303"]):
+        with pytest.raises(DataError, match=r"holds data of a/s\.jsonl, not b/s\.jsonl"):
+            run(*options, "--source=b/s.jsonl")
+    assert [path.name for path in Path("data/s").glob("*.model")] == ["tok303.model"]
+
+
+def test_the_next_command_repeats_what_was_typed(stories, capsys):
+    Path("my poems.txt").write_text("\n\n".join(stories))
+    typed = ["--source=my poems.txt", "--document=blankline", "--val-fraction=0.1"]
+    run("train-vocab", "my poems.txt", "--vocab-size=303", *typed[1:])
+    said = capsys.readouterr().out
+    words = shlex.split(said.splitlines()[-1].removeprefix("next: "))
+    assert words == ["python", "tinystories.py", "pretokenize", *typed]
+    run(*words[2:])
+    assert "vocabulary: data/my poems/tok303.model, 303 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -507,8 +534,8 @@ def test_prepared_data_of_another_source_are_not_replaced(stories):
     [
         ('{"text": "a"}\n{"text" "b"}\n', "s.jsonl, line 2: not valid JSON"),
         ('{"text": "a"}\n{"story": "b"}\n', "s.jsonl, line 2: no text under the key 'text'"),
-        ('{"text": ""}\n\n', "no text to train a vocabulary on"),
-        ("", "no text to train a vocabulary on"),
+        ('{"text": ""}\n\n', "s.jsonl: there is no text to train a vocabulary on"),
+        ("", "s.jsonl: there is no text to train a vocabulary on"),
     ],
 )
 def test_bad_input_ends_in_one_line(content, words):
@@ -581,7 +608,9 @@ def test_in_a_shell_without_data_the_message_says_what_to_type():
     assert process.returncode == 3 and out == ""
     assert err.count("\n") == 1 and "python tinystories.py download" in err
     process = command()
-    assert "pretokenize" in process.communicate()[0] and process.returncode == 2
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == ""
+    assert err.count("\n") == 1 and "no command" in err and "pretokenize" in err
 
 
 def test_a_full_disk_is_one_line_that_names_the_file():
@@ -590,7 +619,11 @@ def test_a_full_disk_is_one_line_that_names_the_file():
 
     process = command("synthesize", "--size=1MB", preexec_fn=limit_files)
     _, err = process.communicate()
-    assert process.returncode == 8 and err.count("\n") == 1 and "data/synthetic/train.jsonl: File too large" in err
+    assert (
+        process.returncode == 8
+        and err.count("\n") == 1
+        and "data/synthetic/train.jsonl: cannot be written: File too large; free" in err
+    )
     assert not list(Path("data/synthetic").iterdir())
 
 

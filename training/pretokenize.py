@@ -121,23 +121,36 @@ def open_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def sound_shards(folder: Path, meta: Meta) -> dict[str, Shard]:
-    """Return, by file name, the shards in `folder` that were made as `meta` says and are undamaged.
+def check_source(folder: Path, source: str) -> None:
+    """Refuse to mix the vocabularies and prepared data of two sources whose files have the same name.
+
+    Args:
+        folder: where those of the source go.
+        source: what meta.json calls it.
 
     Raises:
-        DataError: if the folder holds data of another source.
+        DataError: if data of another source lie there.
     """
+    for record in [*folder.glob(f"*/{META_FILE}"), *folder.glob(f"*/{UNFINISHED_FILE}")]:
+        try:
+            other = shards.read_meta(record).source
+        except DataError:
+            continue  # unusable: it will be replaced
+        if other != source:
+            raise DataError(
+                f"{record.parent}: holds data of {other}, not {source}; delete {folder} or choose another --data-dir"
+            )
+
+
+def sound_shards(folder: Path, meta: Meta) -> dict[str, Shard]:
+    """Return, by file name, the shards in `folder` that were made as `meta` says and are undamaged."""
     sound = {}
     for record in (folder / META_FILE, folder / UNFINISHED_FILE):
         try:
             old = shards.read_meta(record)
         except DataError:
             continue  # missing, or unusable: then there is nothing to keep
-        if old.source != meta.source:
-            raise DataError(
-                f"{folder}: holds data of {old.source}, not {meta.source}; delete it or choose another --data-dir"
-            )
-        if (old.recipe, old.tokenizer_sha256) != (meta.recipe, meta.tokenizer_sha256):
+        if (old.source, old.recipe, old.tokenizer_sha256) != (meta.source, meta.recipe, meta.tokenizer_sha256):
             continue
         for shard in itertools.chain.from_iterable(split.shards for split in old.splits.values()):
             try:

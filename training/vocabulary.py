@@ -5,8 +5,9 @@ back is the text that went in, except that U+2581, SentencePiece's own mark for 
 """
 
 import io
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from llamalet.errors import DataError
 from training.documents import Piece
@@ -22,15 +23,12 @@ TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
 
 
 def sample_lines(stream: Iterable[Piece], every: int) -> Iterator[str]:
-    """Yield the lines of every n-th document. Without line ends in it, a vocabulary spells them as the byte token."""
-    number = 0
-    for piece in stream:
-        number += piece.starts
-        if number % every == 0:
-            yield from filter(None, piece.text.split("\n"))
+    """Yield the lines of every n-th piece. Without line ends in it, a vocabulary spells them as the byte token."""
+    for piece in itertools.islice(stream, 0, None, every):
+        yield from filter(None, piece.text.split("\n"))
 
 
-def train(lines: Iterable[str], vocab_size: int, *, at_most: bool = False) -> tuple[bytes, int]:
+def train(lines: Sequence[str], vocab_size: int, *, at_most: bool = False) -> tuple[bytes, int]:
     """Train a vocabulary; the same lines give the same bytes.
 
     Args:
@@ -46,13 +44,10 @@ def train(lines: Iterable[str], vocab_size: int, *, at_most: bool = False) -> tu
     """
     import sentencepiece
 
-    text = list(lines)
-    if not text:
-        raise DataError("there is no text to train a vocabulary on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(text),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -74,7 +69,7 @@ def train(lines: Iterable[str], vocab_size: int, *, at_most: bool = False) -> tu
         if too_large := TOO_LARGE.search(str(error)):
             largest = int(too_large[1])
             if at_most:
-                return train(text, largest)
+                return train(lines, largest)
             raise DataError(
                 f"--vocab-size={vocab_size}: the text is too small for it; the largest possible is {largest}"
             ) from None
