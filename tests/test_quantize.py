@@ -237,3 +237,13 @@ def test_quantization_s_table(tmp_path, capsys):
     stories.write_text("no json")
     with pytest.raises(DataError, match="stories.jsonl"):
         quantization.main([str(path), f"--text={stories}"])
+
+
+def test_q8_costs_half_a_percent_at_most_and_q4_no_more_than_q4_0(shared_data, capsys):
+    pytest.importorskip("gguf")
+    text, tokenizer = shared_data / "tinystories-sample.jsonl", shared_data / "tok512.bin"
+    model = shared_data / "stories260K.bin"
+    assert quantization.main([str(model), f"--tokenizer={tokenizer}", f"--text={text}", "--stories=5"]) == 0
+    bits = {row.split()[0]: float(row.split()[5]) for row in capsys.readouterr().out.splitlines()[2:]}
+    assert bits["q8"] <= 1.005 * bits["f32"]
+    assert bits["q4"] <= bits["Q4_0"]
