@@ -131,17 +131,19 @@ def test_a_prompt_longer_than_a_chunk():
     assert cache.length == len(tokens)
 
 
-@pytest.mark.parametrize("version", [0, 1])
-def test_weights_stay_where_the_file_is_mapped(tmp_path, version):
+@pytest.mark.parametrize(("version", "dtype"), [(0, None), (1, None), (3, "f32"), (3, "bf16"), (3, "q8"), (3, "q4")])
+def test_weights_stay_where_the_file_is_mapped(tmp_path, version, dtype):
     config = SMALL_MODELS["gqa-untied"]
-    file = write(tmp_path / "model.bin", version, config)
+    file = format.write(tmp_path / "model.bin", version, config, random_tensors(config), dtype=dtype)
     matrices = dict(zip(kernels.MATRICES, stack_weights(file).matrices, strict=True))
     for name, tensor in file.tensors.items():
         *layer, matrix = name.replace("layers.", "").split(".")
         if matrix in matrices:
-            stack = matrices[matrix]
-            address = stack.first.__array_interface__["data"][0] + stack.distance * int(layer[0] if layer else 0)
-            assert address == tensor.__array_interface__["data"][0] and stack.first.shape[0] == len(tensor)
+            packed = isinstance(tensor, quantize.Packed)
+            stacks = matrices[matrix] if packed else [matrices[matrix]]
+            for stack, part in zip(stacks, tensor[:2] if packed else [tensor], strict=True):
+                address = stack.first.__array_interface__["data"][0] + stack.distance * int(layer[0] if layer else 0)
+                assert address == part.__array_interface__["data"][0] and stack.first.nbytes == part.nbytes
 
 
 def test_weights_that_are_not_of_a_file_may_lie_anywhere():
