@@ -19,7 +19,15 @@ from story_grammar import log_prob
 from training import checkpoint, weights
 from training.proof import Proof, prove
 
-FILES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
+# The version, what v3's matrices are made of, and the name of each file.
+FILES = (
+    (0, None, "model_v0.bin"),
+    (1, None, "model.bin"),
+    (2, None, "model_q8.bin"),
+    (3, "q8", "model_v3_q8.bin"),
+    (3, "q4", "model_v3_q4.bin"),
+)
+FLOAT_FILE, TOLD_WITH = "model.bin", "model_v3_q8.bin"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +60,9 @@ def main(argv: Sequence[str]) -> int:
     data = Shards.open(source.state["data"])
     if data.meta.entropy is None:
         raise DataError(f"{data.folder}: has no known entropy; only data from `tinystories.py synthesize` has")
-    proofs = [_export(folder / name, version, source, data) for version, name in FILES.items()]
+    proofs = [_export(folder / name, version, dtype, source, data) for version, dtype, name in FILES]
     print("\nParity of PyTorch and the runtime\n" + _parity_table(proofs))
-    model = Model.load(folder / FILES[1])
+    model = Model.load(folder / FLOAT_FILE)
     found = _evaluate(model, data)
     print("\nValidation loss beside the corpus entropy, on held-out stories, each whole and up to its closing BOS")
     if found.documents != data.meta.entropy.stories:
@@ -65,26 +73,27 @@ def main(argv: Sequence[str]) -> int:
     share = f"{len(recognised)} of {len(texts)}"
     print(f"\nThe grammar recognises {share} stories that the model told at temperature 1.0. One of them:\n")
     print((recognised or texts)[0])
-    print(f"\nTell more: .venv/bin/python sample.py {folder / FILES[2]} -t 0.8")
+    print(f"\nTell more: .venv/bin/python sample.py {folder / TOLD_WITH} -t 0.8")
     return 0 if all(proof.ok for proof in proofs) else FormatError.exit_code
 
 
-def _export(path: Path, version: int, source: checkpoint.Checkpoint, data: Shards) -> Proof:
+def _export(path: Path, version: int, dtype: str | None, source: checkpoint.Checkpoint, data: Shards) -> Proof:
     """Write one version and prove it."""
     print(f"exporting and proving {path} ...", flush=True)
-    weights.write_bin(path, version, source.model_config, source.model_state, source.tokenizer_path)
+    weights.write_bin(path, version, source.model_config, source.model_state, source.tokenizer_path, dtype=dtype)
     return prove(path, checkpoint_state=source.model_state, data=data)
 
 
 def _parity_table(proofs: list[Proof]) -> str:
     """Return one line per version: size, the largest logit difference, the text, the bits per byte of both."""
-    lines = ["  version        bytes   logits differ by   PyTorch   runtime bits/byte   verdict"]
+    lines = ["  version           bytes   logits differ by   PyTorch   runtime bits/byte   verdict"]
     for proof in proofs:
         size = proof.path.stat().st_size
         difference = f"{proof.logit_difference:.1e} of {proof.largest_logit:.0f}"
         bits = f"{proof.torch_bits_per_byte:7.4f}   {proof.runtime_bits_per_byte:17.4f}"
         verdict = "proved" if proof.ok else "NOT proved: " + "; ".join(proof.problems)
-        lines.append(f"  v{proof.version}       {size:11,}   {difference:>16}   {bits}   {verdict}; {proof.text}")
+        name = f"v{proof.version} {proof.dtype}"
+        lines.append(f"  {name:9} {size:13,}   {difference:>16}   {bits}   {verdict}; {proof.text}")
     return "\n".join(lines)
 
 

@@ -12,23 +12,12 @@ from toy import toy_data
 import export
 from llamalet import format, shards, tokenizer
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
-from llamalet.reference import NumpyTransformer
 from llamalet.runtime import Model
 from llamalet.transformer import Transformer
 from training import checkpoint, proof, weights
 
 ROOT = Path(__file__).parent.parent
 CONFIG = dataclasses.replace(SMALL_MODELS["gqa-tied"], max_seq_len=64)
-
-
-@pytest.fixture(autouse=True)
-def _v3_in_numpy(monkeypatch):
-    """Version 3 files are run by the reference."""
-
-    def transformer(file: format.ModelFile):
-        return NumpyTransformer(file) if file.version == 3 else Transformer(file)
-
-    monkeypatch.setattr(proof, "Transformer", transformer)
 
 
 def save_checkpoint(run: Path, data: Path, step: int, val_loss: float, seed: int = 0) -> Path:

@@ -44,6 +44,7 @@ class Proof:
 
     path: Path
     version: int
+    dtype: str
     weights: str = "not compared (no checkpoint)"
     logit_difference: float = 0.0
     largest_logit: float = 0.0
@@ -112,7 +113,7 @@ def prove(
     start = time.perf_counter()
     file = format.read(path, verify=True)
     config = file.config
-    proof = Proof(path=path, version=file.version)
+    proof = Proof(path=path, version=file.version, dtype=file.dtype)
     from_file = TorchLogits(weights.load_model(config, weights.to_state(file.tensors)), config)
     runtime = Transformer(file)
     if checkpoint_state is not None:
