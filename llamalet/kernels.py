@@ -25,6 +25,7 @@ from llamalet.simd import (
     layer_of,
     magnitude_bits,
     multiply_blocks,
+    rows_to_lanes,
     softmax_lanes,
 )
 
@@ -118,6 +119,7 @@ class Workspace(NamedTuple):
     scores: (H, capacity).
     lane_scores: scores of QUERY_LANES queries (H, capacity, QUERY_LANES).
     lane_queries: those queries and what they see (H, D, QUERY_LANES).
+    scratch: for each thread, a block of a matrix of floats (threads, cols, BLOCK_ROWS).
     operands: what the matrices of the even stages multiply: float32 (T, cols) or QuantizedRows.
     outputs: what the matrices make: q, k, v, projected (T, C), gate, up, projected, (0, V) for logits.
     job: int64, the words above.
@@ -132,6 +134,7 @@ class Workspace(NamedTuple):
     scores: Any
     lane_scores: Any
     lane_queries: Any
+    scratch: Any
     operands: Any
     outputs: Any
     job: Any
@@ -231,7 +234,7 @@ def quantize_rows(x: Any, rows: Any, first: int, last: int) -> None:
             rows.starts[t, g] = -rows.zero * total
 
 
-def matmul(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int) -> None:
+def matmul(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
     """Multiply blocks first..last, of 16 rows each, of a matrix with `count` vectors from first_t on.
 
     Args:
@@ -242,18 +245,44 @@ def matmul(matrix: Any, operand: Any, first_t: int, count: int, out: Any, first:
         out: (T, rows); its first `count` rows are written.
         first: the first block.
         last: the block after the last; that one may have fewer than 16 rows.
+        scratch: float32 (cols or more, 16) for the positions of one sequence, (0, 16) for those of several; theirs are
+            summed in the order of a single vector.
     """
 
 
 @overload(matmul, jit_options=OPTIONS, strict=False)
-def _matmul(matrix: Any, operand: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any) -> Any:
-    if isinstance(matrix, types.Array):
-        return lambda matrix, operand, first_t, count, out, first, last: matmul_rows(
-            matrix, operand, first_t, count, out, first * BLOCK_ROWS, min(last * BLOCK_ROWS, out.shape[1])
+def _matmul(matrix: Any, operand: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, scratch: Any) -> Any:
+    if not isinstance(matrix, types.Array):
+        return lambda matrix, operand, first_t, count, out, first, last, scratch: matmul_blocks(
+            matrix, operand, first_t, count, out, first, last
         )
-    return lambda matrix, operand, first_t, count, out, first, last: matmul_blocks(
-        matrix, operand, first_t, count, out, first, last
-    )
+
+    def multiply(
+        matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any
+    ) -> None:
+        if count > 1 and len(scratch):
+            matmul_lanes(matrix, operand, first_t, count, out, first, last, scratch)
+        else:
+            n_rows = out.shape[1]
+            matmul_rows(matrix, operand, first_t, count, out, first * BLOCK_ROWS, min(last * BLOCK_ROWS, n_rows))
+
+    return multiply
+
+
+@kernel
+def matmul_lanes(
+    matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any
+) -> None:
+    """Multiply blocks of a matrix of floats, each of which is turned so that its rows are lanes."""
+    vectors, cols, end = operand[first_t:], operand.shape[1], count - 1
+    for block in range(first, last):
+        rows_to_lanes(matrix, block * BLOCK_ROWS, out.shape[1] - 1, scratch)
+        for t in range(0, count, 8):
+            ts = (
+                t, min(t + 1, end), min(t + 2, end), min(t + 3, end),
+                min(t + 4, end), min(t + 5, end), min(t + 6, end), min(t + 7, end),
+            )  # fmt: skip
+            combine_lanes(vectors, ts, cols, 1, scratch, cols, out, block * BLOCK_ROWS)
 
 
 @kernel
@@ -380,7 +409,7 @@ def attention_of_lanes(
             s, min(s + 1, end), min(s + 2, end), min(s + 3, end),
             min(s + 4, end), min(s + 5, end), min(s + 6, end), min(s + 7, end),
         )  # fmt: skip
-        combine_lanes(keys, rows, head_dim, 1, lanes, head_dim, scores)
+        combine_lanes(keys, rows, head_dim, 1, lanes, head_dim, scores, 0)
     for s in range(start + 1, length):  # what is in the future of a query has no weight
         for t in range(s - start):
             scores[s, t] = -np.inf
@@ -391,7 +420,7 @@ def attention_of_lanes(
             i, min(i + 1, end), min(i + 2, end), min(i + 3, end),
             min(i + 4, end), min(i + 5, end), min(i + 6, end), min(i + 7, end),
         )  # fmt: skip
-        combine_lanes(values, rows, 1, head_dim, scores, length, lanes)
+        combine_lanes(values, rows, 1, head_dim, scores, length, lanes, 0)
     for t in range(count):
         for i in range(head_dim):
             out[t, column + i] = lanes[i, t]
@@ -436,7 +465,7 @@ def swiglu(gate: Any, up: Any) -> None:
 
 
 @kernel
-def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, helping: bool) -> None:
+def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, member: int) -> None:
     """Run the model over the new positions of space.job, together with other threads; see team.py.
 
     Args:
@@ -445,8 +474,9 @@ def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, helpi
         angles: Angles of all positions.
         shared: the team's words.
         binding: the number under which the team passed these arguments.
-        helping: whether this thread is a helper; the caller's thread begins the job, and returns when it is done.
+        member: the thread's number; the caller's, 0, begins the job, and returns when it is done.
     """
+    helping = member > 0
     if not helping:
         begin(weights, space)
         team.open_job(shared)
@@ -469,7 +499,7 @@ def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, helpi
                 if stage % 2 and stage < last_stage:
                     run_positions(weights, space, angles, stage, block)
                 else:
-                    run_block(weights, space, stage, last_stage, block)
+                    run_block(weights, space, stage, last_stage, block, member)
                 goes_on = False
                 if team.complete(shared, n_blocks):
                     stage, block = stage + 1, 0
@@ -499,7 +529,7 @@ def begin(weights: Any, space: Any) -> None:
 
 
 @inlined_kernel
-def run_block(weights: Any, space: Any, stage: int, last_stage: int, block: int) -> None:
+def run_block(weights: Any, space: Any, stage: int, last_stage: int, block: int, member: int) -> None:
     """Do one block of a stage of matrices or of attention."""
     count, layer = space.job[COUNT], stage // STAGES_PER_LAYER
     kind = LOGITS if stage == last_stage else stage % STAGES_PER_LAYER
@@ -511,6 +541,7 @@ def run_block(weights: Any, space: Any, stage: int, last_stage: int, block: int)
     if kind == QKV:
         share, n_shares, part, end = block // 3, n_shares // 3, block % 3, block % 3 + 1
     n_vectors = space.job[N_LOGITS] if kind == LOGITS else count
+    scratch = space.scratch[member, : space.scratch.shape[1] * space.job[ONE_SEQUENCE]]
     for number in range(FIRST_MATRIX[kind] + part, FIRST_MATRIX[kind] + end):
         out = space.outputs[number]
         if kind == LOGITS:
@@ -519,7 +550,7 @@ def run_block(weights: Any, space: Any, stage: int, last_stage: int, block: int)
         matrix = layer_of(weights.matrices[number], 0 if kind == LOGITS else layer)
         first, last = n * share // n_shares, n * (share + 1) // n_shares
         if first < last:
-            matmul(matrix, space.operands[kind], count - n_vectors, n_vectors, out, first, last)
+            matmul(matrix, space.operands[kind], count - n_vectors, n_vectors, out, first, last, scratch)
 
 
 @inlined_kernel

@@ -175,11 +175,12 @@ def combine_lanes(
     lanes: Any,
     n_terms: Any,
     out: Any,
+    column: Any,
 ) -> Any:
-    """Write to out[row] the sum of m[row, k] * lanes[k] over k < n_terms, for each of `rows`.
+    """Write to out[row, column:] the sum of m[row, k] * lanes[k] over k < n_terms, for each of `rows`.
 
-    Each lane is a vector of its own: 16 queries look at a key with one multiplication. Sums run from the first term to
-    the last, whatever is computed together. Indices are not checked.
+    Each lane is a sum of its own: 16 queries look at a key, or 16 rows of a matrix at a vector, with one instruction.
+    Sums run from the first term to the last, whatever is computed together. Indices are not checked.
 
     Args:
         typing_context: numba's.
@@ -189,7 +190,8 @@ def combine_lanes(
         term_distance: elements from one term to the next.
         lanes: float32 (n, 16).
         n_terms: how many terms.
-        out: float32 (n, 16).
+        out: float32 (n, width); where less than 16 columns are left, the other lanes are dropped.
+        column: the first of 16 columns of out.
     """
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -204,13 +206,72 @@ def combine_lanes(
             for total, start in zip(totals, starts, strict=True):
                 weight = _splat(builder, builder.load(builder.gep(start, [place])), BLOCK_ROWS)
                 _add_product(builder, total, weight, vector)
+        room = builder.sub(out_table.width, args[7])
         for number, total in zip(numbers, totals, strict=True):
-            vector = builder.load(total)
-            address = builder.bitcast(out_table.row(number), vector.type.as_pointer())
-            builder.store(vector, address, align=4)
+            address = builder.gep(out_table.row(number), [args[7]])
+            _store_lanes(builder, builder.load(total), address, room)
         return context.get_dummy_value()
 
-    return types.none(matrix, rows, types.intp, types.intp, lanes, types.intp, out), build
+    return types.none(matrix, rows, types.intp, types.intp, lanes, types.intp, out, types.intp), build
+
+
+@intrinsic
+def rows_to_lanes(typing_context: Any, matrix: Any, first: Any, last: Any, out: Any) -> Any:
+    """Write 16 rows of a matrix side by side: out[k, i] = matrix[min(first + i, last), k]. Indices are not checked.
+
+    Args:
+        typing_context: numba's.
+        matrix: float32 (rows, cols), or uint16, the bits of bfloat16.
+        first: the first row.
+        last: the last row that there is; it fills the lanes for which there is none.
+        out: float32 (cols or more, 16).
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        table, out_table = (_Table(context, builder, *typed) for typed in ((matrix, args[0]), (out, args[3])))
+        rows = []
+        for lane in range(BLOCK_ROWS):
+            number = builder.add(args[1], ir.Constant(I64, lane))
+            missing = builder.icmp_signed(">", number, args[2])
+            rows.append(table.row(builder.select(missing, args[2], number)))
+        step = ir.Constant(I64, BLOCK_ROWS)
+        n_whole = builder.mul(builder.udiv(table.width, step), step)
+
+        def store(vector: Any, k: Any) -> None:
+            _store_lanes(builder, vector, out_table.row(k), step)
+
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n_whole, step, I64) as (k, _):
+            block = [_load_floats(builder, builder.gep(row, [k]), BLOCK_ROWS) for row in rows]
+            for place, vector in enumerate(_transposed(builder, block)):
+                store(vector, builder.add(k, ir.Constant(I64, place)))
+        with cgutils.for_range_slice(builder, n_whole, table.width, ir.Constant(I64, 1), I64) as (k, _):
+            vector = ir.Constant(ir.VectorType(F32, BLOCK_ROWS), ir.Undefined)
+            for lane, row in enumerate(rows):
+                value = _load_floats(builder, builder.gep(row, [k]), 1)
+                value = builder.extract_element(value, ir.Constant(I32, 0))
+                vector = builder.insert_element(vector, value, ir.Constant(I32, lane))
+            store(vector, k)
+        return context.get_dummy_value()
+
+    return types.none(matrix, types.intp, types.intp, out), build
+
+
+def _transposed(builder: ir.IRBuilder, rows: Sequence[Any]) -> list[Any]:
+    """Transpose a square of vectors: swap the corners of ever larger squares in it, 1, 2, 4 and 8 on a side."""
+    size, block = len(rows), list(rows)
+    side = 1
+    while side < size:
+        swapped = list(block)
+        for row in range(size):
+            if not row & side:
+                upper, lower = block[row], block[row + side]
+                # Of each pair of squares the upper row keeps the left one and gets the lower row's left one beside it.
+                left = [column if not column & side else size + column - side for column in range(size)]
+                right = [column + side if not column & side else size + column for column in range(size)]
+                swapped[row] = _select(builder, upper, left, lower)
+                swapped[row + side] = _select(builder, upper, right, lower)
+        block, side = swapped, 2 * side
+    return block
 
 
 def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: "_Table", group_size: int) -> list[Any]:

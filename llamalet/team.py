@@ -184,8 +184,8 @@ class Team:
 
     Args:
         work: compiled without the GIL; takes the arguments of a job, the shared words, the number of the binding and
-            whether the thread is a helper. It returns when the binding is no longer the current one; a helper also when
-            it has found no work for a while.
+            that of the thread, 0 for the caller's. It returns when the binding is no longer the current one; a helper
+            also when it has found no work for a while.
         n_threads: the caller's thread included.
     """
 
@@ -210,7 +210,7 @@ class Team:
         for alarm in self._alarms:
             if not alarm.is_set():
                 alarm.set()
-        self._work(*arguments, self._shared, int(self._shared[BINDING]), False)
+        self._work(*arguments, self._shared, int(self._shared[BINDING]), 0)
         if self._failure is not None:
             raise self._failure
         # After the first job: a function that is compiled when it is called must not be called by all at once.
@@ -226,17 +226,17 @@ class Team:
 
     def _start(self) -> None:
         """Start the helpers."""
-        for alarm in self._alarms:
-            thread = threading.Thread(target=self._help, args=(alarm,), name="llamalet", daemon=True)
+        for member, alarm in enumerate(self._alarms, start=1):
+            thread = threading.Thread(target=self._help, args=(member, alarm), name="llamalet", daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def _help(self, alarm: threading.Event) -> None:
+    def _help(self, member: int, alarm: threading.Event) -> None:
         """Help with jobs; sleep while there are none."""
         while self._work is not _nothing:
             binding = int(self._shared[BINDING])
             try:
-                self._work(*self._arguments, self._shared, binding, True)
+                self._work(*self._arguments, self._shared, binding, member)
             except BaseException as error:  # its block stays open: a new binding tells the caller not to wait for it
                 self._failure = error
                 self._shared[BINDING] += 1

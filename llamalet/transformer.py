@@ -17,11 +17,11 @@ from llamalet.kernels import Angles, PackedMatrix, QuantizedRows, Weights, Works
 from llamalet.kv_cache import KVCache
 from llamalet.quantize import Packed, Quantized, pack
 from llamalet.reference import Array, Tokens, check_tokens
-from llamalet.simd import Stack, chunk_dtype, group_dtype, scales_dtype
+from llamalet.simd import BLOCK_ROWS, Stack, chunk_dtype, group_dtype, scales_dtype
 from llamalet.team import Team, new_words, thread_count
 
 # Positions that the kernels take through the layers at once.
-CHUNK = 64
+CHUNK = 128
 
 # A stage has this many blocks for each thread, so that a late thread finds something left to do, or more where a block
 # would be larger than BLOCK_BYTES. Not many: memory is read best in long runs.
@@ -164,6 +164,7 @@ class Transformer:
         normed, attended, projected = array(c.dim), array(q_dim), array(c.dim)
         from_normed = operand(normed)
         operands = {kernels.PROJECTION: operand(attended), kernels.DOWN: operand(gate)}
+        scratch_cols = 0 if self._weights.group_size else max(c.dim, q_dim, c.hidden_dim)
         job = np.zeros(kernels.JOB_WORDS, np.int64)
         job[kernels.N_BLOCKS :] = self._count_blocks(n_positions)
         return Workspace(
@@ -176,6 +177,7 @@ class Transformer:
             scores=np.zeros((c.n_heads, capacity), np.float32),
             lane_scores=np.zeros((c.n_heads, capacity, kernels.QUERY_LANES), np.float32),
             lane_queries=np.zeros((c.n_heads, c.head_dim, kernels.QUERY_LANES), np.float32),
+            scratch=np.zeros((self._n_threads, scratch_cols, BLOCK_ROWS), np.float32),
             operands=tuple(operands.get(kind, from_normed) for kind in range(kernels.LOGITS + 1)),
             outputs=(q, k, v, projected, gate, up, projected, array(c.vocab_size)[:0]),
             job=job,
@@ -222,7 +224,7 @@ def compile_work(arguments: tuple[Weights, Workspace, Angles]) -> Callable[..., 
     """
     if not kernels.work.signatures:
         kernel_cache.enable(kernels.work)
-    return kernels.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, False)))
+    return kernels.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
 
 
 def bits_of(weight: Any) -> int:

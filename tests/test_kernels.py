@@ -81,8 +81,13 @@ def operand_of(x: np.ndarray, weight: Any) -> Any:
 
 
 @njit
-def matmul_of_layer(matrix, operand, first_t, count, out, first, last):
-    kernels.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last)
+def matmul_of_layer(matrix, operand, first_t, count, out, first, last, scratch):
+    kernels.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last, scratch)
+
+
+def scratch_for(cols: int, one_sequence: bool) -> np.ndarray:
+    """Return the memory that a matrix of floats needs for the positions of one sequence."""
+    return at_the_end_of_memory(np.full((cols if one_sequence else 0, simd.BLOCK_ROWS), np.nan, np.float32))
 
 
 @pytest.mark.parametrize("group", [8, 16, 64, 128])
@@ -140,9 +145,11 @@ def test_quantize_rows_keeps_what_is_not_finite(bad):
     assert np.isfinite(found[0, 1]) == np.isfinite(bad)
 
 
-@given(st.sampled_from(KINDS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), seeds, st.data())
+@given(
+    st.sampled_from(KINDS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), st.booleans(), seeds, st.data()
+)
 @settings(deadline=None, max_examples=200)
-def test_matmul(kind, n_rows, cols, n_vectors, seed, data):
+def test_matmul(kind, n_rows, cols, n_vectors, one_sequence, seed, data):
     if kind.startswith("int8"):
         cols = (cols + 31) // 32 * 32
     floating, x = floats(seed, n_rows, cols), floats(seed + 1, n_vectors, cols)
@@ -154,19 +161,21 @@ def test_matmul(kind, n_rows, cols, n_vectors, seed, data):
     expected, product, count = out.copy(), reference.matmul(x, weight), n_vectors - first_t
     rows = slice(first * simd.BLOCK_ROWS, last * simd.BLOCK_ROWS)
     expected[:count, rows] = product[first_t:, rows]
-    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), first_t, count, out, first, last)
+    scratch = scratch_for(cols, one_sequence)
+    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), first_t, count, out, first, last, scratch)
     np.testing.assert_allclose(out, expected, rtol=0, atol=SUM_ROUNDINGS * (np.abs(x) @ np.abs(floating).T).max())
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 5), st.integers(2, 12), seeds)
 @settings(deadline=None, max_examples=100)
 def test_a_vector_gets_the_same_products_whatever_is_multiplied_beside_it(kind, n_rows, n_groups, n_vectors, seed):
+    """In a batch of sequences."""
     x, weight = floats(seed, n_vectors, 32 * n_groups), weight_of(floats(seed + 1, n_rows, 32 * n_groups), kind)
     together, alone = np.zeros((2, n_vectors, n_rows), np.float32)
-    n_blocks = -(-n_rows // simd.BLOCK_ROWS)
-    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), 0, n_vectors, together, 0, n_blocks)
+    n_blocks, scratch = -(-n_rows // simd.BLOCK_ROWS), scratch_for(0, False)
+    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), 0, n_vectors, together, 0, n_blocks, scratch)
     for t in range(n_vectors):
-        matmul_of_layer(as_matrix([weight]), operand_of(x, weight), t, 1, alone[t:], 0, n_blocks)
+        matmul_of_layer(as_matrix([weight]), operand_of(x, weight), t, 1, alone[t:], 0, n_blocks, scratch)
     np.testing.assert_array_equal(together, alone)
 
 
@@ -187,10 +196,11 @@ def test_matmul_reads_nothing_beyond_its_operands(kind, cols):
         )  # fmt: skip
     else:
         guarded = at_the_end_of_memory(weight)
-    for count in (1, 5):
+    for count, one_sequence in ((1, False), (5, False), (5, True)):
         expected, out = np.zeros((count, 23), np.float32), at_the_end_of_memory(np.zeros((count, 23), np.float32))
-        matmul_of_layer(as_matrix([weight]), operand, 0, count, expected, 0, 2)
-        matmul_of_layer(as_matrix([guarded]), guarded_operand, 0, count, out, 0, 2)
+        scratch = scratch_for(cols, one_sequence)
+        matmul_of_layer(as_matrix([weight]), operand, 0, count, expected, 0, 2, scratch)
+        matmul_of_layer(as_matrix([guarded]), guarded_operand, 0, count, out, 0, 2, scratch)
         np.testing.assert_array_equal(out, expected)
 
 
@@ -350,5 +360,5 @@ def test_no_kernel_hides_a_nan():
     assert np.isnan(both).all()
     for kind in KINDS:
         weight, result = weight_of(floats(4, 3, 64), kind), np.zeros((1, 3), np.float32)
-        matmul_of_layer(as_matrix([weight]), operand_of(x[None], weight), 0, 1, result, 0, 1)
+        matmul_of_layer(as_matrix([weight]), operand_of(x[None], weight), 0, 1, result, 0, 1, scratch_for(0, False))
         assert np.isnan(result).all()

@@ -12,6 +12,7 @@ from test_kernels import available_paths
 from llamalet import format, kernels, quantize, reference, team, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, UsageError
+from llamalet.kv_cache import KVCache
 from llamalet.transformer import CHUNK, Transformer, stack_weights
 
 DTYPES = ("f32", "bf16", "q8", "q4", "v2")
@@ -71,12 +72,14 @@ def test_equals_the_reference(file, dtype):
 def test_a_prompt_in_pieces_equals_the_whole(file):
     """Bit for bit, as long as no piece is a single token: that one is decoded, with its sums in another order."""
     tokens = some_tokens(file.config, file.config.max_seq_len)
-    model = Transformer(file)
-    together = model.logits(tokens)
+    model, whole = Transformer(file), KVCache(file.config, len(tokens))
+    expected = model.prefill(whole, tokens)
     for cut in range(2, len(tokens) - 2, 3):
-        cache = model.new_cache()
-        np.testing.assert_array_equal(model.prefill(cache, tokens[:cut]), together[cut - 1])
-        np.testing.assert_array_equal(model.prefill(cache, tokens[cut:]), together[-1])
+        pieces = model.new_cache()
+        model.prefill(pieces, tokens[:cut])
+        np.testing.assert_array_equal(model.prefill(pieces, tokens[cut:]), expected)
+        for name in ("keys", "values"):
+            np.testing.assert_array_equal(getattr(pieces, name)[:, :, : len(tokens)], getattr(whole, name))
 
 
 def test_a_sequence_gets_the_same_logits_in_a_batch_as_alone(file):
@@ -241,8 +244,8 @@ def test_a_helper_that_fails_does_not_hang_the_caller():
 
     first_job_done, waiting = threading.Event(), threading.Event()
 
-    def work(shared: np.ndarray, binding: int, helping: bool) -> None:
-        if helping:
+    def work(shared: np.ndarray, binding: int, member: int) -> None:
+        if member:
             waiting.wait()
             raise PlantedError
         if first_job_done.is_set():
