@@ -32,7 +32,8 @@ class ExportConfig:
     """The options of export.py."""
 
     out: str | None = None
-    """The file to write, also as the first word; when left out, a name under out/ that says the version and dtype."""
+    """The file to write, also as the first word; when left out, a name that says the version and dtype, in the run's
+    folder where --checkpoint names one, else in out/."""
     version: int | None = None
     """0 and 1 are float32, 2 is int8, 3 has a --dtype; 1 when left out, and 3 where there is a --dtype."""
     dtype: str | None = None
@@ -59,7 +60,7 @@ class ExportConfig:
         if self.verify is not None and (self.out is not None or self.checkpoint is not None):
             raise ConfigError(f"verify={self.verify}: checks an existing file, so neither OUT nor --checkpoint fit")
         if self.out is not None and not self.out.endswith(".bin"):
-            raise ConfigError(f"out={self.out}: must end in .bin; the tokenizer's name beside it is made from it")
+            raise ConfigError(f"out={self.out}: must end in .bin; a run or checkpoint is named with --checkpoint=PATH")
 
     @property
     def resolved_version(self) -> int:
@@ -68,13 +69,14 @@ class ExportConfig:
             return self.version
         return 1 if self.dtype is None else 3
 
-    @property
-    def path(self) -> Path:
-        """The file to write."""
+    def path(self, source: Path) -> Path:
+        """Return the file to write when the checkpoint `source` is exported."""
         if self.out is not None:
             return Path(self.out)
+        run_dir = source.parent.parent if source.parent.name == checkpoint.FOLDER else source.parent
+        folder = OUT_ROOT if self.checkpoint is None else run_dir
         version = self.resolved_version
-        return OUT_ROOT / (DEFAULT_NAMES[version] if version < 3 else f"model_v3_{self.dtype or 'q8'}.bin")
+        return folder / (DEFAULT_NAMES[version] if version < 3 else f"model_v3_{self.dtype or 'q8'}.bin")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 def _export(config: ExportConfig) -> int:
     """Write a checkpoint as a model file and prove it."""
     source = checkpoint.load(_find_checkpoint(config.checkpoint))
-    path, version = config.path, config.resolved_version
+    path, version = config.path(source.path), config.resolved_version
     print(f"checkpoint {source.path}: step {source.state['step']}, {source.model_config.n_params:,} parameters")
     start = time.perf_counter()
     written = weights.write_bin(
@@ -104,7 +106,8 @@ def _export(config: ExportConfig) -> int:
     if config.check:
         data = _find_data(config.data, source.state.get("data"), source.state["tokenizer_sha256"])
         code = _prove(path, data, source.model_state)
-    print(f"run it: python sample.py {path}")
+    if code == 0:
+        print(f"run it: python sample.py {path}")
     return code
 
 
@@ -127,10 +130,15 @@ def _find_checkpoint(named: str | None) -> Path:
     """Return the checkpoint to export: the one named, the best of the run named, or the newest run's best."""
     path = checkpoint.newest_best(OUT_ROOT) if named is None else Path(named)
     if path is None:
-        raise CheckpointError(f"no checkpoint under {OUT_ROOT}/; train a model first: python train.py")
+        raise CheckpointError(f"no sound checkpoint under {OUT_ROOT}/; train a model first: python train.py")
     if path.suffix == ".bin":
         raise UsageError(f"{path}: is a model file already; name a checkpoint or a run's folder, or --verify it")
-    return checkpoint.find_best(path) or path
+    if not checkpoint.list_steps(path):
+        return path
+    best = checkpoint.find_best(path)
+    if best is None:
+        raise CheckpointError(f"{path}: none of its checkpoints is sound")
+    return best
 
 
 def _find_data(named: str | None, trained_on: str | None, tokenizer_sha256: str | None) -> shards.Shards | None:

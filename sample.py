@@ -67,9 +67,9 @@ class SampleConfig:
     keep: int = KEEP
     """how many of the first tokens a rolling context never forgets: without a few of them models lose the thread"""
     mode: Annotated[Literal["generate", "chat"], arg(aliases=("-m",))] = "generate"
-    """generate continues the prompt"""
+    """generate continues the prompt; chat is not supported yet"""
     system_prompt: Annotated[str | None, arg(aliases=("-y",))] = None
-    """for chat models"""
+    """for chat models, which are not supported yet"""
     threads: int | None = None
     """how many threads compute; one for each physical core if not given"""
     backend: Literal["numba", "numpy"] = "numba"
@@ -108,8 +108,10 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("-m chat: chat models are not supported yet; without -m the model continues the prompt of -i")
     if config.system_prompt is not None:
         raise UsageError("-y: only chat models take a system prompt; put it into the prompt of -i")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
+    for standard in (sys.stdin, sys.stdout):
+        if isinstance(standard, io.TextIOWrapper):
+            standard.reconfigure(encoding="utf-8")
+    prompt = read_stdin() if config.prompt == "-" else config.prompt
     path = Path(config.checkpoint) if config.checkpoint is not None else choose_model()
     start = time.perf_counter()
     model = Model.load(
@@ -117,7 +119,6 @@ def main(argv: Sequence[str]) -> int:
     )
     load_s = time.perf_counter() - start
     note(f"model {model.path}: {model.config.n_params / 1e6:.2f}M parameters, loaded in {load_s:.2f} s")
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     seed = random_seed() if config.seed == -1 else config.seed
     tell(model, prompt, config, [(seed + number) & MASK for number in range(config.num_samples)])
     return 0
@@ -131,6 +132,20 @@ def hint_at_prompt(argv: Sequence[str]) -> None:
                 float(value)
             except ValueError:
                 raise UsageError(f"-p '{value}': -p is top-p, a number, as in llama2.c; the prompt is -i") from None
+
+
+def read_stdin() -> str:
+    """Return the text on stdin without its last line end, which the shell puts there.
+
+    Raises:
+        UsageError: if there is none or it is no text.
+    """
+    if sys.stdin is None:
+        raise UsageError("-i -: there is no stdin to read the prompt from")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise UsageError("-i -: what stands on stdin is no text in UTF-8") from None
 
 
 def choose_model() -> Path:

@@ -263,7 +263,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", help="a .bin or a training checkpoint")
     parser.add_argument("data", nargs="?", help="a folder of prepared data; the newest below data/ if not given")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which stories to score (val)")
-    parser.add_argument("--max-tokens", type=_positive, help="score about this many tokens instead of all")
+    parser.add_argument(
+        "--max-tokens", "--max_tokens", type=_positive, help="score about this many tokens instead of all"
+    )
     parser.add_argument("--windows", action="store_true", help="cut into windows of the context, not into stories")
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=f"what computes ({BACKENDS[0]})")
     parser.add_argument("--threads", type=_positive, help="how many threads compute; one for each core if not given")

@@ -1,6 +1,7 @@
 """A model ready to use: its weights, a forward pass, its tokenizer."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ class Model:
         """Open a model.
 
         Args:
-            path: a .bin, a training checkpoint, or a run's folder (its newest checkpoint).
+            path: a .bin, a training checkpoint, or a run's folder (its best checkpoint).
             tokenizer: a SentencePiece .model or a tokenizer.bin; None takes the one beside the model.
             backend: numba, or numpy, which is slow and needs no compiler.
             threads: how many threads compute; None leaves it to the backend.
@@ -215,8 +216,7 @@ def load_tokenizer(file: format.ModelFile, path: Path | None) -> Tokenizer:
     """
     if path is None:
         raise TokenizerError(
-            f"{file.path}: no tokenizer beside it ({file.path.stem}.tokenizer.model or .bin); name one with "
-            "-z PATH or tokenizer=PATH"
+            f"{file.path}: no tokenizer beside it ({file.path.stem}.tokenizer.model or .bin); name one with -z PATH"
         )
     found = tokenizer.load(path, file.config.vocab_size)
     if file.tokenizer_sha256 not in (None, found.sha256):
@@ -228,26 +228,40 @@ def load_tokenizer(file: format.ModelFile, path: Path | None) -> Tokenizer:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return `folder` if it is a training checkpoint, or the newest checkpoint of the run that it holds.
+    """Return `folder` if it is a training checkpoint, or the best checkpoint of the run that it holds.
 
     Raises:
         CheckpointError: if it is neither.
     """
     if (folder / CHECKPOINT_MODEL).is_file():
         return folder
-    steps = sorted(folder.glob("checkpoints/step-*"))
+    steps = best_first(folder.glob("checkpoints/step-*"))
     if not steps:
         raise CheckpointError(
             f"{folder}: neither a checkpoint (a folder with {CHECKPOINT_MODEL}) nor a run with checkpoints/step-*"
         )
-    return steps[-1]
+    return steps[0]
+
+
+def best_first(steps: Iterable[Path]) -> list[Path]:
+    """Return a run's checkpoints by their validation losses, then those without one, the newest first."""
+    return sorted(sorted(steps, reverse=True), key=_val_loss)
+
+
+def _val_loss(folder: Path) -> float:
+    """Return the validation loss that a checkpoint records; infinity where it has none or cannot be read."""
+    try:
+        loss = json.loads((folder / "state.json").read_bytes()).get("val_loss")
+    except (OSError, ValueError, AttributeError):
+        return math.inf
+    return loss if isinstance(loss, float) else math.inf
 
 
 def read_checkpoint(folder: Path) -> tuple[format.ModelFile, Path | None]:
     """Read the weights of a training checkpoint, without torch.
 
     Args:
-        folder: the checkpoint, or a run's folder, of which the newest checkpoint is taken.
+        folder: the checkpoint, or a run's folder, of which the best checkpoint is taken.
 
     Returns:
         The model as a version 1 file would hold it, and the path of its tokenizer.

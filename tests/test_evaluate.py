@@ -163,7 +163,7 @@ def test_the_command_scores_the_validation_documents(tmp_path, data, capsys):
 
 def test_the_newest_data_are_taken(tmp_path, data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(toy_model(tmp_path, CONFIG), "--windows", "--split=train", "--max-tokens", 20) == 0
+    assert run(toy_model(tmp_path, CONFIG), "--windows", "--split=train", "--max_tokens", 20) == 0
     captured = capsys.readouterr()
     assert "20 tokens" in captured.out and "train of data/toy/tok300" in captured.err
 

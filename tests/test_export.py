@@ -76,6 +76,29 @@ def test_a_checkpoint_can_be_named(project):
     np.testing.assert_array_equal(format.read(project / "there" / "last.bin").tensors["norm"], expected["norm"])
 
 
+def test_another_run_is_exported_into_its_own_folder(project, capsys):
+    save_checkpoint(project / "runs" / "b", project / "data" / "toy", 10, 2.0, seed=7)
+    for named in ("runs/b", "runs/b/checkpoints/step-00000010"):
+        export.main([f"--checkpoint={named}", "--version=0", "--no-check"])
+        assert "wrote runs/b/model_v0.bin" in capsys.readouterr().out
+        (project / "runs" / "b" / "model_v0.bin").unlink()
+    assert not list((project / "out").glob("*.bin"))
+
+
+def test_damaged_checkpoints_are_not_exported(project, capsys):
+    best, last = (project / "out" / "checkpoints" / f"step-{step:08d}" / checkpoint.MODEL for step in (10, 20))
+    best.write_bytes(b"damaged")
+    assert export.main(["--no-check"]) == 0
+    assert "step-00000010 is skipped" in capsys.readouterr().err
+    expected = random_tensors(CONFIG, seed=20, scale=0.05)
+    np.testing.assert_array_equal(format.read(project / "out" / "model.bin").tensors["norm"], expected["norm"])
+    last.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="out: none of its checkpoints is sound"):
+        export.main(["--checkpoint=out"])
+    with pytest.raises(CheckpointError, match="no sound checkpoint under out/"):
+        export.main([])
+
+
 def test_another_runtime_is_not_proved(project, capsys, monkeypatch):
     """The proof must see an error of one percent in one matrix of one layer."""
     export.main(["--version=1", "--no-check"])
@@ -89,6 +112,8 @@ def test_another_runtime_is_not_proved(project, capsys, monkeypatch):
     monkeypatch.setattr(proof, "Transformer", Wrong)
     assert export.main(["--verify", "out/model.bin"]) == FormatError.exit_code
     assert "NOT proved: logits differ" in capsys.readouterr().out
+    assert export.main([]) == FormatError.exit_code
+    assert "run it" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -128,7 +153,7 @@ def test_data_of_another_tokenizer_is_not_used(project, capsys):
         (["--version=4"], ConfigError, "version=4: must be one of 0, 1, 2, 3"),
         (["--version=2", "--dtype=q4"], ConfigError, "dtype=q4: version 2 has no choice of it"),
         (["--dtype=q5"], ConfigError, "dtype=q5: must be one of f32, bf16, q8, q4"),
-        (["model.txt"], ConfigError, "must end in .bin"),
+        (["out/run"], ConfigError, "must end in .bin; a run or checkpoint is named with --checkpoint=PATH"),
         (["a.bin", "--verify=b.bin"], ConfigError, "existing file"),
         (["--verify=gone.bin"], FormatError, "gone.bin: no such model file"),
         (["--checkpoint=gone"], CheckpointError, "gone"),

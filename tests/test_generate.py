@@ -437,7 +437,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
 # --- training checkpoints ---
 
 
-def write_checkpoint(folder, seed: int = 0) -> None:
+def write_checkpoint(folder, seed: int = 0, val_loss: float | None = None) -> None:
     folder.mkdir(parents=True)
     tensors = {f"{name}.weight": tensor for name, tensor in random_tensors(CONFIG, seed).items()}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
@@ -448,6 +448,7 @@ def write_checkpoint(folder, seed: int = 0) -> None:
         "tokenizer": vocabulary.name,
         "tokenizer_sha256": toy_tokenizer().sha256,
         "step": 7,
+        "val_loss": val_loss,
     }
     (folder / "state.json").write_text(json.dumps(state))
 
@@ -462,6 +463,15 @@ def test_a_checkpoint_is_read_without_torch(tmp_path):
         expected = reference.forward(random_tensors(CONFIG, seed), CONFIG, np.array([[1, 2, 3]]))[0]
         np.testing.assert_allclose(model.logits([1, 2, 3]), expected, atol=1e-4)
         assert "".join(model.generate("a", seed=1))
+
+
+def test_a_runs_best_checkpoint_is_taken(tmp_path):
+    for step, loss in ((1, 2.5), (2, 1.5), (3, 2.0), (4, None)):
+        write_checkpoint(tmp_path / "checkpoints" / f"step-0000000{step}", val_loss=loss)
+    for best in (2, 3, 1, 4):
+        found = Model.load(tmp_path, backend="numpy").path
+        assert found.name == f"step-0000000{best}"
+        shutil.rmtree(found)
 
 
 @pytest.mark.parametrize(

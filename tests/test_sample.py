@@ -208,9 +208,19 @@ def test_ignore_eos_goes_on(model, capsys, monkeypatch):
 
 
 def test_a_prompt_from_stdin(model, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a band\n and"))
-    out = tell(capsys, model, "-i", "-", "-n", 15)[0]
-    assert out.startswith("a band\n and")
+    out = []
+    for end in ("", "\n"):  # echo's line end is no part of the prompt
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a band\n and" + end))
+        out.append(tell(capsys, model, "-i", "-", "-n", 15, "-s", 3)[0])
+    assert out[0] == out[1] and out[0].startswith("a band\n and")
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_a_model_is_sought(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="latin-1"))
+    with pytest.raises(errors.UsageError, match="-i -: what stands on stdin is no text in UTF-8"):
+        sample.main(["gone.bin", "-i", "-"])
+    with pytest.raises(errors.UsageError, match="prompt=.*not valid UTF-8"):
+        sample.main(["gone.bin", "-i", "caf\udce9"])
 
 
 def test_no_prompt_has_no_stray_space(model, capsys):
@@ -285,7 +295,7 @@ def test_prompts_that_do_not_fit_end_in_one_line(model, capsys):
     assert "the model takes 1 to 32" in refuse(capsys, model, "-i", "a band " * 30, "-n", 0)
     assert tell(capsys, model, "-i", "a band " * 30, "--max-new-tokens=2", "--overflow=roll")[0].startswith("a band a")
     assert "the prompt takes 4 of the 3 positions" in refuse(capsys, model, "-i", "a band", "-n", 3)
-    assert "not valid Unicode" in refuse(capsys, model, "-i", "a\udcff")
+    assert "not valid UTF-8" in refuse(capsys, model, "-i", "a\udcff")
 
 
 def test_a_cache_without_room_ends_in_one_line(model, capsys, monkeypatch):

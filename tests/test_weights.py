@@ -86,3 +86,9 @@ def test_unknown_and_missing_names_are_refused():
     state["_orig_mod.norm.weight"] = state.pop("norm.weight")
     with pytest.raises(RuntimeError, match="norm.weight"):
         weights.load_model(config, state)
+
+
+def test_an_earlier_exports_tokenizer_does_not_stay_beside_the_model(tmp_path, small_config, vocabulary):
+    (tmp_path / "m.tokenizer.model").write_bytes(b"of an earlier export")
+    weights.write_bin(tmp_path / "m.bin", 1, small_config, Llama(small_config).state_dict(), vocabulary)
+    assert tokenizer.beside(tmp_path / "m.bin") == tmp_path / "m.tokenizer.bin"

@@ -14,7 +14,6 @@ into checkpoints/abandoned/, where nothing finds them unless it is told to.
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from torch import Tensor
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, DiskError
 from llamalet.files import sync_folder
+from llamalet.runtime import best_first
 
 FORMAT = "llamalet checkpoint"
 VERSION = 1
@@ -179,7 +179,7 @@ def find_best(run_dir: str | Path) -> Path | None:
 
     The best has the lowest validation loss; where none was measured, the newest is the best.
     """
-    return _first_sound(_best_first(run_dir))
+    return _first_sound(best_first(list_steps(run_dir)))
 
 
 def newest_best(root: str | Path = "out") -> Path | None:
@@ -256,20 +256,6 @@ def _write(path: Path, data: bytes) -> dict[str, int | str]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _val_loss(path: Path) -> float:
-    """Return the validation loss that a checkpoint records; infinity where it has none or cannot be read."""
-    try:
-        loss = json.loads((path / STATE).read_bytes()).get("val_loss")
-    except (OSError, ValueError, AttributeError):
-        return math.inf
-    return loss if isinstance(loss, float) else math.inf
-
-
-def _best_first(run_dir: str | Path) -> list[Path]:
-    """Return the run's checkpoints by their validation losses, then those without one, the newest first."""
-    return sorted(reversed(list_steps(run_dir)), key=_val_loss)
-
-
 def _first_sound(paths: Iterable[Path]) -> Path | None:
     """Return the first checkpoint that passes `verify`, or None; each one before it is named on stderr."""
     for path in paths:
@@ -284,7 +270,7 @@ def _first_sound(paths: Iterable[Path]) -> Path | None:
 
 def _retire(run_dir: Path, keep: int, written: Path) -> None:
     """Remove all checkpoints but the newest `keep`, the best, and the one just written."""
-    best = _best_first(run_dir)[0]
+    best = best_first(list_steps(run_dir))[0]
     for path in list_steps(run_dir)[:-keep]:
         if path not in (best, written):
             _remove(path)

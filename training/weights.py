@@ -82,10 +82,13 @@ def write_bin(
     written = format.write(
         path, version, config, to_arrays(state), dtype=dtype, tokenizer_sha256=vocabulary.sha256, force=force
     )
+    beside_model = path.with_suffix(".tokenizer.model")
     is_sentencepiece = isinstance(vocabulary, tokenizer.SentencePieceTokenizer)
     if version < 3 or not is_sentencepiece:
         tokenizer.write_bin(path.with_suffix(".tokenizer.bin"), vocabulary)
     if is_sentencepiece:
-        with open(tokenizer_path, "rb") as source, replacing(path.with_suffix(".tokenizer.model")) as target:
+        with open(tokenizer_path, "rb") as source, replacing(beside_model) as target:
             shutil.copyfileobj(source, target)
+    else:
+        beside_model.unlink(missing_ok=True)  # an earlier export's would be taken for this model's
     return written
