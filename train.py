@@ -256,7 +256,7 @@ class Trainer:
         self.accumulation = config.accumulation(group.count)
         self.tokens_per_step = self.accumulation * group.count * config.batch_size * config.max_seq_len
         if resumed:
-            check_continuity(resumed, self.model_config, self.data)
+            check_continuity(resumed, config, self.model_config, self.data)
         self.train_windows, self.val_windows = self.open_windows("train"), self.open_windows("val")
 
         self.dtype = choose_dtype(config.dtype, group.device)
@@ -552,14 +552,17 @@ def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
     return dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True, kw_only=True)
 
 
-def check_continuity(resumed: Checkpoint, model_config: ModelConfig, data: Shards) -> None:
-    """Refuse to go on with another shape or vocabulary.
+def check_continuity(resumed: Checkpoint, config: TrainConfig, model_config: ModelConfig, data: Shards) -> None:
+    """Refuse to go on with another shape, optimizer or vocabulary.
 
     Raises:
         ConfigError: listing what differs.
     """
     old, new = resumed.model_config.to_dict(), model_config.to_dict()
     problems = [f"{key}={new[key]}: the checkpoint has {old[key]}" for key in old if old[key] != new[key]]
+    optimizer = resumed.state["train_config"]["optimizer"]
+    if config.optimizer != optimizer:
+        problems.append(f"optimizer={config.optimizer}: the checkpoint has {optimizer}'s state")
     if resumed.state["tokenizer_sha256"] != data.tokenizer_sha256:
         problems.append(f"{data.folder}: its vocabulary is not that of {resumed.state['data']}, which the run used")
     if problems:

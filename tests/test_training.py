@@ -237,6 +237,12 @@ def test_the_checkpoints_of_two_runs_are_not_mixed(project):
     assert train.main([*options, "--out_dir=c", "--resume=a/checkpoints/step-00000002", "--max_iters=4"]) == 0
 
 
+def test_a_run_goes_on_with_its_own_optimizer_and_shape(project):
+    train.main([*SMALL, "--no-sample", "--max_iters=2"])
+    with pytest.raises(ConfigError, match="dim=64: the checkpoint has 32.*optimizer=muon: the checkpoint has adamw's"):
+        train.main(["--resume", "--dim=64", "--optimizer=muon"])
+
+
 def test_data_that_move_during_training_do_not_end_it(project, monkeypatch):
     step = train.Trainer.optimizer_step
 
