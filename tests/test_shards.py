@@ -196,6 +196,6 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskError, match="train_00000.bin: No space left"):
+    with pytest.raises(DiskError, match="train_00000.bin: cannot be written: No space left"):
         shards.write_shard(path, [block([BOS, 5])], 512)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
