@@ -48,8 +48,8 @@ summing_kernel = njit(**OPTIONS | {"fastmath": FAST_MATH})
 # For functions that take all weights or all of the workspace: as a call, numba would copy hundreds of words for each.
 inlined_kernel = njit(inline="always", **OPTIONS)
 
-# The stages of a layer; LOGITS comes once, after all layers. Those with an odd number are work on single positions.
-QKV, ROPE, ATTENTION, ATTENDED, PROJECTION, FFN_NORM, GATE, SWIGLU, DOWN, NEXT_NORM, LOGITS = range(11)
+# The stages of a layer; LOGITS comes once, after all layers. Those with an odd number work on single positions.
+QKV, ROPE, ATTENTION, ATTENDED, PROJECTION, FFN_NORM, GATE, GATED, DOWN, NEXT_NORM, LOGITS = range(11)
 STAGES_PER_LAYER = 10
 
 # The matrices in Weights.matrices, in the order of the stages that multiply by them, and the first one of each stage.
@@ -156,26 +156,33 @@ def _embed(matrix: Any, token: Any, x: Any, group_size: Any) -> Any:
     if isinstance(matrix, types.Array):
         return lambda matrix, token, x, group_size: widen(matrix[token], x)
     if matrix.types[0].dtype.size == BYTES_OF_8_BITS:
+        return lambda matrix, token, x, group_size: unpack(matrix, token, x, group_size, 64, 0, 255, 128)
+    return lambda matrix, token, x, group_size: unpack(matrix, token, x, group_size, 0, 4, 15, 8)
 
-        def unpack8(matrix: Any, token: Any, x: Any, group_size: int) -> None:
-            block, row = token // BLOCK_ROWS, token % BLOCK_ROWS
-            for i in range(len(x)):
-                half, place = i % CHUNK_COLS // 4, i % 4
-                value = matrix.values[block, i // CHUNK_COLS].values[64 * half + 4 * row + place]
-                scale = as_float(matrix.scales[block, i // group_size].values[row])
-                x[i] = float32(np.int32(value) - 128) * scale
 
-        return unpack8
+@kernel
+def unpack(
+    matrix: Any, row: int, x: Any, group_size: int, half_bytes: int, half_bits: int, mask: int, zero: int
+) -> None:
+    """Write a row of a PackedMatrix (rows, cols) to x (cols,).
 
-    def unpack4(matrix: Any, token: Any, x: Any, group_size: int) -> None:
-        block, row = token // BLOCK_ROWS, token % BLOCK_ROWS
-        for i in range(len(x)):
-            half, place = i % CHUNK_COLS // 4, i % 4
-            value = matrix.values[block, i // CHUNK_COLS].values[4 * row + place] >> (4 * half) & 15
-            scale = as_float(matrix.scales[block, i // group_size].values[row])
-            x[i] = float32(np.int32(value) - 8) * scale
-
-    return unpack4
+    Args:
+        matrix: see quantize.Packed for its layout.
+        row: which.
+        x: float32, the result.
+        group_size: columns that share a scale.
+        half_bytes: how many bytes after a chunk's first 4 columns its last 4 are,
+        half_bits: and how many bits higher.
+        mask: the bits of a weight.
+        zero: what was added to it.
+    """
+    block, lane = row // BLOCK_ROWS, row % BLOCK_ROWS
+    for first in range(0, len(x), 4):
+        chunk, half = first // CHUNK_COLS, first % CHUNK_COLS // 4
+        scale = as_float(matrix.scales[block, first // group_size].values[lane])
+        for i in range(first, min(first + 4, len(x))):
+            value = matrix.values[block, chunk].values[half_bytes * half + 4 * lane + i - first]
+            x[i] = float32((np.int32(value) >> (half_bits * half) & mask) - zero) * scale
 
 
 @kernel
@@ -274,15 +281,11 @@ def matmul_lanes(
     matrix: Any, operand: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any
 ) -> None:
     """Multiply blocks of a matrix of floats, each of which is turned so that its rows are lanes."""
-    vectors, cols, end = operand[first_t:], operand.shape[1], count - 1
+    vectors, cols = operand[first_t:], operand.shape[1]
     for block in range(first, last):
         rows_to_lanes(matrix, block * BLOCK_ROWS, out.shape[1] - 1, scratch)
         for t in range(0, count, 8):
-            ts = (
-                t, min(t + 1, end), min(t + 2, end), min(t + 3, end),
-                min(t + 4, end), min(t + 5, end), min(t + 6, end), min(t + 7, end),
-            )  # fmt: skip
-            combine_lanes(vectors, ts, cols, 1, scratch, cols, out, block * BLOCK_ROWS)
+            combine_lanes(vectors, eight(t, count), cols, 1, scratch, cols, out, block * BLOCK_ROWS)
 
 
 @kernel
@@ -291,26 +294,23 @@ def matmul_rows(matrix: Any, operand: Any, first_t: int, count: int, out: Any, f
 
     One vector is multiplied with four rows at a time, which lie a quarter of all these rows apart: the processor reads
     ahead best in a few places where one address follows the other for long. Many vectors are multiplied by tiles of 4
-    rows and 6 vectors. Where less than a tile is left, its last row or vector is computed more than once.
+    rows and 4 vectors.
     """
+    vectors = operand[first_t:]
     if count == 1:
         n = (last - first + 3) // 4
         for i in range(first, first + n):
             j, k, m = min(i + n, last - 1), min(i + 2 * n, last - 1), min(i + 3 * n, last - 1)
-            out[0, i], out[0, j], out[0, k], out[0, m] = dot_rows(matrix, (i, j, k, m), operand, (first_t,))
+            out[0, i], out[0, j], out[0, k], out[0, m] = dot_rows(matrix, (i, j, k, m), vectors, (0,))
         return
     for i in range(first, last, 4):
-        rows = (i, min(i + 1, last - 1), min(i + 2, last - 1), min(i + 3, last - 1))
-        for t in range(0, count, 6):
-            end = count - 1
-            ts = (t, min(t + 1, end), min(t + 2, end), min(t + 3, end), min(t + 4, end), min(t + 5, end))
-            vectors = (
-                first_t + ts[0], first_t + ts[1], first_t + ts[2], first_t + ts[3], first_t + ts[4], first_t + ts[5],
-            )  # fmt: skip
-            products = dot_rows(matrix, rows, operand, vectors)
+        rows = four(i, last)
+        for t in range(0, count, 4):
+            ts = four(t, count)
+            products = dot_rows(matrix, rows, vectors, ts)
             for r in range(4):
-                for v in range(6):
-                    out[ts[v], rows[r]] = products[6 * r + v]
+                for v in range(4):
+                    out[ts[v], rows[r]] = products[4 * r + v]
 
 
 @kernel
@@ -321,12 +321,22 @@ def matmul_blocks(matrix: Any, operand: Any, first_t: int, count: int, out: Any,
         for i in range(first, first + n):
             multiply_blocks(matrix, (i, min(i + n, last - 1)), operand, (first_t,), out, first_t)
         return
-    end = first_t + count - 1
     for i in range(first, last, 2):
         blocks = (i, min(i + 1, last - 1))
         for t in range(first_t, first_t + count, 4):
-            vectors = (t, min(t + 1, end), min(t + 2, end), min(t + 3, end))
-            multiply_blocks(matrix, blocks, operand, vectors, out, first_t)
+            multiply_blocks(matrix, blocks, operand, four(t, first_t + count), out, first_t)
+
+
+@kernel
+def four(first: int, end: int) -> Any:
+    """Return 4 numbers from `first` on; where there are less before `end`, the last one more than once."""
+    return first, min(first + 1, end - 1), min(first + 2, end - 1), min(first + 3, end - 1)
+
+
+@kernel
+def eight(first: int, end: int) -> Any:
+    """Return 8 numbers from `first` on, as `four`."""
+    return four(first, end) + four(min(first + 4, end - 1), end)
 
 
 @kernel
@@ -403,24 +413,14 @@ def attention_of_lanes(
     for t in range(count):
         for i in range(head_dim):
             lanes[i, t] = queries[first + t * step, i]
-    end = length - 1
     for s in range(0, length, 8):
-        rows = (
-            s, min(s + 1, end), min(s + 2, end), min(s + 3, end),
-            min(s + 4, end), min(s + 5, end), min(s + 6, end), min(s + 7, end),
-        )  # fmt: skip
-        combine_lanes(keys, rows, head_dim, 1, lanes, head_dim, scores, 0)
+        combine_lanes(keys, eight(s, length), head_dim, 1, lanes, head_dim, scores, 0)
     for s in range(start + 1, length):  # what is in the future of a query has no weight
         for t in range(s - start):
             scores[s, t] = -np.inf
     softmax_lanes(scores, length, float32(1) / np.sqrt(float32(head_dim)))
-    end = head_dim - 1
     for i in range(0, head_dim, 8):
-        rows = (
-            i, min(i + 1, end), min(i + 2, end), min(i + 3, end),
-            min(i + 4, end), min(i + 5, end), min(i + 6, end), min(i + 7, end),
-        )  # fmt: skip
-        combine_lanes(values, rows, 1, head_dim, scores, length, lanes, 0)
+        combine_lanes(values, eight(i, head_dim), 1, head_dim, scores, length, lanes, 0)
     for t in range(count):
         for i in range(head_dim):
             out[t, column + i] = lanes[i, t]
@@ -551,6 +551,11 @@ def run_block(weights: Any, space: Any, stage: int, last_stage: int, block: int,
         first, last = n * share // n_shares, n * (share + 1) // n_shares
         if first < last:
             matmul(matrix, space.operands[kind], count - n_vectors, n_vectors, out, first, last, scratch)
+        if number == FIRST_MATRIX[GATE] + 1:
+            gate = space.outputs[FIRST_MATRIX[GATE]]
+            for t in range(count):
+                rows = slice(first * BLOCK_ROWS, min(last * BLOCK_ROWS, out.shape[1]))
+                swiglu(gate[t, rows], out[t, rows])
 
 
 @inlined_kernel
@@ -574,11 +579,8 @@ def run_positions(weights: Any, space: Any, angles: Any, stage: int, block: int)
                 copy(v[t, g * head_dim : (g + 1) * head_dim], values[position])
     elif kind == ATTENDED:
         prepare(space.attended, space.operands[PROJECTION], first, last)
-    elif kind == SWIGLU:
-        gate, up = space.outputs[FIRST_MATRIX[GATE]], space.outputs[FIRST_MATRIX[GATE] + 1]
-        for t in range(first, last):
-            swiglu(gate[t], up[t])
-        prepare(gate, space.operands[DOWN], first, last)
+    elif kind == GATED:
+        prepare(space.outputs[FIRST_MATRIX[GATE]], space.operands[DOWN], first, last)
     else:
         norm, projected = weights.ffn_norm[layer], space.outputs[FIRST_MATRIX[PROJECTION]]
         if kind == NEXT_NORM:
