@@ -48,14 +48,15 @@ summing_kernel = njit(**OPTIONS | {"fastmath": FAST_MATH})
 # For functions that take all weights or all of the workspace: as a call, numba would copy hundreds of words for each.
 inlined_kernel = njit(inline="always", **OPTIONS)
 
-# The stages of a layer; LOGITS comes once, after all layers. Those with an odd number work on single positions.
-QKV, ROPE, ATTENTION, ATTENDED, PROJECTION, FFN_NORM, GATE, GATED, DOWN, NEXT_NORM, LOGITS = range(11)
+# The stages of a layer. After the last one come its successor's NORM, as the final one, and LOGITS. Those with an even
+# number work on single positions, the others multiply by matrices or attend.
+NORM, QKV, ROPE, ATTENTION, ATTENDED, PROJECTION, FFN_NORM, GATE, GATED, DOWN, LOGITS = range(11)
 STAGES_PER_LAYER = 10
 
 # The matrices in Weights.matrices, in the order of the stages that multiply by them, and the first one of each stage.
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2", "output", "tok_embeddings")
 TOK_EMBEDDINGS = MATRICES.index("tok_embeddings")
-FIRST_MATRIX = (0, -1, -1, -1, 3, -1, 4, -1, 6, -1, 7)
+FIRST_MATRIX = (-1, 0, -1, -1, -1, 3, -1, 4, -1, 6, 7)
 
 # The words of Workspace.job: T, whether all positions are of one sequence, how many of the last positions get logits,
 # the address of these (N, V); then the number of blocks of each stage.
@@ -474,15 +475,14 @@ def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, membe
         angles: Angles of all positions.
         shared: the team's words.
         binding: the number under which the team passed these arguments.
-        member: the thread's number; the caller's, 0, begins the job, and returns when it is done.
+        member: the thread's number; the caller's, 0, opens the job, and returns when it is done.
     """
     helping = member > 0
     if not helping:
-        begin(weights, space)
         team.open_job(shared)
-    last_stage = STAGES_PER_LAYER * weights.attention_norm.shape[0]
-    looks = 0
-    while not helping or looks < team.LOOKS:
+    last_stage = STAGES_PER_LAYER * weights.attention_norm.shape[0] + 1
+    stage = looks = 0
+    while not helping or stage <= last_stage or looks < team.LOOKS:
         ticket = team.atomic_load(shared, team.TICKET)
         if team.atomic_load(shared, team.BINDING) != binding:
             return
@@ -496,10 +496,10 @@ def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, membe
         elif team.take(shared, ticket):
             looks, goes_on = 0, True
             while goes_on:
-                if stage % 2 and stage < last_stage:
-                    run_positions(weights, space, angles, stage, block)
-                else:
+                if stage % 2:
                     run_block(weights, space, stage, last_stage, block, member)
+                else:
+                    run_positions(weights, space, angles, stage, block)
                 goes_on = False
                 if team.complete(shared, n_blocks):
                     stage, block = stage + 1, 0
@@ -515,17 +515,6 @@ def count_blocks(job: Any, stage: int, last_stage: int) -> int:
     if stage > last_stage:
         return 0
     return job[N_BLOCKS + (LOGITS if stage == last_stage else stage % STAGES_PER_LAYER)]
-
-
-@inlined_kernel
-def begin(weights: Any, space: Any) -> None:
-    """Do what comes before the first stage."""
-    table = layer_of(weights.matrices[TOK_EMBEDDINGS], 0)
-    count = space.job[COUNT]
-    for t in range(count):
-        embed(table, space.tokens[t], space.x[t], weights.group_size)
-        rmsnorm(space.x[t], weights.attention_norm[0], weights.norm_eps, space.normed[t])
-    prepare(space.normed, space.operands[QKV], 0, count)
 
 
 @inlined_kernel
@@ -582,11 +571,15 @@ def run_positions(weights: Any, space: Any, angles: Any, stage: int, block: int)
     elif kind == GATED:
         prepare(space.outputs[FIRST_MATRIX[GATE]], space.operands[DOWN], first, last)
     else:
-        norm, projected = weights.ffn_norm[layer], space.outputs[FIRST_MATRIX[PROJECTION]]
-        if kind == NEXT_NORM:
-            norm = weights.norm if layer + 1 == n_layers else weights.attention_norm[layer + 1]
+        norm, projected = weights.ffn_norm[layer % n_layers], space.outputs[FIRST_MATRIX[PROJECTION]]
+        if kind == NORM:
+            norm = weights.norm if layer == n_layers else weights.attention_norm[layer]
+        table = layer_of(weights.matrices[TOK_EMBEDDINGS], 0)
         for t in range(first, last):
-            add(space.x[t], projected[t])
+            if stage == 0:
+                embed(table, space.tokens[t], space.x[t], weights.group_size)
+            else:
+                add(space.x[t], projected[t])
             rmsnorm(space.x[t], norm, weights.norm_eps, space.normed[t])
         prepare(space.normed, space.operands[QKV], first, last)
 

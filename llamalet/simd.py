@@ -107,23 +107,17 @@ def dot_rows(typing_context: Any, matrix: Any, rows: Any, operand: Any, vectors:
 
 def _dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, width: Any) -> list[Any]:
     """Return the dot products of rows with vectors, `width` elements each."""
-    lanes = ir.Constant(I64, FLOAT_LANES)
+    lanes = _index(FLOAT_LANES)
     n_whole = builder.mul(builder.udiv(width, lanes), lanes)
     totals = _totals(builder, [_splat_constant(F32, 0.0, FLOAT_LANES)] * (len(w_rows) * len(x_rows)))
-    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n_whole, lanes, I64) as (col, _):
+    with cgutils.for_range_slice(builder, _index(0), n_whole, lanes, I64) as (col, _):
         x, w = (
             [_load_floats(builder, builder.gep(row, [col]), FLOAT_LANES) for row in rows] for rows in (x_rows, w_rows)
         )
         _add_products(builder, totals, w, x)
     totals = _totals(builder, [_sum_lanes(builder, builder.load(total)) for total in totals])
-    with cgutils.for_range_slice(builder, n_whole, width, ir.Constant(I64, 1), I64) as (col, _):
-        x, w = (
-            [
-                builder.extract_element(_load_floats(builder, builder.gep(row, [col]), 1), ir.Constant(I32, 0))
-                for row in rows
-            ]
-            for rows in (x_rows, w_rows)
-        )
+    with cgutils.for_range_slice(builder, n_whole, width, _index(1), I64) as (col, _):
+        x, w = ([_load_float(builder, builder.gep(row, [col])) for row in rows] for rows in (x_rows, w_rows))
         _add_products(builder, totals, w, x)
     return [builder.load(total) for total in totals]
 
@@ -157,7 +151,7 @@ def multiply_blocks(
         totals = _block_products(builder, w_rows, x_rows, values, x_tables[0].dtype.size)
         table = _Table(context, builder, out, args[4])
         for (number, vector), total in zip(itertools.product(numbers, vector_numbers), totals, strict=True):
-            first = builder.mul(number, ir.Constant(I64, BLOCK_ROWS))
+            first = builder.mul(number, _index(BLOCK_ROWS))
             address = builder.gep(table.row(builder.sub(vector, args[5])), [first])
             _store_lanes(builder, builder.load(total), address, builder.sub(table.width, first))
         return context.get_dummy_value()
@@ -231,24 +225,23 @@ def rows_to_lanes(typing_context: Any, matrix: Any, first: Any, last: Any, out: 
         table, out_table = (_Table(context, builder, *typed) for typed in ((matrix, args[0]), (out, args[3])))
         rows = []
         for lane in range(BLOCK_ROWS):
-            number = builder.add(args[1], ir.Constant(I64, lane))
+            number = builder.add(args[1], _index(lane))
             missing = builder.icmp_signed(">", number, args[2])
             rows.append(table.row(builder.select(missing, args[2], number)))
-        step = ir.Constant(I64, BLOCK_ROWS)
+        step = _index(BLOCK_ROWS)
         n_whole = builder.mul(builder.udiv(table.width, step), step)
 
         def store(vector: Any, k: Any) -> None:
             _store_lanes(builder, vector, out_table.row(k), step)
 
-        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), n_whole, step, I64) as (k, _):
+        with cgutils.for_range_slice(builder, _index(0), n_whole, step, I64) as (k, _):
             block = [_load_floats(builder, builder.gep(row, [k]), BLOCK_ROWS) for row in rows]
             for place, vector in enumerate(_transposed(builder, block)):
-                store(vector, builder.add(k, ir.Constant(I64, place)))
-        with cgutils.for_range_slice(builder, n_whole, table.width, ir.Constant(I64, 1), I64) as (k, _):
+                store(vector, builder.add(k, _index(place)))
+        with cgutils.for_range_slice(builder, n_whole, table.width, _index(1), I64) as (k, _):
             vector = ir.Constant(ir.VectorType(F32, BLOCK_ROWS), ir.Undefined)
             for lane, row in enumerate(rows):
-                value = _load_floats(builder, builder.gep(row, [k]), 1)
-                value = builder.extract_element(value, ir.Constant(I32, 0))
+                value = _load_float(builder, builder.gep(row, [k]))
                 vector = builder.insert_element(vector, value, ir.Constant(I32, lane))
             store(vector, k)
         return context.get_dummy_value()
@@ -285,7 +278,7 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: "_T
         x = [[builder.gep(pointer, [group]) for pointer in pointers] for pointers in x_rows]
         starts = [_splat(builder, builder.load(start), BLOCK_ROWS) for _, _, start in x]
         sums = _totals(builder, [_first_sums(builder, start) for _ in w_rows for start in starts])
-        first_chunk = builder.mul(group, ir.Constant(I64, chunks_per_group))
+        first_chunk = builder.mul(group, _index(chunks_per_group))
         add_chunks(
             sums,
             [builder.gep(chunks, [first_chunk]) for chunks, _ in w_rows],
@@ -303,7 +296,7 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: "_T
         """Add the products of chunk number `index` of a group."""
         halves = [_chunk_halves(builder, builder.gep(chunk, [index]), n_bytes) for chunk in chunks]
         for half in range(2):
-            place = builder.add(builder.mul(index, ir.Constant(I64, CHUNK_COLS)), ir.Constant(I64, 4 * half))
+            place = builder.add(builder.mul(index, _index(CHUNK_COLS)), _index(4 * half))
             quads = [
                 builder.load(builder.bitcast(builder.gep(x, [place]), I32.as_pointer()), align=1) for x in x_values
             ]
@@ -313,10 +306,10 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: "_T
 
     def add_whole(sums: Any, chunks: Any, x_values: Any) -> None:
         for index in range(chunks_per_group):
-            add_chunk(sums, chunks, x_values, ir.Constant(I64, index))
+            add_chunk(sums, chunks, x_values, _index(index))
 
-    n_whole = builder.udiv(values.width, ir.Constant(I64, chunks_per_group))
-    rest = builder.urem(values.width, ir.Constant(I64, chunks_per_group))
+    n_whole = builder.udiv(values.width, _index(chunks_per_group))
+    rest = builder.urem(values.width, _index(chunks_per_group))
 
     def add_rest(sums: Any, chunks: Any, x_values: Any) -> None:
         with cgutils.for_range(builder, rest, intp=I64) as loop:
@@ -324,7 +317,7 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: "_T
 
     with cgutils.for_range(builder, n_whole, intp=I64) as loop:
         add_group(loop.index, add_whole)
-    with builder.if_then(builder.icmp_unsigned("!=", rest, ir.Constant(I64, 0))):
+    with builder.if_then(builder.icmp_unsigned("!=", rest, _index(0))):
         add_group(n_whole, add_rest)
     return totals
 
@@ -334,7 +327,7 @@ def _chunk_halves(builder: ir.IRBuilder, chunk: Any, n_bytes: int) -> list[Any]:
     half = BYTES_OF_8_BITS // 2
     chunk = builder.bitcast(chunk, I8.as_pointer())
     if n_bytes == BYTES_OF_8_BITS:
-        return [_load(builder, builder.gep(chunk, [ir.Constant(I64, place)]), I8, half) for place in (0, half)]
+        return [_load(builder, builder.gep(chunk, [_index(place)]), I8, half) for place in (0, half)]
     both = _load(builder, chunk, I8, half)
     return [
         builder.and_(both, _splat_constant(I8, 0x0F, half)),
@@ -391,11 +384,11 @@ def _store_lanes(builder: ir.IRBuilder, vector: Any, address: Any, room: Any) ->
     """Store a vector of float32, or only its first `room` lanes if there is no more room."""
     lanes = vector.type.count
     pointer = builder.bitcast(address, vector.type.as_pointer())
-    with builder.if_else(builder.icmp_signed(">=", room, ir.Constant(I64, lanes))) as (whole, part):
+    with builder.if_else(builder.icmp_signed(">=", room, _index(lanes))) as (whole, part):
         with whole:
             builder.store(vector, pointer, align=1)
         with part:
-            numbers = ir.Constant(ir.VectorType(I64, lanes), [ir.Constant(I64, lane) for lane in range(lanes)])
+            numbers = ir.Constant(ir.VectorType(I64, lanes), [_index(lane) for lane in range(lanes)])
             mask = builder.icmp_signed("<", numbers, _splat(builder, room, lanes))
             alignment = ir.Constant(I32, 1)
             name = f"llvm.masked.store.v{lanes}f32.p0"
@@ -545,14 +538,14 @@ def floats_at(typing_context: Any, address: Any, rows: Any, cols: Any) -> Any:
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         address, rows, cols = args
-        row_bytes = builder.mul(cols, ir.Constant(I64, FLOAT_BYTES))
+        row_bytes = builder.mul(cols, _index(FLOAT_BYTES))
         array = context.make_array(result)(context, builder)
         context.populate_array(
             array,
             data=builder.inttoptr(address, F32.as_pointer()),
             shape=(rows, cols),
-            strides=(row_bytes, ir.Constant(I64, FLOAT_BYTES)),
-            itemsize=ir.Constant(I64, FLOAT_BYTES),
+            strides=(row_bytes, _index(FLOAT_BYTES)),
+            itemsize=_index(FLOAT_BYTES),
             meminfo=None,
         )
         return array._getvalue()
@@ -636,6 +629,16 @@ def _load_floats(builder: ir.IRBuilder, pointer: Any, count: int) -> Any:
         return _load(builder, pointer, F32, count)
     bits = builder.zext(_load(builder, pointer, I16, count), ir.VectorType(I32, count))
     return builder.bitcast(builder.shl(bits, _splat_constant(I32, 16, count)), ir.VectorType(F32, count))
+
+
+def _load_float(builder: ir.IRBuilder, pointer: Any) -> Any:
+    """Load a float32, or a bfloat16 as one."""
+    return builder.extract_element(_load_floats(builder, pointer, 1), ir.Constant(I32, 0))
+
+
+def _index(value: int) -> Any:
+    """Return a number as LLVM's constant."""
+    return ir.Constant(I64, value)
 
 
 def _select(builder: ir.IRBuilder, vector: Any, elements: Sequence[int], second: Any = None) -> Any:

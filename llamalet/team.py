@@ -36,8 +36,8 @@ TICKET, DONE, BINDING, SHARED_WORDS = 0, 16, 32, 48
 BLOCK_BITS, STAGE_BITS, SEQUENCE_BITS = 16, 16, 31
 BLOCK_MASK, STAGE_MASK, SEQUENCE_MASK = (1 << BLOCK_BITS) - 1, (1 << STAGE_BITS) - 1, (1 << SEQUENCE_BITS) - 1
 
-# A thread that finds no work looks again this often at once, after that it lets others run between its looks; a helper
-# goes to sleep after so many looks, about a millisecond on an idle machine.
+# A thread that finds no work looks again this often at once, after that it lets others run between its looks; when the
+# job is done, a helper goes to sleep after so many looks, about a millisecond on an idle machine.
 SPINS, LOOKS = 2000, 4000
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -234,6 +234,8 @@ class Team:
     def _help(self, member: int, alarm: threading.Event) -> None:
         """Help with jobs; sleep while there are none."""
         while self._work is not _nothing:
+            # Before looking for work: a job that comes while this thread turns away from its last look must wake it.
+            alarm.clear()
             binding = int(self._shared[BINDING])
             try:
                 self._work(*self._arguments, self._shared, binding, member)
@@ -242,7 +244,6 @@ class Team:
                 self._shared[BINDING] += 1
                 return
             if binding == self._shared[BINDING]:
-                alarm.clear()
                 alarm.wait()
 
 

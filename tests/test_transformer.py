@@ -260,6 +260,25 @@ def test_a_helper_that_fails_does_not_hang_the_caller():
         crew.run(())
 
 
+def test_a_job_that_comes_while_a_helper_turns_away_wakes_it():
+    second_job, came_back = threading.Event(), threading.Event()
+    looks = []
+
+    def work(shared: np.ndarray, binding: int, member: int) -> None:
+        if member:
+            looks.append(member)
+            (came_back.set if len(looks) > 1 else second_job.wait)()
+        elif crew._threads:  # the helpers start after the first job
+            second_job.set()
+            came_back.wait(timeout=30)
+
+    crew = team.Team(work, 2)
+    crew.run(())
+    crew.run(())
+    assert came_back.is_set()
+    crew.stop()
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [({"NUMBA_NUM_THREADS": "3", "OMP_NUM_THREADS": "4"}, 3), ({"OMP_NUM_THREADS": "4,2"}, 4), ({}, None)],
