@@ -50,9 +50,9 @@ class RollingConfig:
     """Its tokenizer; the one beside the model if not given."""
     text: str = str(DATA / "tinystories-sample.jsonl")
     """A .txt, .jsonl or .parquet file; its documents are joined to one long text."""
-    tokens: int = 8192
+    tokens: int = 4096
     """How many tokens each text has."""
-    streams: int = 16
+    streams: int = 8
     """How many texts to take out of the file, as far apart as possible."""
     keep: int = KEEP
     """How many first tokens `roll` keeps."""

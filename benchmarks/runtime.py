@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,27 +186,21 @@ def main(argv: Sequence[str]) -> int:
     builds = machine(threads) | peer_builds(config)
     for name, text in builds.items():
         print(f"{name}: {text}", flush=True)
-    at_start = load()
-    if at_start > BUSY:
-        say(f"warning: load {at_start:.1f}: other programs are busy, and that costs the peers more than it costs us")
+    facts: dict[str, Any] = {"builds": builds, "options": config, "shapes": {}, "load": load()}
+    if facts["load"] > BUSY:
+        say(f"warning: load {facts['load']:.1f}: other programs are busy, which costs the peers more than us")
     results, out, start = Results(), Path(config.out), time.perf_counter()
     for name in config.names("shapes"):
         with tempfile.TemporaryDirectory(prefix="llamalet-bench-") as folder:
             measure_shape(config, name, Path(folder), threads, results)
         for line in report.shape_lines(results, name, SHAPES[name].config, config.turns):
             print(line, flush=True)
+        facts["shapes"][name] = config.shape(name)
+        report.write_json(out / "runtime.json", results, facts | {"seconds": time.perf_counter() - start})
+        report.write_chart(out / "runtime.png", results, list(facts["shapes"]))
     for check in results.checks():
         print(check)
-    facts = {
-        "builds": builds,
-        "options": config,
-        "shapes": {name: config.shape(name) for name in config.names("shapes")},
-        "seconds": time.perf_counter() - start,
-        "load": [at_start, load()],
-    }
-    report.write_json(out / "runtime.json", results, facts)
-    report.write_chart(out / "runtime.png", results, config.names("shapes"))
-    print(f"{out}/runtime.json and .png written, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    say(f"{out / 'runtime.json'} and runtime.png written after {time.perf_counter() - start:.0f} s")
     return 0
 
 
@@ -269,7 +264,9 @@ def make_contest(config: BenchConfig, name: str, dtype: str, folder: Path, threa
     try:
         peers.write_llamalet(contest.file("bin"), shape.config, dtype, rng)
         transformer = Transformer(format.read(contest.file("bin")), threads=threads)
+        # Everything once: what is compiled or allocated at its first use is not to count.
         transformer.decode(transformer.new_cache(), tokenizer.BOS_ID)
+        transformer.prefill(transformer.new_cache(), range(1, PROMPTS[0] + 1))
     except Exception as error:  # one model that does not run must not cost the figures of the others
         results.missing[Key(name, dtype, "decode")] = one_line(error)
         return contest
@@ -376,11 +373,14 @@ def measure_batches(contest: Contest, transformer: Transformer) -> Iterator[tupl
             transformer.prefill(cache, range(1, peers.BATCH_PROMPT + 1))
         ids = [(1 + 7 * number) % contest.shape.config.vocab_size for number in range(size)]
 
-        def together(caches: list[KVCache] = caches, ids: list[int] = ids) -> None:
+        def together(n_tokens: int, caches: list[KVCache] = caches, ids: list[int] = ids) -> None:
+            for cache in caches:
+                cache.truncate(peers.BATCH_PROMPT)
             for _ in range(n_tokens):
                 decode_batch(caches, ids)
 
-        yield f"batch {size}", size * n_tokens / seconds(together)
+        together(1)
+        yield f"batch {size}", size * n_tokens / seconds(partial(together, n_tokens))
 
 
 def measure_start(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
