@@ -59,6 +59,8 @@ class ExportConfig:
             raise ConfigError(f"dtype={self.dtype}: version {self.version} has no choice of it; leave one of them out")
         if self.verify is not None and (self.out is not None or self.checkpoint is not None):
             raise ConfigError(f"verify={self.verify}: checks an existing file, so neither OUT nor --checkpoint fit")
+        if self.verify is not None and (self.dtype is not None or self.force or not self.check):
+            raise ConfigError(f"verify={self.verify}: proves a file, so --dtype, --force and --no-check do not fit")
         if self.out is not None and not self.out.endswith(".bin"):
             raise ConfigError(f"out={self.out}: must end in .bin; a run or checkpoint is named with --checkpoint=PATH")
 

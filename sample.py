@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from configurator import parse
-from llamalet.errors import ConfigError, FormatError, UsageError, run
+from llamalet.errors import ConfigError, FormatError, LlamaletError, UsageError, run
 from llamalet.generate import KEEP, Overflow, generate_batch
 from llamalet.runtime import Model
 from llamalet.sampler import MASK, Sampler, check_settings, random_seed
@@ -195,7 +195,7 @@ def tell(model: Model, prompt: str, config: SampleConfig, seeds: Sequence[int]) 
             if token is not None:
                 clock.tick()
             page.add(number, token)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LlamaletError):
         page.close()
         raise
     finally:

@@ -121,7 +121,7 @@ class Workspace(NamedTuple):
     lane_scores: scores of QUERY_LANES queries (H, capacity, QUERY_LANES).
     lane_queries: those queries and what they see (H, D, QUERY_LANES).
     scratch: for each thread, a block of a matrix of floats (threads, cols, BLOCK_ROWS).
-    operands: what the matrices of the even stages multiply: float32 (T, cols) or QuantizedRows.
+    operands: what the matrices of the odd stages multiply: float32 (T, cols) or QuantizedRows.
     outputs: what the matrices make: q, k, v, projected (T, C), gate, up, projected, (0, V) for logits.
     job: int64, the words above.
     """

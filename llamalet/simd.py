@@ -19,10 +19,12 @@ Groups, chunks and scales are numpy records (`group_dtype`, ...), so that numba 
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import llvmlite.binding
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -67,17 +69,27 @@ def instruction_path() -> str:
     """Return the name of the best path for this processor, or the one that LLAMALET_SIMD names.
 
     Raises:
-        ConfigError: if LLAMALET_SIMD names none.
+        ConfigError: if LLAMALET_SIMD names none, or one whose instructions the processor lacks.
     """
-    forced = os.environ.get(PATH_VARIABLE)
-    if forced is not None:
-        if forced not in PATHS:
-            raise ConfigError(f"{PATH_VARIABLE}={forced}: must be one of {', '.join(PATHS)}")
-        return forced
+    paths = available_paths()
+    forced = os.environ.get(PATH_VARIABLE) or paths[0]
+    if forced not in paths:
+        missing = "this processor does not have it" if forced in PATHS else "there is no such path"
+        raise ConfigError(f"{PATH_VARIABLE}={forced}: {missing}; take one of {', '.join(paths)}")
+    return forced
+
+
+def available_paths() -> list[str]:
+    """Return the paths whose instructions the processor has that numba compiles for, the best first."""
+    target, host = numba.config.CPU_NAME, llvmlite.binding.get_host_cpu_name()
     features = llvmlite.binding.get_host_cpu_features()
-    if features.get("avx512vnni") and features.get("avx512vl"):
-        return "avx512vnni"
-    return "avxvnni" if features.get("avxvnni") else "portable"
+    if numba.config.CPU_FEATURES is not None:
+        features = dict.fromkeys(re.findall(r"\+([\w.-]+)", numba.config.CPU_FEATURES), True)
+    elif target not in (None, host):
+        features = {}
+    wide = features.get("avx512vnni") and features.get("avx512vl")
+    has = {"avx512vnni": wide, "avxvnni": wide or features.get("avxvnni"), "portable": True}
+    return [path for path in PATHS if has[path]]
 
 
 @intrinsic
@@ -118,7 +130,8 @@ def _dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, width: Any) -> list[A
     totals = _totals(builder, [_sum_lanes(builder, builder.load(total)) for total in totals])
     with cgutils.for_range_slice(builder, n_whole, width, _index(1), I64) as (col, _):
         x, w = ([_load_float(builder, builder.gep(row, [col])) for row in rows] for rows in (x_rows, w_rows))
-        _add_products(builder, totals, w, x)
+        # LLVM may fuse single multiplications and additions or not, whatever lies around them: here it must not.
+        _add_products(builder, totals, w, x, fused=False)
     return [builder.load(total) for total in totals]
 
 
@@ -400,16 +413,19 @@ def _totals(builder: ir.IRBuilder, values: Iterable[Any]) -> list[Any]:
     return [cgutils.alloca_once_value(builder, value) for value in values]
 
 
-def _add_products(builder: ir.IRBuilder, totals: Any, w: Iterable[Any], x: Sequence[Any]) -> None:
+def _add_products(
+    builder: ir.IRBuilder, totals: Any, w: Iterable[Any], x: Sequence[Any], *, fused: bool = True
+) -> None:
     """Add the product of each of w and each of x to its total."""
     for total, (left, right) in zip(totals, itertools.product(w, x), strict=True):
-        _add_product(builder, total, left, right)
+        _add_product(builder, total, left, right, fused=fused)
 
 
-def _add_product(builder: ir.IRBuilder, total: Any, left: Any, right: Any) -> None:
-    """Add left * right to a variable, as one instruction where there is one."""
-    product = builder.fmul(left, right, flags=("contract",))
-    builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+def _add_product(builder: ir.IRBuilder, total: Any, left: Any, right: Any, *, fused: bool = True) -> None:
+    """Add left * right to a variable, as one instruction where there is one and `fused` allows it."""
+    flags = ("contract",) if fused else ()
+    product = builder.fmul(left, right, flags=flags)
+    builder.store(builder.fadd(builder.load(total), product, flags=flags), total)
 
 
 class _Table:

@@ -33,6 +33,9 @@ from llamalet.errors import ConfigError
 # Words of the array that the threads share, each in a cache line of its own.
 TICKET, DONE, BINDING, SHARED_WORDS = 0, 16, 32, 48
 
+# More would need more blocks than a ticket can count.
+MAX_THREADS = 1024
+
 BLOCK_BITS, STAGE_BITS, SEQUENCE_BITS = 16, 16, 31
 BLOCK_MASK, STAGE_MASK, SEQUENCE_MASK = (1 << BLOCK_BITS) - 1, (1 << STAGE_BITS) - 1, (1 << SEQUENCE_BITS) - 1
 
@@ -262,15 +265,15 @@ def thread_count(threads: int | None = None) -> int:
         ConfigError: if a number is not positive.
     """
     if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"threads={threads}: must be at least 1")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ConfigError(f"threads={threads}: must be at least 1 and at most {MAX_THREADS}")
         return threads
     for variable in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
         # OMP_NUM_THREADS may be a list, one number for each level of nesting.
         value = os.environ.get(variable, "").partition(",")[0].strip()
         if value:
-            if not (value.isascii() and value.isdigit() and int(value)):
-                raise ConfigError(f"{variable}={value}: must be a positive number")
+            if not (value.isascii() and value.isdigit() and 1 <= int(value) <= MAX_THREADS):
+                raise ConfigError(f"{variable}={value}: must be a positive number, at most {MAX_THREADS}")
             return int(value)
     return physical_cores()
 

@@ -107,6 +107,15 @@ class Transformer:
         cache.reserve(cache.length + len(ids))
         return np.split(ids, range(CHUNK, len(ids), CHUNK))
 
+    def _check_cache(self, cache: KVCache) -> None:
+        """Raise a UsageError if a cache is another model's; the kernels take its memory as it is."""
+        (n_layers, n_kv_heads, _, head_dim), c = cache.keys.shape, self.config
+        if (n_layers, n_kv_heads, head_dim) != (c.n_layers, c.n_kv_heads, c.head_dim):
+            raise UsageError(
+                f"a cache of {n_layers} layers, {n_kv_heads} heads of {head_dim} for a model of "
+                f"{c.n_layers}, {c.n_kv_heads} of {c.head_dim}: it is another model's"
+            )
+
     def _extend(self, cache: KVCache, ids: NDArray[np.int64], n_logits: int) -> Array:
         """Append at most CHUNK tokens to a cache; return the logits after the last `n_logits` of them."""
         cache.reserve(cache.length + len(ids))
@@ -118,6 +127,8 @@ class Transformer:
         Returns:
             The logits after the last `n_logits` of them.
         """
+        for cache in caches:
+            self._check_cache(cache)
         count, one_sequence = len(ids), len(caches) == 1
         logits = np.empty((min(n_logits, count), self.config.vocab_size), np.float32)
         with self._lock:
@@ -136,7 +147,7 @@ class Transformer:
             return logits
 
     def _bind(self, n_positions: int, capacity: int) -> tuple[Weights, Workspace, Angles]:
-        """Return the arguments of the kernels for this many new positions and as many in all.
+        """Return the arguments of the kernels for n_positions new positions, in caches of up to `capacity`.
 
         They are the same tuple as long as the memory is large enough.
         """

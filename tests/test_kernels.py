@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -30,17 +31,7 @@ def floats(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def available_paths() -> list[str]:
-    features = simd.llvmlite.binding.get_host_cpu_features()
-    paths = ["portable"]
-    if features.get("avx512vnni") and features.get("avx512vl"):
-        paths += ["avx512vnni", "avxvnni"]  # the 256-bit instruction exists in both extensions
-    elif features.get("avxvnni"):
-        paths.append("avxvnni")
-    return paths
-
-
-@pytest.fixture(params=available_paths())
+@pytest.fixture(params=simd.available_paths())
 def path(request, monkeypatch):
     monkeypatch.setenv(simd.PATH_VARIABLE, request.param)
     return request.param
@@ -114,10 +105,14 @@ def test_products_of_8_bits_are_summed_exactly_on_every_path(path, group):
     np.testing.assert_array_equal(out, x.astype(np.int32) @ w.astype(np.int32).T)
 
 
-def test_an_unknown_path_is_refused(monkeypatch):
-    monkeypatch.setenv(simd.PATH_VARIABLE, "mmx")
-    with pytest.raises(ConfigError, match="LLAMALET_SIMD=mmx.*portable"):
+@pytest.mark.parametrize("target", [None, "generic"])
+def test_a_path_that_is_not_there_is_refused(monkeypatch, target):
+    monkeypatch.setattr(numba.config, "CPU_NAME", target)
+    monkeypatch.setenv(simd.PATH_VARIABLE, "mmx" if target is None else "avx512vnni")
+    with pytest.raises(ConfigError, match="LLAMALET_SIMD=(mmx|avx512vnni).*portable"):
         simd.instruction_path()
+    monkeypatch.delenv(simd.PATH_VARIABLE)
+    assert simd.instruction_path() == ("portable" if target else simd.available_paths()[0])
 
 
 @given(st.integers(1, 6), st.integers(1, 300), st.sampled_from([16, 32, 64]), seeds)

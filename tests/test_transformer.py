@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_MODELS, random_tensors
-from test_kernels import available_paths
 
-from llamalet import format, kernels, quantize, reference, team, tokenizer
+from llamalet import format, kernels, quantize, reference, simd, team, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, UsageError
 from llamalet.kv_cache import KVCache
@@ -27,9 +26,16 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture
-def file(dtype, small_config):
+# No width is a multiple of a vector's.
+ODD_MODEL = ModelConfig.create(
+    dim=36, n_layers=2, n_heads=6, n_kv_heads=1, hidden_dim=50, vocab_size=301, max_seq_len=40
+)
+
+
+@pytest.fixture(params=[*SMALL_MODELS, "odd"])
+def file(dtype, request):
     """Each small model in each kind of weights; v2 where its widths allow."""
+    small_config = SMALL_MODELS.get(request.param, ODD_MODEL)
     if dtype == "v2" and small_config.dim % 16 + small_config.hidden_dim % 16:
         pytest.skip("v2 needs groups of 16 at least")
     return in_memory(small_config, dtype)
@@ -226,6 +232,15 @@ def test_callers_on_several_threads_do_not_disturb_each_other(tmp_path):
         np.testing.assert_array_equal(logits, expected)
 
 
+def test_the_cache_of_another_model_is_refused():
+    model = Transformer(in_memory(ODD_MODEL, "f32"))
+    cache = KVCache(SMALL_MODELS["gqa-tied"])
+    with pytest.raises(UsageError, match="another model's"):
+        model.decode(cache, 1)
+    with pytest.raises(UsageError, match="another model's"):
+        model.decode_batch([model.new_cache(), cache], [1, 1])
+
+
 def test_helpers_end_with_the_model(tmp_path):
     config = SMALL_MODELS["gqa-tied"]
     model = Transformer(write(tmp_path / "model.bin", 1, config), threads=3)
@@ -297,6 +312,8 @@ def test_a_bad_thread_count_is_refused(monkeypatch):
     monkeypatch.setenv("NUMBA_NUM_THREADS", "many")
     with pytest.raises(ConfigError, match="NUMBA_NUM_THREADS=many"):
         team.thread_count()
+    with pytest.raises(ConfigError, match="threads=40000"):
+        team.thread_count(40_000)
 
 
 def test_tells_llama2_c_story(shared_data):
@@ -329,7 +346,7 @@ numpy.save(sys.argv[2], numpy.stack([model.logits(numpy.arange(20))[-1], model.d
 @pytest.mark.parametrize("dtype", ["q8", "q4"])
 def test_another_instruction_path_gives_the_same_logits(dtype, path, tmp_path):
     """Bit for bit: each sums the products of a group exactly, and the groups in one order."""
-    if path not in available_paths():
+    if path not in simd.available_paths():
         pytest.skip(f"this processor has no {path}")
     environment = os.environ | {"LLAMALET_SIMD": path, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", SCRIPT, dtype, str(tmp_path / "logits.npy")]
