@@ -32,6 +32,7 @@ from llamalet.tokenizer import StreamDecoder, Tokenizer
 OUT = Path("out")
 DEMO_MODEL = Path(__file__).parent / "assets" / "demo.bin"
 DEFAULT_STEPS = 256
+MAX_SAMPLES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +89,10 @@ class SampleConfig:
             problems.append(f"steps={self.steps}: must not be negative (0 goes on to the end of the context)")
         if self.keep < 0:
             problems.append(f"keep={self.keep}: must not be negative")
+        if self.keep != KEEP and self.overflow != "roll":
+            problems.append(f"keep={self.keep}: says what a rolling context keeps; give --overflow=roll too")
+        if self.num_samples > MAX_SAMPLES:
+            problems.append(f"num_samples={self.num_samples}: must be at most {MAX_SAMPLES}")
         if self.num_samples > 1 and self.steps == 0 and self.overflow == "roll" and self.ignore_eos:
             problems.append(f"num_samples={self.num_samples}: the first story would never end; give -n a number")
         for name in ("max_new_tokens", "num_samples", "threads"):
@@ -180,11 +185,14 @@ def tell(model: Model, prompt: str, config: SampleConfig, seeds: Sequence[int]) 
         )
         for seed in seeds
     ]
+    limit, room = new_tokens(config, len(ids)), model.config.max_seq_len - len(ids) + 1
+    if config.overflow == "stop" and limit is not None and limit > room:
+        note(f"the context has room for {room} new tokens; --overflow=roll goes on after them")
     events = generate_batch(
         model.transformer,
         [ids] * len(seeds),
         samplers,
-        max_new_tokens=new_tokens(config, len(ids)),
+        max_new_tokens=limit,
         stop_tokens=() if config.ignore_eos else model.stop_tokens,
         overflow=config.overflow,
         keep=config.keep,

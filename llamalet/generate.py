@@ -147,7 +147,8 @@ def generate_batch(
         texts.append(_Text(number, prompt, sampler, n_left))
     if batch_size is None:
         positions = max((min(context, len(text.prompt) + text.n_left) for text in texts), default=1)
-        n_that_fit = free_memory() // cache_bytes(transformer.config, int(positions))
+        # A cache doubles when it is full: one at a time, beside its old memory. Another holds the prompt they share.
+        n_that_fit = free_memory() // cache_bytes(transformer.config, min(context, 2 * int(positions))) - 2
         batch_size = max(1, min(n_that_fit, MAX_BATCH))
     return _make(transformer, texts, batch_size, frozenset(stop_tokens), keep)
 

@@ -181,7 +181,8 @@ def test_more_texts_than_a_batch_holds_wait():
 
 
 def test_a_batch_is_no_larger_than_memory_has_room_for(monkeypatch):
-    for n_fit, n_new, largest in ((3.5, None, 3), (0.5, None, 1), (3.5, 15, 7), (1e6, None, 9)):
+    # Two more caches than there are texts: one that grows beside its old memory, one with the prompt that they share.
+    for n_fit, n_new, largest in ((5.5, None, 3), (0.5, None, 1), (4.6, 7, 7), (1e6, None, 9)):
         monkeypatch.setattr("llamalet.generate.free_memory", lambda n_fit=n_fit: int(n_fit * cache_bytes(CONFIG, 32)))
         model = Counting(CONFIG)
         collect(generate_batch(model, [[100 + n] for n in range(9)], greedy(9), max_new_tokens=n_new))

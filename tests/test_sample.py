@@ -328,3 +328,16 @@ def test_llama2c_tells_this_story_at_temperature_0(stories260k, capsys):
 
 def test_llama2c_draws_this_story(stories260k, capsys):
     assert tell(capsys, *stories260k, "-t", 1.0, "-p", 0.9, "-s", 42)[0] == LILY_SEED_42
+
+
+def test_a_context_that_is_too_short_for_n_is_named(model, capsys):
+    _, err = tell(capsys, model, "-n", 1000, "--ignore-eos", "-s", 1)
+    assert "room for" in err and "--overflow=roll" in err
+    _, err = tell(capsys, model, "-n", 8, "-s", 1)
+    assert "room for" not in err
+
+
+@pytest.mark.parametrize("words", [["--keep=7"], ["--num-samples=100000000000"]])
+def test_options_that_would_do_nothing_or_never_end_are_refused(capsys, model, words):
+    with pytest.raises(errors.ConfigError, match="keep=7|num_samples=100000000000"):
+        tell(capsys, model, *words)
