@@ -28,8 +28,10 @@ from configurator import parse
 from llamalet import shards
 from llamalet.errors import ConfigError, UsageError, run
 from llamalet.shards import Block, Meta, Shards, Split
-from train import TrainConfig, Trainer, training_flops
+from training.config import TrainConfig
 from training.distributed import Processes, find_device
+from training.progress import training_flops
+from training.trainer import Trainer
 
 RUNGS: dict[str, dict[str, Any]] = {
     "eager, float32": {"compile": False, "dtype": "float32"},

@@ -66,6 +66,12 @@ class NonFiniteError(LlamaletError, ArithmeticError):
     exit_code = 6
 
 
+class LockedError(LlamaletError):
+    """A run's folder that another process is writing into."""
+
+    exit_code = 7
+
+
 class DiskError(LlamaletError, OSError):
     """A file that could not be written."""
 

@@ -21,9 +21,12 @@ from llamalet.errors import CheckpointError, ConfigError, DataError, UsageError
 from llamalet.shards import Shards
 from llamalet.tokenizer import BOS_ID, write_bin
 from model import Llama
-from training import checkpoint
+from training import checkpoint, run_folder
 from training.batches import Windows
-from training.optimizer import Optimizer, clip_gradients, learning_rate
+from training.config import TrainConfig
+from training.optimizer import Optimizer, clip_gradients
+from training.schedule import learning_rate
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 300
@@ -244,13 +247,13 @@ def test_a_run_goes_on_with_its_own_optimizer_and_shape(project):
 
 
 def test_data_that_move_during_training_do_not_end_it(project, monkeypatch):
-    step = train.Trainer.optimizer_step
+    step = Trainer.optimizer_step
 
     def step_and_move(trainer):
         (project / "data" / "toy" / "tokenizer.bin").unlink(missing_ok=True)
         return step(trainer)
 
-    monkeypatch.setattr(train.Trainer, "optimizer_step", step_and_move)
+    monkeypatch.setattr(Trainer, "optimizer_step", step_and_move)
     assert train.main([*SMALL, "--no-sample"]) == 0
 
 
@@ -267,16 +270,16 @@ def test_memory_that_runs_out_is_a_memory_error(project, monkeypatch, error):
     def fail(trainer):
         raise error
 
-    monkeypatch.setattr(train.Trainer, "optimizer_step", fail)
+    monkeypatch.setattr(Trainer, "optimizer_step", fail)
     with pytest.raises(MemoryError):
         train.main(SMALL)
 
 
 def test_config_toml_reads_back_what_was_typed(project):
     name = 'caf\u00e9 \U0001f600 "x" \\ \x7f\n'
-    config = train.TrainConfig(wandb_run_name=name, out_dir="run")
-    train.prepare_run_dir(Path("run"), config, 0)
-    again = parse(train.TrainConfig, ["run/config.toml"], program="", description="", toml=True)
+    config = TrainConfig(wandb_run_name=name, out_dir="run")
+    run_folder.prepare(Path("run"), config, 0)
+    again = parse(TrainConfig, ["run/config.toml"], program="", description="", toml=True)
     assert again == config
 
 

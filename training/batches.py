@@ -109,12 +109,13 @@ class Windows:
         """Yield this process's share of at most `n_batches` fixed batches, spread evenly over the split.
 
         Every token is a target at most once: what the next window covers too is IGNORED, and so are the rows that fill
-        up the last batch.
+        up the last batch, or a whole batch, so that all processes get as many.
         """
         wanted = min(batch_size * n_batches, len(self))
         picks = np.linspace(0, len(self), num=wanted, endpoint=False).astype(np.int64)
         own = np.diff(self.starts, append=self.starts[-1] + self.seq_len)
-        for begin in range(rank * batch_size, wanted, n_ranks * batch_size):
+        for first in range(0, wanted, n_ranks * batch_size):
+            begin = first + rank * batch_size
             inputs = np.zeros((batch_size, self.seq_len), dtype=np.int64)
             targets = np.full((batch_size, self.seq_len), IGNORED, dtype=np.int64)
             for row, pick in enumerate(picks[begin : begin + batch_size]):

@@ -135,6 +135,15 @@ def load(path: str | Path) -> Checkpoint:
     )
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    return _read_json(path / STATE)
+
+
 def verify(path: Path) -> None:
     """Compare a checkpoint's files with its manifest.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llamalet.errors import ConfigError
 
@@ -39,6 +40,22 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of a scalar over all processes, on the device and without waiting for it."""
+        if self.count == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.count
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is set in any process; every process must call this, and the device does not matter."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
+
     def wait(self) -> None:
         """Return once every process has come here."""
         if self.count > 1:
@@ -59,7 +76,7 @@ def processes(device: str) -> Iterator[Processes]:
     local_rank, local_count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     own = find_device(device, local_rank)
     if count > 1:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     try:
         yield Processes(rank, count, local_count, own)
     finally:

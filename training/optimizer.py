@@ -1,29 +1,10 @@
-"""AdamW, Muon, and the learning rate as a pure function of the step."""
+"""AdamW and Muon as one optimizer, and the clipping of gradients."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-
-
-def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: int) -> float:
-    """Return the learning rate of an optimizer step: a linear warm-up, then half a cosine down to `floor`.
-
-    Args:
-        step: 0 for the first step.
-        peak: the highest rate.
-        floor: the rate that the last step comes down to.
-        warmup: steps of warm-up; the first has peak / warmup, never 0.
-        total: steps of the whole run.
-
-    Source: SGDR, https://arxiv.org/abs/1608.03983, equation 5, without restarts.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
-    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * progress))
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
@@ -77,12 +58,21 @@ class Optimizer:
                 torch.optim.Muon(orthogonal, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             )
 
-    def step(self, rate: float) -> None:
-        """Update the parameters with the learning rate `rate`, and drop their gradients."""
+    def step(self, rate: float, skip: Tensor | None = None) -> None:
+        """Update the parameters with the learning rate `rate`, and drop their gradients.
+
+        Args:
+            rate: the learning rate.
+            skip: a bool scalar on the parameters' device; where it is true, only the gradients are dropped.
+        """
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = rate
-            part.step()
+            if skip is not None and skip.device.type == "cuda" and isinstance(part, torch.optim.AdamW):
+                part.found_inf = skip.float()  # type: ignore[attr-defined]  # the fused kernel looks, so that nobody has to wait
+                part.step()
+            elif skip is None or not skip:
+                part.step()
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,66 @@
+"""Whether an optimizer step may be taken: decided on the device, alike in all processes, before anything changes."""
+
+import torch
+from torch import Tensor
+
+from llamalet.errors import NonFiniteError
+
+WINDOW = 100
+"""Steps over which the gradient norm is averaged; before as many have been seen, no norm is a spike."""
+
+
+class Guard:
+    """Refuses steps whose loss or gradient is not finite, and steps whose gradient norm is a spike.
+
+    A refused step uses up its data and changes nothing else. The decision needs no look at the device: it is a tensor,
+    made of values that are the same in all processes.
+
+    Args:
+        device: where losses and norms are.
+        spike_factor: how many times its running mean a gradient norm may be; 0 for any.
+        max_skipped: how many steps in a row may be refused.
+    """
+
+    def __init__(self, device: torch.device, *, spike_factor: float, max_skipped: int) -> None:
+        self.spike_factor, self.max_skipped = spike_factor, max_skipped
+        # The mean norm, the norms in it, the steps skipped in a row, and in all.
+        self._state = torch.zeros(4, device=device)
+
+    def refuses(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """Return whether the step must be skipped, a bool scalar on the device, and remember what was decided.
+
+        Args:
+            loss: mean loss of the step over all processes.
+            gradient_norm: norm of the gradients over all processes.
+        """
+        mean, seen, in_a_row, skipped = self._state.unbind()
+        skip = ~(torch.isfinite(loss) & torch.isfinite(gradient_norm))
+        if self.spike_factor:
+            skip |= (seen >= WINDOW) & (gradient_norm > self.spike_factor * mean)
+        seen_now = torch.where(skip, seen, (seen + 1).clamp(max=WINDOW))
+        mean_now = torch.where(skip, mean, mean + (gradient_norm - mean) / seen_now)
+        self._state = torch.stack((mean_now, seen_now, torch.where(skip, in_a_row + 1, 0.0), skipped + skip))
+        return skip
+
+    def check(self) -> int:
+        """Return how many steps were skipped so far; this waits for the device.
+
+        Raises:
+            NonFiniteError: if more than `max_skipped` were skipped in a row.
+        """
+        _, _, in_a_row, skipped = self._state.tolist()
+        if in_a_row > self.max_skipped:
+            raise NonFiniteError(
+                f"{in_a_row:.0f} steps in a row had a loss or gradient that is not finite, or a gradient norm over "
+                f"{self.spike_factor:g} times its mean; the weights are as they were before. Go on from the newest "
+                "checkpoint with --resume and a lower --learning_rate or a longer --warmup_iters"
+            )
+        return int(skipped)
+
+    def state(self) -> list[float]:
+        """Return what a checkpoint must keep, as exact floats."""
+        return self._state.tolist()
+
+    def load_state(self, state: list[float]) -> None:
+        """Go on from `state`."""
+        self._state = torch.tensor(state, device=self._state.device)

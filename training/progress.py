@@ -1,0 +1,65 @@
+"""What a run says of itself: what is about to happen, how far it is, how fast it goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from llamalet.config import ModelConfig
+from training.config import TrainConfig
+
+
+class Timer:
+    """Times steps, leaving out whatever happens while it is paused."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._start = step, time.perf_counter()
+
+    def lap(self, step: int) -> float:
+        """Return the seconds a step took on average since the last lap, or since the start."""
+        now = time.perf_counter()
+        seconds = (now - self._start) / (step - self._step)
+        self._step, self._start = step, now
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of the block."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
+
+def training_flops(config: ModelConfig) -> float:
+    """Return the floating-point operations that training spends on a token of a full sequence.
+
+    Source: PaLM, https://arxiv.org/abs/2204.02311, appendix B: 6 a weight, 12 a layer, head, position and head value.
+    The embedding lookup multiplies nothing, so its table counts only where it is the output projection too.
+    """
+    weights = config.n_params - (0 if config.tied else config.vocab_size * config.dim)
+    return 6 * weights + 12 * config.n_layers * config.n_heads * config.head_dim * config.max_seq_len
+
+
+def activation_bytes(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> float:
+    """Estimate what the forward pass of a micro-step keeps for the backward pass.
+
+    Per token and layer: the two norms' inputs in float32, and in `dtype` the norms' outputs, queries, keys, values, the
+    mixed heads, and the three hidden vectors of the feed-forward; then the logits.
+    """
+    heads = model.n_heads * model.head_dim
+    layer = 8 * model.dim + dtype.itemsize * (2 * model.dim + 2 * heads + 2 * model.kv_dim + 3 * model.hidden_dim)
+    logits = model.vocab_size * (dtype.itemsize + 4)
+    return config.batch_size * config.max_seq_len * (model.n_layers * layer + logits)
+
+
+def progress_line(step: int, total: int, row: dict[str, Any]) -> str:
+    """Return the line of output for a logged step."""
+    parts = [f"step {step}/{total}", f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"gnorm {row['gnorm']:.2f}"]
+    parts += [f"{row['skipped']} skipped"] if row["skipped"] else []
+    parts += [f"{row['tokens_per_s']:,.0f} tok/s", f"{row['tflops']:.3g} TFLOP/s"]
+    parts += [f"MFU {row['mfu']:.1%}"] if row["mfu"] is not None else []
+    minutes, seconds = divmod(round(row["eta_s"]), 60)
+    parts += [f"ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
+    return " | ".join(parts)

@@ -1,0 +1,118 @@
+"""The folder of a run: who may write into it, what it was set to, and which of its checkpoints to go on from."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from llamalet.errors import CheckpointError, LockedError
+from llamalet.files import replacing
+from training import checkpoint
+from training.config import TrainConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE, CONFIG_FILE = ".lock", "config.toml"
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Keep other runs out of the folder for the block; the lock ends with the process, however it ends.
+
+    Raises:
+        LockedError: if another process holds it, naming that process.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise LockedError(
+                    f"{run_dir}: in use by {_holder(file)}; wait for it, stop it, or give another --out_dir"
+                ) from None
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": platform.node()}))
+        file.flush()
+        yield
+
+
+def _holder(file: IO[str]) -> str:
+    """Return who wrote the lock file."""
+    try:
+        holder = json.load(file)
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """Return the checkpoint to go on from, or None for a fresh start.
+
+    Raises:
+        CheckpointError: if one must be there and is not.
+    """
+    if (own := _after_restart(config)) is not None:
+        return own
+    if config.resume not in (None, "latest", "auto"):
+        return Path(str(config.resume))
+    wanted = config.resume == "latest" or config.init_from == "resume" or config.eval_only
+    newest = checkpoint.find_latest(config.out_dir) if wanted or config.resume == "auto" else None
+    if newest is None and wanted:
+        raise CheckpointError(f"{config.out_dir}: no sound checkpoint to go on from; start with `python train.py`")
+    return newest
+
+
+def run_id() -> str | None:
+    """Return what torchrun calls this run, through all its restarts; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def _after_restart(config: TrainConfig) -> Path | None:
+    """Return the newest checkpoint if torchrun has started this run again and the checkpoint is its own."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    newest = checkpoint.find_latest(config.out_dir)
+    return newest if newest is not None and checkpoint.read_state(newest).get("run_id") == run_id() else None
+
+
+def check(config: TrainConfig, resumed: Path | None) -> None:
+    """Refuse to mix the checkpoints of two runs, or to remove the one to go on from.
+
+    Raises:
+        CheckpointError: saying what the folder holds and what to do.
+    """
+    earlier = checkpoint.list_steps(config.out_dir)
+    if earlier and resumed is not None and resumed.resolve().parent == earlier[0].resolve().parent:
+        if config.overwrite and not _after_restart(config):
+            raise CheckpointError(f"{config.out_dir}: --overwrite would remove {resumed}; leave it out to go on")
+    elif earlier and not config.overwrite:
+        raise CheckpointError(
+            f"{config.out_dir}: holds the checkpoints of an earlier run; go on with --resume, keep them with "
+            f"--out_dir=OTHER, or lose them with --overwrite"
+        )
+
+
+def prepare(run_dir: Path, config: TrainConfig, step: int) -> None:
+    """Make the folder ready to go on after `step`, with the settings in a config.toml that train.py reads back."""
+    if config.overwrite and not _after_restart(config):
+        checkpoint.remove_all(run_dir)
+    for path in checkpoint.go_back(run_dir, step):
+        print(f"a later checkpoint is out of the way: {path}")
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(config).items()
+        if value is not None and key not in ("resume", "init_from", "overwrite")
+    }
+    with replacing(run_dir / CONFIG_FILE) as file:
+        # Numbers, booleans and strings are written alike in JSON and TOML, but for this one character.
+        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
+        file.write("".join(lines).replace("\x7f", "\\u007f").encode())

@@ -1,0 +1,432 @@
+"""The training loop: what is set up once, what happens in every step, and what happens now and then."""
+
+import dataclasses
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llamalet import tokenizer
+from llamalet.config import ModelConfig
+from llamalet.errors import ConfigError, DataError, NonFiniteError
+from llamalet.shards import Shards, find_newest
+from model import Llama
+from training import checkpoint, metrics, run_folder
+from training.batches import IGNORED, Batch, Windows
+from training.checkpoint import Checkpoint
+from training.config import TrainConfig
+from training.cpu import use_cpu_kernels
+from training.distributed import Processes
+from training.guard import Guard
+from training.hardware import choose_dtype, compile_problem, count_threads, peak_tflops, tune_allocator
+from training.interrupts import Interrupted, Interrupts
+from training.optimizer import Optimizer, clip_gradients
+from training.progress import Timer, activation_bytes, progress_line, training_flops
+
+
+class Trainer:
+    """A run: its data, model and optimizer, and the loop over them.
+
+    Attributes:
+        step: optimizer steps done so far, earlier stretches of a resumed run included.
+        val_loss: validation loss of the state after `step`, once it is known.
+        saved: step and val_loss of the newest checkpoint in the run's folder.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        group: Processes,
+        resumed: Checkpoint | None = None,
+        interrupts: Interrupts | None = None,
+    ) -> None:
+        self.config, self.group, self.interrupts = config, group, interrupts or Interrupts()
+        self.run_dir = Path(config.out_dir)
+        self.data = open_data(config)
+        self.tokenizer_data = read_tokenizer(self.data)
+        self.model_config = config.model_config(self.data.vocab_size)
+        self.accumulation = config.accumulation(group.count)
+        self.tokens_per_step = self.accumulation * group.count * config.batch_size * config.max_seq_len
+        if resumed:
+            check_continuity(resumed, config, self.model_config, self.data)
+        self.train_windows, self.val_windows = self.open_windows("train"), self.open_windows("val")
+
+        self.dtype = choose_dtype(config.dtype, group.device)
+        self.not_compiled = set_up_machine(config, group)
+        torch.manual_seed(config.seed)
+        self.model = Llama(self.model_config, config.dropout)
+        if config.init == "copying":
+            self.model.start_by_copying()
+        self.model.to(group.device)
+        self.optimizer = Optimizer(
+            self.model,
+            kind=config.optimizer,
+            rate=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.guard = Guard(group.device, spike_factor=config.spike_factor, max_skipped=config.max_skipped)
+        self.step = 0
+        self.val_loss: float | None = None
+        self.saved: tuple[int, float | None] | None = None
+        self.saved_at = time.monotonic()
+        self.resumed = resumed
+        if resumed:
+            self.load(resumed)
+        if group.device.type == "cpu":
+            use_cpu_kernels(self.model, compiled=self.not_compiled is None)
+        if self.not_compiled is None:
+            self.model.compile()
+        # Checkpoints and evaluation use the model itself; only training goes through the wrapper that sums gradients.
+        self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False) if group.count > 1 else self.model
+
+    def open_windows(self, split: str) -> Windows:
+        """Cut a split into sequences."""
+        starts = self.data.document_starts(split) if self.config.align_documents else None
+        return Windows(self.data.split(split), self.config.max_seq_len, starts)
+
+    def load(self, resumed: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        self.model.load_state_dict(resumed.model_state)
+        self.optimizer.load_state_dict(resumed.optimizer_state)
+        if "guard" in resumed.state:
+            self.guard.load_state(resumed.state["guard"])
+        self.step, self.val_loss = resumed.state["step"], resumed.state["val_loss"]
+        if resumed.path.resolve().parent == (self.run_dir / checkpoint.FOLDER).resolve():
+            self.saved = self.step, self.val_loss
+
+    def train(self) -> None:
+        """Run the loop from the current step to the last.
+
+        Raises:
+            Interrupted: if a signal came; the last whole step is saved then.
+            NonFiniteError: if the loss or the gradients stay NaN or infinite.
+            DiskError: if a checkpoint or the record cannot be written.
+        """
+        if self.group.is_main:
+            run_folder.prepare(self.run_dir, self.config, self.step)
+            self.describe()
+        self.group.wait()
+        try:
+            self.save()  # there is something to go on from at any time, and a full disk shows now
+            self.compile()
+            with self.record() as record:
+                self.loop(record)
+        except Interrupted:
+            self.save()
+            raise
+
+    def loop(self, record: metrics.Metrics | None) -> None:
+        """Alternate between optimizer steps and what is done between them: evaluating, saving, telling."""
+        config, first = self.config, self.step + 1
+        timer = Timer(self.step)
+        row: dict[str, Any] = {}
+        while True:
+            at_end = self.step >= config.max_iters
+            with timer.paused():
+                if self.val_loss is None and self.step and (at_end or self.step % config.eval_interval == 0):
+                    row["val_loss"] = self.val_loss = self.evaluate()
+                    self.group.print(f"step {self.step}/{config.max_iters} | validation loss {self.val_loss:.4f}")
+                    self.save()
+                elif self.save_is_due():
+                    self.save()
+            if row and record:
+                record.log({"step": self.step, "tokens": self.step * self.tokens_per_step} | row)
+            if at_end:
+                return
+            loss, gradient_norm = self.optimizer_step()
+            row = {}
+            if self.step in (first, config.max_iters) or self.step % config.log_interval == 0:
+                row = self.progress(loss, gradient_norm, timer)
+                self.group.print(progress_line(self.step, config.max_iters, row))
+
+    def optimizer_step(self) -> tuple[Tensor, Tensor]:
+        """Do one optimizer step, unless the guard refuses it; the step counts and its data are used up either way.
+
+        Returns:
+            The mean loss and the gradient norm over all processes, still on the device.
+
+        Raises:
+            Interrupted: if a signal came to any process; what was accumulated is thrown away.
+            NonFiniteError: if the guard has refused too many steps in a row.
+        """
+        config, group = self.config, self.group
+        total = torch.zeros((), device=group.device)
+        for micro_step in range(self.accumulation):
+            self.stop_if_asked()
+            # The place in the run decides the data and the dropout, and nothing else does: resuming needs no generator
+            # state, and the number of processes makes no difference.
+            place = (self.step * self.accumulation + micro_step) * group.count + group.rank
+            if config.dropout:
+                torch.manual_seed(config.seed + 0x9E3779B97F4A7C15 * (place + 1) % 2**63)
+            batch = self.train_windows.training_batch(config.seed, place * config.batch_size, config.batch_size)
+            self.sum_gradients(micro_step == self.accumulation - 1)
+            loss = self.loss(self.parallel, batch) / self.accumulation
+            loss.backward()
+            total += loss.detach()
+        loss = group.mean(total)
+        gradient_norm = clip_gradients(self.model.parameters(), config.grad_clip)
+        self.optimizer.step(config.rate(self.step), skip=self.guard.refuses(loss, gradient_norm))
+        self.step, self.val_loss = self.step + 1, None
+        if group.device.type == "cpu":  # elsewhere looking at it means waiting, which is done when a line is due
+            self.guard.check()
+        return loss, gradient_norm
+
+    def sum_gradients(self, now: bool) -> None:
+        """Say whether the next backward pass ends an accumulation, and so sums the gradients over the processes."""
+        if isinstance(self.parallel, DistributedDataParallel):
+            self.parallel.require_backward_grad_sync = now
+
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted, in all processes at the same place, if a signal came to any of them."""
+        if self.group.any(self.interrupts.requested):
+            raise Interrupted
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch, computed in the chosen precision."""
+        device = self.group.device
+        tokens, targets = (torch.from_numpy(array).to(device, non_blocking=True) for array in batch)
+        reduced = self.dtype != torch.float32
+        with torch.autocast(device.type, dtype=self.dtype) if reduced else nullcontext():
+            return model(tokens, targets)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the validation loss in nats per token; each process takes its share of the batches.
+
+        Raises:
+            Interrupted: if a signal came to any process.
+            NonFiniteError: if the loss is not a number.
+        """
+        config, group = self.config, self.group
+        self.model.eval()
+        total, count = 0.0, 0.0
+        for batch in self.val_windows.evaluation_batches(config.batch_size, config.eval_iters, group.rank, group.count):
+            self.stop_if_asked()
+            loss, counted = self.loss(self.model, batch).item(), int((batch[1] != IGNORED).sum())
+            if counted:
+                total, count = total + loss * counted, count + counted
+        self.model.train()
+        total, count = group.sum([total, count])
+        if not math.isfinite(total):
+            raise NonFiniteError(f"step {self.step}: the validation loss is {total}; this state is not saved")
+        return total / count
+
+    def compile(self) -> None:
+        """Run each kind of pass once and forget what it computed, so that compiling is no part of a step."""
+        if self.not_compiled is not None:
+            return
+        config, start = self.config, time.perf_counter()
+        self.group.print(f"{'compile':8} takes up to a minute the first time")
+        with self.interrupts.at_once():  # a compiler can be at it for long, and what there is to lose is saved
+            self.sum_gradients(False)
+            self.loss(self.parallel, self.train_windows.training_batch(config.seed, 0, config.batch_size)).backward()
+            self.model.zero_grad(set_to_none=True)
+            self.model.eval()
+            with torch.no_grad():
+                self.loss(self.model, next(self.val_windows.evaluation_batches(config.batch_size, 1)))
+            self.model.train()
+        self.group.print(f"{'compile':8} took {time.perf_counter() - start:.1f} s")
+
+    def save_is_due(self) -> bool:
+        """Return whether the interval between checkpoints is over; of a time, the main process's clock decides."""
+        steps, seconds = self.config.save_steps, self.config.save_seconds
+        if seconds is not None:
+            return self.group.any(self.group.is_main and time.monotonic() - self.saved_at > seconds)
+        return steps is not None and self.step % steps == 0
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this very state is saved already.
+
+        Raises:
+            DiskError: if it cannot be written; older checkpoints are untouched.
+            NonFiniteError: if a weight is not finite.
+        """
+        if self.saved == (self.step, self.val_loss):
+            return
+        # All processes hold the same state, so the main one writes it.
+        if self.group.is_main:
+            checkpoint.save(
+                self.run_dir,
+                model_config=self.model_config,
+                model_state=self.model.state_dict(),
+                optimizer_state=self.optimizer.state_dict(),
+                state={
+                    "step": self.step,
+                    "val_loss": self.val_loss,
+                    "guard": self.guard.state(),
+                    "tokenizer_sha256": self.data.tokenizer_sha256,
+                    "data": str(self.data.folder),
+                    "train_config": dataclasses.asdict(self.config),
+                    "machine": self.machine(),
+                    "run_id": run_folder.run_id(),
+                },
+                tokenizer_name=self.data.meta.tokenizer,
+                tokenizer_data=self.tokenizer_data,
+                keep=self.config.keep,
+            )
+        self.group.wait()
+        self.saved, self.saved_at = (self.step, self.val_loss), time.monotonic()
+
+    def progress(self, loss: Tensor, gradient_norm: Tensor, timer: Timer) -> dict[str, Any]:
+        """Return the figures of the last steps; this waits for the device.
+
+        Raises:
+            NonFiniteError: if the guard has refused too many steps in a row.
+        """
+        row: dict[str, Any] = {
+            "loss": loss.item(),
+            "lr": self.config.rate(self.step - 1),
+            "gnorm": gradient_norm.item(),
+        }
+        row["skipped"] = self.guard.check()
+        seconds = timer.lap(self.step)
+        row["tokens_per_s"] = tokens_per_s = self.tokens_per_step / seconds
+        row["tflops"] = tflops = training_flops(self.model_config) * tokens_per_s / 1e12
+        row["eta_s"] = seconds * (self.config.max_iters - self.step)
+        peak = self.config.peak_tflops or peak_tflops(self.group.device, self.dtype)
+        row["mfu"] = tflops / (peak * self.group.count) if peak else None
+        return row
+
+    def record(self) -> AbstractContextManager[metrics.Metrics | None]:
+        """Open the record of the run, in the main process alone."""
+        if not self.group.is_main:
+            return nullcontext()
+        config = self.config
+        wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": dataclasses.asdict(config)}
+        return metrics.Metrics(
+            self.run_dir, resume_step=self.step if self.resumed else None, wandb=wandb if config.wandb_log else None
+        )
+
+    def machine(self) -> dict[str, Any]:
+        """Return what, beside the settings, decides the last bits of a result."""
+        return {
+            "torch": torch.__version__,
+            "device": self.group.device.type,
+            "processor": platform.machine() if self.group.device.type == "cpu" else torch.cuda.get_device_name(),
+            "processes": self.group.count,
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compiled": self.not_compiled is None,
+        }
+
+    def describe(self) -> None:
+        """Print what is about to run."""
+        config, group, model = self.config, self.group, self.model_config
+        windows, batch = len(self.train_windows), self.tokens_per_step
+        tokens = self.data.meta.splits["train"].tokens
+        compiled = "compiled" if self.not_compiled is None else f"not compiled: {self.not_compiled}"
+        lines = {
+            "data": f"{self.data.folder}: {tokens:,} tokens, vocabulary {model.vocab_size}",
+            "model": f"{model.n_params:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads "
+            f"({model.n_kv_heads} kv), hidden {model.hidden_dim}, context {model.max_seq_len}",
+            "step": f"{batch:,} tokens = {config.batch_size} x {config.max_seq_len} tokens x {self.accumulation} "
+            f"micro-steps x {group.count} processes",
+            "epoch": f"{windows * config.max_seq_len // batch:,} steps ({windows:,} sequences); "
+            f"{config.max_iters:,} steps are {config.max_iters * batch / (windows * config.max_seq_len):.2f} epochs",
+            "machine": f"{group.device}, {torch.get_num_threads()} threads, {str(self.dtype).removeprefix('torch.')}, "
+            + compiled,
+            "memory": f"about {activation_bytes(config, model, self.dtype) / 2**20:,.0f} MiB of activations and "
+            f"{16 * model.n_params / 2**20:,.0f} MiB of weights, gradients and moments",
+        }
+        if config.warmup_iters > config.max_iters:
+            lines["warm-up"] = (
+                f"never done: it has {config.warmup_iters} steps, the run {config.max_iters}; "
+                "give a lower --warmup_iters"
+            )
+        for name, text in lines.items():
+            print(f"{name:8} {text}")
+        if self.resumed:
+            print(f"{'resume':8} after step {self.step} of {config.max_iters}")
+            then, now = self.resumed.state.get("machine", {}), self.machine()
+            changed = [
+                f"{key} {then[key]} before, {now[key]} now" for key in now if key in then and then[key] != now[key]
+            ]
+            if changed:
+                print(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changed)}")
+        sys.stdout.flush()
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise what torch raises when memory runs out, a RuntimeError, as a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError from error
+        raise
+
+
+def set_up_machine(config: TrainConfig, group: Processes) -> str | None:
+    """Set threads, memory, repeatability; return why torch.compile is not used, or None if it is."""
+    torch.set_num_threads(config.threads or count_threads(group.local_count))
+    tune_allocator(group.device)
+    if config.deterministic or (config.deterministic is None and group.device.type == "cpu"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over memory
+    if group.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    return compile_problem(group.device) if config.compile else "switched off"
+
+
+def open_data(config: TrainConfig) -> Shards:
+    """Open the prepared data that the config names, or the newest.
+
+    Raises:
+        DataError: if there are none.
+        ConfigError: if their vocabulary is not the one asked for.
+    """
+    root = config.data or "data"
+    folder = find_newest(root)
+    if folder is None:
+        raise DataError(
+            f"{root}: no prepared data; make some with `python tinystories.py download` (offline: `synthesize`), then "
+            "`python tinystories.py pretokenize`"
+        )
+    data = Shards.open(folder)
+    if config.vocab_size not in (None, data.vocab_size):
+        raise ConfigError(
+            f"vocab_size={config.vocab_size}: the data in {folder} have {data.vocab_size}; leave the option out, or "
+            f"prepare data with `python tinystories.py pretokenize --vocab-size={config.vocab_size}`"
+        )
+    return data
+
+
+def read_tokenizer(data: Shards) -> bytes:
+    """Return the file of the data's tokenizer, which goes into each checkpoint.
+
+    Raises:
+        DataError: if it is not the one that the data were made with.
+        TokenizerError: if it is missing or damaged.
+    """
+    if tokenizer.load(data.tokenizer_path).sha256 != data.tokenizer_sha256:
+        raise DataError(f"{data.tokenizer_path}: not the vocabulary that the data were made with; prepare them again")
+    return data.tokenizer_path.read_bytes()
+
+
+def check_continuity(resumed: Checkpoint, config: TrainConfig, model_config: ModelConfig, data: Shards) -> None:
+    """Refuse to go on with another shape, optimizer or vocabulary.
+
+    Raises:
+        ConfigError: listing what differs.
+    """
+    old, new = resumed.model_config.to_dict(), model_config.to_dict()
+    problems = [f"{key}={new[key]}: the checkpoint has {old[key]}" for key in old if old[key] != new[key]]
+    optimizer = resumed.state["train_config"]["optimizer"]
+    if config.optimizer != optimizer:
+        problems.append(f"optimizer={config.optimizer}: the checkpoint has {optimizer}'s state")
+    if resumed.state["tokenizer_sha256"] != data.tokenizer_sha256:
+        problems.append(f"{data.folder}: its vocabulary is not that of {resumed.state['data']}, which the run used")
+    if problems:
+        raise ConfigError.from_problems(problems)
