@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bounds lint bench clean
+.PHONY: help demo test test-bounds torture lint bench clean
 
 help:  ## list these targets
 	@echo "llamalet: small Llama models, from data to story"
@@ -25,6 +25,9 @@ test: .venv/dev  ## run every test (offline, CPU)
 test-bounds: .venv/dev  ## run the runtime's tests with every index of the kernels checked
 	NUMBA_BOUNDSCHECK=1 $(RUN) -m pytest tests/test_kernels.py tests/test_transformer.py tests/test_parity.py \
 	    tests/test_generate.py tests/test_evaluate.py
+
+torture: .venv/dev  ## kill, fill, flip and interrupt runs by the hundred (an hour), for benchmarks/torture.log
+	$(RUN) -m pytest --torture --torture-log=benchmarks/torture.log $(ARGS)
 
 lint: .venv/dev  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff format --check .

@@ -1,7 +1,9 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torture
 
 from llamalet.config import ModelConfig
 from llamalet.format import tensor_specs
@@ -23,6 +25,24 @@ SMALL_MODELS = {
         dim=48, n_layers=2, n_heads=3, hidden_dim=112, vocab_size=300, max_seq_len=32, tied=False
     ),
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="run the campaigns, and nothing else, whole")
+    parser.addoption("--torture-log", metavar="FILE", help="leave a line for each campaign in FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "campaign(name): tries many cases; all of them with --torture")
+    if config.getoption("--torture"):
+        os.environ[torture.VARIABLE] = "1"
+    if path := config.getoption("--torture-log"):
+        config.pluginmanager.register(torture.Log(Path(path)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--torture"):
+        items[:] = [item for item in items if item.get_closest_marker("campaign")]
 
 
 def random_tensors(config: ModelConfig, seed: int = 0, scale: float = 0.1) -> dict[str, np.ndarray]:
