@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
                 return 0
             trainer.train()
             if is_main:
-                finish(trainer)
+                with signals.at_once():  # what is left to do can be done again
+                    finish(trainer)
         except Interrupted:
             group.print(
                 f"interrupted at step {trainer.step} of {config.max_iters}, "
@@ -86,11 +87,7 @@ def resume(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, "Chec
 
 
 def finish(trainer: "Trainer") -> None:
-    """Draw the loss, export the best checkpoint and let it tell a story.
-
-    Raises:
-        Interrupted: if a signal came.
-    """
+    """Draw the loss, export the best checkpoint and let it tell a story."""
     from training import checkpoint, metrics
     from training.weights import write_bin
 
@@ -109,8 +106,6 @@ def finish(trainer: "Trainer") -> None:
 
         print()
         for text in Model.load(target).generate("", temperature=1.0, top_p=0.9, seed=trainer.config.seed):
-            if trainer.interrupts.requested:
-                raise Interrupted
             print(text, end="", flush=True)
         print("\n")
     print(f"run it with: python sample.py {target}")

@@ -8,15 +8,16 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 EXIT_CODE = 75
 """Interrupted and resumable: EX_TEMPFAIL of sysexits.h."""
 
-ECHO_S = 2.0
-"""torchrun passes a signal on to processes that have had it already; what comes within this time is the same one."""
+ECHO_S, TORCHRUN_ECHO_S = 0.1, 2.0
+"""A signal so soon after the first is the same one: timeout(1) sends its own twice, and what a whole job is sent,
+torchrun passes on to processes that have had it already."""
 
 
 class Interrupted(BaseException):
@@ -51,22 +52,32 @@ class Interrupts:
         """Let a signal raise Interrupted within the block, where nothing can be lost; one that came before too."""
         self._raises = True
         try:
-            if self.requested:
-                raise Interrupted
+            self.check()
             yield
+            self.check()  # what was raised in a destructor or a callback, Python has dropped
+        except Exception:
+            self.check()  # a signal to a whole process group ends the compiler's processes too, and so fails the block
+            raise
         finally:
             self._raises = False
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.requested:
+            raise Interrupted
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """Note a signal, or end the process if it is the second."""
         now = time.monotonic()
         if self.requested:
-            if "TORCHELASTIC_RUN_ID" not in os.environ or now - self._came_at > ECHO_S:
+            echo_s = TORCHRUN_ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else ECHO_S
+            if now - self._came_at > echo_s:
                 os._exit(128 + number)
             return
         self.requested, self._came_at = True, now
         if os.environ.get("RANK", "0") == "0":
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, b"\nstopping as soon as the state is saved; once more stops at once, without saving\n")
+            # Not print: the signal may have come in the middle of one. And whoever read stderr may have gone.
+            with suppress(OSError):
+                os.write(2, b"\nstopping as soon as the state is saved; once more stops at once, without saving\n")
         if self._raises:
             raise Interrupted

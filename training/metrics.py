@@ -25,15 +25,17 @@ class Metrics:
 
     Args:
         run_dir: the run's out_dir.
-        resume_step: rows after this step, of a stretch that is about to be repeated, are dropped; None starts afresh.
+        resumed_at: the step that the run goes on after, and whether its evaluation is done; rows of what is about to
+            be repeated are dropped. None starts afresh.
         wandb: keyword arguments of wandb.init, or None for no wandb.
     """
 
     def __init__(
-        self, run_dir: Path, *, resume_step: int | None = None, wandb: Mapping[str, Any] | None = None
+        self, run_dir: Path, *, resumed_at: tuple[int, bool] | None = None, wandb: Mapping[str, Any] | None = None
     ) -> None:
         self.path = run_dir / METRICS_FILE
-        rows = [] if resume_step is None else [row for row in read(self.path) if row["step"] <= resume_step]
+        rows = read(self.path) if resumed_at is not None else []
+        rows = [row for row in rows if (row["step"], "val_loss" in row) <= (resumed_at or (0, False))]
         with replacing(self.path) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = self.path.open("a", encoding="utf-8")

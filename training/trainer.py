@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,25 +129,28 @@ class Trainer:
         """Alternate between optimizer steps and what is done between them: evaluating, saving, telling."""
         config, first = self.config, self.step + 1
         timer = Timer(self.step)
-        row: dict[str, Any] = {}
+
+        def log(row: dict[str, Any]) -> None:
+            if record:
+                record.log({"step": self.step, "tokens": self.step * self.tokens_per_step} | row)
+
         while True:
             at_end = self.step >= config.max_iters
             with timer.paused():
                 if self.val_loss is None and self.step and (at_end or self.step % config.eval_interval == 0):
-                    row["val_loss"] = self.val_loss = self.evaluate()
+                    self.val_loss = self.evaluate()
                     self.group.print(f"step {self.step}/{config.max_iters} | validation loss {self.val_loss:.4f}")
-                    self.save()
+                    log({"val_loss": self.val_loss})
+                    self.save()  # after the rows of all that it holds: a run that goes on from here repeats none
                 elif self.save_is_due():
                     self.save()
-            if row and record:
-                record.log({"step": self.step, "tokens": self.step * self.tokens_per_step} | row)
             if at_end:
                 return
             loss, gradient_norm = self.optimizer_step()
-            row = {}
             if self.step in (first, config.max_iters) or self.step % config.log_interval == 0:
                 row = self.progress(loss, gradient_norm, timer)
                 self.group.print(progress_line(self.step, config.max_iters, row))
+                log(row)
 
     def optimizer_step(self) -> tuple[Tensor, Tensor]:
         """Do one optimizer step, unless the guard refuses it; the step counts and its data are used up either way.
@@ -227,7 +230,8 @@ class Trainer:
             return
         config, start = self.config, time.perf_counter()
         self.group.print(f"{'compile':8} takes up to a minute the first time")
-        with self.interrupts.at_once():  # a compiler can be at it for long, and what there is to lose is saved
+        # A compiler can be at it for long, and what there is to lose is saved.
+        with suppress(Interrupted), self.interrupts.at_once():
             self.sum_gradients(False)
             self.loss(self.parallel, self.train_windows.training_batch(config.seed, 0, config.batch_size)).backward()
             self.model.zero_grad(set_to_none=True)
@@ -235,6 +239,7 @@ class Trainer:
             with torch.no_grad():
                 self.loss(self.model, next(self.val_windows.evaluation_batches(config.batch_size, 1)))
             self.model.train()
+        self.stop_if_asked()  # all together, also where the signal came to one process alone
         self.group.print(f"{'compile':8} took {time.perf_counter() - start:.1f} s")
 
     def save_is_due(self) -> bool:
@@ -303,9 +308,8 @@ class Trainer:
             return nullcontext()
         config = self.config
         wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": dataclasses.asdict(config)}
-        return metrics.Metrics(
-            self.run_dir, resume_step=self.step if self.resumed else None, wandb=wandb if config.wandb_log else None
-        )
+        resumed_at = (self.step, self.val_loss is not None) if self.resumed else None
+        return metrics.Metrics(self.run_dir, resumed_at=resumed_at, wandb=wandb if config.wandb_log else None)
 
     def machine(self) -> dict[str, Any]:
         """Return what, beside the settings, decides the last bits of a result."""

@@ -1,0 +1,428 @@
+"""Runs of train.py in processes of their own that can be stopped anywhere, and what they leave, as digests.
+
+The processes are forked from one that has imported torch already, so that a run of a small model takes half a second.
+Nothing in the product knows of this: in the fork, functions are wrapped that tell where the run is.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 300.0
+PR_SET_PDEATHSIG = 1
+TIMED = {"tokens_per_s", "tflops", "mfu", "eta_s"}
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A signal that comes when a run is at some place; None stands for any."""
+
+    event: str
+    step: int | None = None
+    part: int | str | None = None  # a number, or "mid" or "last" of the micro-steps
+    how: str = "SIGTERM"
+    ranks: tuple[int, ...] | None = None
+    after_s: float = 0.0  # so much later, whatever the run does then
+    again_s: float | None = None  # a second signal so much after the first, and the run hangs between them
+    closes: int | None = None  # a file descriptor that is closed before
+
+    def __str__(self) -> str:
+        place = [self.how, self.event] + [str(x) for x in (self.step, self.part) if x is not None]
+        return " ".join(place) + (f" in {self.ranks}" if self.ranks else "")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with the numbers of a micro-step; None stands for any."""
+
+    kind: str  # loss, gradient, spike or evaluation
+    step: int
+    micro: int | None = None
+    rank: int | None = None
+    value: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    codes: list[int]
+    out: str
+    err: str
+    states: list[dict[str, Any]]  # for each process that could still tell
+    took_s: float  # from the signal to the end of the last process; nan without one
+    folder: Path = field(repr=False)
+
+    @property
+    def last_line(self) -> str:
+        return self.out.rstrip().rpartition("\n")[2]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What every process ended with; all the same but for the random state, which is a list of each one's."""
+        common = [{**state, "random": [other["random"] for other in self.states]} for state in self.states]
+        assert common and all(state == common[0] for state in common), self.states
+        return common[0]
+
+
+def run(
+    folder: Path,
+    argv: Sequence[str],
+    *,
+    processes: int = 1,
+    stop: Stop | None = None,
+    faults: Iterable[Fault] = (),
+    patches: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run train.py in `folder`, whose data/ it reads, until it ends.
+
+    Args:
+        folder: working directory; what the processes print and record lands there too.
+        argv: train.py's arguments.
+        processes: how many, without torchrun.
+        stop: where a signal comes.
+        faults: what goes wrong with the numbers.
+        patches: values put in the place of module attributes, as in {"training.guard.WINDOW": 3}.
+        environment: variables for the processes.
+    """
+    group = start(folder, argv, processes=processes, stop=stop, faults=faults, patches=patches, environment=environment)
+    return finish(folder, group)
+
+
+def start(
+    folder: Path,
+    argv: Sequence[str],
+    *,
+    processes: int = 1,
+    stop: Stop | None = None,
+    faults: Iterable[Fault] = (),
+    patches: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[BaseProcess]:
+    """Start the processes of `run`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["train", "training.trainer", "matplotlib.figure", "torch._dynamo", "torch._inductor.compile_fx"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        # The server does not look at the sys.path that it is told; and a compiler's pool would outlive what needs it.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        forkserver.ensure_running()
+    for debris in [*folder.glob("state-*.json"), *folder.glob("signal-*")]:
+        debris.unlink()
+    variables = dict(environment or {})
+    group = []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for rank in range(processes):
+        if processes > 1:
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+            variables |= {"LOCAL_WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        wanted = stop if stop and (stop.ranks is None or rank in stop.ranks) else None
+        mine = [fault for fault in faults if fault.rank in (None, rank)]
+        arguments = (folder, list(argv), rank, wanted, mine, dict(patches or {}), dict(variables))
+        process = context.Process(target=work, args=arguments, daemon=True)
+        process.start()
+        group.append(process)
+    return group
+
+
+def finish(folder: Path, group: Sequence[BaseProcess]) -> Ended:
+    """Wait for the processes of `start`; where one is killed, the others are too."""
+    deadline = time.monotonic() + LIMIT_S
+    while any(process.is_alive() for process in group):
+        if any(process.exitcode == -signal.SIGKILL for process in group) or time.monotonic() > deadline:
+            for process in group:
+                process.kill()
+        multiprocessing.connection.wait([p.sentinel for p in group if p.is_alive()], timeout=0.5)
+    ended = time.time()
+    assert time.monotonic() < deadline, (folder / "out-0.txt").read_text() + (folder / "err-0.txt").read_text()
+    out, err = ("".join(path.read_text() for path in sorted(folder.glob(f"{name}-*.txt"))) for name in ("out", "err"))
+    signals = [float(path.read_text() or ended) for path in folder.glob("signal-*")]
+    return Ended(
+        codes=[process.exitcode or 0 for process in group],
+        out=out,
+        err=err,
+        states=[json.loads(path.read_text()) for path in sorted(folder.glob("state-*.json"))],
+        took_s=ended - min(signals) if signals else float("nan"),
+        folder=folder,
+    )
+
+
+def work(
+    folder: Path,
+    argv: list[str],
+    rank: int,
+    stop: Stop | None,
+    faults: list[Fault],
+    patches: dict[str, Any],
+    environment: dict[str, str],
+) -> None:
+    """Be one process of a run; ends it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the tests
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ |= environment
+    for name, value in patches.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(sys.modules[module], attribute, value)
+
+    import train
+    from llamalet import errors
+
+    probe = Probe(rank, stop, faults)
+    probe.install()
+
+    def main(arguments: Sequence[str]) -> int:
+        try:
+            return train.main(argv)
+        finally:
+            probe.leave()
+
+    errors.run(main)
+
+
+class Probe:
+    """Knows where a run is, records the data it takes, and lets things happen to it."""
+
+    def __init__(self, rank: int, stop: Stop | None, faults: list[Fault]) -> None:
+        self.rank, self.stop, self.faults = rank, stop, faults
+        self.trainer: Any = None
+        self.micro = 0
+        self.syncs = 0
+        self.compiling = False
+        self.stream = os.open(f"stream-{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def install(self) -> None:
+        """Wrap what is of interest."""
+        import train
+        from llamalet.shards import TokenArray
+        from training import checkpoint
+        from training.batches import Windows
+        from training.interrupts import Interrupts
+        from training.trainer import Trainer
+
+        wrap(Interrupts, "__enter__", after=lambda signals: self.at("start"))
+        wrap(Trainer, "__init__", before=lambda *a, **k: self.at("set-up"))
+        wrap(train, "finish", before=lambda trainer: self.at("finish"))
+        wrap(Trainer, "train", before=self.begin)
+        wrap(Trainer, "compile", before=lambda t: self.compiles(True), after=lambda t: self.compiles(False))
+        wrap(Trainer, "optimizer_step", before=self.reset, after=lambda t: self.at("stepped"))
+        wrap(Trainer, "evaluate", before=self.reset, after=lambda t: self.at("evaluated"))
+        wrap(checkpoint, "save", before=lambda *a, **k: self.resets_syncs(), after=lambda *a, **k: self.at("saved"))
+        wrap(os, "fsync", before=self.synced)
+        wrap(Windows, "order", before=lambda windows, seed, epoch: self.at("epoch", epoch))
+        wrap(TokenArray, "__getitem__", before=self.reads)
+        compute = Trainer.loss
+        Trainer.loss = lambda trainer, model, batch: self.loss(compute, trainer, model, batch)
+
+    def begin(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.at("train")
+
+    def compiles(self, now: bool) -> None:
+        self.compiling = now
+        if now:
+            self.at("compile")
+
+    def reset(self, trainer: Any) -> None:
+        self.micro = 0
+
+    def resets_syncs(self) -> None:
+        self.syncs = 0
+
+    def synced(self, descriptor: int) -> None:
+        self.syncs += 1
+        self.at("saving", self.syncs)
+
+    def reads(self, tokens: Any, where: slice) -> None:
+        """Notice a window that lies in two shards."""
+        ends = tokens._ends
+        if ends.searchsorted(where.start, "right") != ends.searchsorted(where.stop - 1, "right"):
+            self.at("across shards")
+
+    def loss(self, compute: Callable[..., Any], trainer: Any, model: Any, batch: Any) -> Any:
+        """Stand in for Trainer.loss."""
+        if self.compiling:
+            return compute(trainer, model, batch)
+        if not trainer.model.training:
+            self.at("evaluating", self.micro)
+            self.micro += 1
+            wrong = sum(
+                fault.value for fault in self.faults if (fault.kind, fault.step) == ("evaluation", trainer.step)
+            )
+            return compute(trainer, model, batch) + wrong
+        self.at("micro", self.micro)
+        place = (trainer.step * trainer.accumulation + self.micro) * trainer.group.count + trainer.group.rank
+        for row, (tokens, targets) in enumerate(zip(*batch, strict=True)):
+            sequence = place * trainer.config.batch_size + row
+            line = json.dumps([sequence, hashlib.sha256(bytes(tokens) + bytes(targets)).hexdigest()])
+            os.write(self.stream, line.encode() + b"\n")
+        loss = compute(trainer, model, batch)
+        for fault in self.faults:
+            if fault.kind != "evaluation" and (fault.step, fault.micro) in (
+                (trainer.step, self.micro),
+                (trainer.step, None),
+            ):
+                loss = self.inject(fault, trainer, loss)
+        self.micro += 1
+        return loss
+
+    def inject(self, fault: Fault, trainer: Any, loss: Any) -> Any:
+        if fault.kind == "loss":
+            return loss + fault.value
+        if fault.kind == "spike":
+            return loss * fault.value
+        weight = trainer.model.norm.weight
+
+        def spoil(gradient: Any) -> Any:
+            handle.remove()
+            gradient = gradient.clone()
+            gradient[0] = fault.value
+            return gradient
+
+        handle = weight.register_hook(spoil)
+        return loss
+
+    def at(self, event: str, part: int | None = None) -> None:
+        """Let the signal come if this is the place for it."""
+        stop = self.stop
+        if stop is None or stop.event != event or (stop.step is not None and stop.step != self.step):
+            return
+        last = self.trainer.accumulation - 1 if self.trainer else 0
+        wanted = {"mid": (last + 1) // 2, "last": last}.get(str(stop.part), stop.part)
+        if wanted not in (None, part):
+            return
+        self.stop = None
+        number = signal.Signals[stop.how]
+        if stop.after_s:
+            later(stop.after_s, number, Path(f"signal-{self.rank}"))
+            return
+        Path(f"signal-{self.rank}").write_text(str(time.time()))
+        if stop.closes is not None:
+            os.close(stop.closes)
+        os.kill(os.getpid(), number)
+        if stop.again_s is not None:
+            time.sleep(stop.again_s)
+            os.kill(os.getpid(), number)
+            time.sleep(LIMIT_S)
+
+    @property
+    def step(self) -> int:
+        return self.trainer.step if self.trainer else 0
+
+    def leave(self) -> None:
+        """Record what the run ends with."""
+        import torch
+
+        trainer = self.trainer
+        if trainer is None:
+            return
+        state = {
+            "step": trainer.step,
+            "val_loss": trainer.val_loss,
+            "weights": digest(trainer.model.state_dict()),
+            "optimizer": digest(trainer.optimizer.state_dict()),
+            "guard": trainer.guard.state(),
+            "random": hashlib.sha256(bytes(torch.get_rng_state().numpy())).hexdigest(),
+        }
+        Path(f"state-{self.rank}.json").write_text(json.dumps(state))
+
+
+def later(seconds: float, number: int, note: Path) -> None:
+    """Send a signal to this process from another one, some time from now."""
+    target = os.getpid()
+    if os.fork() == 0:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        time.sleep(seconds)
+        if os.getppid() == target:
+            note.write_text(str(time.time()))
+            os.kill(target, number)
+        os._exit(0)
+
+
+def wrap(
+    owner: Any, name: str, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+) -> None:
+    """Let `before` and `after` be called with the arguments of a function when it is; after, if it returned."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before:
+            before(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if after:
+            after(*args, **kwargs)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def digest(tensors: Mapping[str, Any]) -> str:
+    """Return one sha256 of tensors and their names."""
+    import torch
+
+    seal = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        seal.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        seal.update(bytes(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
+    return seal.hexdigest()
+
+
+def stream(folder: Path) -> dict[int, str]:
+    """Return the digest of each training sequence, by its number; what was taken again was the same."""
+    taken: dict[int, str] = {}
+    for path in folder.glob("stream-*.jsonl"):
+        for line in path.read_text().splitlines():
+            sequence, seal = json.loads(line)
+            assert taken.setdefault(sequence, seal) == seal, f"sequence {sequence} changed"
+    return taken
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the record of a run, without what depends on the clock."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
+
+
+def small_shards(folder: Path, vocab_size: int, *, n_tokens: int = 700, shard_tokens: int = 130) -> Path:
+    """Write toy data in several shards, whose ends lie within documents and windows."""
+    import numpy as np
+    from toy import toy_data
+
+    from llamalet import shards
+
+    toy_data(folder, vocab_size, n_tokens=n_tokens)
+    meta = shards.read_meta(folder / shards.META_FILE)
+    ids = shards.Shards.open(folder).split("train")[:n_tokens]
+    (folder / "train_00000.bin").unlink()
+    parts = []
+    for number, begin in enumerate(range(0, n_tokens, shard_tokens)):
+        part = np.asarray(ids[begin : begin + shard_tokens])
+        documents = int((part == meta.bos_id).sum())
+        block = shards.Block(ids=part, documents=documents, text_bytes=3 * len(part))
+        parts.append(shards.write_shard(folder / f"train_{number:05d}.bin", [block], vocab_size))
+    splits = meta.splits | {"train": shards.Split(tuple(parts))}
+    shards.write_meta(folder / shards.META_FILE, dataclasses.replace(meta, splits=splits))
+    return folder

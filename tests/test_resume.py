@@ -1,0 +1,229 @@
+"""A run that was stopped and went on is the run that was never stopped, to the last bit."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from forked import ROOT, Ended, Fault, Stop, rows, run, small_shards, stream
+from safetensors.torch import load_file
+from torture import cases
+
+VOCAB = 300
+OPTIONS = [
+    "--dim=32", "--n_layers=2", "--n_heads=2", "--max_seq_len=32", "--batch_size=2", "--total_batch_tokens=256",
+    "--max_iters=10", "--warmup_iters=2", "--eval_interval=4", "--eval_iters=3", "--save_every=3", "--keep=9",
+    "--log_interval=1", "--learning_rate=1e-2", "--threads=1", "--no-sample",
+]  # fmt: skip
+KINDS = {
+    "plain": ["--dtype=float32"],
+    "dropout bf16": ["--dropout=0.1", "--dtype=bfloat16"],
+    "muon dropout": ["--dropout=0.1", "--optimizer=muon", "--dtype=float32"],
+    "muon bf16": ["--optimizer=muon", "--dtype=bfloat16"],
+}
+SKIPPED, SPIKE = Fault("gradient", step=5, micro=1, rank=0), Fault("spike", step=7, micro=0, value=1e4)
+
+# Where a run stops, one after the other; steps count from 0, so that "stepped 4" is just before an evaluation.
+CUTS: dict[str, list[Stop]] = {
+    "before the first step": [Stop("train", 0)],
+    "in the first micro-step": [Stop("micro", 0, 0, "SIGINT")],
+    "killed in the first step": [Stop("micro", 0, "mid", "SIGKILL")],
+    "after the first step": [Stop("stepped", 1)],
+    "mid accumulation": [Stop("micro", 2, "mid")],
+    "killed mid accumulation": [Stop("micro", 8, "mid", "SIGKILL")],
+    "in the last micro-step of a step": [Stop("micro", 1, "last", "SIGINT")],
+    "right before evaluation": [Stop("stepped", 4)],
+    "in evaluation": [Stop("evaluating", 4, 1)],
+    "killed in evaluation": [Stop("evaluating", 4, 1, "SIGKILL")],
+    "right after evaluation": [Stop("evaluated", 4, how="SIGINT")],
+    "killed right after evaluation": [Stop("evaluated", 4, how="SIGKILL")],
+    "in the save after evaluation": [Stop("saving", 8, 2)],
+    "killed right after the save": [Stop("saved", 8, how="SIGKILL")],
+    "at a shard's end": [Stop("across shards", 2)],
+    "at an epoch's end": [Stop("epoch", part=1)],
+    "killed at an epoch's end": [Stop("epoch", part=2, how="SIGKILL")],
+    "in a step that is skipped": [Stop("micro", 5, "last")],
+    "after a skipped step": [Stop("stepped", 6)],
+    "killed after a skipped step": [Stop("stepped", 6, how="SIGKILL")],
+    "after a spike": [Stop("stepped", 8, how="SIGINT")],
+    "twice": [Stop("micro", 2, "mid"), Stop("stepped", 7)],
+    "twice in one step": [Stop("micro", 3, 0), Stop("micro", 3, 0, "SIGINT")],
+    "killed thrice": [Stop(place, step, how="SIGKILL") for place, step in (("micro", 2), ("stepped", 5), ("micro", 9))],
+    "in the last step": [Stop("micro", 9, "mid")],
+    "before the last evaluation": [Stop("stepped", 10)],
+    "in the last evaluation": [Stop("evaluating", 10, 0)],
+    "killed in the last save": [Stop("saving", 10, 1, "SIGKILL")],
+}  # fmt: skip
+NAMES = list(CUTS)
+
+
+def train(folder: Path, kind: str, processes: int, compiled: bool, stop: Stop | None = None, *more: str) -> Ended:
+    patches = {"training.guard.WINDOW": 3}
+    return run(
+        folder, [*OPTIONS, *KINDS[kind], f"--compile={compiled}", *more], processes=processes, stop=stop,
+        faults=[SKIPPED, SPIKE], patches=patches,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """Give the run that was never stopped, of each kind and setting; run once."""
+
+    @functools.cache
+    def reference(kind: str, processes: int, compiled: bool) -> Ended:
+        folder = tmp_path_factory.mktemp("whole")
+        small_shards(folder / "data" / "toy", VOCAB)
+        whole = train(folder, kind, processes, compiled)
+        assert whole.codes == [0] * processes, whole.err
+        assert whole.state["guard"][3] == 2, "the bad step and the spike are skipped"
+        assert len(stream(folder)) == 80
+        return whole
+
+    return reference
+
+
+def check_cut(folder: Path, whole: Ended, name: str, kind: str, processes: int, compiled: bool) -> None:
+    """Stop a run as CUTS says, let it go on to its end, and compare it with the one that was never stopped."""
+    shutil.copytree(whole.folder / "data", folder / "data")
+    more: tuple[str, ...] = ()
+    for stop in CUTS[name]:
+        stopped = train(folder, kind, processes, compiled, stop, *more)
+        if stop.how == "SIGKILL":
+            assert -9 in stopped.codes, (stop, stopped)
+        else:
+            assert stopped.codes == [75] * processes, (stop, stopped)
+            assert stopped.last_line.startswith("interrupted at step "), stopped.out
+        more = ("--resume",)
+    ended = train(folder, kind, processes, compiled, None, "--resume")
+    assert ended.codes == [0] * processes, ended.err
+    if name not in ("before the last evaluation", "in the last evaluation", "killed in the last save"):
+        assert ended.state == whole.state
+    else:  # no step was left to do, so nothing random was drawn
+        assert ended.state | {"random": 0} == whole.state | {"random": 0}
+    assert stream(folder) == stream(whole.folder)
+    assert rows(folder / "out") == rows(whole.folder / "out")
+
+
+def kind_of(number: int) -> str:
+    """Give each cut another kind of run, so that all of them are met."""
+    return list(KINDS)[number % len(KINDS)]
+
+
+@pytest.mark.campaign("exact resume: 1 process, eager")
+@pytest.mark.parametrize("number", range(len(CUTS)), ids=NAMES)
+def test_one_process(number, never_stopped, tmp_path):
+    kind = kind_of(number)
+    check_cut(tmp_path, never_stopped(kind, 1, False), NAMES[number], kind, 1, False)
+
+
+FEW = ["mid accumulation", "in evaluation", "in the save after evaluation", "killed after a skipped step"]
+
+
+@pytest.mark.campaign("exact resume: 2 processes, eager")
+@pytest.mark.parametrize("name", cases(FEW, NAMES))
+def test_two_processes(name, never_stopped, tmp_path):
+    kind = kind_of(NAMES.index(name) // cases(7, 1))
+    check_cut(tmp_path, never_stopped(kind, 2, False), name, kind, 2, False)
+
+
+@pytest.mark.campaign("exact resume: 1 process, compiled")
+@pytest.mark.parametrize("name", cases(["mid accumulation", "killed after a skipped step"], NAMES))
+def test_compiled(name, never_stopped, tmp_path):
+    kind = kind_of(NAMES.index(name)) if cases(0, 1) else "dropout bf16"
+    check_cut(tmp_path, never_stopped(kind, 1, True), name, kind, 1, True)
+
+
+@pytest.mark.campaign("exact resume: 2 processes, compiled")
+@pytest.mark.parametrize("name", cases([], NAMES))
+def test_two_processes_compiled(name, never_stopped, tmp_path):
+    kind = kind_of(NAMES.index(name))
+    check_cut(tmp_path, never_stopped(kind, 2, True), name, kind, 2, True)
+
+
+def weights(folder: Path, step: int = 10) -> dict[str, torch.Tensor]:
+    return load_file(folder / "out" / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+@pytest.mark.campaign("exact resume: another number of processes")
+@pytest.mark.parametrize("counts", cases([(2, 1)], [(2, 1), (1, 2, 1), (2, 1, 2), (1, 4, 2)]), ids=str)
+def test_another_number_of_processes_goes_on_with_the_same_stream(counts, never_stopped, tmp_path):
+    whole = never_stopped("muon dropout", counts[0], False)
+    shutil.copytree(whole.folder / "data", tmp_path / "data")
+    more: tuple[str, ...] = ()
+    for number, count in enumerate(counts):
+        stop = Stop("micro", 3 * number + 1, 0) if number + 1 < len(counts) else None
+        ended = train(tmp_path, "muon dropout", count, False, stop, *more)
+        assert ended.codes == [75 if stop else 0] * count, ended.err
+        more = ("--resume",)
+    assert "not to the last bit what an unstopped run gives: processes" in ended.out
+    assert stream(tmp_path) == stream(whole.folder)
+    for name, tensor in weights(tmp_path).items():
+        torch.testing.assert_close(tensor, weights(whole.folder)[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", cases(["dropout bf16"], list(KINDS)))
+def test_two_processes_are_one_to_the_last_bit(kind, never_stopped):
+    """With one thread each: the sum of two gradients does not depend on who adds them."""
+    one, two = (never_stopped(kind, count, False) for count in (1, 2))
+    assert stream(one.folder) == stream(two.folder)
+    for name in ("step", "weights", "optimizer"):
+        assert one.state[name] == two.state[name], name
+
+
+@pytest.mark.campaign("4 processes are 1 within 1e-6")
+def test_four_processes_are_one_but_for_rounding(never_stopped, tmp_path):
+    """Sums of four depend on their order; after the first step the differences grow by training itself."""
+    one = never_stopped("plain", 1, False)
+    shutil.copytree(one.folder / "data", tmp_path / "data")
+    four = train(tmp_path, "plain", 4, False)
+    assert four.codes == [0] * 4, four.err
+    assert four.state["step"] == 10
+    assert stream(tmp_path) == stream(one.folder)
+    for name, tensor in weights(tmp_path, 3).items():
+        torch.testing.assert_close(tensor, weights(one.folder, 3)[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.campaign("torchrun goes on by itself after kill -9")
+@pytest.mark.parametrize("rank", cases([1], [0, 1]))
+def test_torchrun_starts_a_run_again_whose_process_was_killed(rank, never_stopped, tmp_path):
+    whole = never_stopped("plain", 2, False)
+    shutil.copytree(whole.folder / "data", tmp_path / "data")
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE.format(rank=rank))
+    options = ["--standalone", "--nproc_per_node=2", "--max-restarts=2", "--monitor-interval=0.1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script), *OPTIONS, *KINDS["plain"],
+         "--compile=False"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "killed").exists()
+    assert re.search(r"resume   after step [3-5] of 10", done.stdout)
+    assert stream(tmp_path) == stream(whole.folder)
+    assert rows(tmp_path / "out") == rows(whole.folder / "out")
+    for name in ("model", "optimizer"):
+        files = [path / "out/checkpoints/step-00000010" / f"{name}.safetensors" for path in (tmp_path, whole.folder)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+KILLED_ONCE = """
+import os, pathlib, sys
+import forked, train, training.guard, training.trainer
+training.guard.WINDOW = 3
+rank, mark = int(os.environ["RANK"]), pathlib.Path("killed")
+from test_resume import SKIPPED, SPIKE
+stop = None
+if rank == {rank} and not mark.exists():
+    stop = forked.Stop("micro", 5, 0, "SIGKILL")
+probe = forked.Probe(rank, stop, [fault for fault in (SKIPPED, SPIKE) if fault.rank in (None, rank)])
+probe.install()
+kill = os.kill
+os.kill = lambda *arguments: (mark.touch(), kill(*arguments))
+sys.exit(train.main(sys.argv[1:]))
+"""
