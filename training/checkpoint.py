@@ -7,28 +7,32 @@
         tokenizer.model         the vocabulary the model was trained with
         manifest.json           size and sha256 of each file above; written last
 
-A checkpoint is written aside, synced to disk and renamed, so that a step-* folder is complete, or was damaged later,
-which the digests show. Nothing in it is ever unpickled. A run that goes back to an earlier step moves the later ones
-into checkpoints/abandoned/, where nothing finds them unless it is told to.
+A checkpoint is written aside (.step-N.tmp), synced to disk and renamed, so that a step-* folder is complete, or was
+damaged later, which the digests show. One of the same step is first renamed to .step-N.old, which stands in for step-N
+as long as there is no such folder: whenever a save is killed, what was saved before is found. Nothing in a checkpoint
+is ever unpickled. A run that goes back to an earlier step moves the later ones into checkpoints/abandoned/, where
+nothing finds them unless it is told to.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from llamalet.config import ModelConfig
-from llamalet.errors import CheckpointError, ConfigError, DiskError
+from llamalet.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from llamalet.files import sync_folder
 from llamalet.runtime import best_first
 
@@ -37,7 +41,8 @@ VERSION = 1
 FOLDER, ABANDONED = "checkpoints", "abandoned"
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
-_STEP = re.compile(r"step-(\d{8})")
+_STEP = re.compile(r"step-(\d{8,})|\.step-(\d{8,})\.old")
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,32 +85,56 @@ def save(
         The checkpoint's folder.
 
     Raises:
+        NonFiniteError: if a weight or a tensor of the optimizer is not finite; nothing is written then.
         DiskError: if the disk is full or fails; older checkpoints are untouched then.
     """
     parent = run_dir / FOLDER
-    parent.mkdir(parents=True, exist_ok=True)
     final = parent / f"step-{state['step']:08d}"
-    aside = parent / f".{final.name}.tmp"
-    _remove(aside)
-    aside.mkdir()
+    aside, old = parent / f".{final.name}.tmp", parent / f".{final.name}.old"
+    tensors = {MODEL: model_state, OPTIMIZER: optimizer_state}
+    for name, group in tensors.items():
+        _refuse_non_finite(final / name, group)
     description = {**state, "model_config": model_config.to_dict(), "tokenizer": tokenizer_name}
+    texts = {STATE: _json(description), tokenizer_name: tokenizer_data}
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    needed += sum(len(text) for text in texts.values())
+    renamed = False
     try:
-        files = {
-            MODEL: safetensors.torch.save(_plain(model_state)),
-            OPTIMIZER: safetensors.torch.save(_plain(optimizer_state)),
-            STATE: _json(description),
-            tokenizer_name: tokenizer_data,
-        }
-        seals = {name: _write(aside / name, data) for name, data in files.items()}
-        _write(aside / MANIFEST, _json({"format": FORMAT, "version": VERSION, "step": state["step"], "files": seals}))
-        sync_folder(aside)
-        _remove(final)  # where there is one, the new one replaces it
-        os.rename(aside, final)
-        sync_folder(parent)
-    except OSError as error:
+        if not parent.exists():
+            parent.mkdir(parents=True)
+            sync_folder(run_dir)
+            sync_folder(run_dir.parent)
         _remove(aside)
-        raise DiskError(f"{final}: cannot save: {error.strerror or error}; older checkpoints are untouched") from error
-    _retire(run_dir, keep, final)
+        aside.mkdir()
+        seals = {name: _write(aside / name, _safetensors(group)) for name, group in tensors.items()}
+        seals |= {name: _write(aside / name, [text]) for name, text in texts.items()}
+        manifest = {"format": FORMAT, "version": VERSION, "step": state["step"], "files": seals}
+        _write(aside / MANIFEST, [_json(manifest)])
+        sync_folder(aside)
+        if final.exists():  # otherwise the old one, if any, stands in for it until now
+            _remove(old)
+            os.rename(final, old)
+        os.rename(aside, final)
+        renamed = True
+        sync_folder(parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if renamed:
+                os.rename(final, aside)
+            if old.exists() and not final.exists():
+                os.rename(old, final)
+            _remove(aside)
+        if not isinstance(error, OSError):
+            raise
+        raise DiskError(
+            f"{final}: cannot save its {needed:,} bytes: {error.strerror or error}; older checkpoints are untouched, "
+            "go on with --resume"
+        ) from error
+    try:
+        _remove(old)
+        _retire(run_dir, keep, final)
+    except OSError as error:
+        print(f"warning: {parent}: cannot remove old checkpoints: {error.strerror or error}", file=sys.stderr)
     return final
 
 
@@ -144,8 +173,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_json(path / STATE)
 
 
-def verify(path: Path) -> None:
-    """Compare a checkpoint's files with its manifest.
+def verify(path: Path, *, digests: bool = True) -> None:
+    """Compare a checkpoint's files with its manifest; their sizes alone if `digests` is false.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
@@ -168,14 +197,16 @@ def verify(path: Path) -> None:
         try:
             with (path / name).open("rb") as file:
                 size, digest = os.fstat(file.fileno()).st_size, None
-                if size == seal.get("bytes"):
+                if digests and size == seal.get("bytes"):
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from None
         if size != seal.get("bytes"):
             raise CheckpointError(f"{path / name}: has {size} bytes, must have {seal.get('bytes')}")
-        if digest != seal.get("sha256"):
+        if digests and digest != seal.get("sha256"):
             raise CheckpointError(f"{path / name}: damaged, its sha256 does not match the manifest")
+    if manifest.get("step") != read_state(path).get("step"):
+        raise CheckpointError(f"{path / MANIFEST}: step is {manifest.get('step')!r}, not that of {STATE}")
 
 
 def find_latest(run_dir: str | Path) -> Path | None:
@@ -199,8 +230,16 @@ def newest_best(root: str | Path = "out") -> Path | None:
 
 
 def list_steps(run_dir: str | Path) -> list[Path]:
-    """Return the run's checkpoint folders, oldest step first, whether sound or not."""
-    return sorted(path for path in (Path(run_dir) / FOLDER).glob("step-*") if _STEP.fullmatch(path.name))
+    """Return the run's checkpoint folders, oldest step first, whether sound or not; one for each step."""
+    paths = sorted((Path(run_dir) / FOLDER).glob("*"))  # a .step-N.old comes before its step-N, which takes its place
+    found = {step: path for path in paths if (step := step_of(path)) is not None}
+    return [found[step] for step in sorted(found)]
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint's folder, None for any other path."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1] or match[2]) if match else None
 
 
 def remove_all(run_dir: Path) -> None:
@@ -212,7 +251,7 @@ def go_back(run_dir: Path, step: int) -> list[Path]:
     """Make a run's folder ready to go on after `step`, and return where the later checkpoints are now.
 
     They are of a branch that the run leaves: they must neither crowd out its new checkpoints nor be resumed or exported
-    in their place. What interrupted saves left behind is removed.
+    in their place. What killed saves left behind is put in its place, or removed.
 
     Raises:
         DiskError: if the folder cannot be changed.
@@ -220,7 +259,10 @@ def go_back(run_dir: Path, step: int) -> list[Path]:
     parent = run_dir / FOLDER
     moved = []
     try:
-        for debris in [*parent.glob(".step-*.tmp"), *parent.glob(".step-*.old")]:
+        for path in list_steps(run_dir):
+            if path.name.startswith("."):
+                path.rename(parent / f"step-{step_of(path):08d}")
+        for debris in parent.glob(".step-*"):
             shutil.rmtree(debris)
         for path in list_steps(run_dir):
             if int(path.name.removeprefix("step-")) > step:
@@ -233,9 +275,33 @@ def go_back(run_dir: Path, step: int) -> list[Path]:
     return moved
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as safetensors wants them: on the CPU, contiguous."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteError if a value that would go to `path` is NaN or infinite."""
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    # The extremes are NaN where any value is. All are on their way before the first is waited for.
+    finite = [torch.stack(tensor.detach().aminmax()).isfinite().all() for tensor in numbers.values()]
+    for name, is_finite in zip(numbers, finite, strict=True):
+        if not is_finite:
+            raise NonFiniteError(f"{path}: not saved: {name} is not finite; older checkpoints are untouched")
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file, a tensor at a time, so that no second copy of all of them is needed.
+
+    Source: https://huggingface.co/docs/safetensors: the header's length as u64, the header in JSON, and the tensors
+    without gaps. As the library does, the widest types come first, so that all are aligned.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _json(value: Any) -> bytes:
@@ -256,13 +322,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def _write(path: Path, data: bytes) -> dict[str, int | str]:
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | str]:
     """Write and sync one file, and return its entry in the manifest."""
+    size, digest = 0, hashlib.sha256()
     with path.open("wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _first_sound(paths: Iterable[Path]) -> Path | None:
@@ -278,17 +348,28 @@ def _first_sound(paths: Iterable[Path]) -> Path | None:
 
 
 def _retire(run_dir: Path, keep: int, written: Path) -> None:
-    """Remove all checkpoints but the newest `keep`, the best, and the one just written."""
-    best = best_first(list_steps(run_dir))[0]
-    for path in list_steps(run_dir)[:-keep]:
-        if path not in (best, written):
+    """Remove all checkpoints but the newest `keep` and the best of those that are whole, and the one just written."""
+    steps = list_steps(run_dir)
+    whole = [path for path in steps if _is_whole(path)]
+    staying = {written, *whole[-keep:], *best_first(whole)[:1]}
+    for path in steps:
+        if path not in staying:
             _remove(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether all files are there in their sizes; reading them all would double the time of a save."""
+    try:
+        verify(path, digests=False)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:
     """Remove a folder where it exists; renamed first, so that half of a checkpoint never bears a checkpoint's name."""
     if path.exists():
-        doomed = path.with_name(f".{path.name.lstrip('.')}.old")
+        doomed = path.with_name(f".{path.name.lstrip('.')}.gone")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
         shutil.rmtree(doomed)

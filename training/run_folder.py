@@ -5,11 +5,12 @@ import dataclasses
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from llamalet.errors import CheckpointError, LockedError
+from llamalet.errors import CheckpointError, DiskError, LockedError
 from llamalet.files import replacing
 from training import checkpoint
 from training.config import TrainConfig
@@ -28,30 +29,35 @@ def lock(run_dir: Path) -> Iterator[None]:
 
     Raises:
         LockedError: if another process holds it, naming that process.
+        DiskError: if the folder cannot be written to.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as file:
-        if fcntl is not None:
-            try:
+    with contextlib.ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(run_dir / LOCK_FILE, "a+", encoding="utf-8"))
+            if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise LockedError(
-                    f"{run_dir}: in use by {_holder(file)}; wait for it, stop it, or give another --out_dir"
-                ) from None
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": platform.node()}))
-        file.flush()
+            file.truncate(0)
+            os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+        except BlockingIOError:
+            raise LockedError(
+                f"{run_dir}: in use by {_holder(file)}; wait for it, stop it, or give another --out_dir"
+            ) from None
+        except OSError as error:
+            raise DiskError(f"{run_dir}: cannot be written to: {error.strerror or error}") from error
         yield
 
 
 def _holder(file: IO[str]) -> str:
-    """Return who wrote the lock file."""
-    try:
-        holder = json.load(file)
-        return f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+    """Return who wrote the lock file; who has just taken the lock may be about to."""
+    for _ in range(20):
+        file.seek(0)
+        try:
+            holder = json.load(file)
+            return f"process {holder['pid']} on {holder['host']}"
+        except (ValueError, KeyError, TypeError):
+            time.sleep(0.05)
+    return "another process"
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:

@@ -112,6 +112,7 @@ class Trainer:
             NonFiniteError: if the loss or the gradients stay NaN or infinite.
             DiskError: if a checkpoint or the record cannot be written.
         """
+        self.group.wait()  # all have read their checkpoint; its folder may change now
         if self.group.is_main:
             run_folder.prepare(self.run_dir, self.config, self.step)
             self.describe()
@@ -350,7 +351,7 @@ class Trainer:
         for name, text in lines.items():
             print(f"{name:8} {text}")
         if self.resumed:
-            print(f"{'resume':8} after step {self.step} of {config.max_iters}")
+            print(f"{'resume':8} after step {self.step} of {config.max_iters}, from {self.resumed.path}")
             then, now = self.resumed.state.get("machine", {}), self.machine()
             changed = [
                 f"{key} {then[key]} before, {now[key]} now" for key in now if key in then and then[key] != now[key]
