@@ -285,6 +285,106 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+class Journal:
+    """Tells every operation on files of this process, so that a power failure can be played at any moment."""
+
+    def __init__(self, tell: Told) -> None:
+        self.tell = tell
+        sys.addaudithook(self.audit)
+        os.fsync = lambda descriptor: self.note("sync", f"/proc/self/fd/{descriptor}")
+
+    def audit(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[2], int) and args[2] & os.O_CREAT:
+            self.note("create", args[0])
+        elif event in ("os.mkdir", "os.rmdir", "os.remove"):
+            folder = args[-1]  # a descriptor, or -1
+            self.note(event[3:], args[0] if folder < 0 else f"/proc/self/fd/{folder}/{args[0]}")
+        elif event == "os.rename":
+            self.note("rename", args[0], args[1])
+
+    def note(self, what: str, path: Any, target: Any = None) -> None:
+        folder, name = os.path.split(os.fspath(path))
+        path = os.path.realpath(path) if what == "sync" else os.path.join(os.path.realpath(folder), name)
+        content = Path(path).read_bytes().hex() if what == "sync" and os.path.isfile(path) else None
+        self.tell(json.dumps([what, path, target and os.fspath(target), content]))
+
+
+def after_power_failed(journal: list[list[Any]], pending: Callable[[int], int]) -> None:
+    """Play what is on the disk when the power fails at the end of `journal`.
+
+    What was synced is there. Of each folder's changes since it was synced, the first few are; of a file's content since
+    then, nothing is.
+
+    Args:
+        journal: what was told.
+        pending: given how many changes of a folder are not synced, says how many of them are there.
+    """
+    synced = {path: at for at, (what, path, *_) in enumerate(journal) if what == "sync"}
+    waiting: dict[str, int] = {}
+    for at, (what, path, *_) in enumerate(journal):
+        if what != "sync" and at > synced.get(os.path.dirname(path), -1):
+            waiting[os.path.dirname(path)] = waiting.get(os.path.dirname(path), 0) + 1
+    left = {folder: pending(count) for folder, count in waiting.items()}
+    contents = {path: bytes.fromhex(content) for what, path, _, content in journal if content is not None}
+    for at, (what, path, target, _) in enumerate(journal):
+        folder = os.path.dirname(path)
+        if what == "sync":
+            continue
+        if at > synced.get(folder, -1):
+            if not left[folder]:
+                continue
+            left[folder] -= 1
+        if not os.path.isdir(folder):  # it was never made durable itself
+            continue
+        if what == "create":
+            Path(path).write_bytes(contents.get(path, b""))
+        elif what == "mkdir":
+            os.mkdir(path)
+        elif what == "rename" and os.path.exists(path):
+            os.rename(path, target)
+        elif what == "remove" and os.path.exists(path):
+            os.remove(path)
+        elif what == "rmdir" and os.path.isdir(path):
+            shutil.rmtree(path)  # with what was removed from it only later
+
+
+@pytest.mark.campaign("the power fails during a save")
+@pytest.mark.parametrize("scenario", ["first", "later", "same step", "retention"])
+def test_no_power_failure_costs_what_was_saved(tmp_path, monkeypatch, scenario, record_property):
+    before, during = SCENARIOS[scenario]
+    reported: list[str] = []
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    before(run_dir, reported.append)
+    shutil.copytree(run_dir, tmp_path / "template")
+
+    def work(tell: Told) -> None:
+        Journal(tell)
+        during(run_dir, tell)
+
+    code, told, words = forked(work)
+    assert code == 0, words
+    journal, saved_at = [], [(0, json.loads(line)) for line in reported]
+    for entry in map(json.loads, told):
+        if isinstance(entry[0], str):
+            journal.append(entry)
+        else:
+            saved_at.append((len(journal), entry))
+    draw = random.Random(0)
+    choices = [lambda count: 0, lambda count: count, *[lambda count: draw.randint(0, count)] * cases(0, 20)]
+    for end_, pending in itertools.product(range(len(journal) + 1), choices):
+        shutil.rmtree(run_dir)
+        shutil.copytree(tmp_path / "template", run_dir)
+        after_power_failed(journal[:end_], pending)
+        saved = [entry for at, entry in saved_at if at <= end_]
+        if saved:
+            newest = checkpoint.find_latest(run_dir)
+            assert newest is not None and load(newest)[0] >= max(step for step, _ in saved), (end_, journal[:end_][-1])
+            if losses := [loss for _, loss in saved if loss is not None]:
+                assert load(checkpoint.find_best(run_dir))[1] <= min(losses)
+    record_property("cases", (len(journal) + 1) * len(choices))
+
+
 def test_tensors_are_written_as_safetensors_writes_them():
     generator = torch.Generator().manual_seed(0)
     tensors = {
