@@ -1,6 +1,7 @@
 """Checkpoints under fire: killed saves, full and failing disks, flipped bits, two runs in one folder, hostile files."""
 
 import ast
+import builtins
 import ctypes
 import errno
 import hashlib
@@ -90,7 +91,7 @@ class FileSystem:
         os.fsync = lambda descriptor: self.operation()
         file_system = self
 
-        class Pieces(io.BufferedWriter):
+        class Pieces(io.BufferedRandom):
             def write(self, data: Any) -> int:
                 view = memoryview(data).cast("B")
                 size = max(len(view) // cases(2, 16), 1)
@@ -103,9 +104,11 @@ class FileSystem:
         open_ = io.open
 
         def open_in_pieces(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            return Pieces(io.FileIO(file, "wb")) if mode == "wb" else open_(file, mode, *args, **kwargs)
+            if mode in ("wb", "w+b"):
+                return Pieces(io.FileIO(file, "w+b"))
+            return open_(file, mode, *args, **kwargs)
 
-        io.open = open_in_pieces
+        io.open = builtins.open = open_in_pieces
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event in self.EVENTS or (event == "open" and isinstance(args[2], int) and args[2] & os.O_CREAT):
@@ -467,6 +470,13 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path, capsys, record_property):
         path.write_bytes(data)
     assert load(checkpoint.find_latest(tmp_path))[0] == 2
     record_property("cases", len(wanted))
+
+
+def test_a_manifest_of_another_step_is_refused(tmp_path):
+    path = save(tmp_path, 2) / checkpoint.MANIFEST
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: step is 3, not that of state\.json"):
+        checkpoint.load(path.parent)
 
 
 # ---- nothing in a checkpoint is code ----
