@@ -111,7 +111,7 @@ def _rows(file: format.ModelFile, tokenizer: Tokenizer, documents: Sequence[Ids]
         model = NumpyTransformer(format.ModelFile(file.path, file.header, tensors))
         return sum(evaluate_documents(model, tokenizer, documents), start=NOTHING).bits_per_byte
 
-    for name, rounding in forms().items():
+    for form, rounding in forms().items():
         rounded = {name: rounding(w) if w.ndim == 2 else w for name, w in originals.items()}
         plain = {name: dequantize(rounded[name])[..., : w.shape[-1]] for name, w in originals.items()}
         matrices = [name for name, w in originals.items() if w.ndim == 2]
@@ -119,7 +119,7 @@ def _rows(file: format.ModelFile, tokenizer: Tokenizer, documents: Sequence[Ids]
         squared_error = sum(float(((plain[name] - originals[name]) ** 2).sum()) for name in matrices)
         squares = sum(float((originals[name] ** 2).sum()) for name in matrices)
         yield Row(
-            name,
+            form,
             8 * sum(_n_bytes(rounded[name]) for name in matrices) / n_weights,
             (squared_error / squares) ** 0.5,
             bits_per_byte(plain),

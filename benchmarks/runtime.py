@@ -363,9 +363,6 @@ def measure_prefill(contest: Contest, transformer: Transformer) -> Iterator[tupl
 
 def measure_batches(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
     """Yield the tokens/s of sequences that decode together, after a short prompt each."""
-    decode_batch = getattr(transformer, "decode_batch", None)
-    if decode_batch is None:
-        raise UsageError("the fast forward pass decodes one sequence at a time")
     n_tokens = contest.shape.batch_tokens
     for size in BATCHES:
         caches = [transformer.new_cache(peers.BATCH_PROMPT + n_tokens) for _ in range(size)]
@@ -377,7 +374,7 @@ def measure_batches(contest: Contest, transformer: Transformer) -> Iterator[tupl
             for cache in caches:
                 cache.truncate(peers.BATCH_PROMPT)
             for _ in range(n_tokens):
-                decode_batch(caches, ids)
+                transformer.decode_batch(caches, ids)
 
         together(1)
         yield f"batch {size}", size * n_tokens / seconds(partial(together, n_tokens))
