@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import peers, report, runtime
+from benchmarks import peers, report, runtime, training
 from benchmarks.report import LLAMA2C, LLAMA_CPP, LLAMA_CPP_FLASH, OURS, Key, Results
 from llamalet import format
 from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
@@ -219,6 +220,66 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert all(turn > 0 for turns in figures.values() for turn in turns)
     assert found["bars"][0]["what"] == "f32 decode / llama.cpp fa"
     assert "sample.py's first word after" in capsys.readouterr().out
+
+
+PEER_TRAIN = """
+import sys, time
+assert "--dim=32" in sys.argv and "--compile=True" in sys.argv, sys.argv
+for number in range(10**6):
+    print(f"{number} | loss 10.4 | lr 1e-4 | 2.50ms | mfu 1.00%")
+    time.sleep(0.001)
+"""
+
+
+def test_training_beside_a_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stories15M.toml").write_text("dim = 32\nn_layers = 1\nn_heads = 2\nmax_seq_len = 16\nbatch_size = 2\n")
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer" / "train.py").write_text(PEER_TRAIN)
+    eager = training.Rung(dtype="f32", compile=False)
+    monkeypatch.setattr(training, "CONFIGS", tmp_path)
+    monkeypatch.setattr(training, "VOCABULARY", 300)
+    monkeypatch.setattr(training, "rungs", lambda device: {"eager": eager, training.TRAINED: eager})
+    out = tmp_path / "out"
+    options = ["--device=cpu", "--batch-size=2", "--turns=2", "--steps=1", "--threads=1", "--peak-tflops=0.1"]
+    assert training.main([*options, f"--out={out}", f"--peer-train={tmp_path / 'peer'}"]) == 0
+    found = json.loads((out / "training.json").read_bytes())
+    figures = {(row["contender"], row["figure"]): row["turns"] for row in found["figures"]}
+    assert figures[training.PEER, "step"] == [2.5, 2.5]
+    assert all(len(turns) == 2 and min(turns) >= 0 for turns in figures.values())
+    ours = {figure for contender, figure in figures if contender == training.TRAINED}
+    assert ours == {"step", "forward", "memory", "compile"} and not found["missing"]
+    text = capsys.readouterr().out
+    assert "2 x 16 tokens a step" in text and "ratio: tokens/s against llama2.c's train.py" in text
+    assert (out / "training.png").stat().st_size > 1000
+
+
+def test_a_trainer_that_fails_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rungs = {"broken": training.Rung(dtype="f32", compile=False), "eager": training.Rung(dtype="f32", compile=False)}
+    sound = training.ours
+    monkeypatch.setattr(training, "VOCABULARY", 300)
+    monkeypatch.setattr(training, "rungs", lambda device: rungs)
+
+    def ours(options, rung, device, steps):
+        return sound(options | ({"n_heads": 7} if rung is rungs["broken"] else {}), rung, device, steps)
+
+    monkeypatch.setattr(training, "ours", ours)
+    shape = {"dim": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 16, "batch_size": 2}
+    results, config = Results(), training.BenchConfig(turns=1, steps=1)
+    training.measure(config, "15M", shape, torch.device("cpu"), 1, tmp_path, results)
+    assert [key.contender for key in training.contenders_of(results, "15M")] == ["eager"]
+    ((key, reason),) = results.missing.items()
+    assert key.contender == "broken" and "ConfigError" in reason and "n_heads" in reason
+
+
+def test_each_shape_is_that_of_its_configuration() -> None:
+    config, gpu, cpu = training.BenchConfig(shapes="15M,110M"), torch.device("cuda"), torch.device("cpu")
+    assert config.shape("110M", gpu) == dict(dim=768, n_layers=12, n_heads=12, max_seq_len=1024, batch_size=16)
+    assert [config.shape(name, cpu)["batch_size"] for name in ("15M", "110M")] == [8, 2]
+    with pytest.raises(ConfigError) as caught:
+        training.BenchConfig(shapes="15M,7B", turns=0, peer_train="/no/peer")
+    assert all(part in str(caught.value) for part in ("shapes=7B", "turns=0", "peer_train=/no/peer"))
 
 
 def test_options_are_checked_together() -> None:

@@ -5,7 +5,8 @@ that a model meets every document from its start. An epoch visits each window on
 Needs neither torch nor a data loader.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,10 +87,11 @@ class Windows:
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Return the order in which `epoch` visits the windows: a permutation, int64 (W,)."""
-        if self._epoch_order is None or self._epoch_order[0] != (seed, epoch):
-            permutation = np.random.default_rng([seed, epoch]).permutation(len(self))
-            self._epoch_order = (seed, epoch), permutation
-        return self._epoch_order[1]
+        known = self._epoch_order  # looked at once: another thread may be at another epoch
+        if known is None or known[0] != (seed, epoch):
+            known = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
+            self._epoch_order = known
+        return known[1]
 
     def training_batch(self, seed: int, first: int, batch_size: int) -> Batch:
         """Return the sequences first, first + 1, ... of the endless training stream that `seed` names.
@@ -103,7 +105,7 @@ class Windows:
         epochs, places = np.divmod(sequences, len(self))
         picks = [self.order(seed, int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
         rows = np.stack([self.tokens[s : s + self.seq_len + 1] for s in self.starts[picks].tolist()])
-        return rows[:, :-1], rows[:, 1:]
+        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
     def evaluation_batches(self, batch_size: int, n_batches: int, rank: int = 0, n_ranks: int = 1) -> Iterator[Batch]:
         """Yield this process's share of at most `n_batches` fixed batches, spread evenly over the split.
@@ -124,3 +126,34 @@ class Windows:
                 inputs[row] = window[:-1]
                 targets[row, : own[pick]] = window[1 : own[pick] + 1]
             yield inputs, targets
+
+
+class Prefetcher:
+    """Makes batches, and the one that will be asked for next while the caller is busy with the last.
+
+    Whatever is asked for is what comes: a wrong guess costs the time of making a batch, no more.
+
+    Args:
+        make: returns the batch at a place of the run; it is called in a thread, one call at a time.
+        stride: how far the next place is from the last.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], stride: int) -> None:
+        self._make, self._stride = make, stride
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, place: int) -> Batch:
+        """Return the batch at `place`, or raise what making it raised."""
+        self._thread = self._thread or ThreadPoolExecutor(1, "batches")
+        if self._ahead is None or self._ahead[0] != place:
+            self._ahead = place, self._thread.submit(self._make, place)
+        batch = self._ahead[1].result()
+        self._ahead = place + self._stride, self._thread.submit(self._make, place + self._stride)
+        return batch
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        self._thread = self._ahead = None

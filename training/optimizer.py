@@ -22,6 +22,25 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
     return norm
 
 
+def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take a step, and put everything back where `skip` is true; on a GPU this costs a copy, and looking a wait.
+
+    Args:
+        skip: a bool scalar on the parameters' device.
+        optimizer: one whose state begins with zeros, and is all tensors.
+    """
+
+    def tensors() -> list[Tensor]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return parameters + [value for state in optimizer.state.values() for value in state.values()]
+
+    before = {id(tensor): tensor.detach().clone() for tensor in tensors()}
+    optimizer.step()
+    with torch.no_grad():
+        for tensor in tensors():
+            tensor.copy_(torch.where(skip, before.get(id(tensor), torch.zeros_like(tensor)), tensor))
+
+
 class Optimizer:
     """One or two of torch's optimizers as one: AdamW for all parameters, or Muon for the layers' matrices beside it.
 
@@ -68,11 +87,16 @@ class Optimizer:
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = rate
-            if skip is not None and skip.device.type == "cuda" and isinstance(part, torch.optim.AdamW):
+            if skip is None:
+                part.step()
+            elif skip.device.type != "cuda":
+                if not skip:
+                    part.step()
+            elif isinstance(part, torch.optim.AdamW):
                 part.found_inf = skip.float()  # type: ignore[attr-defined]  # the fused kernel looks, so that nobody has to wait
                 part.step()
-            elif skip is None or not skip:
-                part.step()
+            else:
+                step_unless(skip, part)
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:

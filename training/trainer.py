@@ -21,7 +21,7 @@ from llamalet.errors import ConfigError, DataError, NonFiniteError
 from llamalet.shards import Shards, find_newest
 from model import Llama
 from training import checkpoint, metrics, run_folder
-from training.batches import IGNORED, Batch, Windows
+from training.batches import IGNORED, Batch, Prefetcher, Windows
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.cpu import use_cpu_kernels
@@ -59,6 +59,7 @@ class Trainer:
         if resumed:
             check_continuity(resumed, config, self.model_config, self.data)
         self.train_windows, self.val_windows = self.open_windows("train"), self.open_windows("val")
+        self.batches = Prefetcher(self.training_batch, stride=group.count)
 
         self.dtype = choose_dtype(config.dtype, group.device)
         self.not_compiled = set_up_machine(config, group)
@@ -94,6 +95,11 @@ class Trainer:
         starts = self.data.document_starts(split) if self.config.align_documents else None
         return Windows(self.data.split(split), self.config.max_seq_len, starts)
 
+    def training_batch(self, place: int) -> Batch:
+        """Return the batch of micro-step `place`, counted over all processes from the start of the run."""
+        size = self.config.batch_size
+        return self.train_windows.training_batch(self.config.seed, place * size, size)
+
     def load(self, resumed: Checkpoint) -> None:
         """Go on from a checkpoint."""
         self.model.load_state_dict(resumed.model_state)
@@ -125,6 +131,8 @@ class Trainer:
         except Interrupted:
             self.save()
             raise
+        finally:
+            self.batches.close()
 
     def loop(self, record: metrics.Metrics | None) -> None:
         """Alternate between optimizer steps and what is done between them: evaluating, saving, telling."""
@@ -172,9 +180,8 @@ class Trainer:
             place = (self.step * self.accumulation + micro_step) * group.count + group.rank
             if config.dropout:
                 torch.manual_seed(config.seed + 0x9E3779B97F4A7C15 * (place + 1) % 2**63)
-            batch = self.train_windows.training_batch(config.seed, place * config.batch_size, config.batch_size)
             self.sum_gradients(micro_step == self.accumulation - 1)
-            loss = self.loss(self.parallel, batch) / self.accumulation
+            loss = self.loss(self.parallel, self.batches.batch(place)) / self.accumulation
             loss.backward()
             total += loss.detach()
         loss = group.mean(total)
@@ -198,7 +205,10 @@ class Trainer:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, computed in the chosen precision."""
         device = self.group.device
-        tokens, targets = (torch.from_numpy(array).to(device, non_blocking=True) for array in batch)
+        tokens, targets = map(torch.from_numpy, batch)
+        if device.type == "cuda":  # from pinned memory a copy goes on by itself; from any other the host would wait
+            tokens, targets = tokens.pin_memory(), targets.pin_memory()
+        tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         reduced = self.dtype != torch.float32
         with torch.autocast(device.type, dtype=self.dtype) if reduced else nullcontext():
             return model(tokens, targets)
@@ -213,14 +223,14 @@ class Trainer:
         """
         config, group = self.config, self.group
         self.model.eval()
-        total, count = 0.0, 0.0
+        losses, counts = [], []
         for batch in self.val_windows.evaluation_batches(config.batch_size, config.eval_iters, group.rank, group.count):
             self.stop_if_asked()
-            loss, counted = self.loss(self.model, batch).item(), int((batch[1] != IGNORED).sum())
-            if counted:
-                total, count = total + loss * counted, count + counted
+            losses.append(self.loss(self.model, batch))
+            counts.append(int((batch[1] != IGNORED).sum()))
         self.model.train()
-        total, count = group.sum([total, count])
+        means = torch.stack(losses).tolist()  # the device is waited for only here
+        total, count = group.sum([sum(m * n for m, n in zip(means, counts, strict=True) if n), sum(counts)])
         if not math.isfinite(total):
             raise NonFiniteError(f"step {self.step}: the validation loss is {total}; this state is not saved")
         return total / count
@@ -234,7 +244,7 @@ class Trainer:
         # A compiler can be at it for long, and what there is to lose is saved.
         with suppress(Interrupted), self.interrupts.at_once():
             self.sum_gradients(False)
-            self.loss(self.parallel, self.train_windows.training_batch(config.seed, 0, config.batch_size)).backward()
+            self.loss(self.parallel, self.training_batch(0)).backward()
             self.model.zero_grad(set_to_none=True)
             self.model.eval()
             with torch.no_grad():
