@@ -18,7 +18,6 @@ import os
 import platform
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError
 
 # Words of the array that the threads share, each in a cache line of its own.
@@ -276,15 +276,3 @@ def thread_count(threads: int | None = None) -> int:
                 raise ConfigError(f"{variable}={value}: must be a positive number, at most {MAX_THREADS}")
             return int(value)
     return physical_cores()
-
-
-def physical_cores() -> int:
-    """Return the number of cores that this process may use, counting hardware threads of one core once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    usable = os.sched_getaffinity(0)
-    cores = set()
-    for cpu in usable:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
-    return len(cores)

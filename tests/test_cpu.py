@@ -1,8 +1,11 @@
+import os
+
 import pytest
 import torch
 
 import model
-from training import cpu
+from llamalet import cores
+from training import cpu, hardware
 
 
 @pytest.mark.parametrize("ignored", [0, 5])
@@ -40,3 +43,15 @@ def test_blocked_attention_is_the_plain_one(heads, kv_heads, length):
         results.append((out.detach(), q.grad, k.grad, v.grad))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_physical_core_gets_one_thread(tmp_path, monkeypatch):
+    """Two cores with two hardware threads each, whatever torchrun has put into the environment."""
+    for cpu_number in range(4):
+        folder = tmp_path / f"cpu{cpu_number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu_number % 2},{cpu_number % 2 + 2}\n")
+    monkeypatch.setattr(cores, "Path", lambda path: tmp_path / path.removeprefix("/sys/devices/system/cpu/"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert [hardware.count_threads(processes) for processes in (1, 2, 3)] == [2, 1, 1]

@@ -10,6 +10,7 @@ from conftest import SMALL_MODELS, random_tensors
 
 from llamalet import format, kernels, quantize, reference, simd, team, tokenizer
 from llamalet.config import ModelConfig
+from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError, UsageError
 from llamalet.kv_cache import KVCache
 from llamalet.transformer import CHUNK, Transformer, stack_weights
@@ -303,9 +304,9 @@ def test_thread_count(environment, expected, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    assert team.thread_count() == (expected or team.physical_cores())
+    assert team.thread_count() == (expected or physical_cores())
     assert team.thread_count(7) == 7
-    assert 1 <= team.physical_cores() <= os.cpu_count()
+    assert 1 <= physical_cores() <= os.cpu_count()
 
 
 def test_a_bad_thread_count_is_refused(monkeypatch):

@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError
 
 # Peak of dense bf16 matrix products in TFLOP/s, by a part of the name that CUDA reports.
@@ -68,9 +69,12 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 
 
 def count_threads(n_processes: int) -> int:
-    """Return the share of the cores of one of `n_processes` on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // n_processes, 1)
+    """Return the share of the physical cores of one of `n_processes` on this machine.
+
+    Two hardware threads of a core share its multipliers, so a second one has nothing to give to a matrix product.
+    OMP_NUM_THREADS does not count: torchrun sets it to 1 for whoever has not.
+    """
+    return max(physical_cores() // n_processes, 1)
 
 
 def tune_allocator(device: torch.device) -> None:

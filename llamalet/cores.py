@@ -1,0 +1,16 @@
+"""How many cores there are to compute with; the standard library alone, for the runtime and for training."""
+
+import os
+from pathlib import Path
+
+
+def physical_cores() -> int:
+    """Return the number of cores that this process may use, counting hardware threads of one core once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    usable = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
+    return len(cores)
