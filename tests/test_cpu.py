@@ -55,3 +55,12 @@ def test_each_physical_core_gets_one_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert [hardware.count_threads(processes) for processes in (1, 2, 3)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H200", 989), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("X", None)]
+)
+def test_the_peak_is_that_of_the_gpu_and_not_of_a_namesake(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert hardware.peak_tflops(torch.device("cuda"), torch.bfloat16) == peak
+    assert hardware.peak_tflops(torch.device("cuda"), torch.float32) is None
