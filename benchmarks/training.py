@@ -4,8 +4,9 @@ python -m benchmarks.training [--peer-train=PATH/llama2.c]
 python -m benchmarks.training --shapes=15M,42M,110M --no-ladder
 
 The models train on random tokens, which cost as much as stories. Each contender is a process of its own, so that its
-memory and its compilation, which is told apart, are its own. Machines are noisy: on a CPU all contenders take turns; a
-GPU they have one after the other, for itself. Every figure is the median of the turns.
+memory and its compilation are its own; compiling is told apart, and short where the compiler's cache knows the model.
+Machines are noisy: on a CPU all contenders take turns; a GPU they have one after the other, for themselves. Every
+figure is the median of the turns.
 
 MFU is the share of the bfloat16 peak that the model's own operations come to: known for common GPUs, measured on a CPU
 by square matrix products in the same run, or given as --peak-tflops.
