@@ -710,6 +710,17 @@ def three_steps(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_resumed_run_says_what_it_passes_over_and_what_it_takes(tmp_path, three_steps, monkeypatch, capsys):
+    monkeypatch.chdir(shutil.copytree(three_steps, tmp_path / "run"))
+    damaged = Path("out/checkpoints/step-00000003") / checkpoint.OPTIMIZER
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert train.main([*SMALL, "--resume", "--max_iters=3"]) == 0
+    out, err = capsys.readouterr()
+    assert "checkpoint step-00000003 is skipped: " in err and "optimizer.safetensors: has " in err
+    assert "resume   after step 2 of 3, from out/checkpoints/step-00000002\n" in out
+    assert Path("out/checkpoints/abandoned/step-00000003").is_dir()
+
+
 @pytest.mark.campaign("disk full, by the size of a file")
 @pytest.mark.parametrize("share", cases([0.0, 0.1, 0.5, 0.99], [number / 16 for number in range(16)]))
 def test_a_full_disk_ends_a_run_in_order(tmp_path, three_steps, share):
@@ -826,6 +837,12 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path, recor
     end([first])
     before = checkpoint.step_of(checkpoint.find_latest(folder / "out"))
     run_whole(folder, [*SMALL, "--resume", f"--max_iters={before + 2}"], 1)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DiskError, match="file/out: cannot be written to: Not a directory"):
+        run_folder.lock(tmp_path / "file" / "out").__enter__()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
