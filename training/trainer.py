@@ -62,7 +62,12 @@ class Trainer:
         self.batches = Prefetcher(self.training_batch, stride=group.count)
 
         self.dtype = choose_dtype(config.dtype, group.device)
-        self.not_compiled = set_up_machine(config, group)
+        self.not_compiled: str | None = "interrupted"
+        with (
+            suppress(Interrupted),
+            self.interrupts.at_once(),
+        ):  # the first use of a compiler takes long, even for little
+            self.not_compiled = set_up_machine(config, group)
         torch.manual_seed(config.seed)
         self.model = Llama(self.model_config, config.dropout)
         if config.init == "copying":
@@ -237,6 +242,7 @@ class Trainer:
 
     def compile(self) -> None:
         """Run each kind of pass once and forget what it computed, so that compiling is no part of a step."""
+        self.stop_if_asked()
         if self.not_compiled is not None:
             return
         config, start = self.config, time.perf_counter()
