@@ -24,6 +24,7 @@ from training.interrupts import Interrupted, Interrupts
 
 if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
+    from training.distributed import Processes
     from training.trainer import Trainer
 
 
@@ -39,12 +40,12 @@ def main(argv: Sequence[str]) -> int:
         from training.distributed import processes
         from training.trainer import Trainer, memory_errors
 
+        stack.enter_context(memory_errors())
+        group = stack.enter_context(processes())  # first, so that no process waits for one that cannot start
         if is_main and not config.eval_only:
             stack.enter_context(run_folder.lock(Path(config.out_dir)))
-        config, resumed = resume(config, argv)
-        stack.enter_context(memory_errors())
-        group = stack.enter_context(processes(config.device))
-        trainer = Trainer(config, group, resumed, signals)
+        config, resumed = resume(config, argv, group)
+        trainer = Trainer(config, group.on(config.device), resumed, signals)
         try:
             if config.eval_only:
                 group.print(f"step {trainer.step} | validation loss {trainer.evaluate():.4f} nats per token")
@@ -67,17 +68,24 @@ def read_options(config_class: type[TrainConfig], argv: Sequence[str]) -> TrainC
     return parse(config_class, argv, program="train.py", description=__doc__ or "", toml=True)
 
 
-def resume(config: TrainConfig, argv: Sequence[str]) -> tuple[TrainConfig, "Checkpoint | None"]:
+def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tuple[TrainConfig, "Checkpoint | None"]:
     """Return the settings of the run and the checkpoint to go on from, None for a fresh start.
 
     A resumed run keeps its settings, but for those on the command line.
 
     Raises:
-        CheckpointError: if there is no such checkpoint, or others are in the way.
+        CheckpointError: if there is no such checkpoint, or others are in the way, or processes find different ones.
     """
     from training import checkpoint, run_folder
 
     found = run_folder.find_checkpoint(config)
+    names = group.all(checkpoint.label(found) if found else "none")
+    if len(set(names)) > 1:
+        seen = ", ".join(f"process {rank} {name}" for rank, name in enumerate(names))
+        raise CheckpointError(
+            f"{config.out_dir}: the processes find different checkpoints to go on from ({seen}); "
+            "out_dir must be one folder that all of them share"
+        )
     if not config.eval_only:
         run_folder.check(config, found)
     if found is None:

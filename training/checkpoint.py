@@ -173,6 +173,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_json(path / STATE)
 
 
+def label(path: Path) -> str:
+    """Return a checkpoint's name and the beginning of its digest, which differ where two checkpoints do."""
+    manifest = path / MANIFEST
+    return f"{path.name} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:8] if manifest.exists() else 'missing'}"
+
+
 def verify(path: Path, *, digests: bool = True) -> None:
     """Compare a checkpoint's files with its manifest; their sizes alone if `digests` is false.
 

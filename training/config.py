@@ -122,6 +122,8 @@ class TrainConfig:
     # Machine
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the model: each has all of it, or a share of every layer (FSDP2)."""
     dtype: str = "auto"
     """auto (bfloat16 where the hardware has it), float32 or bfloat16 for the matrix products; weights are float32."""
     compile: bool = True

@@ -4,7 +4,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from training.distributed import ShardedMuon, share, total_norm, whole_slots
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
@@ -15,7 +18,7 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
         largest: the bound; 0 only measures.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     # The CPU can look at the norm and pass over a product with 1; on a GPU looking would mean waiting for it.
     if largest and (norm.device.type != "cpu" or norm > largest):
         clip_grads_with_norm_(parameters, largest, norm)
@@ -73,9 +76,8 @@ class Optimizer:
         fused = vectors[0].device.type in ("cpu", "cuda")
         self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)]
         if orthogonal:
-            self._parts.append(
-                torch.optim.Muon(orthogonal, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            muon = ShardedMuon if isinstance(orthogonal[0], DTensor) else torch.optim.Muon
+            self._parts.append(muon(orthogonal, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, rate: float, skip: Tensor | None = None) -> None:
         """Update the parameters with the learning rate `rate`, and drop their gradients.
@@ -100,13 +102,12 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the optimizer's tensors, each named `parameter:slot`, so that no order of parameters matters."""
-        return {
-            f"{name}:{slot}": value
-            for name, parameter in self._model.named_parameters()
-            for part in self._parts
-            for slot, value in part.state.get(parameter, {}).items()
-        }
+        """Return the optimizer's tensors, each named `parameter:slot`, so that no order of parameters matters.
+
+        Where they are sharded, every process must call this, and only the main one gets them.
+        """
+        slots = whole_slots(self._model, self._parts)
+        return {f"{name}:{slot}": value for name, state in slots.items() for slot, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put `state_dict`'s tensors back.
@@ -120,4 +121,5 @@ class Optimizer:
             parameter = parameters[name]
             part = next(p for p in self._parts if any(parameter is q for g in p.param_groups for q in g["params"]))
             # AdamW counts its steps in a scalar, which the fused CUDA kernel wants on the device as well.
-            part.state[parameter][slot] = value.to(parameter.device, copy=True)
+            value = value.to(parameter.device, copy=True)
+            part.state[parameter][slot] = share(value, like=parameter) if value.dim() else value

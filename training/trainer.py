@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
 
 from llamalet import tokenizer
 from llamalet.config import ModelConfig
@@ -25,7 +25,7 @@ from training.batches import IGNORED, Batch, Prefetcher, Windows
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.cpu import use_cpu_kernels
-from training.distributed import Processes
+from training.distributed import Processes, parallelize, sum_gradients, whole_weights
 from training.guard import Guard
 from training.hardware import choose_dtype, compile_problem, count_threads, peak_tflops, tune_allocator
 from training.interrupts import Interrupted, Interrupts
@@ -73,6 +73,12 @@ class Trainer:
         if config.init == "copying":
             self.model.start_by_copying()
         self.model.to(group.device)
+        if resumed:
+            self.model.load_state_dict(resumed.model_state)
+        if group.device.type == "cpu":
+            use_cpu_kernels(self.model, compiled=self.not_compiled is None)
+        # Checkpoints and evaluation use the model itself; only training goes through what sums gradients.
+        self.parallel = parallelize(self.model, config.parallel, group, compiled=self.not_compiled is None)
         self.optimizer = Optimizer(
             self.model,
             kind=config.optimizer,
@@ -88,12 +94,6 @@ class Trainer:
         self.resumed = resumed
         if resumed:
             self.load(resumed)
-        if group.device.type == "cpu":
-            use_cpu_kernels(self.model, compiled=self.not_compiled is None)
-        if self.not_compiled is None:
-            self.model.compile()
-        # Checkpoints and evaluation use the model itself; only training goes through the wrapper that sums gradients.
-        self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False) if group.count > 1 else self.model
 
     def open_windows(self, split: str) -> Windows:
         """Cut a split into sequences."""
@@ -106,8 +106,7 @@ class Trainer:
         return self.train_windows.training_batch(self.config.seed, place * size, size)
 
     def load(self, resumed: Checkpoint) -> None:
-        """Go on from a checkpoint."""
-        self.model.load_state_dict(resumed.model_state)
+        """Go on from a checkpoint, whose weights the model has already."""
         self.optimizer.load_state_dict(resumed.optimizer_state)
         if "guard" in resumed.state:
             self.guard.load_state(resumed.state["guard"])
@@ -185,7 +184,7 @@ class Trainer:
             place = (self.step * self.accumulation + micro_step) * group.count + group.rank
             if config.dropout:
                 torch.manual_seed(config.seed + 0x9E3779B97F4A7C15 * (place + 1) % 2**63)
-            self.sum_gradients(micro_step == self.accumulation - 1)
+            sum_gradients(self.parallel, micro_step == self.accumulation - 1)
             loss = self.loss(self.parallel, self.batches.batch(place)) / self.accumulation
             loss.backward()
             total += loss.detach()
@@ -196,11 +195,6 @@ class Trainer:
         if group.device.type == "cpu":  # elsewhere looking at it means waiting, which is done when a line is due
             self.guard.check()
         return loss, gradient_norm
-
-    def sum_gradients(self, now: bool) -> None:
-        """Say whether the next backward pass ends an accumulation, and so sums the gradients over the processes."""
-        if isinstance(self.parallel, DistributedDataParallel):
-            self.parallel.require_backward_grad_sync = now
 
     def stop_if_asked(self) -> None:
         """Raise Interrupted, in all processes at the same place, if a signal came to any of them."""
@@ -247,9 +241,11 @@ class Trainer:
             return
         config, start = self.config, time.perf_counter()
         self.group.print(f"{'compile':8} takes up to a minute the first time")
-        # A compiler can be at it for long, and what there is to lose is saved.
-        with suppress(Interrupted), self.interrupts.at_once():
-            self.sum_gradients(False)
+        sharded = isinstance(self.model, FSDPModule)
+        # A compiler can be at it for long, and what there is to lose is saved. With shards the others wait for this
+        # process in the middle of a pass; they notice that it leaves, and cannot be asked first.
+        with nullcontext() if sharded else suppress(Interrupted), self.interrupts.at_once():
+            sum_gradients(self.parallel, sharded)  # FSDP would keep what it did not sum
             self.loss(self.parallel, self.training_batch(0)).backward()
             self.model.zero_grad(set_to_none=True)
             self.model.eval()
@@ -275,13 +271,13 @@ class Trainer:
         """
         if self.saved == (self.step, self.val_loss):
             return
-        # All processes hold the same state, so the main one writes it.
+        weights, moments = whole_weights(self.model), self.optimizer.state_dict()
         if self.group.is_main:
             checkpoint.save(
                 self.run_dir,
                 model_config=self.model_config,
-                model_state=self.model.state_dict(),
-                optimizer_state=self.optimizer.state_dict(),
+                model_state=weights,
+                optimizer_state=moments,
                 state={
                     "step": self.step,
                     "val_loss": self.val_loss,
@@ -335,6 +331,7 @@ class Trainer:
             "device": self.group.device.type,
             "processor": platform.machine() if self.group.device.type == "cpu" else torch.cuda.get_device_name(),
             "processes": self.group.count,
+            "parallel": self.config.parallel,
             "threads": torch.get_num_threads(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "compiled": self.not_compiled is None,
