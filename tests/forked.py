@@ -334,9 +334,10 @@ class Probe:
     def leave(self) -> None:
         """Record what the run ends with."""
         import torch
+        from torch.distributed.fsdp import FSDPModule
 
         trainer = self.trainer
-        if trainer is None:
+        if trainer is None or isinstance(trainer.model, FSDPModule):  # whose state only all together could tell
             return
         state = {
             "step": trainer.step,
