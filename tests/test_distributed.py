@@ -79,7 +79,7 @@ def test_checkpoints_go_from_any_kind_of_run_to_any_other_bit_for_bit(project, o
 
 @pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-6), ("muon", 5e-3)])
 def test_clipping_by_the_norm_of_shares_differs_in_the_last_bits_only(project, optimizer, bound):
-    """Muon orthogonalizes in bfloat16: what differs by a last bit of float32 may be rounded to its neighbour, 2^-8 off."""
+    """Muon orthogonalizes in bfloat16: what differs by a last bit of float32 may be rounded to its neighbour."""
     options = [f"--optimizer={optimizer}", "--grad_clip=0.1"]
     train(project, *options, f"--out_dir=clip-{optimizer}-one", processes=1)
     train(project, *options, FSDP, f"--out_dir=clip-{optimizer}-fsdp")
