@@ -217,13 +217,14 @@ class Probe:
         """Wrap what is of interest."""
         import train
         from llamalet.shards import TokenArray
-        from training import checkpoint
+        from training import checkpoint, trainer
         from training.batches import Windows
         from training.interrupts import Interrupts
         from training.trainer import Trainer
 
         wrap(Interrupts, "__enter__", after=lambda signals: self.at("start"))
         wrap(Trainer, "__init__", before=lambda *a, **k: self.at("set-up"))
+        wrap(trainer, "compile_problem", before=lambda device: self.at("compiler"))
         wrap(train, "finish", before=lambda trainer: self.at("finish"))
         wrap(Trainer, "train", before=self.begin)
         wrap(Trainer, "compile", before=lambda t: self.compiles(True), after=lambda t: self.compiles(False))

@@ -77,6 +77,8 @@ def assert_interrupted(ended: Ended, folder: Path) -> None:
 PLACES: dict[str, tuple[Stop, int, bool]] = {
     "in set-up": (Stop("set-up"), 1, False),
     "in set-up of one of two": (Stop("set-up", ranks=(1,)), 2, False),
+    "trying the compiler": (Stop("compiler"), 1, True),
+    "trying the compiler in one of two": (Stop("compiler", ranks=(1,)), 2, True),
     "compiling": (Stop("compile", after_s=0.4, how="SIGINT"), 1, True),
     "compiling in one of two": (Stop("compile", after_s=0.2, ranks=(1,)), 2, True),
     "training": (Stop("micro", 4, "mid", "SIGINT"), 1, False),
