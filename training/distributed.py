@@ -174,7 +174,10 @@ def parallelize(model: Llama, kind: str, group: Processes, *, compiled: bool) ->
     if kind == "ddp" or group.count == 1:
         if compiled:
             model.compile()
-        return DistributedDataParallel(model, forward_sync_buffers=False) if group.count > 1 else model
+        if group.count == 1:
+            return model
+        # The buffers are constants; gradients that lie in the buckets that are sent need no second copy.
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(group.device.type, (group.count,))
     for layer in model.layers:
         if compiled:  # by layers: the compiler cannot look through FSDP's hooks, and compiles one for all
