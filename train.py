@@ -4,6 +4,7 @@
   python train.py configs/stories42M.toml --out_dir=out/42M --max_iters=5000
   torchrun --standalone --nproc_per_node=2 train.py  the same run on two processes
   python train.py --resume                           go on from the newest checkpoint in out/
+  python train.py --eval_only                        score the best checkpoint in out/ on the whole validation split
 
 A run leaves its settings (config.toml), metrics.jsonl, loss.png, checkpoints/ and the exported model.bin in out_dir.
 Ctrl-C and SIGTERM save what is done and end with exit code 75; --resume goes on from there to the last bit.
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     """Train as the command line says."""
     config = read_options(TrainConfig, argv)
+    if config.eval_only:
+        return evaluate(config, argv)
     is_main = os.environ.get("RANK", "0") == "0"
     with Interrupts() as signals, contextlib.ExitStack() as stack:
         if is_main:
@@ -42,14 +45,11 @@ def main(argv: Sequence[str]) -> int:
 
         stack.enter_context(memory_errors())
         group = stack.enter_context(processes())  # first, so that no process waits for one that cannot start
-        if is_main and not config.eval_only:
+        if is_main:
             stack.enter_context(run_folder.lock(Path(config.out_dir)))
         config, resumed = resume(config, argv, group)
         trainer = Trainer(config, group.on(config.device), resumed, signals)
         try:
-            if config.eval_only:
-                group.print(f"step {trainer.step} | validation loss {trainer.evaluate():.4f} nats per token")
-                return 0
             trainer.train()
             if is_main:
                 with signals.at_once():  # what is left to do can be done again
@@ -60,6 +60,23 @@ def main(argv: Sequence[str]) -> int:
                 f"resume with: python train.py --resume --out_dir={config.out_dir}"
             )
             return interrupts.EXIT_CODE
+    return 0
+
+
+def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
+    """Print what a checkpoint costs on the whole validation split."""
+    from training.distributed import processes
+    from training.evaluation import evaluate_checkpoint
+    from training.hardware import tune_allocator
+    from training.trainer import memory_errors, open_data, set_threads
+
+    with memory_errors(), processes() as group:
+        config, checkpoint = resume(config, argv, group)
+        assert checkpoint is not None  # there is no evaluation without one
+        group = group.on(config.device)
+        set_threads(config, group)
+        tune_allocator(group.device)
+        group.print(evaluate_checkpoint(checkpoint, open_data(config), group))
     return 0
 
 
@@ -91,17 +108,18 @@ def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tupl
     if found is None:
         return config, None
     resumed = checkpoint.load(found)
-    return read_options(with_defaults(resumed.state["train_config"]), argv), resumed
+    # The data are named, for those prepared since would be newer.
+    settings = resumed.state["train_config"] | {"data": resumed.state["data"]}
+    return read_options(with_defaults(settings), argv), resumed
 
 
 def finish(trainer: "Trainer") -> None:
     """Draw the loss, export the best checkpoint and let it tell a story."""
-    from training import checkpoint, metrics
+    from training import checkpoint, plot
     from training.weights import write_bin
 
-    run_dir, entropy = trainer.run_dir, trainer.data.meta.entropy
-    picture = metrics.plot(run_dir, entropy=entropy.nats_per_token if entropy else None)
-    if picture:
+    run_dir = trainer.run_dir
+    if picture := plot.draw_or_warn(run_dir):
         print(f"loss curve: {picture}")
     best_path = checkpoint.find_best(run_dir)
     if best_path is None:

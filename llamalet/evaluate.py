@@ -70,14 +70,29 @@ class Evaluation:
 NOTHING = Evaluation(0.0, 0, 0, 0)
 
 
+class Tally:
+    """Counts what tokens spell in one vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bos_id = tokenizer.bos_id
+        self._text_bytes = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)])
+        self._spaced = np.array([tokenizer.token_bytes(id)[:1] == b" " for id in range(tokenizer.vocab_size)])
+
+    def of(self, tokens: Ids, first: int, nats: float) -> Evaluation:
+        """Return what it means that the tokens (T + 1,) from position `first` on cost so many nats."""
+        before, targets = tokens[first - 1 : -1], tokens[first:]
+        # A document's dummy prefix space is none of its text.
+        prefixes = np.count_nonzero((before == self._bos_id) & self._spaced[targets])
+        text_bytes = int(self._text_bytes[targets].sum()) - int(prefixes)
+        return Evaluation(nats, len(targets), text_bytes, int(np.count_nonzero(targets == self._bos_id)))
+
+
 class Scorer:
     """Scores sequences with one model and one vocabulary."""
 
     def __init__(self, transformer: LogitsOf, tokenizer: Tokenizer) -> None:
         self._transformer = transformer
-        self._bos_id = tokenizer.bos_id
-        self._text_bytes = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)])
-        self._spaced = np.array([tokenizer.token_bytes(id)[:1] == b" " for id in range(tokenizer.vocab_size)])
+        self._tally = Tally(tokenizer)
 
     def score(self, tokens: Ids, first: int = 1) -> Evaluation:
         """Score the tokens from position `first` on, each given all before it.
@@ -87,12 +102,7 @@ class Scorer:
             first: 1 .. T.
         """
         logits = self._transformer.logits(tokens[:-1])[first - 1 :]  # (n, V)
-        before, targets = tokens[first - 1 : -1], tokens[first:]
-        nats = float(losses(logits, targets).sum())
-        # A document's dummy prefix space is none of its text.
-        prefixes = np.count_nonzero((before == self._bos_id) & self._spaced[targets])
-        text_bytes = int(self._text_bytes[targets].sum()) - int(prefixes)
-        return Evaluation(nats, len(targets), text_bytes, int(np.count_nonzero(targets == self._bos_id)))
+        return self._tally.of(tokens, first, float(losses(logits, tokens[first:]).sum()))
 
 
 def evaluate_windows(
@@ -123,11 +133,15 @@ def evaluate_documents(transformer: LogitsOf, tokenizer: Tokenizer, documents: I
     """
     scorer, context = Scorer(transformer, tokenizer), transformer.config.max_seq_len
     for document in documents:
-        total = scorer.score(document[: context + 1])
-        step = max(context // 2, 1)
-        for start in range(step, len(document) - 1 - (context - step), step):
-            total += scorer.score(document[start : start + context + 1], first=context - step + 1)
-        yield total
+        yield sum((scorer.score(*part) for part in cut(document, context)), NOTHING)
+
+
+def cut(document: Ids, context: int) -> Iterator[tuple[Ids, int]]:
+    """Yield a document (T + 1,) as sequences that fit into the context, each with its first position to score."""
+    yield document[: context + 1], 1
+    step = max(context // 2, 1)
+    for start in range(step, len(document) - 1 - (context - step), step):
+        yield document[start : start + context + 1], context - step + 1
 
 
 def evaluate_streams(
@@ -187,8 +201,13 @@ def report(evaluation: Evaluation, entropy: Entropy | None = None) -> str:
     Args:
         evaluation: a sum of scores.
         entropy: the corpus entropy of the same documents, each scored whole.
+
+    Raises:
+        DataError: if nothing was scored.
     """
     e = evaluation
+    if not e.text_bytes:
+        raise DataError("no text to score: the split has none")
     lines = [
         f"{e.documents} stories, {e.tokens} tokens, {e.text_bytes} bytes of text",
         f"{'':16}{'nats per token':>16}{'bits per byte':>16}{'bits per story':>16}",
@@ -215,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
     model = Model.load(
         args.model, tokenizer=shards.tokenizer_path, backend=args.backend, threads=args.threads, verify=args.verify
     )
-    print(f"{model.path} on {args.split} of {shards.folder}", file=sys.stderr)
+    print(f"{model.path} on the {args.split} split of {shards.folder}", flush=True)
     tokens, bos_id = shards.split(args.split), shards.meta.bos_id
     n_tokens = len(tokens) if args.max_tokens is None else min(args.max_tokens, len(tokens))
     if args.windows:
@@ -223,9 +242,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         documents = read_documents(tokens, bos_id, args.max_tokens)
         scores = evaluate_documents(model.transformer, model.tokenizer, documents)
-    total = sum(_with_progress(scores, n_tokens), NOTHING)
-    if not total.text_bytes:
-        raise DataError(f"{folder}: the {args.split} split has no text to score")
+    total = sum(with_progress(scores, n_tokens), NOTHING)
     entropy = shards.meta.entropy
     comparable = args.split == "val" and not args.windows
     if entropy is not None and comparable and total.documents < entropy.stories:
@@ -235,7 +252,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _with_progress(scores: Iterator[Evaluation], n_tokens: int) -> Iterator[Evaluation]:
+def with_progress(scores: Iterator[Evaluation], n_tokens: int) -> Iterator[Evaluation]:
     """Pass the scores on; tell how far they are on stderr, every few seconds."""
     start = told = time.monotonic()
     done = 0

@@ -165,7 +165,7 @@ def test_the_newest_data_are_taken(tmp_path, data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(toy_model(tmp_path, CONFIG), "--windows", "--split=train", "--max_tokens", 20) == 0
     captured = capsys.readouterr()
-    assert "20 tokens" in captured.out and "train of data/toy/tok300" in captured.err
+    assert "20 tokens" in captured.out and "on the train split of data/toy/tok300" in captured.out
 
 
 def test_the_distance_to_the_entropy(tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_the_distance_to_the_entropy(tmp_path, capsys):
     run(model, tmp_path / "data", "--max-tokens=30")
     run(model, tmp_path / "data", "--windows")
     run(model, tmp_path / "data", "--split=train")
-    assert "distance" not in capsys.readouterr().out
+    assert "\ndistance" not in capsys.readouterr().out
 
 
 def test_a_number_of_tokens_ends_at_a_document(tmp_path, data, capsys):

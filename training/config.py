@@ -103,7 +103,7 @@ class TrainConfig:
     eval_iters: int = 100
     """Batches of batch_size sequences in an evaluation, over all processes."""
     eval_only: bool = False
-    """Evaluate the newest checkpoint in out_dir and stop."""
+    """Score the best checkpoint in out_dir, or the newest or another with --resume, on all validation data."""
     save_every: str | None = "15m"
     """Between checkpoints: steps (500) or time (90s, 15m, 2h); there is one after each evaluation in any case."""
     keep: int = 2
@@ -111,7 +111,7 @@ class TrainConfig:
     log_interval: int = 10
     """Steps between lines of output."""
     sample: bool = True
-    """Let the exported model tell a story at the end."""
+    """Let the model begin a story at each evaluation, and the exported one tell a whole one at the end."""
     wandb_log: bool = False
     """Record the run with wandb too; WANDB_MODE=offline works."""
     wandb_project: str = "llamalet"

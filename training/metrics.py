@@ -1,11 +1,16 @@
-"""What a run leaves to be read: metrics.jsonl, a picture of the loss, and wandb where it is wanted.
+"""What a run leaves to be read: metrics.jsonl, and wandb where it is wanted.
 
-Nothing here stops a run: a picture or a wandb record that fails costs one line on stderr.
+Nothing here stops a run: what cannot be written costs one line on stderr, and a wandb out of reach works offline.
 """
 
+import contextlib
+import io
 import json
 import math
+import os
 import sys
+import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +20,17 @@ from llamalet.errors import DataError, DiskError
 from llamalet.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "loss.png"
+DAMAGED_FILE = "metrics.damaged.jsonl"
+WANDB_ID_FILE = "wandb/id"
 
 Row = Mapping[str, Any]
 
 
 class Metrics:
     """The record of a run; rows go to metrics.jsonl at once, and to wandb where it is on.
+
+    Each row gets `elapsed_s`: seconds since the run began, with all that a run does but train, the hours between two
+    stretches of it left out.
 
     Args:
         run_dir: the run's out_dir.
@@ -34,109 +43,158 @@ class Metrics:
         self, run_dir: Path, *, resumed_at: tuple[int, bool] | None = None, wandb: Mapping[str, Any] | None = None
     ) -> None:
         self.path = run_dir / METRICS_FILE
-        rows = read(self.path) if resumed_at is not None else []
-        rows = [row for row in rows if (row["step"], "val_loss" in row) <= (resumed_at or (0, False))]
-        with replacing(self.path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(wandb, run_dir) if wandb is not None else None
+        self._began = time.monotonic()
+        self._unwritten = b""
+        self._warned = False
+        try:
+            rows = [] if resumed_at is None else _salvage(self.path)
+            with replacing(self.path) as file:
+                kept = [row for row in rows if (row["step"], "val_loss" in row) <= (resumed_at or (0, False))]
+                file.write(b"".join(map(_line, kept)))
+            # What the dropped rows took was spent as well.
+            self._began -= max((row.get("elapsed_s", 0.0) for row in rows), default=0.0)
+        except (OSError, DiskError) as error:
+            self._warn(error)
+        self._wandb = _start_wandb(wandb, run_dir, resumed_at is not None) if wandb is not None else None
 
     def log(self, row: Row) -> None:
-        """Append one row; it needs `step`, and numbers that are not finite are recorded as null.
-
-        Raises:
-            DiskError: if the disk is full or fails.
-        """
+        """Append one row; it needs `step`, and numbers that are not finite are recorded as null."""
         row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        row["elapsed_s"] = round(time.monotonic() - self._began, 3)
+        self._unwritten += _line(row)
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            # Opened each time and unbuffered: what a full disk does not take now, it gets with a later row.
+            with self.path.open("ab", buffering=0) as file:
+                while self._unwritten:
+                    self._unwritten = self._unwritten[file.write(self._unwritten) :]
         except OSError as error:
-            raise DiskError(f"{self.path}: cannot be written: {error.strerror}") from error
-        if self._wandb is not None:
-            try:
-                self._wandb.log(dict(row), step=row["step"])
-            except Exception as error:  # wandb's errors share no base class
-                print(f"warning: wandb stopped: {error}", file=sys.stderr, flush=True)
-                self._wandb = None
+            self._warn(error)
+        self._to_wandb(row, row["step"])
+
+    def log_story(self, step: int, text: str) -> None:
+        """Show wandb what the model tells after a step."""
+        self._to_wandb({"story": text}, step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
         if self._wandb is not None:
             try:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
             except Exception as failure:
-                print(f"warning: wandb: {failure}", file=sys.stderr, flush=True)
+                print(f"warning: wandb: {_one_line(failure)}", file=sys.stderr, flush=True)
+
+    def _to_wandb(self, row: Row, step: int) -> None:
+        """Pass a row on; the first failure is the last."""
+        if self._wandb is not None:
+            try:
+                self._wandb.log(dict(row), step=step)
+            except Exception as error:  # wandb's errors share no base class
+                print(f"warning: wandb stopped: {_one_line(error)}", file=sys.stderr, flush=True)
+                self._wandb = None
+
+    def _warn(self, error: OSError) -> None:
+        """Say, once, that rows are not written."""
+        if not self._warned:
+            reason = getattr(error, "strerror", None) or _one_line(error)
+            print(f"warning: {self.path} is incomplete: {reason}; training goes on", file=sys.stderr, flush=True)
+        self._warned = True
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl; a last line that was cut off is left out, a missing file has no rows.
 
     Raises:
-        DataError: if another line is damaged.
+        DataError: if the file cannot be read, or another line is damaged.
     """
+    try:
+        rows, damaged = _parse(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if damaged:
+        raise DataError(f"{path}: line {damaged[0]} is damaged; remove it")
+    return rows
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the rows of metrics.jsonl and the numbers of its damaged lines, but for a last one that was cut off."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = []
+        return [], []
+    lines = path.read_bytes().splitlines()
+    rows, damaged = [], []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             rows.append(row | {"step": int(row["step"])})
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
-                raise DataError(f"{path}: line {number} is damaged; remove it") from None
+                damaged.append(number)
+    return rows, damaged
+
+
+def _salvage(path: Path) -> list[dict[str, Any]]:
+    """Return the sound rows of a run to go on with; if there are others, the file as it is goes aside."""
+    rows, damaged = _parse(path)
+    if damaged:
+        aside = path.replace(path.with_name(DAMAGED_FILE))
+        lines = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines"
+        print(f"warning: {path}: {lines} damaged; left out, all of it is in {aside}", file=sys.stderr, flush=True)
     return rows
 
 
-def plot(run_dir: Path, *, entropy: float | None = None) -> Path | None:
-    """Draw the losses of metrics.jsonl into loss.png.
+def _line(row: Row) -> bytes:
+    """Return a row as it stands in metrics.jsonl."""
+    return (json.dumps(row) + "\n").encode()
 
-    Args:
-        run_dir: the run's out_dir.
-        entropy: the corpus's nats per token, the floor that no model can beat, where it is known.
 
-    Returns:
-        The picture's path, or None (and a line on stderr) where it could not be drawn.
+def _one_line(error: Exception) -> str:
+    """Return what an error says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _start_wandb(settings: Mapping[str, Any], run_dir: Path, resumed: bool) -> Any:
+    """Start or go on with the run's wandb run: online if that works at once, else offline, else not at all (None).
+
+    A run keeps its id in its folder, so that all its stretches are one run in wandb.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("warning: no loss.png: matplotlib is not installed", file=sys.stderr)
-        return None
-    del matplotlib
-    rows = read(run_dir / METRICS_FILE)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for key, label in (("loss", "training"), ("val_loss", "validation")):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if key == "val_loss" else None)
-    if entropy is not None:
-        axes.axhline(entropy, linestyle="--", color="gray", label=f"corpus entropy {entropy:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=str(run_dir))
-    if axes.has_data():
-        axes.legend()
-    axes.grid(alpha=0.3)
-    path = run_dir / PLOT_FILE
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        print(f"warning: no {path}: {error.strerror}", file=sys.stderr)
-        return None
-    return path
-
-
-def _start_wandb(settings: Mapping[str, Any], run_dir: Path) -> Any:
-    """Start a wandb run, or say why not and return None."""
+    # wandb may wait for its server, but not for long; it must not stand between the run and its output.
+    patience = {"WANDB_INIT_TIMEOUT": "10", "WANDB_FINISH_TIMEOUT": "10", "WANDB_CONSOLE": "off", "WANDB_QUIET": "true"}
+    for name, value in patience.items():
+        os.environ.setdefault(name, value)
     try:
         import wandb
 
-        return wandb.init(dir=str(run_dir), **settings)
+        arguments = dict(settings, id=_wandb_id(run_dir, resumed), dir=str(run_dir), resume="allow")
+        try:
+            with _no_terminal():
+                return wandb.init(**arguments)
+        except Exception as error:
+            wandb.teardown()  # what is left of a run that did not start has its id
+            run = wandb.init(**arguments, mode="offline")
+            reason = _one_line(error).rstrip(".")
+            print(f"warning: wandb is offline: {reason}; `wandb sync` sends it later", file=sys.stderr, flush=True)
+            return run
     except Exception as error:
-        print(f"warning: no wandb: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"warning: no wandb: {_one_line(error)}", file=sys.stderr, flush=True)
         return None
+
+
+def _wandb_id(run_dir: Path, resumed: bool) -> str:
+    """Return the run's id in wandb, a new one for a run that starts."""
+    path = run_dir / WANDB_ID_FILE
+    if resumed and path.exists() and (known := path.read_text(encoding="utf-8").strip()):
+        return known
+    with replacing(path) as file:
+        file.write((new := uuid.uuid4().hex[:8]).encode())
+    return new
+
+
+@contextlib.contextmanager
+def _no_terminal() -> Any:
+    """Leave nobody to ask: without a key, wandb would put a question and wait for the answer for ever."""
+    stdin, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = stdin

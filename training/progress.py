@@ -56,10 +56,31 @@ def activation_bytes(config: TrainConfig, model: ModelConfig, dtype: torch.dtype
 
 def progress_line(step: int, total: int, row: dict[str, Any]) -> str:
     """Return the line of output for a logged step."""
-    parts = [f"step {step}/{total}", f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"gnorm {row['gnorm']:.2f}"]
+    parts = [_step(step, total), f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"gnorm {row['gnorm']:.2f}"]
     parts += [f"{row['skipped']} skipped"] if row["skipped"] else []
-    parts += [f"{row['tokens_per_s']:,.0f} tok/s", f"{row['tflops']:.3g} TFLOP/s"]
+    tflops = row["tflops"]
+    speed = f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:.3g} GFLOP/s"
+    parts += [f"{row['tokens_per_s']:,.0f} tok/s", speed]
     parts += [f"MFU {row['mfu']:.1%}"] if row["mfu"] is not None else []
     minutes, seconds = divmod(round(row["eta_s"]), 60)
     parts += [f"ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"]
     return " | ".join(parts)
+
+
+def evaluation_line(step: int, total: int, loss: float, floor: float | None) -> str:
+    """Return the line of output for an evaluation.
+
+    Args:
+        step: where.
+        total: steps of the run.
+        loss: validation loss in nats per token.
+        floor: the corpus entropy, where it is known.
+    """
+    parts = [_step(step, total), f"loss {loss:.4f} on validation data"]
+    parts += [f"corpus entropy {floor:.4f}"] if floor is not None else []
+    return " | ".join(parts)
+
+
+def _step(step: int, total: int) -> str:
+    """Return where a line belongs, in one width for the whole run."""
+    return f"step {step:{len(str(total))}}/{total}"

@@ -70,7 +70,12 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         return own
     if config.resume not in (None, "latest", "auto"):
         return Path(str(config.resume))
-    wanted = config.resume == "latest" or config.init_from == "resume" or config.eval_only
+    wanted = config.resume == "latest" or config.init_from == "resume"
+    if config.eval_only and not wanted:
+        best = checkpoint.find_best(config.out_dir)
+        if best is None:
+            raise CheckpointError(f"{config.out_dir}: no sound checkpoint to evaluate; name another --out_dir")
+        return best
     newest = checkpoint.find_latest(config.out_dir) if wanted or config.resume == "auto" else None
     if newest is None and wanted:
         raise CheckpointError(f"{config.out_dir}: no sound checkpoint to go on from; start with `python train.py`")

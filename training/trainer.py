@@ -30,7 +30,8 @@ from training.guard import Guard
 from training.hardware import choose_dtype, compile_problem, count_threads, peak_tflops, tune_allocator
 from training.interrupts import Interrupted, Interrupts
 from training.optimizer import Optimizer, clip_gradients
-from training.progress import Timer, activation_bytes, progress_line, training_flops
+from training.progress import Timer, activation_bytes, evaluation_line, progress_line, training_flops
+from training.storyteller import Storyteller
 
 
 class Trainer:
@@ -92,8 +93,18 @@ class Trainer:
         self.saved: tuple[int, float | None] | None = None
         self.saved_at = time.monotonic()
         self.resumed = resumed
+        self.storyteller = (
+            Storyteller(self.model_config, self.data.tokenizer_path, config.seed, torch.get_num_threads())
+            if config.sample and group.is_main
+            else None
+        )
         if resumed:
             self.load(resumed)
+
+    @property
+    def floor(self) -> float | None:
+        """The corpus entropy in nats per token, which no model can get below, where it is known."""
+        return self.data.meta.entropy.nats_per_token if self.data.meta.entropy else None
 
     def open_windows(self, split: str) -> Windows:
         """Cut a split into sequences."""
@@ -129,8 +140,8 @@ class Trainer:
         self.group.wait()
         try:
             self.save()  # there is something to go on from at any time, and a full disk shows now
-            self.compile()
             with self.record() as record:
+                self.compile()
                 self.loop(record)
         except Interrupted:
             self.save()
@@ -142,19 +153,16 @@ class Trainer:
         """Alternate between optimizer steps and what is done between them: evaluating, saving, telling."""
         config, first = self.config, self.step + 1
         timer = Timer(self.step)
-
-        def log(row: dict[str, Any]) -> None:
-            if record:
-                record.log({"step": self.step, "tokens": self.step * self.tokens_per_step} | row)
-
         while True:
             at_end = self.step >= config.max_iters
             with timer.paused():
                 if self.val_loss is None and self.step and (at_end or self.step % config.eval_interval == 0):
                     self.val_loss = self.evaluate()
-                    self.group.print(f"step {self.step}/{config.max_iters} | validation loss {self.val_loss:.4f}")
-                    log({"val_loss": self.val_loss})
+                    self.group.print(evaluation_line(self.step, config.max_iters, self.val_loss, self.floor))
+                    self.log(record, {"val_loss": self.val_loss, "entropy": self.floor})
                     self.save()  # after the rows of all that it holds: a run that goes on from here repeats none
+                    if not at_end:  # then the exported model tells a whole story
+                        self.tell(record)
                 elif self.save_is_due():
                     self.save()
             if at_end:
@@ -163,7 +171,12 @@ class Trainer:
             if self.step in (first, config.max_iters) or self.step % config.log_interval == 0:
                 row = self.progress(loss, gradient_norm, timer)
                 self.group.print(progress_line(self.step, config.max_iters, row))
-                log(row)
+                self.log(record, row)
+
+    def log(self, record: metrics.Metrics | None, row: dict[str, Any]) -> None:
+        """Put figures of the current step on record."""
+        if record:
+            record.log({"step": self.step, "tokens": self.step * self.tokens_per_step} | row)
 
     def optimizer_step(self) -> tuple[Tensor, Tensor]:
         """Do one optimizer step, unless the guard refuses it; the step counts and its data are used up either way.
@@ -255,6 +268,14 @@ class Trainer:
         self.stop_if_asked()  # all together, also where the signal came to one process alone
         self.group.print(f"{'compile':8} took {time.perf_counter() - start:.1f} s")
 
+    def tell(self, record: metrics.Metrics | None) -> None:
+        """Let the model tell the beginning of a story, in the main process; a signal ends it."""
+        weights = whole_weights(self.model) if self.config.sample else {}
+        if self.storyteller and record:
+            story = self.storyteller.tell(weights, self.interrupts)
+            if story:
+                record.log_story(self.step, story)
+
     def save_is_due(self) -> bool:
         """Return whether the interval between checkpoints is over; of a time, the main process's clock decides."""
         steps, seconds = self.config.save_steps, self.config.save_seconds
@@ -342,17 +363,18 @@ class Trainer:
         config, group, model = self.config, self.group, self.model_config
         windows, batch = len(self.train_windows), self.tokens_per_step
         tokens = self.data.meta.splits["train"].tokens
+        threads, processes = torch.get_num_threads(), group.count
         compiled = "compiled" if self.not_compiled is None else f"not compiled: {self.not_compiled}"
         lines = {
             "data": f"{self.data.folder}: {tokens:,} tokens, vocabulary {model.vocab_size}",
             "model": f"{model.n_params:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads "
             f"({model.n_kv_heads} kv), hidden {model.hidden_dim}, context {model.max_seq_len}",
             "step": f"{batch:,} tokens = {config.batch_size} x {config.max_seq_len} tokens x {self.accumulation} "
-            f"micro-steps x {group.count} processes",
+            f"micro-step{'s' * (self.accumulation > 1)} x {processes} process{'es' * (processes > 1)}",
             "epoch": f"{windows * config.max_seq_len // batch:,} steps ({windows:,} sequences); "
             f"{config.max_iters:,} steps are {config.max_iters * batch / (windows * config.max_seq_len):.2f} epochs",
-            "machine": f"{group.device}, {torch.get_num_threads()} threads, {str(self.dtype).removeprefix('torch.')}, "
-            + compiled,
+            "machine": f"{group.device}, {threads} thread{'s' * (threads > 1)}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {compiled}",
             "memory": f"about {activation_bytes(config, model, self.dtype) / 2**20:,.0f} MiB of activations and "
             f"{16 * model.n_params / 2**20:,.0f} MiB of weights, gradients and moments",
         }
@@ -385,9 +407,14 @@ def memory_errors() -> Iterator[None]:
         raise
 
 
+def set_threads(config: TrainConfig, group: Processes) -> None:
+    """Let PyTorch use this process's share of the cores, or what the config says."""
+    torch.set_num_threads(config.threads or count_threads(group.local_count))
+
+
 def set_up_machine(config: TrainConfig, group: Processes) -> str | None:
     """Set threads, memory, repeatability; return why torch.compile is not used, or None if it is."""
-    torch.set_num_threads(config.threads or count_threads(group.local_count))
+    set_threads(config, group)
     tune_allocator(group.device)
     if config.deterministic or (config.deterministic is None and group.device.type == "cpu"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
