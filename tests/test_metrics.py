@@ -50,7 +50,7 @@ def test_rows_after_the_checkpoint_are_dropped_and_time_goes_on(tmp_path, clock)
             clock.now += 5
             record.log({"step": step, "loss": float("nan") if step == 10 else 1.0})
     clock.now += 1000  # nothing runs
-    with Metrics(tmp_path, resume_step=20) as record:
+    with Metrics(tmp_path, resumed_at=(20, True)) as record:
         clock.now += 2
         record.log({"step": 30, "loss": 2.0})
     lines = read(tmp_path / "metrics.jsonl")
@@ -66,7 +66,7 @@ def test_damaged_lines_are_set_aside_and_the_rest_goes_on(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match="line 2 is damaged"):
         read(tmp_path / "metrics.jsonl")
-    with Metrics(tmp_path, resume_step=3) as record:
+    with Metrics(tmp_path, resumed_at=(3, True)) as record:
         record.log({"step": 4})
     assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == text.encode("latin-1")
@@ -75,7 +75,7 @@ def test_damaged_lines_are_set_aside_and_the_rest_goes_on(tmp_path, capsys):
 
 def test_a_line_that_was_cut_off_is_no_damage(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2')
-    Metrics(tmp_path, resume_step=2)
+    Metrics(tmp_path, resumed_at=(2, True))
     assert rows(tmp_path) == [{"step": 1}]
     assert not (tmp_path / "metrics.damaged.jsonl").exists() and not capsys.readouterr().err
 
@@ -123,15 +123,15 @@ def test_a_row_that_a_full_disk_cut_in_two_is_made_whole(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_had_stops_nothing(tmp_path, capsys, wandb):
     (tmp_path / "file").write_text("")
-    with Metrics(tmp_path / "file", resume_step=3, wandb={}) as record:
+    with Metrics(tmp_path / "file", resumed_at=(3, True), wandb={}) as record:
         record.log({"step": 4})
     err = capsys.readouterr().err
     assert "is incomplete" in err and "no wandb" in err and err.count("\n") == 2
 
 
 def test_wandb_goes_on_with_the_run_by_its_id(tmp_path, wandb):
-    for resume_step in (None, 2, None):
-        with Metrics(tmp_path, resume_step=resume_step, wandb={"project": "p"}) as record:
+    for resumed_at in (None, (2, True), None):
+        with Metrics(tmp_path, resumed_at=resumed_at, wandb={"project": "p"}) as record:
             record.log({"step": 3, "loss": 1.0})
             record.log_story(3, "Once")
     first, second, third = (arguments["id"] for arguments in wandb.inits)
@@ -189,9 +189,9 @@ def test_the_real_wandb_asks_nobody_and_resumes(tmp_path, monkeypatch, capsys):
         read = readline
 
     monkeypatch.setattr(sys, "stdin", Terminal())
-    for resume_step in (None, 1):
-        with Metrics(tmp_path / "run", resume_step=resume_step, wandb={"project": "p"}) as record:
-            record.log({"step": 1 + (resume_step or 0), "loss": 2.0})
+    for resumed_at in (None, (1, True)):
+        with Metrics(tmp_path / "run", resumed_at=resumed_at, wandb={"project": "p"}) as record:
+            record.log({"step": 2 if resumed_at else 1, "loss": 2.0})
     names = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert names == {(tmp_path / "run" / "wandb" / "id").read_text()}
     assert "wandb is offline: No API key" in capsys.readouterr().err
