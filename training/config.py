@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError
-from training.schedule import learning_rate
+from training.schedule import Schedule, learning_rate
 
 _INTERVAL = re.compile(r"(\d+) *(|[smh])")
 
@@ -58,8 +58,8 @@ class TrainConfig:
     dropout: float = 0.0
     """Share of activations dropped in training."""
 
-    init: Literal["normal", "copying"] = "normal"
-    """copying lets attention begin by passing on what it attends to; for few steps on texts that repeat themselves."""
+    init: Literal["normal", "copying"] = "copying"
+    """copying lets attention begin by passing on what it attends to, its like; normal is GPT-2's start."""
 
     # Batches
     batch_size: int = 32
@@ -72,18 +72,22 @@ class TrainConfig:
     """Names the initial weights, the order of the data and the dropout."""
 
     # Optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon takes the layers' matrices out of AdamW's hands; small models learn much faster with it."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon takes the layers' matrices out of AdamW's hands: models learn much faster with it."""
     max_iters: int = 20000
     """Optimizer steps of the whole run."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Highest learning rate, reached after the warm-up."""
-    min_lr: float = 1e-4
+    min_lr: float = 0.0
     """Learning rate at the end."""
     warmup_iters: int = 500
     """Steps of linear warm-up."""
     decay_lr: bool = True
-    """Decay along a cosine after the warm-up; false stays at learning_rate."""
+    """Come down after the warm-up; false stays at learning_rate."""
+    schedule: Schedule = "wsd"
+    """How: cosine falls all the way; wsd (warm-up, stable, decay) stays at learning_rate, then falls in a line."""
+    decay_share: float = 0.5
+    """Share of the run in which wsd falls."""
     weight_decay: float = 0.1
     """Decay of the matrices, in AdamW's sense."""
     beta1: float = 0.9
@@ -150,6 +154,8 @@ class TrainConfig:
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+        if not 0 <= self.decay_share <= 1:
+            problems.append(f"decay_share={self.decay_share}: must lie in [0, 1]")
         if not 0 < self.learning_rate < math.inf:
             problems.append(f"learning_rate={self.learning_rate}: must be positive")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -196,6 +202,8 @@ class TrainConfig:
             floor=self.min_lr if self.decay_lr else self.learning_rate,
             warmup=self.warmup_iters,
             total=self.max_iters,
+            schedule=self.schedule,
+            decay=round(self.decay_share * self.max_iters),
         )
 
     def accumulation(self, n_processes: int) -> int:

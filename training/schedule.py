@@ -1,10 +1,15 @@
 """The learning rate as a pure function of the step. Needs no torch."""
 
 import math
+from typing import Literal
+
+Schedule = Literal["cosine", "wsd"]
 
 
-def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: int) -> float:
-    """Return the learning rate of an optimizer step: a linear warm-up, then half a cosine down to `floor`.
+def learning_rate(
+    step: int, *, peak: float, floor: float, warmup: int, total: int, schedule: Schedule = "cosine", decay: int = 0
+) -> float:
+    """Return the learning rate of an optimizer step: a linear warm-up, then down to `floor` as the schedule says.
 
     Args:
         step: 0 for the first step.
@@ -12,10 +17,16 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup: int, total: i
         floor: the rate that the last step comes down to.
         warmup: steps of warm-up; the first has peak / warmup, never 0.
         total: steps of the whole run.
+        schedule: cosine follows half a cosine from the end of the warm-up on; wsd (warm-up, stable, decay) stays at the
+            peak until the decay, which is a straight line.
+        decay: for wsd, the number of last steps in which the rate falls.
 
-    Source: SGDR, https://arxiv.org/abs/1608.03983, equation 5, without restarts.
+    Source: SGDR, https://arxiv.org/abs/1608.03983, equation 5, without restarts; MiniCPM,
+    https://arxiv.org/abs/2404.06395, section 4, with the straight line of https://arxiv.org/abs/2405.18392.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
-    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * progress))
+    begin = warmup if schedule == "cosine" else max(warmup, total - 1 - decay)
+    progress = min(max((step - begin) / max(total - 1 - begin, 1), 0.0), 1.0)
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return floor + (peak - floor) * height
