@@ -16,7 +16,6 @@ import contextlib
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 
 import model as plain
-from benchmarks import peers, report
+from benchmarks import llama2c, peers, report
 from benchmarks.report import Key, Results
 from benchmarks.runtime import load, machine, one_line, peak_resident_bytes, say
 from configurator import parse
@@ -404,20 +403,26 @@ def peer(
 ) -> Iterator[Turn]:
     """Start llama2.c's train.py on the same tokens, let it stand still between its turns, and end it at the end.
 
+    Args:
+        source: its repository.
+        shape: its options that matter for the time; one micro-batch a step and VOCABULARY where they are not given.
+        tokens: what it trains on.
+        device: where.
+        threads: on the CPU.
+        steps: of a turn.
+        home: the folder to make for it.
+
     Yields:
         Its turn, which lets the program go on until it has reported some more steps.
 
     Raises:
         UsageError: if it stops.
     """
-    data = home / "data" / "TinyStories_all_data"
-    data.mkdir(parents=True)
-    for script in source.glob("*.py"):
-        shutil.copy(script, home)
-    for name in ("data00.bin", "data01.bin"):
-        tokens.astype("<u2").tofile(data / name)
-    options = {**shape, "n_kv_heads": shape["n_heads"], "device": str(device), "compile": True, "out_dir": "out"}
-    options |= {"gradient_accumulation_steps": 1, "eval_iters": 1, "eval_interval": 10**6, "max_iters": 10**6}
+    vocab_size = shape.get("vocab_size", VOCABULARY)
+    llama2c.copy_home(source, home, {"train": tokens, "val": tokens}, vocab_size)
+    options = {"gradient_accumulation_steps": 1, "vocab_size": vocab_size, "vocab_source": "custom"} | dict(shape)
+    options |= {"n_kv_heads": shape["n_heads"], "device": str(device), "compile": True, "out_dir": "out"}
+    options |= {"eval_iters": 1, "eval_interval": 10**6, "max_iters": 10**6}
     command = [sys.executable, "-u", "-c", PEER_LAUNCHER, *(f"--{key}={value}" for key, value in options.items())]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(home / "errors", "wb") as errors:
