@@ -1,5 +1,6 @@
 """The training half from end to end, on models of a few thousand parameters."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from llamalet.tokenizer import BOS_ID, write_bin
 from model import Llama
 from training import checkpoint, run_folder
 from training.batches import Windows
-from training.config import TrainConfig
+from training.config import TrainConfig, with_defaults
 from training.optimizer import Optimizer, clip_gradients
 from training.schedule import learning_rate
 from training.trainer import Trainer
@@ -281,6 +282,13 @@ def test_config_toml_reads_back_what_was_typed(project):
     run_folder.prepare(Path("run"), config, 0)
     again = parse(TrainConfig, ["run/config.toml"], program="", description="", toml=True)
     assert again == config
+
+
+def test_a_run_from_before_there_was_a_choice_of_schedules_keeps_its_own():
+    saved = dataclasses.asdict(TrainConfig(learning_rate=0.5))
+    assert with_defaults(saved)().schedule == "wsd" and with_defaults(saved)().learning_rate == 0.5
+    del saved["schedule"]
+    assert with_defaults(saved)().schedule == "cosine"
 
 
 def test_a_warm_up_longer_than_the_run_is_told(project, capsys):

@@ -226,8 +226,9 @@ class TrainConfig:
 
 def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
     """Return TrainConfig with a run's settings as defaults, so that only what is typed now changes them."""
-    if isinstance(steps := saved.get("save_every"), int):  # as checkpoints of the first version have it
-        saved = saved | {"save_every": str(steps)}
+    saved = {"schedule": "cosine"} | saved  # what there was before there was a choice
+    if isinstance(steps := saved["save_every"], int):  # as checkpoints of the first version have it
+        saved["save_every"] = str(steps)
     what_to_do = ("out_dir", "resume", "init_from", "overwrite", "eval_only")
     fields = [
         (field.name, field.type, dataclasses.field(default=saved[field.name], metadata=field.metadata))
