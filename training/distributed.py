@@ -133,8 +133,8 @@ def processes() -> Iterator[Processes]:
         ) from error
     finally:
         if dist.is_initialized():
-            # gloo's threads need the interpreter to drop the tensors of the last exchange, and whoever ends the group
-            # waits for them without letting go of it: a deadlock, unless they are done before.
+            # gloo's threads need the interpreter to drop the tensors of the last exchange, and DDP, the last to let go
+            # of the group, waits for them holding it: a deadlock (pytorch issue 56297), unless they are done before.
             time.sleep(REST_S)
             dist.destroy_process_group()
 
