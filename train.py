@@ -12,6 +12,7 @@ Ctrl-C and SIGTERM save what is done and end with exit code 75; --resume goes on
 
 import contextlib
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     config = read_options(TrainConfig, argv)
     if config.eval_only:
         return evaluate(config, argv)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
     with Interrupts() as signals, contextlib.ExitStack() as stack:
         if is_main:
             print(f"{'run':8} {config.out_dir}", flush=True)
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
             stack.enter_context(run_folder.lock(Path(config.out_dir)))
         config, resumed = resume(config, argv, group)
         trainer = Trainer(config, group.on(config.device), resumed, signals)
+        del resumed  # its tensors have been copied
         try:
             trainer.train()
             if is_main:
@@ -56,8 +58,7 @@ def main(argv: Sequence[str]) -> int:
                     finish(trainer)
         except Interrupted:
             group.print(
-                f"interrupted at step {trainer.step} of {config.max_iters}, "
-                f"resume with: python train.py --resume --out_dir={config.out_dir}"
+                f"interrupted at step {trainer.step} of {config.max_iters}, resume with: {resume_command(trainer)}"
             )
             return interrupts.EXIT_CODE
     return 0
@@ -78,6 +79,16 @@ def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
         tune_allocator(group.device)
         group.print(evaluate_checkpoint(checkpoint, open_data(config), group))
     return 0
+
+
+def resume_command(trainer: "Trainer") -> str:
+    """Return what to type to go on with the same steps on as many processes."""
+    group = trainer.group
+    several = (
+        f"torchrun --standalone --nproc_per_node={group.count}" if group.local_count == group.count else "torchrun ..."
+    )
+    launcher = "python" if group.count == 1 else several
+    return f"{launcher} train.py --resume --out_dir={shlex.quote(trainer.config.out_dir)}"
 
 
 def read_options(config_class: type[TrainConfig], argv: Sequence[str]) -> TrainConfig:

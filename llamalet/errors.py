@@ -92,7 +92,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     except KeyboardInterrupt:
         code = _fail("stopped by Ctrl-C", 130)
     except BrokenPipeError:  # the reader (head, less) has gone
-        _forget_stdout()
+        forget_stdout()
         code = 141
     except MemoryError:
         code = _fail("out of memory; use a smaller model, batch or context", 1)
@@ -100,12 +100,12 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         where, full = f"{error.filename}: " if error.filename else "", error.errno in DISK_FULL
         if full and not where:  # whoever writes to a file names it
             where = "stdout: "
-            _forget_stdout()
+            forget_stdout()
         code = _fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
     sys.exit(code)
 
 
-def _forget_stdout() -> None:
+def forget_stdout() -> None:
     """Send what stdout still holds nowhere, or Python would complain once more when it closes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

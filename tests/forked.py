@@ -27,7 +27,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 300.0
 PR_SET_PDEATHSIG = 1
-TIMED = {"tokens_per_s", "tflops", "mfu", "eta_s"}
+TIMED = {"tokens_per_s", "tflops", "mfu", "eta_s", "elapsed_s"}
 
 
 @dataclass(frozen=True)

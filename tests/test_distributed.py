@@ -26,6 +26,7 @@ SMALL = [
     "--dim=32", "--n_layers=2", "--n_heads=2", "--max_seq_len=32", "--batch_size=2", "--max_iters=4",
     "--warmup_iters=1", "--eval_interval=2", "--eval_iters=2", "--log_interval=1", "--learning_rate=1e-2",
     "--compile=False", "--threads=1", "--no-sample", "--keep=9", "--total_batch_tokens=128", "--optimizer=adamw",
+    "--min_lr=1e-4",
 ]  # fmt: skip
 FSDP = "--parallel=fsdp"
 

@@ -45,7 +45,7 @@ LIMIT_S = 300.0
 SMALL = [
     "--dim=32", "--n_layers=2", "--n_heads=2", "--max_seq_len=32", "--batch_size=2", "--warmup_iters=1",
     "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--learning_rate=1e-2", "--dropout=0.1",
-    "--compile=False", "--threads=1", "--no-sample", "--save_every=1",
+    "--compile=False", "--threads=1", "--min_lr=1e-4", "--no-sample", "--save_every=1",
 ]  # fmt: skip
 
 

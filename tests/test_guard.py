@@ -16,7 +16,7 @@ from training.optimizer import Optimizer
 OPTIONS = [
     "--dim=32", "--n_layers=1", "--n_heads=2", "--max_seq_len=32", "--batch_size=2", "--total_batch_tokens=256",
     "--max_iters=4", "--warmup_iters=1", "--eval_interval=9", "--eval_iters=4", "--save_every=1", "--keep=9",
-    "--log_interval=1", "--compile=False", "--threads=1", "--no-sample", "--max_skipped=2",
+    "--log_interval=1", "--compile=False", "--threads=1", "--min_lr=1e-4", "--no-sample", "--max_skipped=2",
 ]  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 

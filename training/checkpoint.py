@@ -4,7 +4,7 @@
         model.safetensors       the weights, under the model's own names
         optimizer.safetensors   the optimizer's tensors, as `parameter:slot`
         state.json              model config, step, validation loss, data, train config
-        tokenizer.model         the vocabulary the model was trained with
+        tokenizer.bin           the vocabulary the model was trained with
         manifest.json           size and sha256 of each file above; written last
 
 A checkpoint is written aside (.step-N.tmp), synced to disk and renamed, so that a step-* folder is complete, or was
@@ -75,7 +75,7 @@ def save(
         run_dir: the run's out_dir.
         model_config: shape of the model.
         model_state: its state dict.
-        optimizer_state: `training.optimizer.optimizer_state`.
+        optimizer_state: `Optimizer.state_dict()`.
         state: JSON types; needs `step`, and `val_loss` (None where it was not measured).
         tokenizer_name: name of the tokenizer's file beside the weights.
         tokenizer_data: what is in it.

@@ -15,7 +15,7 @@ _INTERVAL = re.compile(r"(\d+) *(|[smh])")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything that can be set; the defaults train stories15M."""
+    """Everything that can be set; the defaults are the shape of stories15M."""
 
     # Files
     out_dir: str = "out"
@@ -97,7 +97,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     spike_factor: float = 10.0
-    """Skip a step whose gradient norm is this many times its running mean; 0 skips none for its norm."""
+    """Skip a step whose gradient norm is this many times its mean over the last 100; 0 skips none for its norm."""
     max_skipped: int = 10
     """Steps in a row that may be skipped, for a spike or a loss that is not finite, before the run stops."""
 
@@ -109,7 +109,7 @@ class TrainConfig:
     eval_only: bool = False
     """Score the best checkpoint in out_dir, or the newest or another with --resume, on all validation data."""
     save_every: str | None = "15m"
-    """Between checkpoints: steps (500) or time (90s, 15m, 2h); there is one after each evaluation in any case."""
+    """Between checkpoints: steps (500) or time (90s, 15m, 2h); so does each evaluation, with 0 nothing else."""
     keep: int = 2
     """How many of the newest checkpoints stay, beside the best."""
     log_interval: int = 10
@@ -146,11 +146,13 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("threads", "total_batch_tokens", "peak_tflops"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name}={getattr(self, name)}: must be positive")
         for name in ("seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip", "spike_factor", "max_skipped"):
             if not 0 <= getattr(self, name) < math.inf:
                 problems.append(f"{name}={getattr(self, name)}: must not be negative")
+        if self.seed >= 2**63:
+            problems.append(f"seed={self.seed}: must be less than 2**63")
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: must lie in [0, 1)")

@@ -29,6 +29,7 @@ from torch.nn.utils import get_total_norm
 
 from llamalet.errors import ConfigError, LlamaletError
 from model import Llama
+from training.progress import say
 
 REST_S = 0.2
 """Between the last exchange of a group and its end."""
@@ -55,7 +56,7 @@ class Processes:
     def print(self, line: str) -> None:
         """Print a line, once for all processes."""
         if self.is_main:
-            print(line, flush=True)
+            say(line)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of `values` over all processes, in float64; every process must call this."""
@@ -116,10 +117,10 @@ def processes() -> Iterator[Processes]:
     """
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    group = Processes(rank, count, local_count, torch.device("cpu"))
     if count == 1:
-        yield group
+        yield Processes(0, 1, 1, torch.device("cpu"))
         return
+    group = Processes(rank, count, local_count, torch.device("cpu"))
     try:
         # What the hosts agree on goes through gloo, and so needs no wait for a GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

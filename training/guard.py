@@ -25,6 +25,7 @@ class Guard:
         self.spike_factor, self.max_skipped = spike_factor, max_skipped
         # The mean norm, the norms in it, the steps skipped in a row, and in all.
         self._state = torch.zeros(4, device=device)
+        self._most_in_a_row = torch.zeros((), device=device)  # since the last look
 
     def refuses(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
         """Return whether the step must be skipped, a bool scalar on the device, and remember what was decided.
@@ -39,7 +40,9 @@ class Guard:
             skip |= (seen >= WINDOW) & (gradient_norm > self.spike_factor * mean)
         seen_now = torch.where(skip, seen, (seen + 1).clamp(max=WINDOW))
         mean_now = torch.where(skip, mean, mean + (gradient_norm - mean) / seen_now)
-        self._state = torch.stack((mean_now, seen_now, torch.where(skip, in_a_row + 1, 0.0), skipped + skip))
+        in_a_row = torch.where(skip, in_a_row + 1, 0.0)
+        self._most_in_a_row = torch.maximum(self._most_in_a_row, in_a_row)
+        self._state = torch.stack((mean_now, seen_now, in_a_row, skipped + skip))
         return skip
 
     def check(self) -> int:
@@ -48,12 +51,14 @@ class Guard:
         Raises:
             NonFiniteError: if more than `max_skipped` were skipped in a row.
         """
-        _, _, in_a_row, skipped = self._state.tolist()
+        in_a_row, skipped = torch.stack((self._most_in_a_row, self._state[3])).tolist()
+        self._most_in_a_row = torch.zeros_like(self._most_in_a_row)
         if in_a_row > self.max_skipped:
+            spike = f", or a gradient norm over {self.spike_factor:g} times its mean" if self.spike_factor else ""
             raise NonFiniteError(
-                f"{in_a_row:.0f} steps in a row had a loss or gradient that is not finite, or a gradient norm over "
-                f"{self.spike_factor:g} times its mean; the weights are as they were before. Go on from the newest "
-                "checkpoint with --resume and a lower --learning_rate or a longer --warmup_iters"
+                f"{in_a_row:.0f} steps in a row had a loss or gradient that is not finite{spike}; the weights are as "
+                "they were before. Go on from the newest checkpoint with --resume and a lower --learning_rate or a "
+                "longer --warmup_iters"
             )
         return int(skipped)
 

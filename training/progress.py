@@ -1,14 +1,26 @@
 """What a run says of itself: what is about to happen, how far it is, how fast it goes."""
 
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from llamalet.config import ModelConfig
+from llamalet.errors import forget_stdout
 from training.config import TrainConfig
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Print; where stdout has gone (`| head`, a full disk), say so once, for no words are worth a run."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        forget_stdout()
+        with suppress(OSError):
+            print(f"warning: stdout: {error.strerror}; training goes on without it", file=sys.stderr, flush=True)
 
 
 class Timer:

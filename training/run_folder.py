@@ -14,6 +14,7 @@ from llamalet.errors import CheckpointError, DiskError, LockedError
 from llamalet.files import replacing
 from training import checkpoint
 from training.config import TrainConfig
+from training.progress import say
 
 try:
     import fcntl
@@ -69,7 +70,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if (own := _after_restart(config)) is not None:
         return own
     if config.resume not in (None, "latest", "auto"):
-        return Path(str(config.resume))
+        named = Path(str(config.resume))
+        return checkpoint.find_latest(named) or named  # a run's folder is as good as its newest checkpoint
     wanted = config.resume == "latest" or config.init_from == "resume"
     if config.eval_only and not wanted:
         best = checkpoint.find_best(config.out_dir)
@@ -102,7 +104,8 @@ def check(config: TrainConfig, resumed: Path | None) -> None:
         CheckpointError: saying what the folder holds and what to do.
     """
     earlier = checkpoint.list_steps(config.out_dir)
-    if earlier and resumed is not None and resumed.resolve().parent == earlier[0].resolve().parent:
+    own = (Path(config.out_dir) / checkpoint.FOLDER).resolve()
+    if earlier and resumed is not None and resumed.resolve().is_relative_to(own):
         if config.overwrite and not _after_restart(config):
             raise CheckpointError(f"{config.out_dir}: --overwrite would remove {resumed}; leave it out to go on")
     elif earlier and not config.overwrite:
@@ -117,7 +120,7 @@ def prepare(run_dir: Path, config: TrainConfig, step: int) -> None:
     if config.overwrite and not _after_restart(config):
         checkpoint.remove_all(run_dir)
     for path in checkpoint.go_back(run_dir, step):
-        print(f"a later checkpoint is out of the way: {path}")
+        say(f"a later checkpoint is out of the way: {path}")
     settings = {
         key: value
         for key, value in dataclasses.asdict(config).items()

@@ -12,6 +12,7 @@ import torch
 from llamalet.config import ModelConfig
 from llamalet.tokenizer import load
 from training.interrupts import Interrupts
+from training.progress import say
 from training.weights import to_arrays
 
 MAX_TOKENS = 80
@@ -57,7 +58,7 @@ class Storyteller:
             print(f"warning: no stories: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             self._broken = True
             return None
-        print(indented(text), flush=True)
+        say(indented(text))
         return text
 
 

@@ -1,10 +1,10 @@
 """The training loop: what is set up once, what happens in every step, and what happens now and then."""
 
 import dataclasses
+import hashlib
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -30,7 +30,7 @@ from training.guard import Guard
 from training.hardware import choose_dtype, compile_problem, count_threads, peak_tflops, tune_allocator
 from training.interrupts import Interrupted, Interrupts
 from training.optimizer import Optimizer, clip_gradients
-from training.progress import Timer, activation_bytes, evaluation_line, progress_line, training_flops
+from training.progress import Timer, activation_bytes, evaluation_line, progress_line, say, training_flops
 from training.storyteller import Storyteller
 
 
@@ -54,21 +54,23 @@ class Trainer:
         self.run_dir = Path(config.out_dir)
         self.data = open_data(config)
         self.tokenizer_data = read_tokenizer(self.data)
+        if len(set(group.all(fingerprint(self.data)))) > 1:
+            raise DataError(f"{self.data.folder}: not the same prepared data in all processes; name them with --data")
         self.model_config = config.model_config(self.data.vocab_size)
         self.accumulation = config.accumulation(group.count)
         self.tokens_per_step = self.accumulation * group.count * config.batch_size * config.max_seq_len
+        # What follows from the moment becomes a setting: a resumed run has the same steps and data.
+        self.config = config = dataclasses.replace(
+            config, total_batch_tokens=self.tokens_per_step, data=str(self.data.folder)
+        )
         if resumed:
             check_continuity(resumed, config, self.model_config, self.data)
         self.train_windows, self.val_windows = self.open_windows("train"), self.open_windows("val")
         self.batches = Prefetcher(self.training_batch, stride=group.count)
 
         self.dtype = choose_dtype(config.dtype, group.device)
-        self.not_compiled: str | None = "interrupted"
-        with (
-            suppress(Interrupted),
-            self.interrupts.at_once(),
-        ):  # the first use of a compiler takes long, even for little
-            self.not_compiled = set_up_machine(config, group)
+        set_up_machine(config, group)
+        self.not_compiled = self.find_compiler()
         torch.manual_seed(config.seed)
         self.model = Llama(self.model_config, config.dropout)
         if config.init == "copying":
@@ -92,7 +94,8 @@ class Trainer:
         self.val_loss: float | None = None
         self.saved: tuple[int, float | None] | None = None
         self.saved_at = time.monotonic()
-        self.resumed = resumed
+        self.saved_here = False  # whether the run goes on from a checkpoint of its own folder, and so with its record
+        self.resumed_from = (resumed.path, resumed.state) if resumed else None
         self.storyteller = (
             Storyteller(self.model_config, self.data.tokenizer_path, config.seed, torch.get_num_threads())
             if config.sample and group.is_main
@@ -105,6 +108,16 @@ class Trainer:
     def floor(self) -> float | None:
         """The corpus entropy in nats per token, which no model can get below, where it is known."""
         return self.data.meta.entropy.nats_per_token if self.data.meta.entropy else None
+
+    def find_compiler(self) -> str | None:
+        """Return why torch.compile is not used, or None if it is: by all processes, or by none."""
+        if not self.config.compile:
+            return "switched off"
+        problem: str | None = "interrupted"
+        with suppress(Interrupted), self.interrupts.at_once():  # a compiler's first use takes long, even for little
+            problem = compile_problem(self.group.device)
+        others = self.group.any(problem is not None)
+        return problem or ("another process has no compiler that works" if others else None)
 
     def open_windows(self, split: str) -> Windows:
         """Cut a split into sequences."""
@@ -123,7 +136,7 @@ class Trainer:
             self.guard.load_state(resumed.state["guard"])
         self.step, self.val_loss = resumed.state["step"], resumed.state["val_loss"]
         if resumed.path.resolve().parent == (self.run_dir / checkpoint.FOLDER).resolve():
-            self.saved = self.step, self.val_loss
+            self.saved, self.saved_here = (self.step, self.val_loss), True
 
     def train(self) -> None:
         """Run the loop from the current step to the last.
@@ -342,7 +355,7 @@ class Trainer:
             return nullcontext()
         config = self.config
         wandb = {"project": config.wandb_project, "name": config.wandb_run_name, "config": dataclasses.asdict(config)}
-        resumed_at = (self.step, self.val_loss is not None) if self.resumed else None
+        resumed_at = (self.step, self.val_loss is not None) if self.saved_here else None
         return metrics.Metrics(self.run_dir, resumed_at=resumed_at, wandb=wandb if config.wandb_log else None)
 
     def machine(self) -> dict[str, Any]:
@@ -350,7 +363,7 @@ class Trainer:
         return {
             "torch": torch.__version__,
             "device": self.group.device.type,
-            "processor": platform.machine() if self.group.device.type == "cpu" else torch.cuda.get_device_name(),
+            "processor": torch.cuda.get_device_name() if self.group.device.type == "cuda" else platform.machine(),
             "processes": self.group.count,
             "parallel": self.config.parallel,
             "threads": torch.get_num_threads(),
@@ -384,16 +397,24 @@ class Trainer:
                 "give a lower --warmup_iters"
             )
         for name, text in lines.items():
-            print(f"{name:8} {text}")
-        if self.resumed:
-            print(f"{'resume':8} after step {self.step} of {config.max_iters}, from {self.resumed.path}")
-            then, now = self.resumed.state.get("machine", {}), self.machine()
+            say(f"{name:8} {text}")
+        if self.resumed_from:
+            path, state = self.resumed_from
+            say(f"{'resume':8} after step {self.step} of {config.max_iters}, from {path}")
+            then, now = state.get("machine", {}) if self.step else {}, self.machine()
+            settings = dataclasses.asdict(config)
+            for name in (
+                "total_batch_tokens",
+                "seed",
+                "align_documents",
+                "data",
+            ):  # what the stream of tokens follows from
+                then, now = then | {name: state["train_config"][name] or settings[name]}, now | {name: settings[name]}
             changed = [
                 f"{key} {then[key]} before, {now[key]} now" for key in now if key in then and then[key] != now[key]
             ]
             if changed:
-                print(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changed)}")
-        sys.stdout.flush()
+                say(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changed)}")
 
 
 @contextmanager
@@ -412,8 +433,8 @@ def set_threads(config: TrainConfig, group: Processes) -> None:
     torch.set_num_threads(config.threads or count_threads(group.local_count))
 
 
-def set_up_machine(config: TrainConfig, group: Processes) -> str | None:
-    """Set threads, memory, repeatability; return why torch.compile is not used, or None if it is."""
+def set_up_machine(config: TrainConfig, group: Processes) -> None:
+    """Set threads, memory, repeatability."""
     set_threads(config, group)
     tune_allocator(group.device)
     if config.deterministic or (config.deterministic is None and group.device.type == "cpu"):
@@ -422,7 +443,6 @@ def set_up_machine(config: TrainConfig, group: Processes) -> str | None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over memory
     if group.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-    return compile_problem(group.device) if config.compile else "switched off"
 
 
 def open_data(config: TrainConfig) -> Shards:
@@ -446,6 +466,12 @@ def open_data(config: TrainConfig) -> Shards:
             f"prepare data with `python tinystories.py pretokenize --vocab-size={config.vocab_size}`"
         )
     return data
+
+
+def fingerprint(data: Shards) -> str:
+    """Return what differs where the tokens of prepared data differ: 64 characters."""
+    digests = [shard.sha256 for split in data.meta.splits.values() for shard in split.shards]
+    return hashlib.sha256("".join([data.tokenizer_sha256, *digests]).encode()).hexdigest()
 
 
 def read_tokenizer(data: Shards) -> bytes:
