@@ -21,8 +21,8 @@ OPTIONS = [
     "--log_interval=1", "--learning_rate=1e-2", "--threads=1", "--min_lr=1e-4", "--no-sample",
 ]  # fmt: skip
 KINDS = {
-    "plain": ["--dtype=float32"],
-    "dropout bf16": ["--dropout=0.1", "--dtype=bfloat16"],
+    "plain": ["--optimizer=adamw", "--dtype=float32"],
+    "dropout bf16": ["--optimizer=adamw", "--dropout=0.1", "--dtype=bfloat16"],
     "muon dropout": ["--dropout=0.1", "--optimizer=muon", "--dtype=float32"],
     "muon bf16": ["--optimizer=muon", "--dtype=bfloat16"],
 }
