@@ -97,7 +97,7 @@ FEW = [
     "training in the second of two",
     "evaluating in the first of two",
     "saving",
-    "drawing, exporting or telling a story",
+    "exporting",
 ]
 
 
