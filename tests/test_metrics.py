@@ -73,6 +73,34 @@ def test_damaged_lines_are_set_aside_and_the_rest_goes_on(tmp_path, capsys):
     assert "2 lines damaged" in capsys.readouterr().err
 
 
+NO_NUMBERS = ['"abc"', "[1]", "true", "{}", "NaN", "-Infinity", "1e999", "1" + 400 * "0", '"5"', 20000 * "["]
+
+
+@pytest.mark.parametrize("key", ["step", "loss", "entropy", "elapsed_s"])
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: value[:10])
+def test_what_is_no_number_is_damage_and_stops_no_run(key, value, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    bad = json.dumps({"step": 2, key: "HERE"}).replace('"HERE"', value)
+    path.write_text(f'{{"step": 1, "loss": null, "elapsed_s": null}}\n{bad}\n')
+    named = "no JSON" if value.startswith("[[") else f'"{key}": {"Infinity" if value == "1e999" else value[:50]}'
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: line 2 is damaged: {named}") and "\n" not in str(error.value)
+    with Metrics(tmp_path, resumed_at=(3, True)) as record:
+        record.log({"step": 4})
+    assert rows(tmp_path) == [{"step": 1, "loss": None}, {"step": 4}]
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: {path}: line 2 damaged: {named}") and err.count("\n") == 1
+    assert bad in (tmp_path / "metrics.damaged.jsonl").read_text()
+
+
+@pytest.mark.parametrize("step", ["null", "1.5"])
+def test_a_step_is_a_whole_number(step, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+    with pytest.raises(DataError, match=f'line 1 is damaged: "step": {step} is no number'):
+        read(tmp_path / "metrics.jsonl")
+
+
 def test_a_line_that_was_cut_off_is_no_damage(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2')
     Metrics(tmp_path, resumed_at=(2, True))

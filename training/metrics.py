@@ -22,6 +22,8 @@ from llamalet.files import replacing
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.damaged.jsonl"
 WANDB_ID_FILE = "wandb/id"
+LARGEST = 3.5e38
+"""No number of a run is greater, for they come from float32; so what draws them in float64 meets no infinity."""
 
 Row = Mapping[str, Any]
 
@@ -52,7 +54,7 @@ class Metrics:
                 kept = [row for row in rows if (row["step"], "val_loss" in row) <= (resumed_at or (0, False))]
                 file.write(b"".join(map(_line, kept)))
             # What the dropped rows took was spent as well.
-            self._began -= max((row.get("elapsed_s", 0.0) for row in rows), default=0.0)
+            self._began -= max((row.get("elapsed_s") or 0.0 for row in rows), default=0.0)
         except (OSError, DiskError) as error:
             self._warn(error)
         self._wandb = _start_wandb(wandb, run_dir, resumed_at is not None) if wandb is not None else None
@@ -103,43 +105,62 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that was cut off is left out, a missing file has no rows.
+    """Read metrics.jsonl: numbers and None; a last line that was cut off is left out, a missing file has no rows.
 
     Raises:
         DataError: if the file cannot be read, or another line is damaged.
     """
     try:
-        rows, damaged = _parse(path)
+        rows, damage = _parse(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if damaged:
-        raise DataError(f"{path}: line {damaged[0]} is damaged; remove it")
+    for number, what in damage.items():
+        raise DataError(f"{path}: line {number} is damaged: {what}; remove it")
     return rows
 
 
-def _parse(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the rows of metrics.jsonl and the numbers of its damaged lines, but for a last one that was cut off."""
+def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """Return the rows of metrics.jsonl, and what is wrong with each other line, but for a last one that was cut off."""
     if not path.exists():
-        return [], []
-    lines = path.read_bytes().splitlines()
-    rows, damaged = [], []
-    for number, line in enumerate(lines, start=1):
+        return [], {}
+    rows, damage = [], {}
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            row = json.loads(line)
-            rows.append(row | {"step": int(row["step"])})
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                damaged.append(number)
-    return rows, damaged
+            rows.append(_row(line))
+        except DataError as error:
+            if line.endswith(b"\n"):
+                damage[number] = str(error)
+    return rows, damage
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    """Read a line of metrics.jsonl.
+
+    Raises:
+        DataError: if it is none that `Metrics.log` writes.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise DataError("no JSON") from None
+    if not isinstance(row, dict) or "step" not in row:
+        raise DataError("no row with a step")
+    for key, value in row.items():
+        kinds = int if key == "step" else int | float
+        number = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= LARGEST
+        if not number and (value is not None or key == "step"):
+            raise DataError(f"{json.dumps({key: value})[1:-1]:.80} is no number that a run has")
+    return row
 
 
 def _salvage(path: Path) -> list[dict[str, Any]]:
     """Return the sound rows of a run to go on with; if there are others, the file as it is goes aside."""
-    rows, damaged = _parse(path)
-    if damaged:
+    rows, damage = _parse(path)
+    if damage:
         aside = path.replace(path.with_name(DAMAGED_FILE))
-        lines = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines"
-        print(f"warning: {path}: {lines} damaged; left out, all of it is in {aside}", file=sys.stderr, flush=True)
+        number, what = next(iter(damage.items()))
+        lines = f"line {number} damaged" if len(damage) == 1 else f"{len(damage)} lines damaged, the first is {number}"
+        print(f"warning: {path}: {lines}: {what}; left out, all of it is in {aside}", file=sys.stderr, flush=True)
     return rows
 
 
