@@ -39,9 +39,9 @@ from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, UsageError, run
 from llamalet.files import replacing
 from llamalet.shards import Shards
-from model import Llama
+from model import IGNORED, Llama
 from training import checkpoint, metrics
-from training.batches import IGNORED, Windows
+from training.batches import Windows
 from training.config import TrainConfig
 from training.hardware import count_threads
 

@@ -1,14 +1,15 @@
 """One base error, a few kinds, their exit codes, and the function that turns them into one line.
 
 Whatever a user can get wrong raises one of these with what, where, which value and what to do.
-Only `run` turns an error into a message and an exit status; everything below it just raises.
+Only `run` turns an error into a message and an exit status; everything below it just raises, `Parser` for argparse.
 """
 
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self
+from typing import NoReturn, Self
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -76,6 +77,14 @@ class DiskError(LlamaletError, OSError):
     """A file that could not be written."""
 
     exit_code = 8
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message` as what is wrong with the command line."""
+        raise UsageError(f"{message}; see --help")
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:

@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.errors import DataError, NonFiniteError, UsageError, run
+from llamalet.errors import DataError, NonFiniteError, Parser, run
 from llamalet.generate import KEEP, ForwardPass, LogitsOf, make_room
 from llamalet.kv_cache import KVCache
 from llamalet.runtime import BACKENDS, Model
@@ -266,17 +266,10 @@ def with_progress(scores: Iterator[Evaluation], n_tokens: int) -> Iterator[Evalu
         yield score
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UsageErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     description = "Loss and bits per byte of a model on prepared data, without torch."
-    parser = _Parser(prog="python -m llamalet.evaluate", description=description)
+    parser = Parser(prog="python -m llamalet.evaluate", description=description)
     parser.add_argument("model", help="a .bin or a training checkpoint")
     parser.add_argument("data", nargs="?", help="a folder of prepared data; the newest below data/ if not given")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which stories to score (val)")

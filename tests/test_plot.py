@@ -1,10 +1,15 @@
+import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from llamalet.errors import DataError, DiskError, UsageError
 from training import plot
@@ -51,16 +56,70 @@ def test_several_runs_are_compared(tmp_path, monkeypatch):
     assert "<!-- time (minutes)" in drawn and "<!-- tokens" in drawn
 
 
-@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 3}, {"times": False}, {"floor": None}, {"end": 1.0}])
-def test_runs_of_every_kind_can_be_drawn(tmp_path, options):
-    folder = write_run(tmp_path / "run", **options)
-    for words in ([], ["--log-y"]):
-        assert plot.main([str(folder), *words]) == 0
+def drawn(folder: Path, *words: str) -> str:
+    """Draw a run and return the picture as text, in which matplotlib names what it writes."""
+    assert plot.main([str(folder), f"--out={folder / 'drawn.svg'}", *words]) == 0
+    return (folder / "drawn.svg").read_text()
 
 
-def test_a_run_of_validation_losses_alone_can_be_drawn(tmp_path):
+@pytest.mark.parametrize("log_y", [[], ["--log-y"]], ids=str)
+@pytest.mark.parametrize(
+    ("options", "label", "points", "floor", "unit"),
+    [
+        ({"steps": 1}, "run", (1, 0), False, "seconds"),
+        ({"steps": 3}, "run", (3, 0), False, "seconds"),
+        ({"times": False}, "run: validation 1.5064", (200, 4), True, "seconds"),
+        ({"floor": None}, "run: validation 1.5064", (200, 4), False, "minutes"),
+        ({"end": 1.0, "steps": 4000}, "run: validation 1.0000", (4000, 80), True, "hours"),
+    ],
+    ids=str,
+)
+def test_runs_of_every_kind_are_drawn_with_all_that_they_have(
+    tmp_path, monkeypatch, options, label, points, floor, unit, log_y
+):
+    lines, plot_ = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **look: (lines.append(len(x)), plot_(axes, x, y, **look))[1])
+    picture = drawn(write_run(tmp_path / "run", **options), *log_y)
+    assert f"<!-- {label} -->" in picture and f"<!-- time ({unit}) -->" in picture
+    assert ("<!-- corpus entropy 1.0000 -->" in picture) == floor
+    losses, validations = points
+    by_time = [losses, losses, validations] if options.get("times", True) else [0, 0, 0]
+    assert lines == [losses, losses, validations, *by_time]
+
+
+def test_a_run_of_validation_losses_alone_is_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "tokens": 50, "elapsed_s": 1.0, "val_loss": 2.0}\n')
-    assert plot.main([str(tmp_path)]) == 0
+    assert f"<!-- {tmp_path.name}: validation 2.0000 -->" in drawn(tmp_path)
+
+
+BEGINS = {"png": PNG, "svg": b"<?xml", "pdf": b"%PDF", "PNG": PNG, "": PNG}
+
+
+@pytest.mark.parametrize("ending", BEGINS)
+def test_the_ending_says_of_which_kind_a_picture_is_and_its_path_is_printed(tmp_path, capsys, ending):
+    folder, out = write_run(tmp_path / "run"), tmp_path / "pictures" / f"pic.{ending}".rstrip(".")
+    assert plot.main([str(folder), f"--out={out}"]) == 0
+    printed = Path(capsys.readouterr().out.rstrip("\n"))
+    assert printed == (out if ending else out.with_name("pic.png"))
+    assert printed.read_bytes().startswith(BEGINS[ending])
+    assert list(out.parent.iterdir()) == [printed]
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run")
+    plot.draw([folder], folder / "loss.png")
+    old = (folder / "loss.png").read_bytes()
+
+    def half(figure, file, **options):
+        with open(file, "wb") if isinstance(file, Path) else contextlib.nullcontext(file) as picture:
+            picture.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(DiskError, match=r"loss\.png: cannot be written: No space left on device"):
+        plot.draw([folder], folder / "loss.png")
+    assert (folder / "loss.png").read_bytes() == old
+    assert sorted(path.name for path in folder.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
 def test_smoothing_keeps_the_mean_and_comes_no_later():
@@ -88,15 +147,21 @@ def test_mistakes_are_told(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="missing: no run"):
         plot.main([str(tmp_path / "missing")])
     folder = write_run(tmp_path / "run")
+    for name in ("picture.wav", "v1.5"):
+        with pytest.raises(UsageError, match=rf"{name}: its ending names no kind of picture; .*png, svg, pdf"):
+            plot.main([str(folder), "--out=" + str(tmp_path / name)])
     with pytest.raises(UsageError, match="no kind of picture"):
-        plot.main([str(folder), "--out=" + str(tmp_path / "picture.wav")])
-    with pytest.raises(DiskError, match="No such file"):
-        plot.main([str(folder), "--out=" + str(tmp_path / "away" / "picture.png")])
+        plot.main([str(folder), "--out="])
+    with pytest.raises(DiskError, match="cannot be written"):
+        plot.main([str(folder), "--out=" + str(folder / "metrics.jsonl" / "picture.png")])
     for words in ([], [str(folder), "--frob"]):
         with pytest.raises(UsageError, match="--help"):
             plot.main(words)
     (folder / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
     with pytest.raises(DataError, match="line 1 is damaged"):
+        plot.main([str(folder)])
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": "abc"}\n')
+    with pytest.raises(DataError, match='line 2 is damaged: "loss": "abc" is no number'):
         plot.main([str(folder)])
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(DataError, match="no losses yet"):

@@ -2,7 +2,7 @@
 
 A split is one long stream of tokens, cut into windows of T + 1. Windows begin at a document's BOS where they can, so
 that a model meets every document from its start. An epoch visits each window once, in an order drawn from its number.
-Needs neither torch nor a data loader.
+Needs no data loader.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from llamalet.errors import DataError
 from llamalet.shards import TokenArray
-
-IGNORED = -1
+from model import IGNORED
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Inputs and targets, each int64 (B, T); an IGNORED target does not count."""

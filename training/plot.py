@@ -15,19 +15,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import errors
-from llamalet.errors import DataError, DiskError, LlamaletError, UsageError
+from llamalet.errors import DataError, LlamaletError, UsageError
+from llamalet.files import replacing
 from training.metrics import METRICS_FILE, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOT_FILE, COMPARISON_FILE = "loss.png", "compare.png"
+KINDS = ("png", "svg", "pdf")
 UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 Points = NDArray[np.float64]
@@ -89,15 +91,19 @@ def draw(folders: Sequence[Path], path: Path, *, log_y: bool = False) -> Path:
 
     Args:
         folders: their out_dirs.
-        path: the picture to make or replace; its ending says of which kind.
+        path: the picture to make or replace; its ending says of which kind, and without one it gets .png.
         log_y: whether losses are on a logarithmic scale.
 
     Returns:
-        `path`.
+        The picture's path.
 
     Raises:
+        UsageError: if the ending is of no kind that can be drawn.
         LlamaletError: if matplotlib is missing, a run cannot be read, or the picture cannot be written.
     """
+    path = path if path.suffix or not path.name else path.with_name(f"{path.name}.png")
+    if (kind := path.suffix.lower().removeprefix(".")) not in KINDS:
+        raise UsageError(f"{path}: its ending names no kind of picture; it must be one of {', '.join(KINDS)}")
     runs = open_runs(folders)
     try:
         from matplotlib.figure import Figure
@@ -135,12 +141,8 @@ def draw(folders: Sequence[Path], path: Path, *, log_y: bool = False) -> Path:
         for floor in sorted(floors)
     ]
     right.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9, fontsize="small")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {error.strerror or error}") from error
-    except ValueError:
-        raise UsageError(f"{path}: its ending names no kind of picture; png, svg and pdf are some") from None
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format=kind)
     return path
 
 
@@ -182,16 +184,9 @@ def _thousands(x: float) -> str:
     return f"{x:g}"
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UsageErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Draw the runs that the command line names."""
-    parser = _Parser(
+    parser = errors.Parser(
         prog="python -m training.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="out_dir of a run")
