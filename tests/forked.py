@@ -41,7 +41,7 @@ class Stop:
     ranks: tuple[int, ...] | None = None
     after_s: float = 0.0  # so much later, whatever the run does then
     again_s: float | None = None  # a second signal so much after the first, and the run hangs between them
-    closes: int | None = None  # a file descriptor that is closed before
+    closes: int | None = None  # a file descriptor whose reader goes before
 
     def __str__(self) -> str:
         place = [self.how, self.event] + [str(x) for x in (self.step, self.part) if x is not None]
@@ -118,6 +118,19 @@ def start(
     environment: Mapping[str, str] | None = None,
 ) -> list[BaseProcess]:
     """Start the processes of `run`."""
+    for debris in [*folder.glob("state-*.json"), *folder.glob("signal-*")]:
+        debris.unlink()
+    return fork(folder, processes, work, list(argv), stop, list(faults), dict(patches or {}), dict(environment or {}))
+
+
+def fork(folder: Path, count: int, what: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
+    """Start processes in forks of one that has imported torch, which know of each other as torchrun's do.
+
+    Args:
+        folder: working directory; what they print goes to out-RANK.txt and err-RANK.txt there.
+        count: how many.
+        what: a function of a module, called in each with its rank and `arguments`.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["train", "training.trainer", "matplotlib.figure", "torch._dynamo", "torch._inductor.compile_fx"]
@@ -127,36 +140,46 @@ def start(
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
         forkserver.ensure_running()
-    for debris in [*folder.glob("state-*.json"), *folder.glob("signal-*")]:
-        debris.unlink()
-    variables = dict(environment or {})
-    group = []
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    for rank in range(processes):
-        if processes > 1:
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-            variables |= {"LOCAL_WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        wanted = stop if stop and (stop.ranks is None or rank in stop.ranks) else None
-        mine = [fault for fault in faults if fault.rank in (None, rank)]
-        arguments = (folder, list(argv), rank, wanted, mine, dict(patches or {}), dict(variables))
-        process = context.Process(target=work, args=arguments, daemon=True)
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    counts = address | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)} if count > 1 else {}
+    group = []
+    for rank in range(count):
+        variables = counts | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+        process = context.Process(target=child, args=(folder, rank, variables, what, arguments), daemon=True)
         process.start()
         group.append(process)
     return group
 
 
-def finish(folder: Path, group: Sequence[BaseProcess]) -> Ended:
-    """Wait for the processes of `start`; where one is killed, the others are too."""
+def child(
+    folder: Path, rank: int, variables: dict[str, str], what: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    """Be one of the processes of `fork`."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the tests
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ |= variables
+    what(rank, *arguments)
+
+
+def join(group: Sequence[BaseProcess]) -> bool:
+    """Wait for processes; where one is killed, or they hang, the others are too. Return whether they did not hang."""
     deadline = time.monotonic() + LIMIT_S
     while any(process.is_alive() for process in group):
         if any(process.exitcode == -signal.SIGKILL for process in group) or time.monotonic() > deadline:
             for process in group:
                 process.kill()
         multiprocessing.connection.wait([p.sentinel for p in group if p.is_alive()], timeout=0.5)
-    ended = time.time()
-    assert time.monotonic() < deadline, (folder / "out-0.txt").read_text() + (folder / "err-0.txt").read_text()
+    return time.monotonic() < deadline
+
+
+def finish(folder: Path, group: Sequence[BaseProcess]) -> Ended:
+    """Wait for the processes of `start`; where one is killed, the others are too."""
+    in_time, ended = join(group), time.time()
     out, err = ("".join(path.read_text() for path in sorted(folder.glob(f"{name}-*.txt"))) for name in ("out", "err"))
+    assert in_time, out + err
     signals = [float(path.read_text() or ended) for path in folder.glob("signal-*")]
     return Ended(
         codes=[process.exitcode or 0 for process in group],
@@ -169,19 +192,14 @@ def finish(folder: Path, group: Sequence[BaseProcess]) -> Ended:
 
 
 def work(
-    folder: Path,
-    argv: list[str],
     rank: int,
+    argv: list[str],
     stop: Stop | None,
     faults: list[Fault],
     patches: dict[str, Any],
     environment: dict[str, str],
 ) -> None:
     """Be one process of a run; ends it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the tests
-    os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ |= environment
     for name, value in patches.items():
         module, _, attribute = name.rpartition(".")
@@ -190,7 +208,11 @@ def work(
     import train
     from llamalet import errors
 
-    probe = Probe(rank, stop, faults)
+    probe = Probe(
+        rank,
+        stop if stop and (stop.ranks is None or rank in stop.ranks) else None,
+        [fault for fault in faults if fault.rank in (None, rank)],
+    )
     probe.install()
 
     def main(arguments: Sequence[str]) -> int:
@@ -321,7 +343,9 @@ class Probe:
             return
         Path(f"signal-{self.rank}").write_text(str(time.time()))
         if stop.closes is not None:
-            os.close(stop.closes)
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, stop.closes)
         os.kill(os.getpid(), number)
         if stop.again_s is not None:
             time.sleep(stop.again_s)

@@ -8,19 +8,16 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SMALL_MODELS, random_tensors
+from forked import LIMIT_S, ROOT, fork, join
 from torture import cases
 from toy import toy_data, toy_tokenizer
 
@@ -38,10 +36,8 @@ from llamalet.errors import CheckpointError, DiskError, LockedError, NonFiniteEr
 from llamalet.tokenizer import write_bin as write_tokenizer
 from training import checkpoint, run_folder, weights
 
-ROOT = Path(__file__).parent.parent
 CONFIG = SMALL_MODELS["gqa-tied"]
 VOCAB = 300
-LIMIT_S = 300.0
 SMALL = [
     "--dim=32", "--n_layers=2", "--n_heads=2", "--max_seq_len=32", "--batch_size=2", "--warmup_iters=1",
     "--eval_interval=5", "--eval_iters=2", "--log_interval=1", "--learning_rate=1e-2", "--dropout=0.1",
@@ -581,31 +577,13 @@ def test_a_killed_export_leaves_the_old_model_or_the_new_one(tmp_path, earlier, 
 # ---- whole runs ----
 
 
-def start(
-    folder: Path, argv: Sequence[str], *, rank: int = 0, port: int = 0, file_limit: int | None = None
-) -> BaseProcess:
-    """Start train.py in a fork of a process that has imported torch already, as one of two processes if given a port.
-
-    It prints to out-RANK.txt and err-RANK.txt, and notes each checkpoint that is saved in saved.txt.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "training.trainer", "matplotlib.figure"])
-    with pytest.MonkeyPatch.context() as patch:  # the server does not look at sys.path
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        forkserver.ensure_running()
-    process = context.Process(target=train_here, args=(folder, list(argv), rank, port, file_limit), daemon=True)
-    process.start()
-    return process
+def start(folder: Path, argv: Sequence[str], count: int = 1, *, file_limit: int | None = None) -> list[BaseProcess]:
+    """Start train.py in `count` processes, which note each checkpoint that is saved in saved.txt."""
+    return fork(folder, count, train_here, list(argv), file_limit)
 
 
-def train_here(folder: Path, argv: list[str], rank: int, port: int, file_limit: int | None) -> None:
+def train_here(rank: int, argv: list[str], file_limit: int | None) -> None:
     """Be a process of a run, and exit as it does."""
-    os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if port:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-        os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     save_ = checkpoint.save
     notes = os.open("saved.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -622,24 +600,12 @@ def train_here(folder: Path, argv: list[str], rank: int, port: int, file_limit: 
 
 def end(processes: Sequence[BaseProcess]) -> list[int]:
     """Wait for processes, and return how they exited."""
-    deadline = time.monotonic() + LIMIT_S
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert None not in codes, "a run hangs"
-    return [code for code in codes if code is not None]
-
-
-def start_group(folder: Path, argv: Sequence[str], count: int) -> list[BaseProcess]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return [start(folder, argv, rank=rank, port=port if count > 1 else 0) for rank in range(count)]
+    assert join(processes), "a run hangs"
+    return [process.exitcode for process in processes if process.exitcode is not None]
 
 
 def run_whole(folder: Path, argv: Sequence[str], count: int) -> None:
-    codes = end(start_group(folder, argv, count))
+    codes = end(start(folder, argv, count))
     assert codes == [0] * count, "".join((folder / f"err-{rank}.txt").read_text() for rank in range(count))
 
 
@@ -664,7 +630,7 @@ UNSTOPPED = [*SMALL, "--max_iters=12", "--total_batch_tokens=128"]
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory) -> tuple[dict[str, str], dict[int, float]]:
     """How a run that nothing happens to ends, and how long it takes one and two processes."""
-    start(project(tmp_path_factory.mktemp("first")), ["--help"]).join()  # and with it the process to fork from
+    start(project(tmp_path_factory.mktemp("first")), ["--help"])[0].join()  # and with it the process to fork from
     states, seconds = [], {}
     for count in (1, 2):
         folder = project(tmp_path_factory.mktemp("unstopped"))
@@ -684,7 +650,7 @@ KILLS = [(seed, 1) for seed in range(80)] + [(seed, 2) for seed in range(20)]
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, unstopped, seed, count, record_property):
     folder, (state, seconds) = project(tmp_path), unstopped
     draw = random.Random(f"{seed} {count}")
-    processes = start_group(folder, UNSTOPPED, count)
+    processes = start(folder, UNSTOPPED, count)
     time.sleep(draw.uniform(0.0, seconds[count]))
     for process in draw.sample(processes, count):  # as torchrun does when one of its processes dies
         process.kill()
@@ -733,8 +699,8 @@ def test_a_full_disk_ends_a_run_in_order(tmp_path, three_steps, share):
         (folder / f"{name}-0.txt").unlink()
         os.mkfifo(folder / f"{name}-0.txt")
         readers.append(os.open(folder / f"{name}-0.txt", os.O_RDONLY | os.O_NONBLOCK))
-    process = start(folder, [*SMALL, "--max_iters=6", "--resume"], file_limit=int(share * largest))
-    assert end([process]) == [DiskError.exit_code]
+    processes = start(folder, [*SMALL, "--max_iters=6", "--resume"], file_limit=int(share * largest))
+    assert end(processes) == [DiskError.exit_code]
     _, said = (os.read(reader, 65536).decode() for reader in readers)
     for name, reader in zip(("out", "err"), readers, strict=True):
         os.close(reader)
@@ -823,14 +789,14 @@ def test_of_two_runs_that_start_at_once_one_wins(tmp_path, race):
 @pytest.mark.campaign("two runs, one folder")
 def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path, record_property):
     folder = project(tmp_path)
-    first = start(folder, [*SMALL, "--max_iters=100000"])
+    (first,) = start(folder, [*SMALL, "--max_iters=100000"])
     wait_for(lambda: (folder / "saved.txt").exists() and "step-00000002" in (folder / "saved.txt").read_text())
     other = tmp_path / "other"
     other.mkdir()
     out = f"--out_dir={folder / 'out'}"
     began = time.monotonic()
     second = start(other, [*SMALL, out, "--resume"])
-    assert end([second]) == [LockedError.exit_code]
+    assert end(second) == [LockedError.exit_code]
     record_property("seconds_to_refuse", round(time.monotonic() - began, 2))
     said = (other / "err-0.txt").read_text()
     assert f"in use by process {first.pid} on " in said and said.count("\n") == 1
