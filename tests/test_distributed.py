@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torture import cases
 from toy import toy_data
 
-from llamalet.errors import CheckpointError
+from llamalet.errors import CheckpointError, DiskError
 from training import checkpoint
+from training.checkpoint import save
 
 VOCAB = 301  # not even: the processes' shares differ in size
 SMALL = [
@@ -162,6 +163,24 @@ def test_a_process_that_cannot_start_does_not_leave_the_others_waiting(project):
 
 def own_data(root):
     return Path(root) / "toy" if os.environ["RANK"] == "0" else None
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_full_disk_of_the_main_process_ends_both(project, parallel):
+    ended = forked.run(
+        project, [*SMALL, f"--parallel={parallel}", f"--out_dir=full-{parallel}"], processes=2,
+        patches={"training.checkpoint.save": save_until_the_disk_is_full},
+    )  # fmt: skip
+    assert ended.codes == [DiskError.exit_code, 1], ended.err
+    first, second = ended.err.splitlines()
+    assert first == "error: step-00000002: cannot be saved" and "process 1 of 2 has lost another one" in second
+    assert checkpoint.step_of(checkpoint.find_latest(project / f"full-{parallel}")) == 0
+
+
+def save_until_the_disk_is_full(*args, state, **kwargs):
+    if state["step"]:
+        raise DiskError(f"step-{state['step']:08d}: cannot be saved")
+    return save(*args, state=state, **kwargs)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -186,6 +186,18 @@ def test_a_closed_stderr_does_not_matter(never_stopped, tmp_path):
     assert ended.codes == [75] and ended.last_line.startswith("interrupted at step 4 of 8")
 
 
+def test_a_run_whose_stdout_has_gone_goes_on_and_says_so_once(never_stopped, tmp_path):
+    whole = never_stopped(1, False)
+    shutil.copytree(whole.folder / "data", tmp_path / "data")
+    nobody_reads = Stop("stepped", 2, how="SIGCONT", closes=1)
+    ended = run(tmp_path, [*OPTIONS, "--compile=False"], stop=nobody_reads)
+    assert ended.codes == [0] and ended.state == whole.state
+    assert "step 1/8" in ended.out and "step 2/8" not in ended.out
+    assert ended.err == "warning: stdout: Broken pipe; training goes on without it\n"
+    assert rows(tmp_path / "out") == rows(whole.folder / "out")
+    assert (tmp_path / "out" / "model.bin").read_bytes() == (whole.folder / "out" / "model.bin").read_bytes()
+
+
 @pytest.fixture
 def handlers():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
