@@ -106,7 +106,7 @@ def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tupl
     """
     from training import checkpoint, run_folder
 
-    found = run_folder.find_checkpoint(config)
+    found = run_folder.find_checkpoint(config, group.launch)
     names = group.all(checkpoint.label(found) if found else "none")
     if len(set(names)) > 1:
         seen = ", ".join(f"process {rank} {name}" for rank, name in enumerate(names))
@@ -115,7 +115,7 @@ def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tupl
             "out_dir must be one folder that all of them share"
         )
     if not config.eval_only:
-        run_folder.check(config, found)
+        run_folder.check(config, found, group.launch)
     if found is None:
         return config, None
     resumed = checkpoint.load(found)

@@ -197,12 +197,29 @@ def test_when_a_process_dies_the_others_say_so_in_one_line(project, parallel):
     assert checkpoint.find_latest(project / f"dies-{parallel}") is not None
 
 
-def test_two_nodes_that_meet_through_torchrun_are_one_process_with_twice_the_accumulation(project):
+KILLED_ONCE = """
+import os, pathlib, signal, sys
+import train, training.trainer
+step = training.trainer.Trainer.optimizer_step
+def killed(trainer):
+    if trainer.step == 3 and trainer.group.rank == 1 and not pathlib.Path("killed").exists():
+        pathlib.Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer)
+training.trainer.Trainer.optimizer_step = killed
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_two_nodes_one_of_which_loses_its_process_are_one_process_with_twice_the_accumulation(project):
+    """They meet through torchrun, which starts both again: each counts its own restarts, and keeps its old store."""
+    (project / "killed_once.py").write_text(KILLED_ONCE)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=two", str(ROOT / "train.py"), *SMALL, "--out_dir=nodes",
+        f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=two", "--max-restarts=2",
+        "--monitor-interval=0.1", str(project / "killed_once.py"), *SMALL, "--out_dir=nodes", "--save_every=1",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     nodes = [
@@ -211,7 +228,8 @@ def test_two_nodes_that_meet_through_torchrun_are_one_process_with_twice_the_acc
     ]
     said = [node.communicate(timeout=200)[0].decode() for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
+    assert (project / "killed").exists() and "resume   after step 3 of 4" in "".join(said)
     train(project, "--out_dir=alone", processes=1)
     assert distance(project / "alone", project / "nodes") == 0.0
     state = json.loads((project / "nodes" / "checkpoints" / "step-00000004" / checkpoint.STATE).read_text())
-    assert state["machine"]["processes"] == 2 and state["run_id"] == "two"
+    assert state["machine"]["processes"] == 2

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from forked import ROOT, Ended, Stop, rows, run, small_shards
 from torture import cases
@@ -178,6 +179,24 @@ def test_the_second_signal_ends_a_run_at_once_and_nothing_is_lost(never_stopped,
     assert ended.codes == [0] and ended.state == whole.state
 
 
+def test_the_second_signal_ends_a_process_that_waits_for_another_one(never_stopped, tmp_path):
+    shutil.copytree(never_stopped(2, False).folder / "data", tmp_path / "data")
+    stop = Stop("micro", 4, 0, "SIGSTOP", ranks=(1,))
+    first, second = forked.start(tmp_path, [*OPTIONS, "--compile=False"], processes=2, stop=stop)
+    try:
+        while not (tmp_path / "signal-1").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        first.terminate()
+        first.join(1)
+        assert first.exitcode is None
+        first.terminate()
+        first.join(20)
+        assert first.exitcode == 143
+    finally:
+        first.kill(), second.kill()
+
+
 def test_a_closed_stderr_does_not_matter(never_stopped, tmp_path):
     whole = never_stopped(1, False)
     shutil.copytree(whole.folder / "data", tmp_path / "data")
@@ -239,16 +258,16 @@ def test_what_fails_because_a_signal_came_is_an_interruption(handlers):
         raise RuntimeError("of itself")
 
 
-def test_an_echo_is_longer_under_torchrun(monkeypatch, handlers):
-    gone = []
-    monkeypatch.setattr(os, "_exit", gone.append)
-    clock = [100.0]
-    monkeypatch.setattr(interrupts.time, "monotonic", lambda: clock[0])
-    for name, seconds, code in (("", 0.05, []), ("", 1.0, [143]), ("id", 1.0, []), ("id", 3.0, [143])):
-        gone.clear()
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name) if name else monkeypatch.delenv("TORCHELASTIC_RUN_ID", False)
-        with Interrupts():
-            signal.raise_signal(signal.SIGTERM)
-            clock[0] += seconds
-            signal.raise_signal(signal.SIGTERM)
-        assert gone == code
+@pytest.mark.parametrize(
+    ("torchrun", "seconds", "codes"), [(False, 0.05, []), (False, 1.0, [143]), (True, 1.0, []), (True, 3.0, [143])]
+)
+def test_an_echo_is_longer_under_torchrun(torchrun, seconds, codes, monkeypatch):
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(interrupts.time, "monotonic", iter([100.0, 100.0 + seconds]).__next__)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "id") if torchrun else monkeypatch.delenv("TORCHELASTIC_RUN_ID", False)
+    hears, told = os.pipe()
+    os.write(told, bytes([signal.SIGTERM, signal.SIGCHLD, signal.SIGTERM]))
+    os.close(told)
+    interrupts._end_at_second(hears)
+    assert ends == codes

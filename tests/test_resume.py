@@ -228,7 +228,6 @@ def test_the_steps_stay_whatever_they_are_made_of(first, then, tmp_path):
     assert_same_but_for_rounding(*folders, last=6)
 
 
-@pytest.mark.xfail(reason="known bug: since the group is joined first, restarted processes wait for ever", run=False)
 @pytest.mark.campaign("torchrun goes on by itself after kill -9")
 @pytest.mark.parametrize("rank", cases([1], [0, 1]))
 def test_torchrun_starts_a_run_again_whose_process_was_killed(rank, never_stopped, tmp_path):

@@ -279,7 +279,7 @@ def test_memory_that_runs_out_is_a_memory_error(project, monkeypatch, error):
 def test_config_toml_reads_back_what_was_typed(project):
     name = 'caf\u00e9 \U0001f600 "x" \\ \x7f\n'
     config = TrainConfig(wandb_run_name=name, out_dir="run")
-    run_folder.prepare(Path("run"), config, 0)
+    run_folder.prepare(Path("run"), config, 0, goes_on=False)
     again = parse(TrainConfig, ["run/config.toml"], program="", description="", toml=True)
     assert again == config
 

@@ -249,8 +249,15 @@ def step_of(path: Path) -> int | None:
 
 
 def remove_all(run_dir: Path) -> None:
-    """Remove every checkpoint of a run."""
-    _remove(run_dir / FOLDER)
+    """Remove every checkpoint of a run.
+
+    Raises:
+        DiskError: if that fails.
+    """
+    try:
+        _remove(run_dir / FOLDER)
+    except OSError as error:
+        raise DiskError(f"{run_dir / FOLDER}: cannot be removed: {error.strerror or error}") from error
 
 
 def go_back(run_dir: Path, step: int) -> list[Path]:

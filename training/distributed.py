@@ -8,9 +8,11 @@ float32. So the checkpoints of both, and of a single process, are the same files
 
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Self
 
 import torch
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
 )
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
@@ -47,6 +50,8 @@ class Processes:
     count: int
     local_count: int
     device: torch.device
+    launch: str | None = None
+    """Drawn when torchrun was started, and kept when it starts processes again; None without torchrun."""
 
     @property
     def is_main(self) -> bool:
@@ -113,17 +118,19 @@ def processes() -> Iterator[Processes]:
     """Join the group that torchrun has started, if any, and leave it at the end; the device is the CPU until `on`.
 
     Raises:
+        ConfigError: if the environment speaks of several processes and not of where they meet.
         PeerError: if another process cannot be reached, or has ended.
     """
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if count == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         yield Processes(0, 1, 1, torch.device("cpu"))
         return
-    group = Processes(rank, count, local_count, torch.device("cpu"))
+    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
-        # What the hosts agree on goes through gloo, and so needs no wait for a GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        store, group = _meet()
+        if group.count > 1:
+            # What the hosts agree on goes through gloo, and so needs no wait for a GPU.
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.count)
         yield group
     except RuntimeError as error:  # gloo's errors have no type of their own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -138,6 +145,49 @@ def processes() -> Iterator[Processes]:
             # of the group, waits for them holding it: a deadlock (pytorch issue 56297), unless they are done before.
             time.sleep(REST_S)
             dist.destroy_process_group()
+
+
+def _meet() -> tuple[dist.Store, Processes]:
+    """Return a store that the processes of this start share, and this process's place among them."""
+    try:
+        store, rank, count = next(dist.rendezvous("env://"))
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except ValueError as error:
+        what = str(error).removeprefix("Error initializing torch.distributed using env:// rendezvous: ")
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} asks for several processes, but {what}; start them with "
+            "`torchrun --nproc_per_node=2 train.py`, or unset WORLD_SIZE"
+        ) from None
+    launch = store.compare_set("launch", "", uuid.uuid4().hex).decode()
+    group = Processes(rank, count, local_count, torch.device("cpu"), launch)
+    return dist.PrefixStore(_name_of_start(store, rank, count), store), group
+
+
+def _name_of_start(store: dist.Store, rank: int, count: int) -> str:
+    """Return a name that all processes running now have agreed on, and none that ran before them.
+
+    torchrun keeps its store when it starts processes again, and in it the addresses of those that are gone, which gloo
+    would wait for (pytorch issue 135712); and each machine has its own count of restarts. So the first process makes up
+    a name, the others answer with one of their own, and who finds its answer confirmed knows that the name is new.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", own)
+        answers = [f"{own}/{other}" for other in range(1, count)]
+        store.wait(answers)
+        store.set(f"{own}/heard", " ".join(store.get(answer).decode() for answer in answers))
+        return own
+    deadline = time.monotonic() + default_pg_timeout.total_seconds()
+    while True:
+        name = store.get("start").decode()
+        store.set(f"{name}/{rank}", own)
+        with suppress(dist.DistStoreError):
+            store.wait([f"{name}/heard"], timedelta(seconds=1))
+            if own in store.get(f"{name}/heard").decode():
+                return name
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("process 0 has not come")
+        time.sleep(0.05)
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:

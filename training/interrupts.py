@@ -33,12 +33,18 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
-        self._came_at = 0.0
         self._raises = False
         self._previous: dict[signal.Signals, Any] = {}
+        self._told: int | None = None
+        self._listener = threading.Thread()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other can set handlers
+            hears, self._told = os.pipe()
+            os.set_blocking(self._told, False)
+            signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+            self._listener = threading.Thread(target=_end_at_second, args=(hears,), daemon=True)
+            self._listener.start()
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -46,6 +52,10 @@ class Interrupts:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._told is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._told)
+            self._listener.join()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -67,17 +77,27 @@ class Interrupts:
             raise Interrupted
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal, or end the process if it is the second."""
-        now = time.monotonic()
-        if self.requested:
-            echo_s = TORCHRUN_ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else ECHO_S
-            if now - self._came_at > echo_s:
-                os._exit(128 + number)
-            return
-        self.requested, self._came_at = True, now
-        if os.environ.get("RANK", "0") == "0":
-            # Not print: the signal may have come in the middle of one. And whoever read stderr may have gone.
-            with suppress(OSError):
-                os.write(2, b"\nstopping as soon as the state is saved; once more stops at once, without saving\n")
+        """Note a signal."""
+        self.requested = True
         if self._raises:
             raise Interrupted
+
+
+def _end_at_second(hears: int) -> None:
+    """Read signals from the descriptor as they come, and end the process at the second.
+
+    Not in their handler: Python calls that between two instructions, and so not while it waits for another process.
+    """
+    came_at = None
+    echo_s = TORCHRUN_ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else ECHO_S
+    while number := os.read(hears, 1):
+        if number[0] not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        if came_at is None:
+            came_at = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):  # whoever read stderr may have gone
+                    os.write(2, b"\nstopping as soon as the state is saved; once more stops at once, without saving\n")
+        elif time.monotonic() - came_at > echo_s:
+            os._exit(128 + number[0])
+    os.close(hears)

@@ -61,14 +61,20 @@ def _holder(file: IO[str]) -> str:
     return "another process"
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
+def find_checkpoint(config: TrainConfig, launch: str | None = None) -> Path | None:
     """Return the checkpoint to go on from, or None for a fresh start.
+
+    Args:
+        config: says where to look.
+        launch: which start of torchrun this process is of; its own checkpoints are gone on from without being asked.
 
     Raises:
         CheckpointError: if one must be there and is not.
     """
-    if (own := _after_restart(config)) is not None:
-        return own
+    if launch is not None:  # torchrun may have started the processes again, and the run goes on without being asked
+        newest = checkpoint.find_latest(config.out_dir)
+        if newest is not None and _is_of(launch, newest):
+            return newest
     if config.resume not in (None, "latest", "auto"):
         named = Path(str(config.resume))
         return checkpoint.find_latest(named) or named  # a run's folder is as good as its newest checkpoint
@@ -84,20 +90,12 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return newest
 
 
-def run_id() -> str | None:
-    """Return what torchrun calls this run, through all its restarts; None without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+def _is_of(launch: str | None, path: Path) -> bool:
+    """Return whether a checkpoint was written since torchrun was started."""
+    return launch is not None and checkpoint.read_state(path).get("launch") == launch
 
 
-def _after_restart(config: TrainConfig) -> Path | None:
-    """Return the newest checkpoint if torchrun has started this run again and the checkpoint is its own."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None
-    newest = checkpoint.find_latest(config.out_dir)
-    return newest if newest is not None and checkpoint.read_state(newest).get("run_id") == run_id() else None
-
-
-def check(config: TrainConfig, resumed: Path | None) -> None:
+def check(config: TrainConfig, resumed: Path | None, launch: str | None = None) -> None:
     """Refuse to mix the checkpoints of two runs, or to remove the one to go on from.
 
     Raises:
@@ -106,7 +104,7 @@ def check(config: TrainConfig, resumed: Path | None) -> None:
     earlier = checkpoint.list_steps(config.out_dir)
     own = (Path(config.out_dir) / checkpoint.FOLDER).resolve()
     if earlier and resumed is not None and resumed.resolve().is_relative_to(own):
-        if config.overwrite and not _after_restart(config):
+        if config.overwrite and not _is_of(launch, resumed):
             raise CheckpointError(f"{config.out_dir}: --overwrite would remove {resumed}; leave it out to go on")
     elif earlier and not config.overwrite:
         raise CheckpointError(
@@ -115,9 +113,19 @@ def check(config: TrainConfig, resumed: Path | None) -> None:
         )
 
 
-def prepare(run_dir: Path, config: TrainConfig, step: int) -> None:
-    """Make the folder ready to go on after `step`, with the settings in a config.toml that train.py reads back."""
-    if config.overwrite and not _after_restart(config):
+def prepare(run_dir: Path, config: TrainConfig, step: int, *, goes_on: bool) -> None:
+    """Make the folder ready to go on after `step`, with the settings in a config.toml that train.py reads back.
+
+    Args:
+        run_dir: the run's out_dir.
+        config: the settings.
+        step: the step of the checkpoint to go on from, or 0.
+        goes_on: whether that checkpoint lies in this folder, which `overwrite` leaves alone then.
+
+    Raises:
+        DiskError: if the folder cannot be changed.
+    """
+    if config.overwrite and not goes_on:
         checkpoint.remove_all(run_dir)
     for path in checkpoint.go_back(run_dir, step):
         say(f"a later checkpoint is out of the way: {path}")

@@ -148,7 +148,7 @@ class Trainer:
         """
         self.group.wait()  # all have read their checkpoint; its folder may change now
         if self.group.is_main:
-            run_folder.prepare(self.run_dir, self.config, self.step)
+            run_folder.prepare(self.run_dir, self.config, self.step, goes_on=self.saved_here)
             self.describe()
         self.group.wait()
         try:
@@ -320,7 +320,7 @@ class Trainer:
                     "data": str(self.data.folder),
                     "train_config": dataclasses.asdict(self.config),
                     "machine": self.machine(),
-                    "run_id": run_folder.run_id(),
+                    "launch": self.group.launch,
                 },
                 tokenizer_name=self.data.meta.tokenizer,
                 tokenizer_data=self.tokenizer_data,
