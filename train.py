@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         # A signal now ends the run in order, so it is time for what takes seconds: torch.
         from training import run_folder
         from training.distributed import processes
-        from training.trainer import Trainer, memory_errors
+        from training.hardware import memory_errors
+        from training.trainer import Trainer
 
         stack.enter_context(memory_errors())
         group = stack.enter_context(processes())  # first, so that no process waits for one that cannot start
@@ -66,16 +67,16 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
     """Print what a checkpoint costs on the whole validation split."""
+    from training.data import open_data
     from training.distributed import processes
     from training.evaluation import evaluate_checkpoint
-    from training.hardware import tune_allocator
-    from training.trainer import memory_errors, open_data, set_threads
+    from training.hardware import memory_errors, set_threads, tune_allocator
 
     with memory_errors(), processes() as group:
         config, checkpoint = resume(config, argv, group)
         assert checkpoint is not None  # there is no evaluation without one
         group = group.on(config.device)
-        set_threads(config, group)
+        set_threads(config.threads, group.local_count)
         tune_allocator(group.device)
         group.print(evaluate_checkpoint(checkpoint, open_data(config), group))
     return 0

@@ -220,7 +220,7 @@ def test_the_real_wandb_asks_nobody_and_resumes(tmp_path, monkeypatch, capsys):
     for resumed_at in (None, (1, True)):
         with Metrics(tmp_path / "run", resumed_at=resumed_at, wandb={"project": "p"}) as record:
             record.log({"step": 2 if resumed_at else 1, "loss": 2.0})
-    names = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    names = {path.name.split("-")[3] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert names == {(tmp_path / "run" / "wandb" / "id").read_text()}
     assert "wandb is offline: No API key" in capsys.readouterr().err
 

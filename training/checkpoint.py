@@ -126,9 +126,10 @@ def save(
             _remove(aside)
         if not isinstance(error, OSError):
             raise
+        older = list_steps(run_dir)
         raise DiskError(
-            f"{final}: cannot save its {needed:,} bytes: {error.strerror or error}; older checkpoints are untouched, "
-            "go on with --resume"
+            f"{final}: cannot save its {needed:,} bytes: {error.strerror or error}; "
+            + ("older checkpoints are untouched, go on with --resume" if older else "there is no older checkpoint")
         ) from error
     try:
         _remove(old)

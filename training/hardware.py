@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -95,3 +97,30 @@ def tune_allocator(device: torch.device) -> None:
     trim_threshold, mmap_max = -1, -4  # malloc.h
     mallopt(mmap_max, 0)  # blocks from mmap go back at once, however large the threshold below which they are kept
     mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def set_threads(threads: int | None, n_processes: int) -> None:
+    """Let PyTorch use so many threads; None means this process's share of the cores."""
+    torch.set_num_threads(threads or count_threads(n_processes))
+
+
+def set_precision(device: torch.device, deterministic: bool | None) -> None:
+    """Choose repeatable algorithms, which None means on the CPU alone, and TF32 for what stays float32 on a GPU."""
+    if deterministic or (deterministic is None and device.type == "cpu"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
+        torch.use_deterministic_algorithms(True)
+        # A debugging aid that costs a pass over memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise what torch raises when memory runs out, a RuntimeError, as a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError from error
+        raise

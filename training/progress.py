@@ -10,6 +10,7 @@ import torch
 
 from llamalet.config import ModelConfig
 from llamalet.errors import forget_stdout
+from llamalet.shards import Shards
 from training.config import TrainConfig
 
 
@@ -64,6 +65,48 @@ def activation_bytes(config: TrainConfig, model: ModelConfig, dtype: torch.dtype
     layer = 8 * model.dim + dtype.itemsize * (2 * model.dim + 2 * heads + 2 * model.kv_dim + 3 * model.hidden_dim)
     logits = model.vocab_size * (dtype.itemsize + 4)
     return config.batch_size * config.max_seq_len * (model.n_layers * layer + logits)
+
+
+def opening(
+    config: TrainConfig,
+    model: ModelConfig,
+    data: Shards,
+    *,
+    n_windows: int,
+    n_processes: int,
+    machine: str,
+    dtype: torch.dtype,
+) -> str:
+    """Return what is about to run, in lines.
+
+    Args:
+        config: the settings, with `total_batch_tokens` known.
+        model: shape of the model.
+        data: the prepared data.
+        n_windows: sequences of the training split.
+        n_processes: processes of the run.
+        machine: what it runs on, in words.
+        dtype: type of the matrix products.
+    """
+    batch, sequences, tokens = config.total_batch_tokens or 0, config.batch_size, n_windows * config.max_seq_len
+    micro_steps = config.accumulation(n_processes)
+    lines = {
+        "data": f"{data.folder}: {data.meta.splits['train'].tokens:,} tokens, vocabulary {model.vocab_size}",
+        "model": f"{model.n_params:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads "
+        f"({model.n_kv_heads} kv), hidden {model.hidden_dim}, context {model.max_seq_len}",
+        "step": f"{batch:,} tokens = {sequences} x {config.max_seq_len} tokens x {micro_steps} "
+        f"micro-step{'s' * (micro_steps > 1)} x {n_processes} process{'es' * (n_processes > 1)}",
+        "epoch": f"{tokens // batch:,} steps ({n_windows:,} sequences); "
+        f"{config.max_iters:,} steps are {config.max_iters * batch / tokens:.2f} epochs",
+        "machine": machine,
+        "memory": f"about {activation_bytes(config, model, dtype) / 2**20:,.0f} MiB of activations and "
+        f"{16 * model.n_params / 2**20:,.0f} MiB of weights, gradients and moments",
+    }
+    if config.warmup_iters > config.max_iters:
+        lines["warm-up"] = (
+            f"never done: it has {config.warmup_iters} steps, the run {config.max_iters}; give a lower --warmup_iters"
+        )
+    return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 
 def progress_line(step: int, total: int, row: dict[str, Any]) -> str:

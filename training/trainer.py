@@ -1,13 +1,9 @@
 """The training loop: what is set up once, what happens in every step, and what happens now and then."""
 
 import dataclasses
-import hashlib
 import math
-import os
-import platform
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from llamalet import tokenizer
-from llamalet.config import ModelConfig
-from llamalet.errors import ConfigError, DataError, NonFiniteError
-from llamalet.shards import Shards, find_newest
+from llamalet.errors import DataError, NonFiniteError
 from model import Llama
-from training import checkpoint, metrics, run_folder
+from training import checkpoint, continuity, metrics, run_folder
 from training.batches import IGNORED, Batch, Prefetcher, Windows
 from training.checkpoint import Checkpoint
 from training.config import TrainConfig
 from training.cpu import use_cpu_kernels
+from training.data import fingerprint, open_data, read_tokenizer
 from training.distributed import Processes, parallelize, sum_gradients, whole_weights
 from training.guard import Guard
-from training.hardware import choose_dtype, compile_problem, count_threads, peak_tflops, tune_allocator
+from training.hardware import choose_dtype, compile_problem, peak_tflops, set_precision, set_threads, tune_allocator
 from training.interrupts import Interrupted, Interrupts
 from training.optimizer import Optimizer, clip_gradients
-from training.progress import Timer, activation_bytes, evaluation_line, progress_line, say, training_flops
+from training.progress import Timer, evaluation_line, opening, progress_line, say, training_flops
 from training.storyteller import Storyteller
 
 
 class Trainer:
     """A run: its data, model and optimizer, and the loop over them.
+
+    The processes of a run exchange something in every method that trains, evaluates, saves, compiles or tells, so all
+    of them must call those, in the same order.
 
     Attributes:
         step: optimizer steps done so far, earlier stretches of a resumed run included.
@@ -64,13 +61,16 @@ class Trainer:
             config, total_batch_tokens=self.tokens_per_step, data=str(self.data.folder)
         )
         if resumed:
-            check_continuity(resumed, config, self.model_config, self.data)
+            continuity.check(resumed, config, self.model_config, self.data)
         self.train_windows, self.val_windows = self.open_windows("train"), self.open_windows("val")
         self.batches = Prefetcher(self.training_batch, stride=group.count)
 
         self.dtype = choose_dtype(config.dtype, group.device)
-        set_up_machine(config, group)
+        set_threads(config.threads, group.local_count)
+        set_precision(group.device, config.deterministic)
+        tune_allocator(group.device)
         self.not_compiled = self.find_compiler()
+        self.machine = continuity.machine(config, group, self.dtype, compiled=self.not_compiled is None)
         torch.manual_seed(config.seed)
         self.model = Llama(self.model_config, config.dropout)
         if config.init == "copying":
@@ -104,40 +104,6 @@ class Trainer:
         if resumed:
             self.load(resumed)
 
-    @property
-    def floor(self) -> float | None:
-        """The corpus entropy in nats per token, which no model can get below, where it is known."""
-        return self.data.meta.entropy.nats_per_token if self.data.meta.entropy else None
-
-    def find_compiler(self) -> str | None:
-        """Return why torch.compile is not used, or None if it is: by all processes, or by none."""
-        if not self.config.compile:
-            return "switched off"
-        problem: str | None = "interrupted"
-        with suppress(Interrupted), self.interrupts.at_once():  # a compiler's first use takes long, even for little
-            problem = compile_problem(self.group.device)
-        others = self.group.any(problem is not None)
-        return problem or ("another process has no compiler that works" if others else None)
-
-    def open_windows(self, split: str) -> Windows:
-        """Cut a split into sequences."""
-        starts = self.data.document_starts(split) if self.config.align_documents else None
-        return Windows(self.data.split(split), self.config.max_seq_len, starts)
-
-    def training_batch(self, place: int) -> Batch:
-        """Return the batch of micro-step `place`, counted over all processes from the start of the run."""
-        size = self.config.batch_size
-        return self.train_windows.training_batch(self.config.seed, place * size, size)
-
-    def load(self, resumed: Checkpoint) -> None:
-        """Go on from a checkpoint, whose weights the model has already."""
-        self.optimizer.load_state_dict(resumed.optimizer_state)
-        if "guard" in resumed.state:
-            self.guard.load_state(resumed.state["guard"])
-        self.step, self.val_loss = resumed.state["step"], resumed.state["val_loss"]
-        if resumed.path.resolve().parent == (self.run_dir / checkpoint.FOLDER).resolve():
-            self.saved, self.saved_here = (self.step, self.val_loss), True
-
     def train(self) -> None:
         """Run the loop from the current step to the last.
 
@@ -169,7 +135,7 @@ class Trainer:
         while True:
             at_end = self.step >= config.max_iters
             with timer.paused():
-                if self.val_loss is None and self.step and (at_end or self.step % config.eval_interval == 0):
+                if self.evaluation_is_due():
                     self.val_loss = self.evaluate()
                     self.group.print(evaluation_line(self.step, config.max_iters, self.val_loss, self.floor))
                     self.log(record, {"val_loss": self.val_loss, "entropy": self.floor})
@@ -185,11 +151,6 @@ class Trainer:
                 row = self.progress(loss, gradient_norm, timer)
                 self.group.print(progress_line(self.step, config.max_iters, row))
                 self.log(record, row)
-
-    def log(self, record: metrics.Metrics | None, row: dict[str, Any]) -> None:
-        """Put figures of the current step on record."""
-        if record:
-            record.log({"step": self.step, "tokens": self.step * self.tokens_per_step} | row)
 
     def optimizer_step(self) -> tuple[Tensor, Tensor]:
         """Do one optimizer step, unless the guard refuses it; the step counts and its data are used up either way.
@@ -221,11 +182,6 @@ class Trainer:
         if group.device.type == "cpu":  # elsewhere looking at it means waiting, which is done when a line is due
             self.guard.check()
         return loss, gradient_norm
-
-    def stop_if_asked(self) -> None:
-        """Raise Interrupted, in all processes at the same place, if a signal came to any of them."""
-        if self.group.any(self.interrupts.requested):
-            raise Interrupted
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, computed in the chosen precision."""
@@ -260,34 +216,15 @@ class Trainer:
             raise NonFiniteError(f"step {self.step}: the validation loss is {total}; this state is not saved")
         return total / count
 
-    def compile(self) -> None:
-        """Run each kind of pass once and forget what it computed, so that compiling is no part of a step."""
-        self.stop_if_asked()
-        if self.not_compiled is not None:
-            return
-        config, start = self.config, time.perf_counter()
-        self.group.print(f"{'compile':8} takes up to a minute the first time")
-        sharded = isinstance(self.model, FSDPModule)
-        # A compiler can be at it for long, and what there is to lose is saved. With shards the others wait for this
-        # process in the middle of a pass; they notice that it leaves, and cannot be asked first.
-        with nullcontext() if sharded else suppress(Interrupted), self.interrupts.at_once():
-            sum_gradients(self.parallel, sharded)  # FSDP would keep what it did not sum
-            self.loss(self.parallel, self.training_batch(0)).backward()
-            self.model.zero_grad(set_to_none=True)
-            self.model.eval()
-            with torch.no_grad():
-                self.loss(self.model, next(self.val_windows.evaluation_batches(config.batch_size, 1)))
-            self.model.train()
-        self.stop_if_asked()  # all together, also where the signal came to one process alone
-        self.group.print(f"{'compile':8} took {time.perf_counter() - start:.1f} s")
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted, in all processes at the same place, if a signal came to any of them."""
+        if self.group.any(self.interrupts.requested):
+            raise Interrupted
 
-    def tell(self, record: metrics.Metrics | None) -> None:
-        """Let the model tell the beginning of a story, in the main process; a signal ends it."""
-        weights = whole_weights(self.model) if self.config.sample else {}
-        if self.storyteller and record:
-            story = self.storyteller.tell(weights, self.interrupts)
-            if story:
-                record.log_story(self.step, story)
+    def evaluation_is_due(self) -> bool:
+        """Return whether the current step ends an interval, or the run, and was not evaluated already."""
+        at_interval = self.step % self.config.eval_interval == 0 or self.step >= self.config.max_iters
+        return self.step > 0 and at_interval and self.val_loss is None
 
     def save_is_due(self) -> bool:
         """Return whether the interval between checkpoints is over; of a time, the main process's clock decides."""
@@ -319,7 +256,7 @@ class Trainer:
                     "tokenizer_sha256": self.data.tokenizer_sha256,
                     "data": str(self.data.folder),
                     "train_config": dataclasses.asdict(self.config),
-                    "machine": self.machine(),
+                    "machine": self.machine,
                     "launch": self.group.launch,
                 },
                 tokenizer_name=self.data.meta.tokenizer,
@@ -328,6 +265,35 @@ class Trainer:
             )
         self.group.wait()
         self.saved, self.saved_at = (self.step, self.val_loss), time.monotonic()
+
+    def compile(self) -> None:
+        """Run each kind of pass once and forget what it computed, so that compiling is no part of a step."""
+        self.stop_if_asked()
+        if self.not_compiled is not None:
+            return
+        config, start = self.config, time.perf_counter()
+        self.group.print(f"{'compile':8} takes up to a minute the first time")
+        sharded = isinstance(self.model, FSDPModule)
+        # A compiler can be at it for long, and what there is to lose is saved. With shards the others wait for this
+        # process in the middle of a pass; they notice that it leaves, and cannot be asked first.
+        with nullcontext() if sharded else suppress(Interrupted), self.interrupts.at_once():
+            sum_gradients(self.parallel, sharded)  # FSDP would keep what it did not sum
+            self.loss(self.parallel, self.training_batch(0)).backward()
+            self.model.zero_grad(set_to_none=True)
+            self.model.eval()
+            with torch.no_grad():
+                self.loss(self.model, next(self.val_windows.evaluation_batches(config.batch_size, 1)))
+            self.model.train()
+        self.stop_if_asked()  # all together, also where the signal came to one process alone
+        self.group.print(f"{'compile':8} took {time.perf_counter() - start:.1f} s")
+
+    def tell(self, record: metrics.Metrics | None) -> None:
+        """Let the model tell the beginning of a story, in the main process; a signal ends it."""
+        weights = whole_weights(self.model) if self.config.sample else {}
+        if self.storyteller and record:
+            story = self.storyteller.tell(weights, self.interrupts)
+            if story:
+                record.log_story(self.step, story)
 
     def progress(self, loss: Tensor, gradient_norm: Tensor, timer: Timer) -> dict[str, Any]:
         """Return the figures of the last steps; this waits for the device.
@@ -358,146 +324,63 @@ class Trainer:
         resumed_at = (self.step, self.val_loss is not None) if self.saved_here else None
         return metrics.Metrics(self.run_dir, resumed_at=resumed_at, wandb=wandb if config.wandb_log else None)
 
-    def machine(self) -> dict[str, Any]:
-        """Return what, beside the settings, decides the last bits of a result."""
-        return {
-            "torch": torch.__version__,
-            "device": self.group.device.type,
-            "processor": torch.cuda.get_device_name() if self.group.device.type == "cuda" else platform.machine(),
-            "processes": self.group.count,
-            "parallel": self.config.parallel,
-            "threads": torch.get_num_threads(),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "compiled": self.not_compiled is None,
-        }
+    def log(self, record: metrics.Metrics | None, row: dict[str, Any]) -> None:
+        """Put figures of the current step on record."""
+        if record:
+            record.log({"step": self.step, "tokens": self.step * self.tokens_per_step} | row)
+
+    def find_compiler(self) -> str | None:
+        """Return why torch.compile is not used, or None if it is: by all processes, or by none."""
+        if not self.config.compile:
+            return "switched off"
+        problem: str | None = "interrupted"
+        with suppress(Interrupted), self.interrupts.at_once():  # a compiler's first use takes long, even for little
+            problem = compile_problem(self.group.device)
+        others = self.group.any(problem is not None)
+        return problem or ("another process has no compiler that works" if others else None)
+
+    def open_windows(self, split: str) -> Windows:
+        """Cut a split into sequences."""
+        starts = self.data.document_starts(split) if self.config.align_documents else None
+        return Windows(self.data.split(split), self.config.max_seq_len, starts)
+
+    def training_batch(self, place: int) -> Batch:
+        """Return the batch of micro-step `place`, counted over all processes from the start of the run."""
+        size = self.config.batch_size
+        return self.train_windows.training_batch(self.config.seed, place * size, size)
+
+    def load(self, resumed: Checkpoint) -> None:
+        """Go on from a checkpoint, whose weights the model has already."""
+        self.optimizer.load_state_dict(resumed.optimizer_state)
+        if "guard" in resumed.state:
+            self.guard.load_state(resumed.state["guard"])
+        self.step, self.val_loss = resumed.state["step"], resumed.state["val_loss"]
+        if resumed.path.resolve().parent == (self.run_dir / checkpoint.FOLDER).resolve():
+            self.saved, self.saved_here = (self.step, self.val_loss), True
+
+    @property
+    def floor(self) -> float | None:
+        """The corpus entropy in nats per token, which no model can get below, where it is known."""
+        return self.data.meta.entropy.nats_per_token if self.data.meta.entropy else None
 
     def describe(self) -> None:
         """Print what is about to run."""
-        config, group, model = self.config, self.group, self.model_config
-        windows, batch = len(self.train_windows), self.tokens_per_step
-        tokens = self.data.meta.splits["train"].tokens
-        threads, processes = torch.get_num_threads(), group.count
+        config, threads = self.config, torch.get_num_threads()
         compiled = "compiled" if self.not_compiled is None else f"not compiled: {self.not_compiled}"
-        lines = {
-            "data": f"{self.data.folder}: {tokens:,} tokens, vocabulary {model.vocab_size}",
-            "model": f"{model.n_params:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads "
-            f"({model.n_kv_heads} kv), hidden {model.hidden_dim}, context {model.max_seq_len}",
-            "step": f"{batch:,} tokens = {config.batch_size} x {config.max_seq_len} tokens x {self.accumulation} "
-            f"micro-step{'s' * (self.accumulation > 1)} x {processes} process{'es' * (processes > 1)}",
-            "epoch": f"{windows * config.max_seq_len // batch:,} steps ({windows:,} sequences); "
-            f"{config.max_iters:,} steps are {config.max_iters * batch / (windows * config.max_seq_len):.2f} epochs",
-            "machine": f"{group.device}, {threads} thread{'s' * (threads > 1)}, "
-            f"{str(self.dtype).removeprefix('torch.')}, {compiled}",
-            "memory": f"about {activation_bytes(config, model, self.dtype) / 2**20:,.0f} MiB of activations and "
-            f"{16 * model.n_params / 2**20:,.0f} MiB of weights, gradients and moments",
-        }
-        if config.warmup_iters > config.max_iters:
-            lines["warm-up"] = (
-                f"never done: it has {config.warmup_iters} steps, the run {config.max_iters}; "
-                "give a lower --warmup_iters"
+        dtype = str(self.dtype).removeprefix("torch.")
+        say(
+            opening(
+                config,
+                self.model_config,
+                self.data,
+                n_windows=len(self.train_windows),
+                n_processes=self.group.count,
+                machine=f"{self.group.device}, {threads} thread{'s' * (threads > 1)}, {dtype}, {compiled}",
+                dtype=self.dtype,
             )
-        for name, text in lines.items():
-            say(f"{name:8} {text}")
+        )
         if self.resumed_from:
             path, state = self.resumed_from
             say(f"{'resume':8} after step {self.step} of {config.max_iters}, from {path}")
-            then, now = state.get("machine", {}) if self.step else {}, self.machine()
-            settings = dataclasses.asdict(config)
-            for name in (
-                "total_batch_tokens",
-                "seed",
-                "align_documents",
-                "data",
-            ):  # what the stream of tokens follows from
-                then, now = then | {name: state["train_config"][name] or settings[name]}, now | {name: settings[name]}
-            changed = [
-                f"{key} {then[key]} before, {now[key]} now" for key in now if key in then and then[key] != now[key]
-            ]
-            if changed:
-                say(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changed)}")
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raise what torch raises when memory runs out, a RuntimeError, as a MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError from error
-        raise
-
-
-def set_threads(config: TrainConfig, group: Processes) -> None:
-    """Let PyTorch use this process's share of the cores, or what the config says."""
-    torch.set_num_threads(config.threads or count_threads(group.local_count))
-
-
-def set_up_machine(config: TrainConfig, group: Processes) -> None:
-    """Set threads, memory, repeatability."""
-    set_threads(config, group)
-    tune_allocator(group.device)
-    if config.deterministic or (config.deterministic is None and group.device.type == "cpu"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over memory
-    if group.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
-
-
-def open_data(config: TrainConfig) -> Shards:
-    """Open the prepared data that the config names, or the newest.
-
-    Raises:
-        DataError: if there are none.
-        ConfigError: if their vocabulary is not the one asked for.
-    """
-    root = config.data or "data"
-    folder = find_newest(root)
-    if folder is None:
-        raise DataError(
-            f"{root}: no prepared data; make some with `python tinystories.py download` (offline: `synthesize`), then "
-            "`python tinystories.py pretokenize`"
-        )
-    data = Shards.open(folder)
-    if config.vocab_size not in (None, data.vocab_size):
-        raise ConfigError(
-            f"vocab_size={config.vocab_size}: the data in {folder} have {data.vocab_size}; leave the option out, or "
-            f"prepare data with `python tinystories.py pretokenize --vocab-size={config.vocab_size}`"
-        )
-    return data
-
-
-def fingerprint(data: Shards) -> str:
-    """Return what differs where the tokens of prepared data differ: 64 characters."""
-    digests = [shard.sha256 for split in data.meta.splits.values() for shard in split.shards]
-    return hashlib.sha256("".join([data.tokenizer_sha256, *digests]).encode()).hexdigest()
-
-
-def read_tokenizer(data: Shards) -> bytes:
-    """Return the file of the data's tokenizer, which goes into each checkpoint.
-
-    Raises:
-        DataError: if it is not the one that the data were made with.
-        TokenizerError: if it is missing or damaged.
-    """
-    if tokenizer.load(data.tokenizer_path).sha256 != data.tokenizer_sha256:
-        raise DataError(f"{data.tokenizer_path}: not the vocabulary that the data were made with; prepare them again")
-    return data.tokenizer_path.read_bytes()
-
-
-def check_continuity(resumed: Checkpoint, config: TrainConfig, model_config: ModelConfig, data: Shards) -> None:
-    """Refuse to go on with another shape, optimizer or vocabulary.
-
-    Raises:
-        ConfigError: listing what differs.
-    """
-    old, new = resumed.model_config.to_dict(), model_config.to_dict()
-    problems = [f"{key}={new[key]}: the checkpoint has {old[key]}" for key in old if old[key] != new[key]]
-    optimizer = resumed.state["train_config"]["optimizer"]
-    if config.optimizer != optimizer:
-        problems.append(f"optimizer={config.optimizer}: the checkpoint has {optimizer}'s state")
-    if resumed.state["tokenizer_sha256"] != data.tokenizer_sha256:
-        problems.append(f"{data.folder}: its vocabulary is not that of {resumed.state['data']}, which the run used")
-    if problems:
-        raise ConfigError.from_problems(problems)
+            if changes := continuity.changes(state, config, self.machine):
+                say(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changes)}")
