@@ -154,7 +154,7 @@ def own_newest(run_dir):
 def test_a_process_that_cannot_start_does_not_leave_the_others_waiting(project):
     begin = time.monotonic()
     ended = forked.run(
-        project, [*SMALL, "--out_dir=nodata"], processes=2, patches={"training.trainer.find_newest": own_data}
+        project, [*SMALL, "--out_dir=nodata"], processes=2, patches={"training.data.find_newest": own_data}
     )
     assert ended.codes == [1, 3] and time.monotonic() - begin < 60
     assert "process 0 of 2 has lost another one" in ended.err and "nowhere: no prepared data" not in ended.out
