@@ -7,6 +7,7 @@ Only `run` turns an error into a message and an exit status; everything below it
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Self
@@ -96,6 +97,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
         print(end="", flush=True)  # unlike sys.stdout.flush(), this may be done where stdout is closed
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # all is done: while Python tidies up, it would spoil the exit code
     except LlamaletError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

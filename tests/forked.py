@@ -219,6 +219,8 @@ def work(
         try:
             return train.main(argv)
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM):  # as errors.run does: the probe is nothing that people have
+                signal.signal(number, signal.SIG_IGN)
             probe.leave()
 
     errors.run(main)

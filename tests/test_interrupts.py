@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C at any time: a state that can be gone on from, exit code 75, within seconds."""
 
 import functools
+import math
 import os
 import random
 import re
@@ -35,8 +36,9 @@ def never_stopped(tmp_path_factory):
     def reference(processes: int, compiled: bool) -> Ended:
         folder = tmp_path_factory.mktemp("whole")
         small_shards(folder / "data" / "toy", 300)
-        begin = time.time()
-        whole = run(folder, [*OPTIONS, f"--compile={compiled}"], processes=processes)
+        for _ in range(2):  # the second takes as long as those to come: what all of them need has been started
+            begin = time.time()
+            whole = run(folder, [*OPTIONS, f"--compile={compiled}", "--overwrite"], processes=processes)
         assert whole.codes == [0] * processes, whole.err
         return Ended(whole.codes, whole.out, whole.err, whole.states, time.time() - begin, folder)
 
@@ -44,11 +46,15 @@ def never_stopped(tmp_path_factory):
 
 
 def check(folder: Path, whole: Ended, stop: Stop, processes: int, compiled: bool) -> float:
-    """Stop a run, look at how it ends, let it go on and compare; return the seconds that it took to end."""
+    """Stop a run, look at how it ends, let it go on and compare; return the seconds that it took to end.
+
+    They are 0 where the signal would have come after the end.
+    """
     shutil.copytree(whole.folder / "data", folder / "data")
     argv = [*OPTIONS, f"--compile={compiled}"]
     ended = run(folder, argv, processes=processes, stop=stop)
-    assert ended.took_s < WITHIN_S, ended
+    took_s = 0.0 if math.isnan(ended.took_s) else ended.took_s
+    assert took_s < WITHIN_S, ended
     if ended.codes != [0] * processes:  # the signal came before all was done
         assert_interrupted(ended, folder)
         assert ended.err.count("once more stops at once") == (stop.ranks != (1,)), ended.err
@@ -63,7 +69,7 @@ def check(folder: Path, whole: Ended, stop: Stop, processes: int, compiled: bool
     assert ended.state["optimizer"] == whole.state["optimizer"]
     assert rows(folder / "out") == rows(whole.folder / "out")
     assert (folder / "out" / "model.bin").read_bytes() == (whole.folder / "out" / "model.bin").read_bytes()
-    return ended.took_s
+    return took_s
 
 
 def assert_interrupted(ended: Ended, folder: Path) -> None:
@@ -267,7 +273,7 @@ def test_an_echo_is_longer_under_torchrun(torchrun, seconds, codes, monkeypatch)
     monkeypatch.setattr(interrupts.time, "monotonic", iter([100.0, 100.0 + seconds]).__next__)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "id") if torchrun else monkeypatch.delenv("TORCHELASTIC_RUN_ID", False)
     hears, told = os.pipe()
-    os.write(told, bytes([signal.SIGTERM, signal.SIGCHLD, signal.SIGTERM]))
+    os.write(told, bytes([signal.SIGTERM, signal.SIGCHLD, signal.SIGTERM, 0]))
     os.close(told)
     interrupts._end_at_second(hears)
     assert ends == codes

@@ -19,6 +19,9 @@ ECHO_S, TORCHRUN_ECHO_S = 0.1, 2.0
 """A signal so soon after the first is the same one: timeout(1) sends its own twice, and what a whole job is sent,
 torchrun passes on to processes that have had it already."""
 
+_END = b"\0"
+"""No signal has this number."""
+
 
 class Interrupted(BaseException):
     """A signal ends what is going on; no Exception, so that no handler of errors takes it for one."""
@@ -54,8 +57,9 @@ class Interrupts:
             signal.signal(number, handler)
         if self._told is not None:
             signal.set_wakeup_fd(-1)
-            os.close(self._told)
+            os.write(self._told, _END)  # closing it would not do: a process that was forked may hold it too
             self._listener.join()
+            os.close(self._told)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -90,7 +94,7 @@ def _end_at_second(hears: int) -> None:
     """
     came_at = None
     echo_s = TORCHRUN_ECHO_S if "TORCHELASTIC_RUN_ID" in os.environ else ECHO_S
-    while number := os.read(hears, 1):
+    while (number := os.read(hears, 1)) != _END:
         if number[0] not in (signal.SIGINT, signal.SIGTERM):
             continue
         if came_at is None:
