@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llamalet import tokenizer
 from llamalet.errors import TokenizerError
-from llamalet.tokenizer import BinTokenizer, StreamDecoder, Tokenizer, load, write_bin
+from llamalet.tokenizer import BinTokenizer, StreamDecoder, Tokenizer, load, merging, rows, write_bin
 
 LOSSLESS = {
     "model_type": "bpe",
@@ -181,15 +181,22 @@ def spell_out(scores: dict[str, float], text: str) -> list[str]:
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
+@pytest.mark.parametrize("long_word", [1, 1024])
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.dictionaries(st.text("ab c", min_size=2, max_size=5), st.integers(-4, 0), max_size=25),
-    st.text("ab cd", min_size=1, max_size=30),
-    st.tuples(*[st.integers(-4, 0)] * 4),
+    joined=st.dictionaries(st.text("ab c", min_size=2, max_size=5), st.integers(-4, 0), max_size=25),
+    text=st.text("ab cd", min_size=1, max_size=30) | st.text("ab", min_size=1, max_size=30),
+    single=st.tuples(*[st.integers(-4, 0)] * 4),
 )
 # A piece that was joined to its left neighbour must not be joined again by an entry that the queue still holds for it.
-@example({"  ": -2, "    ": -3, "  a ": 0, " b ba": -3}, "b  a     a", (-2, 0, -1, 0))
-def test_any_scores_are_merged_best_first_leftmost_first(joined, text, single):
+@example(joined={"  ": -2, "    ": -3, "  a ": 0, " b ba": -3}, text="b  a     a", single=(-2, 0, -1, 0))
+def test_any_scores_are_merged_best_first_leftmost_first(long_word, joined, text, single):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "LONG_WORD", long_word)
+        check_merging(joined, text, single)
+
+
+def check_merging(joined, text, single):
     scores = {piece: float(score) for piece, score in [*zip(" abc", single, strict=True), *joined.items()]}
     controls = [(b"<unk>", 0.0), (b"\n<s>\n", 0.0), (b"\n</s>\n", 0.0)]
     byte_rows = [(b"<0x%02X>" % byte, 0.0) for byte in range(256)]
@@ -198,8 +205,9 @@ def test_any_scores_are_merged_best_first_leftmost_first(joined, text, single):
     assert vocabulary.encode(text) == [ids[piece] for piece in spell_out(scores, " " + text)]
 
 
-def test_a_megabyte_of_one_letter(both):
-    text = "a" * (1 << 20)
+@pytest.mark.parametrize("word", ["a", "den", " ", "a ", "\u00e9"])
+def test_a_megabyte_of_one_word(both, word):
+    text = word * ((1 << 20) // len(word))
     ids = both[1].encode(text)
     assert ids == both[0].encode(text)
     assert both[1].decode(ids) == text
@@ -342,7 +350,7 @@ def test_a_file_as_large_as_a_model_is_not_read(tmp_path):
 
 
 def test_entries_beyond_every_vocabulary_are_not_read(bin_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "MAX_VOCAB", 419)
+    monkeypatch.setattr(rows, "MAX_VOCAB", 419)
     with pytest.raises(TokenizerError, match="more than 419 entries"):
         load(bin_path)
 
@@ -411,8 +419,3 @@ def test_tok512_is_read_and_written(shared_data, tmp_path):
     assert found.decode(found.encode("Once upon a time, \U0001f600")) == "Once upon a time, \U0001f600"
     write_bin(tmp_path / "t.bin", found)
     assert (tmp_path / "t.bin").read_bytes() == (shared_data / "tok512.bin").read_bytes()
-
-
-def test_llama_3_is_refused_with_a_reason(shared_data):
-    with pytest.raises(TokenizerError, match="Llama 3"):
-        load(shared_data / "llama3-tokenizer.bin")

@@ -8,7 +8,9 @@ from conftest import random_tensors
 
 from llamalet import format, shards
 from llamalet.config import ModelConfig
-from llamalet.tokenizer import BOS_ID, BinTokenizer, write_bin
+from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, write_bin
+from llamalet.tokenizer.llama3 import special_names
+from llamalet.tokenizer.rows import Piece
 
 WORDS = (" ", "a", "b", "n", "d", "e", "t", ".", " a", " b", "an", "de", " ban", "and", " t", "\u00e9")
 
@@ -19,6 +21,26 @@ def toy_tokenizer(vocab_size: int = 300) -> BinTokenizer:
     controls = [(b"<unk>", 0.0), (b"\n<s>\n", 0.0), (b"\n</s>\n", 0.0)]
     byte_rows = [(b"<0x%02X>" % byte, 0.0) for byte in range(256)]
     return BinTokenizer(controls + byte_rows + [(text.encode(), -float(i)) for i, text in enumerate(texts)], "toy")
+
+
+# What a small rank table joins, in this order; each has its halves in the table before it.
+MERGES = (
+    ("a", "n"), ("an", "d"), (" ", "a"), (" ", "t"), ("h", "e"), (" t", "he"), (" ", " "), ("  ", "  "), ("a", "a"),
+    ("aa", "aa"), ("aaaa", "aaaa"), ("\n", "\n"), ("'", "s"), ("\u00f0", "\u009f"), ("\u00f0\u009f", "\u0098"),
+    ("1", "2"), (" ", "and"), ("b", "an"), (" ", "ban"),
+)  # fmt: skip
+
+
+def toy_ranks() -> list[Piece]:
+    """The rows of a small Llama 3 vocabulary: the bytes from the last to the first, MERGES, the special tokens."""
+    texts = [chr(255 - i) for i in range(256)] + ["".join(pair) for pair in MERGES]
+    names = [name.encode() for name in special_names()]
+    return [(piece, float(id)) for id, piece in enumerate([text.encode("latin-1") for text in texts] + names)]
+
+
+def toy_llama3() -> Llama3Tokenizer:
+    """A small Llama 3 vocabulary."""
+    return Llama3Tokenizer(toy_ranks(), "toy", suffix="bin")
 
 
 def toy_model(

@@ -1,0 +1,123 @@
+"""Text to token ids and back, with the vocabularies that Llama models come with.
+
+base.py         what they all can do; decoding one token at a time
+merging.py      byte-pair encoding
+rows.py         the layout of tokenizer.bin
+llama2.py       SentencePiece .model | llama2.c's tokenizer.bin
+llama3.py       merge ranks in a tokenizer.bin | Meta's tiktoken file
+huggingface.py  tokenizer.json
+"""
+
+import os
+from pathlib import Path
+
+from llamalet.errors import TokenizerError
+from llamalet.files import replacing
+from llamalet.tokenizer import llama3
+from llamalet.tokenizer.base import StreamDecoder, Tokenizer
+from llamalet.tokenizer.huggingface import JsonTokenizer
+from llamalet.tokenizer.llama2 import (
+    BOS_ID,
+    EOS_ID,
+    SPACE_MARK,
+    BinTokenizer,
+    SentencePieceTokenizer,
+    check_for_llama2c,
+)
+from llamalet.tokenizer.llama3 import Llama3Tokenizer
+from llamalet.tokenizer.rows import looks_like_rows, pack, unpack
+
+__all__ = [
+    "BOS_ID", "EOS_ID", "SPACE_MARK", "SUFFIXES", "BinTokenizer", "JsonTokenizer", "Llama3Tokenizer",
+    "SentencePieceTokenizer", "StreamDecoder", "Tokenizer", "beside", "load", "pack", "parse", "unpack", "write_bin",
+]  # fmt: skip
+
+# What a tokenizer's file is called beside a model, NAME.tokenizer.SUFFIX: the most telling first.
+SUFFIXES = ("model", "json", "tiktoken", "bin")
+# Keeps a wrong file (a model, a device) from being read into memory.
+MAX_FILE_BYTES = 1 << 26
+
+
+def load(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
+    """Read a tokenizer; the content tells the kind, not the name.
+
+    Args:
+        path: a SentencePiece .model, a tokenizer.bin, a tiktoken file of Llama 3 or a tokenizer.json.
+        vocab_size: the model's vocabulary, which the tokenizer must have.
+
+    Raises:
+        TokenizerError: if the file is missing, damaged, of another kind or of another vocabulary.
+        UsageError: if the kind needs a package that is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise TokenizerError(f"{path}: no such tokenizer file")
+    if not path.is_file():
+        raise TokenizerError(f"{path}: not a file; name a tokenizer: a .model, tokenizer.bin or tokenizer.json")
+    n_bytes = path.stat().st_size
+    if n_bytes > MAX_FILE_BYTES:
+        raise TokenizerError(f"{path}: {n_bytes} bytes: too large for a tokenizer; is it a model?")
+    return parse(path.read_bytes(), str(path), vocab_size)
+
+
+def parse(data: bytes, name: str, vocab_size: int | None = None) -> Tokenizer:
+    """Make a tokenizer of a file's bytes.
+
+    Args:
+        data: the bytes.
+        name: where they are from, for messages.
+        vocab_size: see load.
+
+    Raises:
+        TokenizerError: as load.
+        UsageError: as load.
+    """
+    found = _parse(data, name)
+    if vocab_size is not None and found.vocab_size != vocab_size:
+        raise TokenizerError(
+            f"{name}: {found.vocab_size} entries where the model has vocab_size={vocab_size}: "
+            "it is another model's tokenizer"
+        )
+    return found
+
+
+def _parse(data: bytes, name: str) -> Tokenizer:
+    """Tell the kinds apart by how they begin; no two can begin alike."""
+    if looks_like_rows(data):
+        pieces = unpack(data, name)
+        if llama3.is_rank_table(pieces):
+            return Llama3Tokenizer(pieces, name, suffix="bin")
+        return BinTokenizer(pieces, name)
+    if data.startswith(b"{"):
+        return JsonTokenizer(data, name)
+    if llama3.looks_like_tiktoken(data):
+        return Llama3Tokenizer(llama3.parse_tiktoken(data, name), name, suffix="tiktoken")
+    if data.startswith(b"\n"):  # the tag of a protobuf's first field
+        return SentencePieceTokenizer(data, name)
+    raise TokenizerError(
+        f"{name}: neither a SentencePiece .model, a tokenizer.bin, a tokenizer.json nor a tiktoken file"
+    )
+
+
+def beside(model_path: str | os.PathLike[str]) -> Path | None:
+    """Return the tokenizer that lies beside a .bin, NAME.tokenizer.SUFFIX, else None."""
+    model_path = Path(model_path)
+    candidates = [model_path.with_name(f"{model_path.stem}.tokenizer.{suffix}") for suffix in SUFFIXES]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def write_bin(path: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
+    """Write a vocabulary as tokenizer.bin: Llama 2's byte for byte as llama2.c exports it, Llama 3's as a rank table.
+
+    Args:
+        path: the file to make or replace.
+        tokenizer: any tokenizer but a tokenizer.json.
+
+    Raises:
+        TokenizerError: if the format cannot carry the vocabulary, so that it would give other ids.
+    """
+    if not isinstance(tokenizer, Llama3Tokenizer):
+        check_for_llama2c(tokenizer, str(path))
+    data = pack(tokenizer.pieces())
+    with replacing(Path(path)) as file:
+        file.write(data)

@@ -1,0 +1,180 @@
+"""What every tokenizer can do: text to ids, ids to bytes, and text one token at a time."""
+
+import abc
+import codecs
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+from llamalet.errors import TokenizerError
+from llamalet.tokenizer.rows import Piece, pack
+
+
+class Tokenizer(abc.ABC):
+    """A vocabulary and the way it cuts a text.
+
+    Attributes:
+        bos_id: the id that begins a document.
+        eos_id: the id that ends one.
+        special: the ids that stand for no text, by their names: BOS, EOS, the marks of a conversation. A name in a text
+            is plain text unless `encode` is asked for more.
+        stop_ids: the ids at which a text is over: EOS, the end of a turn, and BOS, which begins the next document.
+        adds_space: whether `encode` puts a space in front of a text, which `decode` takes away again.
+        suffix: what the kind's files are called here: NAME.tokenizer.SUFFIX.
+    """
+
+    suffix: ClassVar[str]
+
+    def __init__(
+        self,
+        texts: list[bytes],
+        *,
+        bos_id: int,
+        eos_id: int,
+        special: Mapping[str, int],
+        turn_ends: Iterable[int] = (),
+        adds_space: bool,
+    ) -> None:
+        """Keep the tables.
+
+        Args:
+            texts: the bytes that each id adds to a text, none for those that stand for no text.
+            bos_id: see above.
+            eos_id: see above.
+            special: see above.
+            turn_ends: the ids that end a turn of a conversation.
+            adds_space: see above.
+        """
+        self._texts = texts
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self.special = special
+        self.stop_ids = frozenset({bos_id, eos_id, *turn_ends})
+        self.adds_space = adds_space
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Tokenizer":
+        """Read a tokenizer's file, of any kind; see `llamalet.tokenizer.load`."""
+        from llamalet.tokenizer import load
+
+        return load(path)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids (V)."""
+        return len(self._texts)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity of the vocabulary: the sha256, in hex, of its tokenizer.bin, so that several kinds may share it."""
+        return hashlib.sha256(pack(self.pieces())).hexdigest()
+
+    @abc.abstractmethod
+    def pieces(self) -> list[Piece]:
+        """Return (bytes, score) per id, as they stand in a tokenizer.bin.
+
+        Raises:
+            TokenizerError: if that layout cannot say how this vocabulary cuts a text.
+        """
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token adds in the middle of a text; none for special and unknown tokens.
+
+        Raises:
+            TokenizerError: if the id is not in the vocabulary.
+        """
+        if not 0 <= token < len(self._texts):
+            raise TokenizerError(f"token {token}: not in the vocabulary of {self.vocab_size}")
+        return self._texts[token]
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+        """Return the ids of a text.
+
+        Args:
+            text: any Unicode text.
+            bos: whether to put BOS in front.
+            eos: whether to put EOS behind.
+            special: whether the names of special tokens in the text mean these tokens. Only for text that the program
+                itself has written: in a user's text they are text.
+
+        Raises:
+            TokenizerError: if the text holds half of a surrogate pair, which is no character.
+        """
+        parts = self.split_special(text) if special else [text]
+        return [self.bos_id] * bos + self.encode_parts(parts) + [self.eos_id] * eos
+
+    def encode_parts(self, parts: Sequence[int | str]) -> list[int]:
+        """Return the ids of texts with special tokens between them.
+
+        Args:
+            parts: ids, which stay as they are, and texts, in which no special token is sought.
+
+        Raises:
+            TokenizerError: as encode.
+        """
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._encode_after_special(_valid(part)) if number else self._encode(_valid(part))
+        return ids
+
+    def split_special(self, text: str) -> list[int | str]:
+        """Return a text as `encode_parts` takes it, each name of a special token replaced by its id."""
+        parts = self._special_name.split(text) if self.special else [text]
+        return [self.special.get(part, part) for part in parts if part]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the text of ids, without the space that `encode` adds; bytes that are no UTF-8 become U+FFFD."""
+        data = b"".join(map(self.token_bytes, tokens))
+        return (data.removeprefix(b" ") if self.adds_space else data).decode("utf-8", errors="replace")
+
+    @functools.cached_property
+    def _special_name(self) -> re.Pattern[str]:
+        """Matches the name of a special token, the longest where one begins like another."""
+        names = sorted(self.special, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, names)) + ")")
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Return the ids of a valid text."""
+
+    def _encode_after_special(self, text: str) -> list[int]:
+        """Return the ids of a valid text behind a special token."""
+        return self._encode(text)
+
+
+class StreamDecoder:
+    """Decodes one token at a time: what `push` and `finish` return, joined, is what `Tokenizer.decode` returns.
+
+    A character whose bytes are spread over several tokens comes out whole, with the last of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_start = tokenizer.adds_space
+
+    def push(self, token: int) -> str:
+        """Return the text that `token` completes, often empty."""
+        data = self._tokenizer.token_bytes(token)
+        if self._at_start and data:
+            data = data.removeprefix(b" ")
+            self._at_start = False
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """Return U+FFFD if the tokens ended within a character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _valid(text: str) -> str:
+    """Return the text; raise a TokenizerError if it holds half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"character {error.start} of the text: not valid Unicode ({error.reason})") from None
+    return text

@@ -1,0 +1,142 @@
+"""Hugging Face's tokenizer.json, encoded by the tokenizers library.
+
+What the library does not tell, the bytes of each token, stands in the file: the decoder says whether tokens spell bytes
+as GPT-2 does (ByteLevel: Llama 3) or text as SentencePiece does (Llama 2).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llamalet.errors import TokenizerError, UsageError
+from llamalet.tokenizer.base import Tokenizer
+from llamalet.tokenizer.rows import Piece
+
+SPACE_MARK = "\u2581"
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+# What files that have no other hint call these two, in the order in which they are tried.
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|im_start|>", "<|endoftext|>")
+EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<|im_end|>")
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|eot|>")
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json; needs the tokenizers package."""
+
+    suffix = "json"
+
+    def __init__(self, data: bytes, name: str) -> None:
+        """Parse a tokenizer.json.
+
+        Args:
+            data: the file's bytes.
+            name: the file's name, for messages.
+
+        Raises:
+            TokenizerError: if it is damaged, spells its tokens in another way, or has no BOS and EOS.
+            UsageError: if the tokenizers package is not installed.
+        """
+        try:
+            import tokenizers
+        except ImportError:
+            raise UsageError(f"{name}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
+        try:
+            table = json.loads(data)
+            self._library = tokenizers.Tokenizer.from_str(data.decode())
+            decoders = _parts(table.get("decoder"), "decoders")
+            texts, special = _texts(self._library.get_vocab(), table["added_tokens"], decoders)
+        except Exception as error:  # the library raises no other kind
+            raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
+        self._library.no_truncation()
+        self._library.no_padding()
+        names = {id: token for token, id in special.items()}
+        begin = [names[id] for id in self._library.encode("").ids if id in names]
+        bos = next((name for name in (*begin[:1], *BOS_NAMES) if name in special), None)
+        eos = next((name for name in EOS_NAMES if name in special), None)
+        if bos is None or eos is None:
+            raise TokenizerError(f"{name}: no special token named as {BOS_NAMES[0]} or {EOS_NAMES[0]} and their like")
+        super().__init__(
+            texts,
+            bos_id=special[bos],
+            eos_id=special[eos],
+            special=special,
+            turn_ends=[special[end] for end in TURN_ENDS if end in special],
+            adds_space=any(d["type"] == "Strip" or d["type"] == "Metaspace" and _strips(d) for d in decoders),
+        )
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self._name, self._bos_name = name, bos
+        # The older way for Llama 2 puts a space in front of each text between special tokens, the newer one does not.
+        self._first_text_is_like_others = self._encode_behind_bos("a") == self._encode("a")
+
+    def pieces(self) -> list[Piece]:
+        """Raise a TokenizerError: a tokenizer.bin cannot say all that a tokenizer.json does."""
+        raise TokenizerError(f"{self._name}: a tokenizer.json cannot be written in the layout of tokenizer.bin")
+
+    def _encode(self, text: str) -> list[int]:
+        self._library.encode_special_tokens = True  # that is: as any other text
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_after_special(self, text: str) -> list[int]:
+        if self._first_text_is_like_others:
+            return self._encode(text)
+        return [id for piece in self._cut_names(text) for id in self._encode_behind_bos(piece)]
+
+    def _encode_behind_bos(self, text: str) -> list[int]:
+        """Return the ids of a text without names of special tokens, where one stands before it."""
+        self._library.encode_special_tokens = False
+        ids: list[int] = self._library.encode(self._bos_name + text, add_special_tokens=False).ids
+        return ids[1:]
+
+    def _cut_names(self, text: str) -> Iterator[str]:
+        """Cut a text within each name of a special token, after its first character."""
+        while match := self._special_name.search(text):
+            yield text[: match.start() + 1]
+            text = text[match.start() + 1 :]
+        yield text
+
+
+def _parts(decoder: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """Return the parts of a Sequence, or what there is instead."""
+    if decoder is None:
+        return []
+    return list(decoder[key]) if decoder["type"] == "Sequence" else [decoder]
+
+
+def _strips(metaspace: Mapping[str, Any]) -> bool:
+    """Return whether a Metaspace puts a space in front of a text."""
+    return bool(metaspace.get("add_prefix_space", True)) and metaspace.get("prepend_scheme", "always") != "never"
+
+
+def _texts(
+    vocab: Mapping[str, int], added_tokens: Sequence[Mapping[str, Any]], decoders: Sequence[Mapping[str, Any]]
+) -> tuple[list[bytes], dict[str, int]]:
+    """Return the bytes of each id, and the special tokens; ids that the file leaves out have no bytes."""
+    kinds = {decoder["type"] for decoder in decoders}
+    if not kinds & {"ByteLevel", "Metaspace", "Replace"}:
+        raise ValueError(f"its decoder is {'+'.join(sorted(kinds)) or 'missing'}: must be ByteLevel or SentencePiece's")
+    bytes_of = byte_level_bytes()
+    texts = [b""] * (max(vocab.values()) + 1)
+    added = {token["content"]: token for token in added_tokens}
+    for token, id in vocab.items():
+        if token in added:
+            texts[id] = b"" if added[token]["special"] else token.encode()
+        elif "ByteLevel" in kinds:
+            texts[id] = bytes(bytes_of[character] for character in token)
+        elif "ByteFallback" in kinds and BYTE_TOKEN.fullmatch(token):
+            texts[id] = bytes([int(token[3:5], 16)])
+        else:
+            texts[id] = token.replace(SPACE_MARK, " ").encode()
+    return texts, {name: token["id"] for name, token in added.items() if token["special"]}
+
+
+def byte_level_bytes() -> dict[str, int]:
+    """Return the byte that each character stands for in a byte-level vocabulary.
+
+    A visible Latin-1 character is its own byte; the other bytes follow from U+0100 on. Source: GPT-2, encoder.py
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

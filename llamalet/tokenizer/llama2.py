@@ -1,0 +1,180 @@
+"""Llama 2's kind of vocabulary: SentencePiece .model files and llama2.c's tokenizer.bin.
+
+Both hold the same. An id below 3 is a control token (unknown, BOS, EOS), the next 256 are raw bytes for what the
+vocabulary cannot spell, the rest are pieces of text. A text gets one space in front (SentencePiece's dummy prefix, that
+llama2.c always adds), so the first word reads like any other; decoding takes it away again.
+"""
+
+import functools
+import math
+import re
+
+from llamalet.errors import TokenizerError
+from llamalet.tokenizer.base import Tokenizer
+from llamalet.tokenizer.merging import MergingTokenizer, merge
+from llamalet.tokenizer.rows import Piece
+
+# SentencePiece writes a space inside a piece as this character.
+SPACE_MARK = "\u2581"
+BOS_ID, EOS_ID = 1, 2
+BOS_ROW, EOS_ROW = b"\n<s>\n", b"\n</s>\n"
+N_CONTROLS = 3
+N_BYTES = 256
+FIRST_TEXT_ID = N_CONTROLS + N_BYTES
+
+# A word with the spaces before it, and the spaces at the end of a text.
+WORD = re.compile(" *[^ ]+| +")
+SPACE_INSIDE = re.compile("[^ ] ")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece .model, encoded by the sentencepiece library."""
+
+    suffix = "model"
+
+    def __init__(self, data: bytes, name: str) -> None:
+        """Parse a .model.
+
+        Args:
+            data: the file's bytes.
+            name: the file's name, for messages.
+
+        Raises:
+            TokenizerError: if the library refuses it, or it has no BOS and EOS.
+        """
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.load_from_serialized_proto(data)
+            ids = list(range(self._processor.get_piece_size()))
+            texts = [piece.replace(SPACE_MARK, " ").encode() for piece in self._processor.id_to_piece(ids)]
+            scores = self._processor.get_score(ids)
+        except (RuntimeError, UnicodeError) as error:
+            raise TokenizerError(f"{name}: not a usable SentencePiece model: {error}") from None
+        bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if bos_id < 0 or eos_id < 0:
+            raise TokenizerError(f"{name}: bos_id={bos_id}, eos_id={eos_id}: the vocabulary must have both")
+        rows = {bos_id: BOS_ROW, eos_id: EOS_ROW}
+        self._pieces = [(rows.get(id, text), score) for id, text, score in zip(ids, texts, scores, strict=True)]
+        special = {}
+        for id in ids:
+            if self._processor.is_byte(id):
+                texts[id] = bytes([int(texts[id][3:5], 16)])
+            elif self._processor.is_control(id) or self._processor.is_unknown(id):
+                special[texts[id].decode()] = id
+                texts[id] = b""
+        first = self._processor.id_to_piece(self._processor.encode("a")[:1])
+        adds_space = bool(first) and first[0].startswith(SPACE_MARK)
+        super().__init__(texts, bos_id=bos_id, eos_id=eos_id, special=special, adds_space=adds_space)
+
+    def pieces(self) -> list[Piece]:
+        """Return (bytes, score) per id, as they stand in tokenizer.bin."""
+        return self._pieces
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+
+class BinTokenizer(MergingTokenizer):
+    """llama2.c's tokenizer.bin, encoded here, with the ids that SentencePiece's BPE gives.
+
+    The text starts as single characters. Of all neighbours that join to a piece of the vocabulary, those with the
+    highest score are joined, the leftmost first, until none is left; a character outside the vocabulary becomes bytes.
+    """
+
+    suffix = "bin"
+
+    def __init__(self, pieces: list[Piece], name: str) -> None:
+        """Take the rows of a tokenizer.bin.
+
+        Args:
+            pieces: (bytes, score) per id.
+            name: the file's name, for messages.
+
+        Raises:
+            TokenizerError: if the rows are not a vocabulary of llama2.c's layout.
+        """
+        check_pieces(pieces, name)
+        texts = [piece for piece, _ in pieces]
+        texts[:FIRST_TEXT_ID] = [b""] * N_CONTROLS + [bytes([byte]) for byte in range(N_BYTES)]
+        special = {"<unk>": 0, "<s>": BOS_ID, "</s>": EOS_ID}
+        super().__init__(texts, bos_id=BOS_ID, eos_id=EOS_ID, special=special, adds_space=True)
+        self._pieces = pieces
+
+    def pieces(self) -> list[Piece]:
+        """Return (bytes, score) per id."""
+        return self._pieces
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        """The id of each piece of text."""
+        return {self._texts[id].decode(): id for id in range(FIRST_TEXT_ID, self.vocab_size)}
+
+    @functools.cached_property
+    def _ranks(self) -> dict[str, int]:
+        """The rank of each piece's score: 0 is the highest, equal scores share one."""
+        scores = sorted({score for _, score in self._pieces}, reverse=True)
+        rank = {score: number for number, score in enumerate(scores)}
+        return {piece: rank[self._pieces[id][1]] for piece, id in self._ids.items()}
+
+    @functools.cached_property
+    def _words_are_apart(self) -> bool:
+        """Whether no piece goes on after a word's end, so that words can be cut alone."""
+        return not any(map(SPACE_INSIDE.search, self._ids))
+
+    def _words(self, text: str) -> list[str]:
+        text = " " + text.replace(SPACE_MARK, " ") if text else ""
+        return WORD.findall(text) if self._words_are_apart else [text]
+
+    def _word_ids(self, word: str) -> tuple[int, ...]:
+        ids: list[int] = []
+        for piece in merge(word, self._ranks):
+            if piece in self._ids:
+                ids.append(self._ids[piece])
+            else:
+                ids.extend(byte + N_CONTROLS for byte in piece.encode())
+        return tuple(ids)
+
+
+def check_for_llama2c(tokenizer: Tokenizer, name: str) -> None:
+    """Raise a TokenizerError unless llama2.c's readers would cut texts as `tokenizer` does; `name` is the file's."""
+    copy = BinTokenizer(tokenizer.pieces(), name)
+    # Every piece as a word: a model that is no BPE (unigram) cannot go unnoticed. Spaces stand alone, for a .model may
+    # drop extra ones before it cuts; that, like its folding of characters, tokenizer.bin cannot say.
+    words = b" ".join(copy.token_bytes(id) for id in range(FIRST_TEXT_ID, copy.vocab_size)).decode().split()
+    probe = " ".join(words)
+    if (tokenizer.bos_id, tokenizer.eos_id) != (BOS_ID, EOS_ID) or copy.encode(probe) != tokenizer.encode(probe):
+        raise TokenizerError(
+            f"{name}: llama2.c's readers would cut texts differently: the vocabulary must be SentencePiece BPE with "
+            f"byte fallback and dummy prefix, bos_id={BOS_ID} and eos_id={EOS_ID}"
+        )
+
+
+def check_pieces(pieces: list[Piece], name: str) -> None:
+    """Raise a TokenizerError unless llama2.c's readers can rely on these rows."""
+    if len(pieces) < FIRST_TEXT_ID:
+        raise TokenizerError(
+            f"{name}: {len(pieces)} entries: at least {FIRST_TEXT_ID} are needed, {N_CONTROLS} control tokens and "
+            f"{N_BYTES} bytes"
+        )
+    first_at: dict[bytes, int] = {}
+    for id, (piece, score) in enumerate(pieces):
+        if first_at.setdefault(piece, id) != id:
+            raise TokenizerError(f"{name}: entry {id}: {piece!r} stands already at {first_at[piece]}")
+        if not math.isfinite(score):
+            raise TokenizerError(f"{name}: entry {id}: score {score}: must be finite")
+        if N_CONTROLS <= id < FIRST_TEXT_ID and piece != b"<0x%02X>" % (id - N_CONTROLS):
+            raise TokenizerError(
+                f"{name}: entry {id}: {piece!r} where <0x{id - N_CONTROLS:02X}> must stand: not a Llama 2 style "
+                "vocabulary with byte fallback (a Llama 3 one?)"
+            )
+        try:
+            piece.decode()
+        except UnicodeDecodeError:
+            raise TokenizerError(f"{name}: entry {id}: {piece!r}: not valid UTF-8") from None
+        if not piece or b"\0" in piece:
+            raise TokenizerError(f"{name}: entry {id}: {piece!r}: empty or with a NUL, where C readers would stop")
+    if b" " not in first_at:
+        raise TokenizerError(f"{name}: no entry for the space, which every text begins with")

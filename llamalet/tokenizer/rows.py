@@ -1,0 +1,65 @@
+"""The layout of llama2.c's tokenizer.bin, little-endian.
+
+    0  uint32 length of the longest entry, in bytes
+       then for each id: float32 score, uint32 length, the entry's bytes
+
+The number of entries is the rest of the file's. What entries and scores mean differs between Llama 2 (llama2.py) and
+Llama 3 (llama3.py). Source: llama2.c, tokenizer.py and run.c.
+"""
+
+import struct
+
+from llamalet.errors import TokenizerError
+
+Piece = tuple[bytes, float]  # the entry's bytes, and its score
+
+LONGEST = struct.Struct("<I")
+ENTRY = struct.Struct("<fI")
+# Above every real vocabulary. They keep a wrong file (a model, a device) from being read into memory.
+MAX_PIECE_BYTES, MAX_VOCAB = 1 << 16, 1 << 20
+
+
+def looks_like_rows(data: bytes) -> bool:
+    """Return whether a file can be a tokenizer.bin: as this number, other kinds' first bytes are out of range."""
+    return len(data) >= LONGEST.size and LONGEST.unpack_from(data)[0] <= MAX_PIECE_BYTES
+
+
+def pack(pieces: list[Piece]) -> bytes:
+    """Return the bytes of a tokenizer.bin with these rows."""
+    rows = [ENTRY.pack(score, len(piece)) + piece for piece, score in pieces]
+    return LONGEST.pack(max((len(piece) for piece, _ in pieces), default=0)) + b"".join(rows)
+
+
+def unpack(data: bytes, name: str) -> list[Piece]:
+    """Return the rows of a tokenizer.bin.
+
+    Args:
+        data: the file's bytes.
+        name: the file's name, for messages.
+
+    Raises:
+        TokenizerError: if they do not fill the file exactly, or the longest is not as long as it says.
+    """
+    pieces: list[Piece] = []
+    at, longest = LONGEST.size, 0
+    while at < len(data):
+        if len(data) - at < ENTRY.size:
+            raise TokenizerError(f"{name}: ends within entry {len(pieces)}: truncated, or not a tokenizer.bin")
+        score, length = ENTRY.unpack_from(data, at)
+        at += ENTRY.size
+        if not 1 <= length <= min(MAX_PIECE_BYTES, len(data) - at):
+            raise TokenizerError(
+                f"{name}: entry {len(pieces)}: length {length} with {len(data) - at} bytes left: must be positive "
+                "and fit; the file is truncated, or not a tokenizer.bin"
+            )
+        pieces.append((data[at : at + length], score))
+        at += length
+        longest = max(longest, length)
+        if len(pieces) > MAX_VOCAB:
+            raise TokenizerError(f"{name}: more than {MAX_VOCAB} entries: not a tokenizer.bin")
+    if LONGEST.unpack_from(data)[0] != longest:
+        raise TokenizerError(
+            f"{name}: says that its longest entry has {LONGEST.unpack_from(data)[0]} bytes, it has {longest}: "
+            "damaged, or not a tokenizer.bin"
+        )
+    return pieces

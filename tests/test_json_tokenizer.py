@@ -1,0 +1,162 @@
+import json
+import sys
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_llama3_tokenizer import HARD, by_library, texts
+from test_tokenizer import LOSSLESS, train
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from toy import toy_llama3
+
+from llamalet import tokenizer
+from llamalet.errors import TokenizerError, UsageError
+from llamalet.tokenizer import BinTokenizer, JsonTokenizer, StreamDecoder, load, parse, write_bin
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """Llama 3's kind of tokenizer.json."""
+    built = by_library()
+    bos = "<|begin_of_text|>"
+    built.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, built.token_to_id(bos))]
+    )
+    return built
+
+
+def from_sentencepiece(*, prepend: bool) -> tokenizers.Tokenizer:
+    """Llama 2's kind of tokenizer.json: with the older normalizer, or with a Metaspace."""
+    model = parse(train(**LOSSLESS), "small")
+    pieces = [piece.decode().replace(" ", "\u2581") for piece, _ in model.pieces()]
+    pieces[:3] = ["<unk>", "<s>", "</s>"]
+    scores = dict(zip(pieces, (score for _, score in model.pieces()), strict=True))
+    pairs = [(p[:i], p[i:]) for p in pieces[259:] for i in range(1, len(p)) if p[:i] in scores and p[i:] in scores]
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    merges = sorted(pairs, key=lambda pair: -scores["".join(pair)])
+    built = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tail = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    if prepend:
+        built.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        built.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), *tail])
+    else:
+        built.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="first", split=False)
+        built.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), *tail])
+    built.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in pieces[:3]])
+    return built
+
+
+LIBRARIES = {
+    "byte level": byte_level,
+    "prepend": lambda: from_sentencepiece(prepend=True),
+    "metaspace": lambda: from_sentencepiece(prepend=False),
+}
+
+
+@pytest.fixture(scope="module", params=LIBRARIES)
+def both(request) -> tuple[JsonTokenizer, tokenizers.Tokenizer]:
+    library = LIBRARIES[request.param]()
+    found = parse(library.to_str().encode(), "tokenizer.json")
+    assert isinstance(found, JsonTokenizer)
+    return found, library
+
+
+def test_ids_and_text_are_the_librarys(both):
+    ours, library = both
+    library.encode_special_tokens = True
+
+    @settings(max_examples=200, deadline=None)
+    @given(texts.filter(lambda text: "\u2581" not in text))
+    def check(text):
+        ids = ours.encode(text)
+        assert ids == library.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == library.decode(ids)
+
+    try:
+        check()
+        for text in HARD:
+            assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+    finally:
+        library.encode_special_tokens = False
+
+
+def test_any_ids_are_decoded_as_the_library_does(both):
+    ours, library = both
+    assert ours.vocab_size == library.get_vocab_size()
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.integers(0, ours.vocab_size - 1), max_size=20))
+    def check(ids):
+        decoder = StreamDecoder(ours)
+        text = "".join([*map(decoder.push, ids), decoder.finish()])
+        assert text == ours.decode(ids)
+        # Where bytes are no character the library gives up all those around them.
+        assert "\ufffd" in text or text == library.decode(ids, skip_special_tokens=True)
+
+    check()
+
+
+def test_special_tokens_are_sought_only_when_asked(both):
+    ours, library = both
+    bos, eos = (name for id in (ours.bos_id, ours.eos_id) for name, number in ours.special.items() if number == id)
+    for text in (f"{bos}the den{eos}{bos} and", f"the{eos}", f"{bos}", f"x {bos} y"):
+        assert ours.encode(text, special=True) == library.encode(text, add_special_tokens=False).ids
+        assert not {ours.bos_id, ours.eos_id} & set(ours.encode(text))
+    # What a user says in a conversation stands behind special tokens, and names them in vain.
+    said = f"a{eos}b{bos[:-1]}{eos}{eos[:3]}{eos} "
+    parts = ours.encode_parts([ours.bos_id, "the", ours.eos_id, said])
+    assert [id for id in parts if id in ours.special.values()] == [ours.bos_id, ours.eos_id]
+    assert ours.decode(parts[parts.index(ours.eos_id) :]).strip(" ") == said.strip(" ")
+
+
+def test_the_byte_level_one_is_the_rank_table():
+    ours, table = parse(byte_level().to_str().encode(), "x"), toy_llama3()
+    assert [ours.token_bytes(id) for id in range(ours.vocab_size)] == [
+        table.token_bytes(id) for id in range(table.vocab_size)
+    ]
+    assert (ours.bos_id, ours.eos_id, ours.stop_ids) == (table.bos_id, table.eos_id, table.stop_ids)
+    assert ours.adds_space is False and ours.special == table.special
+
+
+def test_the_sentencepiece_one_is_the_model():
+    model = parse(train(**LOSSLESS), "small")
+    ours = BinTokenizer(model.pieces(), "small")
+    for prepend in (True, False):
+        found = parse(from_sentencepiece(prepend=prepend).to_str().encode(), "x")
+        assert (found.bos_id, found.eos_id, found.adds_space) == (1, 2, True)
+        for text in HARD:
+            if prepend or not text.startswith(" "):  # a Metaspace adds no second space
+                assert found.encode(text) == ours.encode(text)
+
+
+def test_it_lies_beside_a_model_and_is_no_tokenizer_bin(tmp_path):
+    path = tmp_path / "story.tokenizer.json"
+    path.write_text(byte_level().to_str())
+    assert tokenizer.beside(tmp_path / "story.bin") == path
+    with pytest.raises(TokenizerError, match="story.tokenizer.json: .* cannot be written"):
+        write_bin(tmp_path / "t.bin", load(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda table: table.clear(), "not a usable"),
+        (lambda table: table.update(model={"type": "BPE"}), "not a usable"),
+        (lambda table: table.update(decoder=None), "its decoder is missing"),
+        (lambda table: table.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "WordPiece"),
+        (lambda table: table.update(added_tokens=[], post_processor=None), "no special token named"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, change, complaint):
+    table = json.loads(byte_level().to_str())
+    change(table)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(TokenizerError, match=complaint) as caught:
+        load(tmp_path / "tokenizer.json")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UsageError, match="pip install tokenizers"):
+        parse(b"{}", "tokenizer.json")
