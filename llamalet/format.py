@@ -8,7 +8,8 @@ little-endian. That table drives the reader, the writer and the check of the siz
     v2  int8 in groups, read by runq.c: every matrix is its int8 values and then one float32 scale per group.
     v3  one of float32 (f32), bfloat16 (bf16), 8 bits (q8) and 4 bits (q4), in v1's order. The values of a q8 or q4
         matrix, and then its scales, lie as `quantize.Packed` says, ready for the kernels. Every array begins at a
-        multiple of 64 bytes, with zeros before it. The layers of a matrix follow each other at equal distances.
+        multiple of 64 bytes, with zeros before it. The layers of a matrix follow each other at equal distances. After
+        the tensors there may be the model's tokenizer: its file, as it is.
 
 Norms are float32 in every version. Source of v0-v2: llama2.c, export.py, run.c and runq.c.
 """
@@ -34,6 +35,7 @@ from llamalet.header import (
     LLAMA2C_NORM_EPS,
     LLAMA2C_ROPE_THETA,
     V3_GROUP_SIZES,
+    TokenizerSection,
     pack_header,
     read_header,
 )
@@ -146,6 +148,8 @@ class ModelFile:
     path: Path
     header: Header
     tensors: Mapping[str, Tensor]
+    tokenizer_data: bytes | None = None
+    """The tokenizer's file, where it lies inside."""
 
     @property
     def version(self) -> int:
@@ -227,18 +231,19 @@ def read(path: str | os.PathLike[str], *, verify: bool | None = None) -> ModelFi
         n_bytes = os.fstat(file.fileno()).st_size
         header = read_header(path, file.read(HEADER_BYTES))
         specs = list(tensor_specs(header.version, header.config, header.dtype, header.group_size))
-        expected = header.n_bytes + sum(spec.n_bytes for spec in specs)
+        end = header.n_bytes + sum(spec.n_bytes for spec in specs)
+        expected = end + (header.tokenizer.n_bytes if header.tokenizer else 0)
         if n_bytes != expected:
             kind = "truncated or of another shape" if n_bytes < expected else "longer than its header says"
             raise FormatError(f"{path}: {n_bytes} bytes where the header asks for {expected}: {kind}")
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if verify or (verify is None and n_bytes <= VERIFY_BYTES):
-        _verify_payload(path, header, buffer)
+        _verify_payload(path, header, buffer, end)
     tensors = dict(_map_tensors(path, specs, buffer, header.n_bytes))
     if header.version == 0:
         config = _with_rope_theta_of_tables(path, header.config, tensors.pop("rope_cos"), tensors.pop("rope_sin"))
         header = dataclasses.replace(header, config=config)
-    return ModelFile(path, header, tensors)
+    return ModelFile(path, header, tensors, _read_tokenizer(path, header.tokenizer, buffer, end))
 
 
 def write(
@@ -249,6 +254,7 @@ def write(
     *,
     dtype: str | None = None,
     tokenizer_sha256: str | None = None,
+    tokenizer: tuple[str, bytes] | None = None,
     force: bool = False,
 ) -> ModelFile:
     """Write a model file aside, sync it, rename it into place, read it back and compare.
@@ -260,6 +266,7 @@ def write(
         tensors: every tensor by its checkpoint name, float32; "output" only for an untied model. Not changed.
         dtype: what v3's matrices are made of, one of DTYPES; None takes q8. The other versions have one dtype each.
         tokenizer_sha256: identity of the tokenizer, 64 hex digits; v0 has no room for it.
+        tokenizer: the tokenizer's kind, one of TOKENIZER_KINDS, and its file, to go inside; version 3 only.
         force: write v0 even where llama2.c would compute something else; norm_eps is lost then.
 
     Returns:
@@ -272,6 +279,8 @@ def write(
     """
     path = Path(path)
     check_can_carry(version, config, dtype=dtype, force=force)
+    if tokenizer is not None and version != 3:
+        raise ConfigError(f"version {version} has no place for a tokenizer; take --version 3")
     dtype = dtype or DEFAULT_DTYPES[version]
     group_size = {2: group_size_for(config.dim, config.hidden_dim), 3: V3_GROUP_SIZES[dtype]}.get(version)
     specs = list(tensor_specs(version, config, dtype, group_size))
@@ -286,7 +295,12 @@ def write(
             for data in _bytes_of(spec, spec.encode(sources[spec.name])):
                 crc = zlib.crc32(data, crc)
                 file.write(data)
-        header = Header(version, config, dtype, group_size, tokenizer_sha256, crc)
+        section = None
+        if tokenizer is not None:
+            kind, data = tokenizer
+            section = TokenizerSection(file.tell(), len(data), zlib.crc32(data), kind)
+            file.write(data)
+        header = Header(version, config, dtype, group_size, tokenizer_sha256, crc, section)
         if version == 0:  # no room for the rest; norm_eps becomes llama2.c's
             header = Header(0, dataclasses.replace(config, norm_eps=LLAMA2C_NORM_EPS))
         file.seek(0)
@@ -369,11 +383,25 @@ def _map_tensors(
         yield spec.name, spec.assemble(arrays)
 
 
-def _verify_payload(path: Path, header: Header, buffer: mmap.mmap) -> None:
-    """Compare the payload's CRC32 with the header's, where the header has one."""
+def _read_tokenizer(path: Path, section: TokenizerSection | None, buffer: mmap.mmap, end: int) -> bytes | None:
+    """Return the tokenizer's file, which begins where the tensors end, after comparing its CRC32."""
+    if section is None:
+        return None
+    if section.offset != end:
+        raise FormatError(f"{path}: tokenizer offset {section.offset}: must be {end}, where the tensors end")
+    data = buffer[end : end + section.n_bytes]
+    if zlib.crc32(data) != section.crc32:
+        raise FormatError(
+            f"{path}: the tokenizer's checksum is {zlib.crc32(data):08x}, not {section.crc32:08x}: damaged"
+        )
+    return data
+
+
+def _verify_payload(path: Path, header: Header, buffer: mmap.mmap, end: int) -> None:
+    """Compare the CRC32 of the tensors with the header's, where the header has one."""
     if header.payload_crc32 is None:
         return
-    with memoryview(buffer) as view, view[header.n_bytes :] as payload:
+    with memoryview(buffer) as view, view[header.n_bytes : end] as payload:
         found = zlib.crc32(payload)
     if found != header.payload_crc32:
         raise FormatError(f"{path}: the weights' checksum is {found:08x}, not {header.payload_crc32:08x}: damaged")
@@ -427,7 +455,7 @@ def _compare(path: Path, file: BinaryIO, header: Header, crc: int) -> None:
     """Read the file that is about to be renamed to `path` back, and compare it with what was meant."""
     found = read(file.name, verify=False)
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer, memoryview(buffer) as view:
-        with view[header.n_bytes :] as payload:
+        with view[header.n_bytes : header.tokenizer.offset if header.tokenizer else len(view)] as payload:
             found_crc = zlib.crc32(payload)
     if found.header != header or found_crc != crc:
         raise FormatError(f"{path}: what was read back is not what was written: the disk may be failing")

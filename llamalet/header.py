@@ -10,10 +10,13 @@
            61  uint8 whether RoPE is scaled; its float64 factor, low_freq_factor, high_freq_factor and int32
                original_max_seq_len
            90  the tokenizer's sha256, zeros where unknown
-          122  CRC32 of the payload: of every byte from 256 on
+          122  CRC32 of the payload: of every byte from 256 to the end of the tensors
     v3    126  int32 head_dim, uint8 dtype: its place in DTYPES
-    v1-v3      then the CRC32 of all bytes before it, and zeros up to 256: reserved for later fields. Readers insist on
-               them, so that none passes over a field that it does not know
+    v1-v3      then the CRC32 of all bytes before it
+    v3    135  zeros, or of the tokenizer's file inside, after the tensors: uint64 offset, uint32 length, uint32 CRC32,
+               uint8 kind: its place in TOKENIZER_KINDS, from 1; and again the CRC32 of all bytes before it
+    v1-v3      then zeros up to 256: reserved for later fields. Readers insist on them, so that none passes over a field
+               that it does not know
 
 llama2.c's v1 and v2 end at byte 41 and skip the rest, which may be all zero in a file of theirs: then norm_eps and
 rope_theta are what its programs hard-code. Source of v0-v2: llama2.c, export.py, run.c and runq.c.
@@ -36,10 +39,13 @@ MARKER = b"LLMT"
 EXTRAS = struct.Struct("<4s2dB3dI32sI")  # MARKER .. CRC32 of the payload
 V3_FIELDS = struct.Struct("<iB")  # head_dim, dtype
 CHECKSUM = struct.Struct("<I")
+TOKENIZER = struct.Struct("<QIIB")  # offset, length, CRC32, kind
 HEADER_BYTES = 256
 
 # What the matrices of a file are made of. v0 and v1 are f32, v2 is q8 with float32 scales.
 DTYPES = ("f32", "bf16", "q8", "q4")
+# What a tokenizer's file inside can be, by the ending that it would have beside the model.
+TOKENIZER_KINDS = ("model", "bin", "json", "tiktoken")
 V3_GROUP_SIZES = {"f32": None, "bf16": None, "q8": Q8_GROUP_SIZE, "q4": Q4_GROUP_SIZE}
 
 # llama2.c's constants, and so the meaning of a header without extras.
@@ -48,6 +54,17 @@ LLAMA2C_ROPE_THETA = 10000.0
 
 # Caps on what a header may claim, far above every model this project is for.
 MAX_WIDTH, MAX_LAYERS, MAX_VOCAB, MAX_CONTEXT = 1 << 18, 1 << 10, 1 << 20, 1 << 20
+MAX_TOKENIZER_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class TokenizerSection:
+    """Where in a file its tokenizer's file lies, and of what kind it is, one of TOKENIZER_KINDS."""
+
+    offset: int
+    n_bytes: int
+    crc32: int
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,7 @@ class Header:
     group_size: int | None = None
     tokenizer_sha256: str | None = None
     payload_crc32: int | None = None
+    tokenizer: TokenizerSection | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -83,7 +101,11 @@ def pack_header(header: Header) -> bytes:
     packed += EXTRAS.pack(MARKER, c.norm_eps, c.rope_theta, s is not None, *scaling, sha256, header.payload_crc32 or 0)
     if header.version == 3:
         packed += V3_FIELDS.pack(c.head_dim, DTYPES.index(header.dtype))
-    return (packed + CHECKSUM.pack(zlib.crc32(packed))).ljust(HEADER_BYTES, b"\0")
+    packed += CHECKSUM.pack(zlib.crc32(packed))
+    if (t := header.tokenizer) is not None:
+        packed += TOKENIZER.pack(t.offset, t.n_bytes, t.crc32, TOKENIZER_KINDS.index(t.kind) + 1)
+        packed += CHECKSUM.pack(zlib.crc32(packed))
+    return packed.ljust(HEADER_BYTES, b"\0")
 
 
 def read_header(path: Path, head: bytes) -> Header:
@@ -114,7 +136,9 @@ def read_header(path: Path, head: bytes) -> Header:
     config = _checked_config(path, shape, bool(tied), extras)
     dtype = {1: "f32", 2: "q8", 3: extras.dtype}[version]
     _check_group_size(path, version, dtype, group_size, config)
-    return Header(version, config, dtype, group_size or None, extras.tokenizer_sha256, extras.payload_crc32)
+    return Header(
+        version, config, dtype, group_size or None, extras.tokenizer_sha256, extras.payload_crc32, extras.tokenizer
+    )
 
 
 def _read_v0(path: Path, head: bytes) -> Header:
@@ -138,6 +162,7 @@ class _Extras:
     payload_crc32: int | None = None
     head_dim: int | None = None  # dim / n_heads
     dtype: str = "f32"
+    tokenizer: TokenizerSection | None = None
 
 
 def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
@@ -154,7 +179,11 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
         end += V3_FIELDS.size
     if CHECKSUM.unpack_from(head, end)[0] != zlib.crc32(head[:end]):
         raise FormatError(f"{path}: the header's checksum does not match: the file is damaged")
-    if any(head[end + CHECKSUM.size :]) or scaled not in (0, 1):
+    end += CHECKSUM.size
+    section = None
+    if version == 3 and any(head[end : end + TOKENIZER.size]):
+        section, end = _read_section(path, head, end)
+    if any(head[end:]) or scaled not in (0, 1):
         raise FormatError(f"{path}: the header has bytes set that must be zero")
     if code >= len(DTYPES):
         raise FormatError(f"{path}: dtype {code}: must be one of 0..{len(DTYPES) - 1} ({', '.join(DTYPES)})")
@@ -167,7 +196,20 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
     sha256_hex = sha256.hex() if any(sha256) else None
-    return _Extras(eps, theta, rope_scaling, sha256_hex, payload_crc, head_dim, DTYPES[code])
+    return _Extras(eps, theta, rope_scaling, sha256_hex, payload_crc, head_dim, DTYPES[code], section)
+
+
+def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection, int]:
+    """Decode where the tokenizer lies; return it and the end of its fields."""
+    offset, n_bytes, crc, kind = TOKENIZER.unpack_from(head, at)
+    end = at + TOKENIZER.size
+    if CHECKSUM.unpack_from(head, end)[0] != zlib.crc32(head[:end]):
+        raise FormatError(f"{path}: the checksum of the tokenizer's fields does not match: the file is damaged")
+    if not 1 <= kind <= len(TOKENIZER_KINDS):
+        raise FormatError(f"{path}: tokenizer kind {kind}: must be one of 1..{len(TOKENIZER_KINDS)}")
+    if not 1 <= n_bytes <= MAX_TOKENIZER_BYTES:
+        raise FormatError(f"{path}: tokenizer length {n_bytes}: must lie in 1..{MAX_TOKENIZER_BYTES}")
+    return TokenizerSection(offset, n_bytes, crc, TOKENIZER_KINDS[kind - 1]), end + CHECKSUM.size
 
 
 def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extras) -> ModelConfig:

@@ -51,7 +51,7 @@ class Model:
 
         Args:
             path: a .bin, a training checkpoint, or a run's folder (its best checkpoint).
-            tokenizer: a SentencePiece .model or a tokenizer.bin; None takes the one beside the model.
+            tokenizer: a tokenizer's file; None takes the one inside the model's, or beside it.
             backend: numba, or numpy, which is slow and needs no compiler.
             threads: how many threads compute; None leaves it to the backend.
             verify: whether to verify the payload's checksum; None verifies small files only.
@@ -66,7 +66,11 @@ class Model:
             raise ConfigError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
         path = Path(path)
         file, found = read_checkpoint(path) if path.is_dir() else (format.read(path, verify=verify), beside(path))
-        vocabulary = load_tokenizer(file, Path(tokenizer) if tokenizer is not None else found)
+        if tokenizer is not None:
+            found = Path(tokenizer)
+        elif file.tokenizer_data is not None:
+            found = None
+        vocabulary = load_tokenizer(file, found)
         # The compiled kernels take longest to import: whatever else is wrong has been said by now.
         if backend == "numpy":
             from llamalet.reference import NumpyTransformer
@@ -203,25 +207,34 @@ class Model:
         return stream(events, decoders)
 
     @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """The tokens that end a story: EOS, and BOS, which begins the next one in the training data."""
-        return (self.tokenizer.bos_id, self.tokenizer.eos_id)
+    def stop_tokens(self) -> frozenset[int]:
+        """The tokens that end a text: EOS, the end of a turn, and BOS, which begins the next text in training data."""
+        return self.tokenizer.stop_ids
 
 
 def load_tokenizer(file: format.ModelFile, path: Path | None) -> Tokenizer:
-    """Read a model's tokenizer and check that it is the model's.
+    """Read a model's tokenizer, from `path` or from inside the file, and check that it is the model's.
 
     Raises:
         TokenizerError: if there is none, it is damaged, or of another vocabulary.
     """
-    if path is None:
+    if path is not None:
+        found = tokenizer.load(path, file.config.vocab_size)
+    elif file.tokenizer_data is not None:
+        found = tokenizer.parse(file.tokenizer_data, f"{file.path}, tokenizer inside", file.config.vocab_size)
+        if file.header.tokenizer is not None and found.suffix != file.header.tokenizer.kind:
+            raise TokenizerError(
+                f"{file.path}: the tokenizer inside is of kind {found.suffix}, not {file.header.tokenizer.kind} as the "
+                "header says"
+            )
+    else:
+        names = f"{file.path.stem}.tokenizer.{{{','.join(tokenizer.SUFFIXES)}}}"
         raise TokenizerError(
-            f"{file.path}: no tokenizer beside it ({file.path.stem}.tokenizer.model or .bin); name one with -z PATH"
+            f"{file.path}: no tokenizer inside it and no tokenizer beside it ({names}); name one with -z"
         )
-    found = tokenizer.load(path, file.config.vocab_size)
     if file.tokenizer_sha256 not in (None, found.sha256):
         raise TokenizerError(
-            f"{path}: not the vocabulary that {file.path} was trained with: "
+            f"{path or file.path}: not the vocabulary that {file.path} was trained with: "
             f"sha256 is {found.sha256[:12]}..., must be {str(file.tokenizer_sha256)[:12]}..."
         )
     return found
