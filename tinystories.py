@@ -10,6 +10,7 @@ COMMAND --help lists the options of each. Some ways to go:
   python tinystories.py download && python tinystories.py pretokenize
   python tinystories.py synthesize && python tinystories.py pretokenize
   python tinystories.py pretokenize my_novel.txt
+  python tinystories.py pretokenize tinyshakespeare --vocab-size=1024
   python tinystories.py pretokenize my_folder --document=blankline --vocab=llama2/tokenizer.model
 """
 
@@ -37,6 +38,7 @@ from training.download import download
 from training.pretokenize import check_source, open_tokenizer, pretokenize
 from training.sources import DEFAULT_SOURCE, Source, open_source
 from training.synthetic import synthesize
+from training.tinyshakespeare import TINYSHAKESPEARE, prepare
 from training.workers import Workers
 
 Config = TypeVar("Config")
@@ -52,7 +54,8 @@ class DownloadConfig:
     """What to download."""
 
     source: str = DEFAULT_SOURCE
-    """ID of a dataset on the Hub with a text column, or ID:CONFIG where it has several configurations."""
+    """ID of a dataset on the Hub with a text column, or ID:CONFIG where it has several configurations; or
+    tinyshakespeare."""
     max_files: int | None = None
     """Take only the first so many training files (TinyStories has 4 of about 250 MB)."""
     data_dir: Path = DATA_DIR
@@ -102,8 +105,8 @@ class TextConfig:
     """Which documents to read."""
 
     source: str | None = None
-    """A .txt, .jsonl or .parquet file, a folder of them, the ID of a downloaded dataset, or synthetic. By default
-    TinyStories if downloaded, else the synthetic stories."""
+    """A .txt, .jsonl or .parquet file, a folder of them, the ID of a downloaded dataset, tinyshakespeare (downloaded
+    when needed: 1 MB), or synthetic. By default TinyStories if downloaded, else the synthetic stories."""
     document: DocumentRule = "file"
     """What a document is in a .txt file: the whole file (or what stands between lines <|endoftext|>), what stands
     between blank lines, or each line."""
@@ -139,8 +142,8 @@ class PretokenizeConfig(TextConfig):
     """What to tokenize, with which vocabulary."""
 
     vocab: Path | None = None
-    """Vocabulary to use: a SentencePiece .model (the Llama 2 one, too) or a llama2.c tokenizer.bin. By default the one
-    that train-vocab trained last on this source, else a new one."""
+    """Vocabulary to use: a SentencePiece .model (the Llama 2 one, too), a tokenizer.bin, Llama 3's tiktoken file or a
+    tokenizer.json. By default the one that train-vocab trained last on this source, else a new one."""
     vocab_size: int | None = None
     """Use the vocabulary of this size that train-vocab trained on this source, or train it now."""
     max_documents: int | None = None
@@ -166,7 +169,9 @@ def run_download(argv: Sequence[str]) -> int:
       python tinystories.py download --source=Salesforce/wikitext:wikitext-2-raw-v1
     """
     config = _parse(DownloadConfig, argv, run_download, positional=("source",))
-    if Path(config.source).exists():
+    if config.source == TINYSHAKESPEARE:
+        prepare(config.data_dir, print)
+    elif Path(config.source).exists():
         print(f"{config.source} is already here: nothing to download")
     else:
         download(config.source, config.data_dir, max_files=config.max_files, report=print)
@@ -268,6 +273,8 @@ def run_pretokenize(argv: Sequence[str]) -> int:
 
 def _open(config: TextConfig) -> Source:
     """Find the source, and say which one it is where the user did not."""
+    if config.source == TINYSHAKESPEARE:
+        prepare(config.data_dir, print)
     source = open_source(config.source, config.data_dir)
     check_source(source.folder, source.label)
     if config.source is None:

@@ -76,7 +76,8 @@ class Tally:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._bos_id = tokenizer.bos_id
         self._text_bytes = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)])
-        self._spaced = np.array([tokenizer.token_bytes(id)[:1] == b" " for id in range(tokenizer.vocab_size)])
+        spaced = [tokenizer.adds_space and tokenizer.token_bytes(id)[:1] == b" " for id in range(tokenizer.vocab_size)]
+        self._spaced = np.array(spaced)
 
     def of(self, tokens: Ids, first: int, nats: float) -> Evaluation:
         """Return what it means that the tokens (T + 1,) from position `first` on cost so many nats."""

@@ -1,8 +1,9 @@
 """Files become one stream of documents, in pieces of text.
 
 A long document comes in pieces, so that memory stays flat and workers share it. A piece ends at a single space, and
-that space is left out: the tokenizer puts one before every text (SentencePiece's dummy prefix), and no token of a
-vocabulary has a space behind a letter. So the ids of the pieces, joined, are the ids of the whole document.
+that space is left out: Llama 2's tokenizers put one before every text (SentencePiece's dummy prefix), for the others
+pretokenize does, and no token of a vocabulary has a space behind a letter. So the ids of the pieces, joined, are the
+ids of the whole document.
 """
 
 import itertools

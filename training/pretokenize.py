@@ -20,7 +20,7 @@ from llamalet import shards
 from llamalet.errors import DataError, TokenizerError
 from llamalet.files import replacing
 from llamalet.shards import META_FILE, SPLITS, Block, Entropy, Meta, Shard, Split
-from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer
+from llamalet.tokenizer import Tokenizer
 from llamalet.tokenizer import load as load_tokenizer
 from training.documents import Piece
 from training.workers import Workers
@@ -74,7 +74,7 @@ def pretokenize(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
-        tokenizer="tokenizer.model" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizer.bin",
+        tokenizer=f"tokenizer.{tokenizer.suffix}",
         tokenizer_sha256=tokenizer.sha256,
         splits={name: Split(()) for name in SPLITS},
     )
@@ -113,11 +113,8 @@ def open_tokenizer(path: Path) -> Tokenizer:
         TokenizerError: if it cannot be read, or its tokens depend on what stands before a space.
     """
     tokenizer = load_tokenizer(path)
-    if tokenizer.encode("a b") != tokenizer.encode("a") + tokenizer.encode("b"):
-        raise TokenizerError(
-            f"{path}: the vocabulary must put a space before the first word (add_dummy_prefix) and have spaces "
-            "only where a token begins"
-        )
+    if tokenizer.encode("a b") != tokenizer.encode("a") + tokenizer.encode(_with_its_space("b", tokenizer)):
+        raise TokenizerError(f"{path}: the vocabulary must have spaces only where a token begins")
     return tokenizer
 
 
@@ -171,7 +168,8 @@ def encode(batch: Batch) -> Block:
     ids: list[int] = []
     for piece in batch.pieces:
         try:
-            ids += tokenizer.encode(piece.text, bos=piece.starts)
+            text = piece.text if piece.starts else _with_its_space(piece.text, tokenizer)
+            ids += tokenizer.encode(text, bos=piece.starts)
         except Exception as error:
             raise DataError(f"{piece.where}: cannot be encoded: {type(error).__name__}: {error}") from None
     return Block(
@@ -180,6 +178,11 @@ def encode(batch: Batch) -> Block:
         # A piece that starts no document had a space before it.
         text_bytes=sum(len(piece.text.encode()) + (not piece.starts) for piece in batch.pieces),
     )
+
+
+def _with_its_space(text: str, tokenizer: Tokenizer) -> str:
+    """Return a text that had a space before it as the tokenizer needs it: some put one before every text."""
+    return text if tokenizer.adds_space else " " + text
 
 
 @functools.cache
