@@ -6,6 +6,7 @@ Usage:
     python sample.py stories15M.bin -z tokenizer.bin -n 256
     python sample.py out/model.bin --num-samples=64     many stories at once: several times as fast as one by one
     python sample.py out/model.bin -n 0 --overflow=roll --ignore-eos       for ever, until Ctrl-C
+    python sample.py Llama-3.2-1B-Instruct.bin -m chat -y "You are a pirate."       a conversation, until Ctrl-D
 
 The text goes to stdout, everything else to stderr. For tamer or wilder texts change the temperature or top-p, not both;
 -t 0 always takes the most likely token. With the same -t, -p and -s the tokens are those of llama2.c's run.
@@ -15,7 +16,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +24,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from configurator import parse
+from llamalet.chat import Chat
 from llamalet.errors import ConfigError, FormatError, LlamaletError, UsageError, run
 from llamalet.generate import KEEP, Overflow, generate_batch
 from llamalet.runtime import Model
@@ -33,6 +35,9 @@ OUT = Path("out")
 DEMO_MODEL = Path(__file__).parent / "assets" / "demo.bin"
 DEFAULT_STEPS = 256
 MAX_SAMPLES = 100_000
+# Options that only one of the modes has, and what they are when they are not given.
+STORY_OPTIONS = {"steps": None, "num_samples": 1, "ignore_eos": False}
+CHAT_OPTIONS = {"system_prompt": None, "chat_template": None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +47,9 @@ class SampleConfig:
     checkpoint: str | None = None
     """the model: a .bin or a training checkpoint"""
     prompt: Annotated[str, arg(aliases=("-i",))] = ""
-    """the beginning of the story; - reads it from stdin"""
+    """the beginning of the story, or the first message of a chat; - reads it from stdin"""
     tokenizer: Annotated[str | None, arg(aliases=("-z",))] = None
-    """a SentencePiece .model or a tokenizer.bin; the one beside the model if not given"""
+    """a tokenizer's file, of any kind; the one inside the model or beside it if not given"""
     temperature: Annotated[float, arg(aliases=("-t",))] = 1.0
     """divides the logits: 0 takes the most likely token, 1 draws as the model has learnt"""
     top_p: Annotated[float, arg(aliases=("-p",))] = 0.9
@@ -58,7 +63,7 @@ class SampleConfig:
     steps: Annotated[int | None, arg(aliases=("-n",))] = None
     """end at this many positions, prompt included (256); 0 ends where the context does, or never if that rolls"""
     max_new_tokens: int | None = None
-    """end after this many new tokens; instead of -n"""
+    """end after this many new tokens; instead of -n; in a chat, each answer"""
     num_samples: int = 1
     """how many stories to tell, up to 64 at once; each has its own seed, one more than the last"""
     ignore_eos: bool = False
@@ -68,9 +73,11 @@ class SampleConfig:
     keep: int = KEEP
     """how many of the first tokens a rolling context never forgets: without a few of them models lose the thread"""
     mode: Annotated[Literal["generate", "chat"], arg(aliases=("-m",))] = "generate"
-    """generate continues the prompt; chat is not supported yet"""
+    """generate continues the prompt; chat is for models that were trained to answer: a message a line"""
     system_prompt: Annotated[str | None, arg(aliases=("-y",))] = None
-    """for chat models, which are not supported yet"""
+    """how a chat model shall answer"""
+    chat_template: str | None = None
+    """llama2, llama3, or a file with a Jinja template; the model's own if not given"""
     threads: int | None = None
     """how many threads compute; one for each physical core if not given"""
     backend: Literal["numba", "numpy"] = "numba"
@@ -91,6 +98,11 @@ class SampleConfig:
             problems.append(f"keep={self.keep}: must not be negative")
         if self.keep != KEEP and self.overflow != "roll":
             problems.append(f"keep={self.keep}: says what a rolling context keeps; give --overflow=roll too")
+        chat = self.mode == "chat"
+        why = "is for stories; in a chat --max-new-tokens ends each answer" if chat else "is for chats; add -m chat"
+        for name, default in (STORY_OPTIONS if chat else CHAT_OPTIONS).items():
+            if getattr(self, name) != default:
+                problems.append(f"{name}: {why}")
         if self.num_samples > MAX_SAMPLES:
             problems.append(f"num_samples={self.num_samples}: must be at most {MAX_SAMPLES}")
         if self.num_samples > 1 and self.steps == 0 and self.overflow == "roll" and self.ignore_eos:
@@ -109,10 +121,6 @@ def main(argv: Sequence[str]) -> int:
     """Tell stories as the command line says."""
     hint_at_prompt(argv)
     config = parse(SampleConfig, argv, program="sample.py", description=str(__doc__), positional=("checkpoint",))
-    if config.mode == "chat":
-        raise UsageError("-m chat: chat models are not supported yet; without -m the model continues the prompt of -i")
-    if config.system_prompt is not None:
-        raise UsageError("-y: only chat models take a system prompt; put it into the prompt of -i")
     for standard in (sys.stdin, sys.stdout):
         if isinstance(standard, io.TextIOWrapper):
             standard.reconfigure(encoding="utf-8")
@@ -125,7 +133,10 @@ def main(argv: Sequence[str]) -> int:
     load_s = time.perf_counter() - start
     note(f"model {model.path}: {model.config.n_params / 1e6:.2f}M parameters, loaded in {load_s:.2f} s")
     seed = random_seed() if config.seed == -1 else config.seed
-    tell(model, prompt, config, [(seed + number) & MASK for number in range(config.num_samples)])
+    if config.mode == "chat":
+        converse(model, prompt, config, seed)
+    else:
+        tell(model, prompt, config, [(seed + number) & MASK for number in range(config.num_samples)])
     return 0
 
 
@@ -169,6 +180,63 @@ def choose_model() -> Path:
         note(f"no model named and no .bin under {OUT}/: taking the demo model {DEMO_MODEL}")
         return DEMO_MODEL
     raise FormatError(f"no model named and no .bin under {OUT}/; train one (make demo) or name a file")
+
+
+def converse(model: Model, first: str, config: SampleConfig, seed: int) -> None:
+    """Answer one message after the other, until Ctrl-C or the end of stdin."""
+    chat = Chat(
+        model,
+        system=config.system_prompt,
+        template=config.chat_template,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        seed=seed,
+        overflow=config.overflow,
+        keep=config.keep,
+    )
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    note(f"seed {seed}" + ("; Ctrl-C or Ctrl-D ends the conversation" if interactive else ""))
+    try:
+        for message in messages(first, interactive):
+            try:
+                pieces = chat.say(message)
+            except UsageError as error:
+                if not interactive:
+                    raise
+                note(str(error))
+                continue
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
+
+
+def messages(first: str, interactive: bool) -> Iterator[str]:
+    """Yield what the user says: the first message, if there is one, then a line of stdin each, but for empty ones.
+
+    Raises:
+        UsageError: if a line is no text.
+    """
+    if first:
+        yield first
+    while sys.stdin is not None:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            # input() lets the line be edited; unlike readline, it tells a line's end from the end of stdin.
+            line = input()
+        except EOFError:
+            if interactive:
+                print(file=sys.stderr)
+            return
+        except UnicodeDecodeError:
+            raise UsageError("what stands on stdin is no text in UTF-8") from None
+        if message := line.strip():
+            yield message
 
 
 def tell(model: Model, prompt: str, config: SampleConfig, seeds: Sequence[int]) -> None:

@@ -177,7 +177,7 @@ def _make(
             if text.n_left <= 0:
                 yield text.number, None
                 continue
-            text.cache, logits = shared or _read(transformer, text.prompt, keep)
+            text.cache, logits = shared or _begin(transformer, text.prompt, keep)
             shared = (text.cache.copy(), logits) if waiting and waiting[0].prompt == text.prompt else None
             running.append(text)
             stepping, rows = [text], logits[None]
@@ -203,15 +203,25 @@ def make_room(cache: KVCache, keep: int) -> None:
         cache.roll(keep, max(1, (cache.context - keep) // 2))
 
 
-def _read(transformer: ForwardPass, prompt: list[int], keep: int) -> tuple[KVCache, Logits]:
-    """Return a cache of the prompt, as much of it as the context holds, and the logits after it."""
-    cache, read = transformer.new_cache(), 0
-    while read < len(prompt):
+def read(transformer: ForwardPass, cache: KVCache, tokens: Sequence[int], keep: int) -> Logits:
+    """Append tokens, at least one, to a cache, which rolls where they are more than it has room for.
+
+    Returns:
+        The logits after the last one: float32 (V,).
+    """
+    done = 0
+    while done < len(tokens):
         make_room(cache, keep)
-        piece = prompt[read : read + cache.context - cache.length]
+        piece = tokens[done : done + cache.context - cache.length]
         logits = transformer.prefill(cache, piece)
-        read += len(piece)
-    return cache, logits
+        done += len(piece)
+    return logits
+
+
+def _begin(transformer: ForwardPass, prompt: list[int], keep: int) -> tuple[KVCache, Logits]:
+    """Return a cache of the prompt, as much of it as the context holds, and the logits after it."""
+    cache = transformer.new_cache()
+    return cache, read(transformer, cache, prompt, keep)
 
 
 def _step(transformer: ForwardPass, texts: Sequence[_Text]) -> Logits:

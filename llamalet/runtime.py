@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from llamalet.errors import CheckpointError, ConfigError, TokenizerError, UsageE
 from llamalet.generate import KEEP, ForwardPass, Overflow, Tokens, generate_batch, stream
 from llamalet.sampler import MASK, Sampler, random_seed
 from llamalet.tokenizer import StreamDecoder, Tokenizer, beside
+
+if TYPE_CHECKING:
+    from llamalet.evaluate import Evaluation
 
 BACKENDS = ("numba", "numpy")
 CHECKPOINT_MODEL = "model.safetensors"
@@ -90,6 +93,28 @@ class Model:
             float32 (T, V).
         """
         return self.transformer.logits(tokens)
+
+    def score(self, text: str) -> "Evaluation":
+        """Return what the model needs to spell out a text, from its beginning: how well it knows such texts.
+
+        Each token is given those before it, at least half a context of them where there are as many.
+
+        Args:
+            text: any text that is not empty.
+
+        Returns:
+            With nats_per_token, bits_per_byte, tokens and text_bytes.
+
+        Raises:
+            UsageError: if the text is empty.
+            NonFiniteError: if the model's logits are NaN or infinite.
+        """
+        from llamalet.evaluate import NOTHING, evaluate_documents
+
+        if not text:
+            raise UsageError("there is no text to score")
+        ids = np.array(self.tokenizer.encode(text, bos=True))
+        return sum(evaluate_documents(self.transformer, self.tokenizer, [ids]), NOTHING)
 
     def generate(
         self,
