@@ -35,7 +35,7 @@ def nats(model: Model, ids: list[int], first: int) -> float:
 
 
 def test_the_score_of_a_text(model):
-    text = "a band and the\u00e9"
+    text = " a band and the\u00e9"
     score = model.score(text)
     ids = model.tokenizer.encode(text, bos=True)
     assert len(ids) <= CONFIG.max_seq_len

@@ -28,7 +28,7 @@ LLAMA3 = (
 )
 # As Llama 3.1's, with a date in the system prompt and white space that the environment must trim.
 DATED = (
-    "{{- bos_token }}\n{%- set date = strftime_now('%d %b %Y') %}\n"
+    "{% set one = 1 %}\n    {% set two = 2 %}\n{{ bos_token }}\n{%- set date = strftime_now('%d %b %Y') %}\n"
     "{%- if messages[0]['role'] == 'system' %}\n    {%- set system = messages[0]['content'] | trim %}\n"
     "    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system = '' %}\n{%- endif %}\n"
     "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}\n{{- 'Today: ' + date + '\\n\\n' }}\n"
@@ -286,6 +286,11 @@ def test_a_full_context_is_said_and_nothing_lost(model):
     whole._sampler.sample = lambda logits: next(monkey)
     n_prompt = len(find_template(model)([Message("user", "x")]))
     assert "".join(whole.say("x")) == "a" * (256 - n_prompt + 1)
+
+
+def test_an_answer_may_roll(model, monkeypatch):
+    answers_with(monkeypatch, "a b" * 200)
+    assert "".join(Chat(model, overflow="roll").say("a")) == "a b" * 200
 
 
 def test_a_rolling_conversation_goes_on(model):

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import NASTY
 from tokenizers import Regex, decoders, models, pre_tokenizers
-from toy import MERGES, toy_llama3, toy_ranks
+from toy import MERGES, N_RANKS, WHOLE_WORD, toy_llama3, toy_ranks
 
 from llamalet import tokenizer
 from llamalet.errors import TokenizerError, UsageError
@@ -24,6 +24,7 @@ HARD = [
     "1234567890 \u0660\u0661\u0662\u0663 \u2167\u00bd\u00b2",
     "def f(x):\n\treturn  x # 1\n\n\n",
     "<|begin_of_text|><|eot_id|> <|x|>",
+    f"{WHOLE_WORD} {WHOLE_WORD}",
 ]
 texts = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
@@ -42,8 +43,7 @@ def in_byte_level(text: str) -> str:
 def by_library() -> tokenizers.Tokenizer:
     """The small vocabulary as Hugging Face's library has it."""
     rows = toy_ranks()
-    n_ranks = 256 + len(MERGES)
-    vocab = {in_byte_level(piece.decode("latin-1")): id for id, (piece, _) in enumerate(rows[:n_ranks])}
+    vocab = {in_byte_level(piece.decode("latin-1")): id for id, (piece, _) in enumerate(rows[:N_RANKS])}
     merges = [(in_byte_level(a), in_byte_level(b)) for a, b in MERGES]
     built = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     built.pre_tokenizer = pre_tokenizers.Sequence(
@@ -53,7 +53,7 @@ def by_library() -> tokenizers.Tokenizer:
         ]
     )
     built.decoder = decoders.ByteLevel()
-    built.add_special_tokens([piece.decode() for piece, _ in rows[n_ranks:]])
+    built.add_special_tokens([piece.decode() for piece, _ in rows[N_RANKS:]])
     return built
 
 
@@ -115,7 +115,7 @@ def test_text_comes_back_whole_and_streamed(toy, text):
 def test_a_text_ends_at_any_of_several_tokens(toy):
     names = {"<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"}
     assert toy.stop_ids == {toy.special[name] for name in names}
-    assert (toy.bos_id, toy.eos_id) == (256 + len(MERGES), 257 + len(MERGES))
+    assert (toy.bos_id, toy.eos_id) == (N_RANKS, N_RANKS + 1)
 
 
 def test_a_megabyte_of_one_letter(toy):
@@ -131,7 +131,7 @@ def tiktoken_file(rows: list) -> bytes:
 
 
 def test_both_files_hold_the_same_vocabulary(toy, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(tiktoken_file(toy_ranks()[: 256 + len(MERGES)]))
+    (tmp_path / "tokenizer.model").write_bytes(tiktoken_file(toy_ranks()[:N_RANKS]))
     write_bin(tmp_path / "t.bin", toy)
     for path, suffix in ((tmp_path / "tokenizer.model", "tiktoken"), (tmp_path / "t.bin", "bin")):
         found = load(path, toy.vocab_size)
@@ -217,6 +217,7 @@ def test_llama_3_is_known(llama3, llama3_path, tmp_path):
         128000, 2028, 374, 264, 1296, 11914, 13, 128001,
     ]  # fmt: skip
     assert llama3.encode("<|start_header_id|>user<|end_header_id|>\n\n", special=True) == [128006, 882, 128007, 271]
+    assert list(map(llama3.token_bytes, llama3.encode("1234567 It'S"))) == [b"123", b"456", b"7", b" It", b"'S"]
     write_bin(tmp_path / "t.bin", llama3)
     assert (tmp_path / "t.bin").read_bytes() == llama3_path.read_bytes()
 

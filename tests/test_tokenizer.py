@@ -205,6 +205,21 @@ def check_merging(joined, text, single):
     assert vocabulary.encode(text) == [ids[piece] for piece in spell_out(scores, " " + text)]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ({"ab": 0, "ba": 0}, "acbab"),  # two pairs are equally good
+        ({"ab": 5, "cab": 1, "caba": 2}, "cabab"),  # a join makes a better pair with what is left of it
+        ({"ab": 5, "aba": 1}, "abab"),  # or with what follows, which is the next occurrence's first half
+        ({"ab": 5, "aba": 5}, "abab"),
+    ],
+)
+def test_joining_what_is_repeated_keeps_the_order(monkeypatch, ranks, text):
+    monkeypatch.setattr(merging, "LONG_WORD", 1)
+    expected = spell_out({piece: -float(rank) for piece, rank in ranks.items()}, text)
+    assert merging.merge(text, ranks) == expected
+
+
 @pytest.mark.parametrize("word", ["a", "den", " ", "a ", "\u00e9"])
 def test_a_megabyte_of_one_word(both, word):
     text = word * ((1 << 20) // len(word))

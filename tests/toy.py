@@ -31,9 +31,14 @@ MERGES = (
 )  # fmt: skip
 
 
+# A token that no joining leads to: only a word that it is gets it.
+WHOLE_WORD = "zqz"
+N_RANKS = 256 + len(MERGES) + 1
+
+
 def toy_ranks() -> list[Piece]:
-    """The rows of a small Llama 3 vocabulary: the bytes from the last to the first, MERGES, the special tokens."""
-    texts = [chr(255 - i) for i in range(256)] + ["".join(pair) for pair in MERGES]
+    """The rows of a small Llama 3 vocabulary: bytes from the last to the first, MERGES, WHOLE_WORD, special tokens."""
+    texts = [chr(255 - i) for i in range(256)] + ["".join(pair) for pair in MERGES] + [WHOLE_WORD]
     names = [name.encode() for name in special_names()]
     return [(piece, float(id)) for id, piece in enumerate([text.encode("latin-1") for text in texts] + names)]
 
