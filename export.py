@@ -1,30 +1,43 @@
-"""Write a trained model as a raw binary, and prove that the runtime computes from it what PyTorch does.
+"""Write a model for others to run: a raw binary, a Hugging Face folder or a GGUF file, from any of these or Meta's.
 
   python export.py --dtype q8               the newest best checkpoint under out/ -> out/model_v3_q8.bin (8 bits)
   python export.py                          the same -> out/model.bin (float32)
   python export.py story.bin --checkpoint out/run --version 0
+  python export.py Llama-3.2-1B.bin --version 2 --hf meta-llama/Llama-3.2-1B
+  python export.py story.gguf --bin story.bin --dtype q8_0
+  python export.py story-hf --llama2c out/ckpt.pt --tokenizer tokenizer.model
   python export.py --verify out/model_q8.bin
 
-sample.py reads all versions, llama2.c's run version 0 and its runq version 2. The tokenizer goes beside the file.
+OUT ends in .bin or .gguf, or else is a Hugging Face folder. sample.py reads all versions of .bin, llama2.c's run
+version 0 and its runq version 2; the tokenizer goes beside the file. Every .bin is proved: the runtime computes from it
+what PyTorch does. The others are read back and compared.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from configurator import parse
-from llamalet import format, shards
+from interchange import bin_file, formats, gguf_file, huggingface
+from interchange.source import Reported, Source, difference
+from llamalet import format, shards, tokenizer
+from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
+from llamalet.format import Rows
 from llamalet.header import DTYPES
-from training import checkpoint, weights
-from training.proof import prove
 
 VERSIONS = (0, 1, 2, 3)
 DEFAULT_NAMES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
 OUT_ROOT = Path("out")
+CHECKPOINTS = "checkpoints"  # of a run's folder
+
+# What OUT can become, the dtypes of each, and how far rounding to them may move a matrix, as a share of its root mean
+# square: a bit less than the type's last bit; for blocks of 32 with a scale about three times what was seen.
+SUFFIXES = {".bin": "bin", ".gguf": "gguf"}
+FORMAT_DTYPES = {"bin": DTYPES, "hf": tuple(huggingface.DTYPE_NAMES), "gguf": tuple(gguf_file.DTYPES)}
+ROUNDING = {"f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-10, "q8_0": 0.02, "q4_0": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,14 +45,33 @@ class ExportConfig:
     """The options of export.py."""
 
     out: str | None = None
-    """The file to write, also as the first word; when left out, a name that says the version and dtype, in the run's
-    folder where --checkpoint names one, else in out/."""
+    """The file or folder to write, also as the first word; when left out, a .bin whose name says the version and dtype,
+    in the run's folder where --checkpoint names one, else in out/."""
+    format: str | None = None
+    """bin, hf (a Hugging Face folder) or gguf; when left out, what OUT's ending says."""
     version: int | None = None
-    """0 and 1 are float32, 2 is int8, 3 has a --dtype; 1 when left out, and 3 where there is a --dtype."""
+    """Of a .bin: 0 and 1 are float32, 2 is int8, 3 has a --dtype; 1 when left out, and 3 where there is a --dtype."""
     dtype: str | None = None
-    """What version 3 stores: f32, bf16 (bfloat16), q8 or q4 (8 or 4 bits, in groups with a scale); q8 when left out."""
+    """What the weights become. Version 3: f32, bf16 (bfloat16), q8 or q4 (8 or 4 bits, in groups with a scale); q8 when
+    left out. hf: f32 or bf16. gguf: f32, f16, q8_0 or q4_0. Both are f32 when left out."""
     checkpoint: str | None = None
-    """A checkpoint, or a run's folder, whose best one is taken; the newest run under out/ when left out."""
+    """A checkpoint, or a run's folder, whose best one is taken; the newest run under out/ when no model is named."""
+    hf: str | None = None
+    """A Hugging Face folder, or the ID of a repository on the Hub, which is fetched first."""
+    meta_llama: str | None = None
+    """A folder of Meta's: params.json and consolidated.*.pth."""
+    llama2c: str | None = None
+    """A checkpoint of llama2.c's (ckpt.pt), or a .bin of it or its descendants."""
+    gguf: str | None = None
+    """A GGUF file."""
+    bin: str | None = None
+    """A .bin of any version."""
+    tokenizer: str | None = None
+    """The model's tokenizer, where it does not lie beside the model."""
+    rope_theta: float | None = None
+    """What the model was trained with, for llama2.c's files, which do not say; Llama 3's is 500000."""
+    rope_scaling: float | None = None
+    """The factor of its RoPE scaling, for the same files: 8 for Llama 3.1 and 3.3, 32 for the 1B and 3B of 3.2."""
     check: bool = True
     """Prove the file after writing it; --no-check skips that."""
     verify: str | None = None
@@ -53,16 +85,42 @@ class ExportConfig:
         """Refuse combinations that mean nothing."""
         if self.version is not None and self.version not in VERSIONS:
             raise ConfigError(f"version={self.version}: must be one of {', '.join(map(str, VERSIONS))}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
+        if self.format is not None and self.format not in FORMAT_DTYPES:
+            raise ConfigError(f"format={self.format}: must be one of {', '.join(FORMAT_DTYPES)}")
+        suffix = None if self.out is None else SUFFIXES.get(Path(self.out).suffix, "hf")
+        if self.format is not None and suffix not in (None, "hf", self.format):
+            raise ConfigError(f"format={self.format}: OUT is {self.out}; leave one of them out")
+        if self.format == "bin" and suffix == "hf":
+            raise ConfigError(f"out={self.out}: must end in .bin")
+        if self.format == "gguf" and suffix == "hf":
+            raise ConfigError(f"out={self.out}: must end in .gguf")
+        kinds = FORMAT_DTYPES[self.resolved_format]
+        if self.dtype is not None and self.dtype not in kinds:
+            raise ConfigError(f"dtype={self.dtype}: must be one of {', '.join(kinds)} in a {self.resolved_format}")
+        if self.version is not None and self.resolved_format != "bin":
+            raise ConfigError(f"version={self.version}: only a .bin has versions, and OUT is {self.out}")
         if self.dtype is not None and self.version not in (None, 3):
             raise ConfigError(f"dtype={self.dtype}: version {self.version} has no choice of it; leave one of them out")
-        if self.verify is not None and (self.out is not None or self.checkpoint is not None):
-            raise ConfigError(f"verify={self.verify}: checks an existing file, so neither OUT nor --checkpoint fit")
+        named = [name for name in ("checkpoint", *formats.FORMATS) if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ConfigError(f"{', '.join(named)}: only one model can be exported at a time")
+        if self.verify is not None and (self.out is not None or named):
+            raise ConfigError(
+                f"verify={self.verify}: checks an existing file, so neither OUT nor a model to export fit"
+            )
+        if named and named != ["checkpoint"] and self.out is None:
+            raise ConfigError(
+                f"{named[0]}={getattr(self, named[0])}: name the file or folder to write as the first word"
+            )
         if self.verify is not None and (self.dtype is not None or self.force or not self.check):
             raise ConfigError(f"verify={self.verify}: proves a file, so --dtype, --force and --no-check do not fit")
-        if self.out is not None and not self.out.endswith(".bin"):
-            raise ConfigError(f"out={self.out}: must end in .bin; a run or checkpoint is named with --checkpoint=PATH")
+
+    @property
+    def resolved_format(self) -> str:
+        """The format to write."""
+        if self.format is not None:
+            return self.format
+        return "bin" if self.out is None else SUFFIXES.get(Path(self.out).suffix, "hf")
 
     @property
     def resolved_version(self) -> int:
@@ -72,11 +130,13 @@ class ExportConfig:
         return 1 if self.dtype is None else 3
 
     def path(self, source: Path) -> Path:
-        """Return the file to write when the checkpoint `source` is exported."""
+        """Return the file or folder to write when the checkpoint `source` is exported."""
         if self.out is not None:
             return Path(self.out)
-        run_dir = source.parent.parent if source.parent.name == checkpoint.FOLDER else source.parent
+        run_dir = source.parent.parent if source.parent.name == CHECKPOINTS else source.parent
         folder = OUT_ROOT if self.checkpoint is None else run_dir
+        if self.resolved_format != "bin":
+            return folder / {"hf": "model_hf", "gguf": "model.gguf"}[self.resolved_format]
         version = self.resolved_version
         return folder / (DEFAULT_NAMES[version] if version < 3 else f"model_v3_{self.dtype or 'q8'}.bin")
 
@@ -86,31 +146,105 @@ def main(argv: Sequence[str]) -> int:
     config = parse(ExportConfig, argv, program="python export.py", description=__doc__ or "", positional=("out",))
     if config.verify is not None:
         return _verify(Path(config.verify), config.data)
-    return _export(config)
+    source, trained_on = _open(config)
+    path = config.path(Path(source.name))
+    print(f"{source.name}: {_describe(source.config)}")
+    for note in source.notes:
+        print(f"note: {note}")
+    if config.resolved_format != "bin":
+        return _export_elsewhere(config, source, path)
+    return _export(config, source, path, trained_on)
 
 
-def _export(config: ExportConfig) -> int:
-    """Write a checkpoint as a model file and prove it."""
-    source = checkpoint.load(_find_checkpoint(config.checkpoint))
-    path, version = config.path(source.path), config.resolved_version
-    print(f"checkpoint {source.path}: step {source.state['step']}, {source.model_config.n_params:,} parameters")
-    start = time.perf_counter()
-    written = weights.write_bin(
-        path, version, source.model_config, source.model_state, source.tokenizer_path,
+def _open(config: ExportConfig) -> tuple[Source, str | None]:
+    """Open the model to export; return it and the data that it was trained on, where that is known."""
+    kind = next((kind for kind in formats.FORMATS if getattr(config, kind) is not None), None)
+    trained_on = None
+    if kind is not None:
+        name = getattr(config, kind)
+        source = formats.read(kind, name, rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
+    elif config.rope_theta is not None or config.rope_scaling is not None:
+        raise ConfigError("rope_theta, rope_scaling: a checkpoint says what they are; leave them out")
+    else:
+        source, trained_on = _open_checkpoint(config.checkpoint)
+    if config.tokenizer is not None:
+        path = Path(config.tokenizer)
+        vocabulary = tokenizer.load(path, source.config.vocab_size)
+        source = dataclasses.replace(source, tokenizer=vocabulary, tokenizer_path=path, notes=())
+    return source, trained_on
+
+
+def _open_checkpoint(named: str | None) -> tuple[Source, str | None]:
+    """Open a checkpoint of train.py's; return it and the data that it was trained on."""
+    from training import checkpoint, weights
+
+    found = checkpoint.load(_find_checkpoint(named))
+    print(f"checkpoint of step {found.state['step']}:")
+    source = Source(
+        name=str(found.path),
+        config=found.model_config,
+        tensors=weights.to_arrays(found.model_state),
+        tokenizer=tokenizer.load(found.tokenizer_path, found.model_config.vocab_size),
+        tokenizer_path=found.tokenizer_path,
+    )
+    return source, found.state.get("data")
+
+
+def _describe(c: ModelConfig) -> str:
+    """Return a model's shape as a line."""
+    scaling = "" if c.rope_scaling is None else f", llama3's scaling by {c.rope_scaling.factor:g}"
+    return (
+        f"{c.n_params:,} parameters, dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads of {c.head_dim}, "
+        f"{c.n_kv_heads} kv heads, vocabulary {c.vocab_size}, context {c.max_seq_len}, rope_theta {c.rope_theta:g}"
+        f"{scaling}"
+    )
+
+
+def _export(config: ExportConfig, source: Source, path: Path, trained_on: str | None) -> int:
+    """Write a .bin and prove it."""
+    start, version = time.perf_counter(), config.resolved_version
+    written = bin_file.write(
+        path, version, source.config, Reported(source.tensors, source.config), source.tokenizer, source.tokenizer_path,
         dtype=config.dtype, force=config.force,
     )  # fmt: skip
     size, duration = path.stat().st_size, time.perf_counter() - start
     kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
     print(f"wrote {path}: version {version}, {kind}, {size:,} bytes in {duration:.2f} s, read back and compared")
-    if version < 3 and (lost := format.llama2c_differences(source.model_config)):
+    if version < 3 and (lost := format.llama2c_differences(source.config)):
         print(f"note: llama2.c's programs will compute something else from this file: {', '.join(lost)}")
     code = 0
     if config.check:
-        data = _find_data(config.data, source.state.get("data"), source.state["tokenizer_sha256"])
-        code = _prove(path, data, source.model_state)
+        sha256 = None if source.tokenizer is None else source.tokenizer.sha256
+        code = _prove(path, _find_data(config.data, trained_on, sha256), source.tensors)
     if code == 0:
-        print(f"run it: python sample.py {path}")
+        print(f"run it: python sample.py {path}{'' if source.tokenizer else ' -z TOKENIZER'}")
     return code
+
+
+def _export_elsewhere(config: ExportConfig, source: Source, path: Path) -> int:
+    """Write a Hugging Face folder or a GGUF file, read it back and compare."""
+    start, dtype, kind = time.perf_counter(), config.dtype or "f32", config.resolved_format
+    watched = dataclasses.replace(source, tensors=Reported(source.tensors, source.config))
+    others: Sequence[str] = ()
+    if kind == "hf":
+        huggingface.write(path, watched, dtype)
+        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    else:
+        others = gguf_file.write(path, watched, dtype)
+        size = path.stat().st_size
+    print(f"wrote {path}: {kind}, {dtype}, {size:,} bytes in {time.perf_counter() - start:.2f} s")
+    if others:
+        print(f"note: {len(others)} matrices are f16, their rows are no multiple of {gguf_file.BLOCK}: {others[0]} ...")
+    if source.tokenizer is None:
+        print("note: without a tokenizer, which is not known; name it with --tokenizer")
+    if not config.check:
+        return 0
+    found = formats.read(kind, str(path))
+    off = difference(source.tensors, found.tensors)
+    same = found.config == source.config and off <= ROUNDING[dtype]
+    words = "every weight is equal" if not off else f"off by at most {off:.2%} of a matrix's root mean square"
+    print(f"read back: {words}{'' if same else ', NOT what was meant'}")
+    return 0 if same else FormatError.exit_code
 
 
 def _verify(path: Path, named_data: str | None) -> int:
@@ -120,21 +254,28 @@ def _verify(path: Path, named_data: str | None) -> int:
     return _prove(path, _find_data(named_data, None, file.tokenizer_sha256), None)
 
 
-def _prove(path: Path, data: shards.Shards | None, state: Mapping[str, Tensor] | None) -> int:
+def _prove(path: Path, data: shards.Shards | None, originals: Mapping[str, Rows] | None) -> int:
     """Print the proof of a model file and return the exit code."""
+    try:
+        from training.proof import prove
+    except ImportError as error:
+        print(f"not proved: comparing it with PyTorch needs torch ({error}); the bytes were read back and compared")
+        return 0
     print("comparing PyTorch and the runtime ...", flush=True)
-    proof = prove(path, checkpoint_state=state, data=data)
+    proof = prove(path, originals=originals, data=data)
     print(*proof.lines(), sep="\n")
     return 0 if proof.ok else FormatError.exit_code
 
 
 def _find_checkpoint(named: str | None) -> Path:
     """Return the checkpoint to export: the one named, the best of the run named, or the newest run's best."""
+    from training import checkpoint
+
     path = checkpoint.newest_best(OUT_ROOT) if named is None else Path(named)
     if path is None:
         raise CheckpointError(f"no sound checkpoint under {OUT_ROOT}/; train a model first: python train.py")
     if path.suffix == ".bin":
-        raise UsageError(f"{path}: is a model file already; name a checkpoint or a run's folder, or --verify it")
+        raise UsageError(f"{path}: is a model file, not a checkpoint; name it with --bin, or --verify it")
     if not checkpoint.list_steps(path):
         return path
     best = checkpoint.find_best(path)

@@ -81,7 +81,7 @@ def _export(path: Path, version: int, dtype: str | None, source: checkpoint.Chec
     """Write one version and prove it."""
     print(f"exporting and proving {path} ...", flush=True)
     weights.write_bin(path, version, source.model_config, source.model_state, source.tokenizer_path, dtype=dtype)
-    return prove(path, checkpoint_state=source.model_state, data=data)
+    return prove(path, originals=weights.to_arrays(source.model_state), data=data)
 
 
 def _parity_table(proofs: list[Proof]) -> str:

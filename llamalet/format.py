@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ from llamalet.header import Header as Header
 from llamalet.quantize import (
     MAX_GROUP_SIZE,
     MIN_GROUP_SIZE,
+    ROW_BLOCK,
     Packed,
     Quantized,
     Weight,
@@ -56,6 +57,13 @@ from llamalet.quantize import (
 
 # Payload checksums of larger files are verified on request only.
 VERIFY_BYTES = 64 << 20
+
+# Weights that are read, converted and written at a time, and bytes that are checked: whatever the size of the model.
+BLOCK_WEIGHTS = 1 << 22
+BLOCK_BYTES = 1 << 24
+
+# No llama2.c model has so large a vocabulary: Llama 3's models do, and their rope_theta is another than llama2.c's.
+LLAMA3_VOCAB = 128_000
 
 # Of v3's arrays, a cache line and the widest vector.
 ALIGNMENT = 64
@@ -73,6 +81,17 @@ ORDER = {0: V0_ORDER, 1: V1_ORDER, 2: V1_ORDER, 3: V1_ORDER}
 DEFAULT_DTYPES = {0: "f32", 1: "f32", 2: "q8", 3: "q8"}
 
 Tensor = Weight
+
+
+class Rows(Protocol):
+    """A tensor whose float32 rows come when they are asked for; an array is one, a tensor in a file another."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, (rows, cols) or (cols,)."""
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.float32]:
+        """Return some rows."""
 
 
 class Part(NamedTuple):
@@ -206,12 +225,29 @@ def tensor_specs(
             yield TensorSpec(pattern.replace("*", str(layer)), shape, version, *kind)
 
 
-def read(path: str | os.PathLike[str], *, verify: bool | None = None) -> ModelFile:
+def row_blocks(name: str, tensor: Rows) -> Iterator[NDArray[np.float32]]:
+    """Yield a tensor as blocks of rows, about BLOCK_WEIGHTS each; all but the last are a multiple of ROW_BLOCK rows.
+
+    Raises:
+        NonFiniteError: naming the tensor, if a weight is NaN or infinite.
+    """
+    rows, *cols = tensor.shape
+    step = max(1, BLOCK_WEIGHTS // (int(np.prod(cols)) * ROW_BLOCK)) * ROW_BLOCK
+    for start in range(0, rows, step):
+        block = np.ascontiguousarray(tensor[start : start + step], dtype=np.float32)
+        # The sum is NaN or infinite if any weight is: one pass, no temporary.
+        if not np.isfinite(block.sum(dtype=np.float64)):
+            raise NonFiniteError(f"{name} holds NaN or infinite weights: nothing was written")
+        yield block
+
+
+def read(path: str | os.PathLike[str], *, verify: bool | None = None, rope_theta: float | None = None) -> ModelFile:
     """Map a model file and check it: header, ranges, exact size, and its checksum where it has one.
 
     Args:
         path: a .bin of version 0 to 3.
         verify: whether to verify the payload's checksum; None means: if the file has at most VERIFY_BYTES.
+        rope_theta: what the model was trained with, for a file that does not say; refused for one that does.
 
     Returns:
         The header and every tensor but v0's RoPE tables, as views: norms float32 (cols,), and matrices (rows, cols) in
@@ -240,17 +276,22 @@ def read(path: str | os.PathLike[str], *, verify: bool | None = None) -> ModelFi
     if verify or (verify is None and n_bytes <= VERIFY_BYTES):
         _verify_payload(path, header, buffer, end)
     tensors = dict(_map_tensors(path, specs, buffer, header.n_bytes))
+    config = header.config
     if header.version == 0:
-        config = _with_rope_theta_of_tables(path, header.config, tensors.pop("rope_cos"), tensors.pop("rope_sin"))
-        header = dataclasses.replace(header, config=config)
-    return ModelFile(path, header, tensors, _read_tokenizer(path, header.tokenizer, buffer, end))
+        config = _with_rope_theta_of_tables(path, config, tensors.pop("rope_cos"), tensors.pop("rope_sin"))
+    config = _with_rope_theta(path, header, config, rope_theta)
+    header, tokenizer_data = (
+        dataclasses.replace(header, config=config),
+        _read_tokenizer(path, header.tokenizer, buffer, end),
+    )
+    return ModelFile(path, header, tensors, tokenizer_data)
 
 
 def write(
     path: str | os.PathLike[str],
     version: int,
     config: ModelConfig,
-    tensors: Mapping[str, NDArray[np.float32]],
+    tensors: Mapping[str, Rows],
     *,
     dtype: str | None = None,
     tokenizer_sha256: str | None = None,
@@ -263,7 +304,8 @@ def write(
         path: the file to make or replace.
         version: 0 to 3.
         config: the model's shape.
-        tensors: every tensor by its checkpoint name, float32; "output" only for an untied model. Not changed.
+        tensors: every tensor by its checkpoint name, float32; "output" only for an untied model. Each is asked for
+            once, in the file's order, and read in blocks, so that a mapping may make them on demand. Not changed.
         dtype: what v3's matrices are made of, one of DTYPES; None takes q8. The other versions have one dtype each.
         tokenizer_sha256: identity of the tokenizer, 64 hex digits; v0 has no room for it.
         tokenizer: the tokenizer's kind, one of TOKENIZER_KINDS, and its file, to go inside; version 3 only.
@@ -284,15 +326,15 @@ def write(
     dtype = dtype or DEFAULT_DTYPES[version]
     group_size = {2: group_size_for(config.dim, config.hidden_dim), 3: V3_GROUP_SIZES[dtype]}.get(version)
     specs = list(tensor_specs(version, config, dtype, group_size))
-    sources = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
+    tables: dict[str, Rows] = {}
     if version == 0:
-        sources["rope_cos"], sources["rope_sin"] = rope_tables(config, config.max_seq_len)
-    _check_tensors(specs, sources)
+        tables["rope_cos"], tables["rope_sin"] = rope_tables(config, config.max_seq_len)
+    _check_names([spec.name for spec in specs if spec.name not in tables], tensors)
     with replacing(path) as file:
         file.write(bytes(Header(version, config).n_bytes))
         crc = 0
         for spec in specs:
-            for data in _bytes_of(spec, spec.encode(sources[spec.name])):
+            for data in _encoded(spec, tables[spec.name] if spec.name in tables else tensors[spec.name]):
                 crc = zlib.crc32(data, crc)
                 file.write(data)
         section = None
@@ -425,37 +467,59 @@ def _with_rope_theta_of_tables(path: Path, config: ModelConfig, cos: Tensor, sin
     return config
 
 
+def _with_rope_theta(path: Path, header: Header, config: ModelConfig, rope_theta: float | None) -> ModelConfig:
+    """Return `config` with the rope_theta that the user knows, where the file does not say it; refuse to guess."""
+    if header.version == 0 or header.payload_crc32 is not None:
+        if rope_theta not in (None, config.rope_theta):
+            raise ConfigError(f"rope_theta={rope_theta:g}: {path} says that it is {config.rope_theta:g}; leave it out")
+        return config
+    if rope_theta is not None:
+        return dataclasses.replace(config, rope_theta=rope_theta)
+    if config.vocab_size >= LLAMA3_VOCAB:
+        raise FormatError(
+            f"{path}: does not say its rope_theta, and with Llama 3's vocabulary ({config.vocab_size}) it is not "
+            f"llama2.c's {LLAMA2C_ROPE_THETA:g}: python export.py NEW.bin --bin {path} --rope_theta 500000"
+        )
+    return config
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _check_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, NDArray[np.float32]]) -> None:
-    """Refuse missing, extra, misshapen and non-finite tensors."""
-    expected = {spec.name: spec.shape for spec in specs}
-    if problems := [f"{name} is missing" for name in expected.keys() - tensors.keys()] + [
-        f"{name} is not part of the model" for name in tensors.keys() - expected.keys()
-    ]:
+def _check_names(expected: Sequence[str], tensors: Mapping[str, Rows]) -> None:
+    """Refuse missing and extra tensors."""
+    problems = [f"{name} is missing" for name in set(expected) - tensors.keys()]
+    problems += [f"{name} is not part of the model" for name in tensors.keys() - set(expected)]
+    if problems:
         raise FormatError("; ".join(sorted(problems)))
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise FormatError(f"{name} has shape {tensors[name].shape} where the config asks for {shape}")
-        # The sum is NaN or infinite if any weight is: one pass, no temporary.
-        if not np.isfinite(tensors[name].sum(dtype=np.float64)):
-            raise NonFiniteError(f"{name} holds NaN or infinite weights: nothing was written")
 
 
-def _bytes_of(spec: TensorSpec, tensor: Tensor) -> Iterator[memoryview | bytes]:
-    """Yield the bytes of an encoded tensor in the file, without a copy."""
-    arrays = tensor[:2] if isinstance(tensor, Quantized | Packed) else (tensor,)
-    for part, array in zip(spec.parts, arrays, strict=True):
-        yield array.astype(part.dtype, copy=False).data.cast("B")
+def _encoded(spec: TensorSpec, weights: Rows) -> Iterator[memoryview | bytes]:
+    """Yield the bytes of a tensor in the file, encoding a block of rows at a time; scales are kept until their turn."""
+    if tuple(weights.shape) != spec.shape:
+        raise FormatError(f"{spec.name} has shape {tuple(weights.shape)} where the config asks for {spec.shape}")
+    first, *others = spec.parts
+    scales = []
+    for block in row_blocks(spec.name, weights):
+        tensor = spec.encode(block)
+        if isinstance(tensor, Quantized | Packed):
+            scales.append(tensor.scales)
+            yield tensor.values.data.cast("B")
+        else:
+            yield tensor.astype(first.dtype, copy=False).data.cast("B")
+    yield bytes(spec.padding(first))
+    for part in others:
+        yield from (np.ascontiguousarray(some, part.dtype).data.cast("B") for some in scales)
         yield bytes(spec.padding(part))
 
 
 def _compare(path: Path, file: BinaryIO, header: Header, crc: int) -> None:
     """Read the file that is about to be renamed to `path` back, and compare it with what was meant."""
-    found = read(file.name, verify=False)
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer, memoryview(buffer) as view:
-        with view[header.n_bytes : header.tokenizer.offset if header.tokenizer else len(view)] as payload:
-            found_crc = zlib.crc32(payload)
-    if found.header != header or found_crc != crc:
+    found = read(file.name, verify=False).header
+    end = header.tokenizer.offset if header.tokenizer else file.seek(0, os.SEEK_END)
+    found_crc, at = 0, file.seek(header.n_bytes)
+    while at < end:
+        data = file.read(min(BLOCK_BYTES, end - at))
+        found_crc, at = zlib.crc32(data, found_crc), at + len(data)
+    if found != header or found_crc != crc:
         raise FormatError(f"{path}: what was read back is not what was written: the disk may be failing")

@@ -130,9 +130,9 @@ def test_another_checkpoint_is_not_proved(project, dtype, words):
     path = project / "out" / f"model_v3_{dtype}.bin"
     export.main(["--no-check", f"--dtype={dtype}"])
     own = random_tensors(CONFIG, seed=10, scale=0.05)
-    assert not proof.prove(path, checkpoint_state=weights.to_state(own)).problems
+    assert not proof.prove(path, originals=own).problems
     own["layers.1.attention.wq"] = random_tensors(CONFIG, seed=20, scale=0.05)["layers.1.attention.wq"]
-    found = proof.prove(path, checkpoint_state=weights.to_state(own))
+    found = proof.prove(path, originals=own)
     assert any(words in problem for problem in found.problems)
 
 
@@ -153,7 +153,7 @@ def test_data_of_another_tokenizer_is_not_used(project, capsys):
         (["--version=4"], ConfigError, "version=4: must be one of 0, 1, 2, 3"),
         (["--version=2", "--dtype=q4"], ConfigError, "dtype=q4: version 2 has no choice of it"),
         (["--dtype=q5"], ConfigError, "dtype=q5: must be one of f32, bf16, q8, q4"),
-        (["out/run"], ConfigError, "must end in .bin; a run or checkpoint is named with --checkpoint=PATH"),
+        (["out"], ConfigError, "out: holds .* --checkpoint=out"),
         (["a.bin", "--verify=b.bin"], ConfigError, "existing file"),
         (["--verify=gone.bin"], FormatError, "gone.bin: no such model file"),
         (["--checkpoint=gone"], CheckpointError, "gone"),

@@ -1,7 +1,8 @@
 """The proof of an export: the PyTorch model and the torch-free runtime compute the same thing from one file.
 
 Four comparisons, from the bytes to the text: the file's weights with the checkpoint's, the logits of both programs, the
-text that both find most likely, and the bits per byte that both need for validation data.
+text that both find most likely, and the bits per byte that both need for validation data. Of a large model, PyTorch has
+one layer in memory at a time; then the texts are shorter, and no validation data is computed.
 """
 
 import time
@@ -12,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
+from interchange.bin_file import tensors_of
 from llamalet import format, shards, tokenizer
-from llamalet.config import ModelConfig
+from llamalet.config import ModelConfig, rope_tables
 from llamalet.evaluate import NOTHING, evaluate_windows
+from llamalet.format import Rows, row_blocks
 from llamalet.generate import Tokens
-from llamalet.quantize import Packed, Quantized, dequantize, to_bfloat16, unpack
+from llamalet.quantize import Packed, Quantized, to_bfloat16, unpack
 from llamalet.transformer import Transformer
-from model import Llama
+from model import Block, Llama
 from training import weights
 
 LOGIT_TOKENS = 256
 GREEDY_TOKENS = 128
+LARGE_PARAMS = 250_000_000  # a gigabyte in float32
+LARGE_TOKENS = 32
 EVALUATION_TOKENS = 20_000
 
 # How far the two programs may differ on the file's weights. f32, bf16: rounding in another order, far above what was
@@ -45,10 +51,11 @@ class Proof:
     path: Path
     version: int
     dtype: str
-    weights: str = "not compared (no checkpoint)"
+    weights: str = "not compared (nothing to compare with)"
     logit_difference: float = 0.0
     largest_logit: float = 0.0
     text: str = ""
+    no_bits: str = "no prepared data with this tokenizer; name some with --data"
     torch_bits_per_byte: float | None = None
     runtime_bits_per_byte: float | None = None
     evaluated_tokens: int = 0
@@ -62,7 +69,7 @@ class Proof:
 
     def lines(self) -> list[str]:
         """Return the proof as lines to print, the verdict last."""
-        bits = "not compared (no prepared data with this tokenizer; name some with --data)"
+        bits = f"not compared ({self.no_bits})"
         if self.torch_bits_per_byte is not None and self.runtime_bits_per_byte is not None:
             bits = (
                 f"PyTorch {self.torch_bits_per_byte:.4f}, runtime {self.runtime_bits_per_byte:.4f} bits per byte over "
@@ -91,17 +98,45 @@ class TorchLogits:
         return self.model(torch.from_numpy(np.asarray(tokens, np.int64))[None])[0].float().numpy()
 
 
+class LayeredLogits:
+    """The same for a large model: its layers are computed one after the other, each read when its turn comes."""
+
+    def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
+        self.tensors = tensors
+        self.config = config
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Return float32 (T, V) logits of int64 (T,) ids."""
+        c = self.config
+        cos, sin = (torch.from_numpy(table)[:, None] for table in rope_tables(c, len(tokens)))
+        table = self.tensors["tok_embeddings"]
+        x = torch.from_numpy(np.concatenate([table[id : id + 1] for id in map(int, tokens)]))[None]  # (1, T, C)
+        block = Block(c, 0.0).eval()
+        for layer in range(c.n_layers):
+            prefix = f"layers.{layer}."
+            names = [name for name in self.tensors if name.startswith(prefix)]
+            state = weights.read_state({name.removeprefix(prefix): self.tensors[name] for name in names})
+            block.load_state_dict(state, assign=True)
+            x = block(x, cos, sin)
+        norm = torch.from_numpy(np.array(self.tensors["norm"][0 : c.dim]))
+        x = F.rms_norm(x[0], (c.dim,), norm, c.norm_eps)
+        output = "tok_embeddings" if c.tied else "output"
+        columns = [F.linear(x, torch.from_numpy(rows)) for rows in row_blocks(output, self.tensors[output])]
+        return torch.cat(columns, dim=1).numpy()
+
+
 def prove(
     path: Path,
     *,
-    checkpoint_state: Mapping[str, torch.Tensor] | None = None,
+    originals: Mapping[str, Rows] | None = None,
     data: shards.Shards | None = None,
 ) -> Proof:
     """Compare the PyTorch model and the runtime on one model file.
 
     Args:
         path: the .bin; it is read with its checksum verified.
-        checkpoint_state: the weights it was made from; then they are compared, and PyTorch's bits per byte are theirs.
+        originals: the weights it was made from by name: they are compared, and PyTorch's bits per byte are theirs.
         data: prepared data with the model's tokenizer; without it the logits are compared on random ids.
 
     Returns:
@@ -114,31 +149,44 @@ def prove(
     file = format.read(path, verify=True)
     config = file.config
     proof = Proof(path=path, version=file.version, dtype=file.dtype)
-    from_file = TorchLogits(weights.load_model(config, weights.to_state(file.tensors)), config)
+    large = config.n_params > LARGE_PARAMS
+    from_file = _in_torch(tensors_of(file), config)
     runtime = Transformer(file)
-    if checkpoint_state is not None:
-        _compare_weights(proof, file, weights.to_arrays(checkpoint_state))
-    tokens = _some_tokens(config, data)
+    if originals is not None:
+        _compare_weights(proof, file, originals)
+    tokens = _some_tokens(config, data, LARGE_TOKENS if large else LOGIT_TOKENS)
     _compare_logits(proof, from_file.logits(tokens), runtime.logits(tokens), LOGIT_BOUND[file.dtype])
-    _compare_text(proof, from_file, runtime, data)
-    if data is not None:
-        original = from_file
-        if checkpoint_state is not None:
-            original = TorchLogits(weights.load_model(config, checkpoint_state), config)
+    _compare_text(proof, from_file, runtime, data, LARGE_TOKENS if large else GREEDY_TOKENS)
+    if large:
+        proof.no_bits = "the model is large"
+    elif data is not None:
+        original = from_file if originals is None else _in_torch(originals, config)
         _compare_bits(proof, original, runtime, data, BITS_BOUND[file.dtype])
     proof.duration_s = time.perf_counter() - start
     return proof
 
 
-def _compare_weights(proof: Proof, file: format.ModelFile, originals: Mapping[str, NDArray[np.float32]]) -> None:
+def _in_torch(tensors: Mapping[str, Rows], config: ModelConfig) -> TorchLogits | LayeredLogits:
+    """Return the training model with these weights; of a large one, a layer at a time."""
+    if config.n_params > LARGE_PARAMS:
+        return LayeredLogits(tensors, config)
+    return TorchLogits(weights.load_model(config, weights.read_state(tensors)), config)
+
+
+def _compare_weights(proof: Proof, file: format.ModelFile, originals: Mapping[str, Rows]) -> None:
     """Check that the weights are the checkpoint's, or what these are when rounded."""
     errors = []
-    for name, original in originals.items():
-        found = file.tensors[name]
+    for name, found in file.tensors.items():
         if isinstance(found, Quantized | Packed):
-            errors.append(_error(found, original, file.dtype))
-        elif not np.array_equal(found, original if found.dtype == np.float32 else to_bfloat16(original)):
-            proof.problems.append(f"{name} is not the checkpoint's")
+            errors.append(_error(name, found, originals[name], file.dtype))
+            continue
+        start = 0
+        for block in row_blocks(name, originals[name]):
+            rows = found[start : start + len(block)]
+            if not np.array_equal(rows, block if found.dtype == np.float32 else to_bfloat16(block)):
+                proof.problems.append(f"{name} is not the checkpoint's")
+                break
+            start += len(block)
     if file.group_size is None:
         rounded = "" if file.dtype == "f32" else " in bfloat16"
         proof.weights = f"every one equal to the checkpoint's{rounded}" if proof.ok else "differ from the checkpoint's"
@@ -150,19 +198,24 @@ def _compare_weights(proof: Proof, file: format.ModelFile, originals: Mapping[st
         proof.problems.append(f"{file.dtype} weights are off by {worst:.3f} (at most {bound})")
 
 
-def _error(found: Quantized | Packed, original: NDArray[np.float32], dtype: str) -> float:
+def _error(name: str, found: Quantized | Packed, original: Rows, dtype: str) -> float:
     """Return how far a rounded matrix is off, in the unit of WEIGHT_BOUND."""
-    error = dequantize(found) - original
-    if dtype == "q4":
-        return float(np.linalg.norm(error) / max(np.linalg.norm(original), np.finfo(np.float32).tiny))
-    _, scales = unpack(found) if isinstance(found, Packed) else found
-    steps = np.repeat(scales, found.group_size, axis=1)[:, : original.shape[1]]
-    return float(np.max(np.abs(error) / np.maximum(steps, np.finfo(np.float32).tiny)))
+    tiny = np.finfo(np.float32).tiny
+    start, steps, squares, total = 0, 0.0, 0.0, 0.0
+    for block in row_blocks(name, original):
+        rows = np.arange(start, start + len(block))
+        values, scales = unpack(found, rows) if isinstance(found, Packed) else (found.values[rows], found.scales[rows])
+        widths = np.repeat(scales, found.group_size, axis=1)[:, : block.shape[1]]
+        gap = values * widths - block
+        steps = float(np.maximum(steps, np.max(np.abs(gap) / np.maximum(widths, tiny))))  # NaN stays
+        squares, total = squares + float(np.vdot(gap, gap)), total + float(np.vdot(block, block))
+        start += len(block)
+    return float(np.sqrt(squares / max(total, float(tiny)))) if dtype == "q4" else steps
 
 
-def _some_tokens(config: ModelConfig, data: shards.Shards | None) -> NDArray[np.int64]:
-    """Return LOGIT_TOKENS ids, fewer where the context is shorter: validation data, else seeded random ids."""
-    n = min(LOGIT_TOKENS, config.max_seq_len)
+def _some_tokens(config: ModelConfig, data: shards.Shards | None, n: int) -> NDArray[np.int64]:
+    """Return n ids, fewer where the context is shorter: validation data, else seeded random ids."""
+    n = min(n, config.max_seq_len)
     if data is not None and len(data.split("val")) >= n:
         return data.split("val")[:n]
     return np.random.default_rng(0).integers(0, config.vocab_size, n)
@@ -180,7 +233,9 @@ def _compare_logits(
         )
 
 
-def _compare_text(proof: Proof, expected: TorchLogits, runtime: Transformer, data: shards.Shards | None) -> None:
+def _compare_text(
+    proof: Proof, expected: TorchLogits | LayeredLogits, runtime: Transformer, data: shards.Shards | None, n: int
+) -> None:
     """Let the runtime write its most likely text and check that PyTorch finds each of its tokens most likely too.
 
     Where they part, the two logits must be closer than the programs' difference there: a tie that rounding decides.
@@ -188,7 +243,7 @@ def _compare_text(proof: Proof, expected: TorchLogits, runtime: Transformer, dat
     bos = data.meta.bos_id if data is not None else tokenizer.BOS_ID
     cache = runtime.new_cache()
     ids, logits = [bos], [runtime.decode(cache, bos).copy()]
-    while len(ids) < min(GREEDY_TOKENS, runtime.config.max_seq_len):
+    while len(ids) < min(n, runtime.config.max_seq_len):
         ids.append(int(logits[-1].argmax()))
         logits.append(runtime.decode(cache, ids[-1]).copy())
     torch_logits = expected.logits(np.array(ids))
@@ -210,7 +265,11 @@ def _compare_text(proof: Proof, expected: TorchLogits, runtime: Transformer, dat
 
 
 def _compare_bits(
-    proof: Proof, original: TorchLogits, runtime: Transformer, data: shards.Shards, relative_bound: float
+    proof: Proof,
+    original: TorchLogits | LayeredLogits,
+    runtime: Transformer,
+    data: shards.Shards,
+    relative_bound: float,
 ) -> None:
     """Check that both programs need the same bits for the same validation tokens."""
     vocabulary = tokenizer.load(data.tokenizer_path, data.meta.vocab_size)

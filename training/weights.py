@@ -3,7 +3,6 @@
 The names are the same everywhere; PyTorch's state dict alone ends each with ".weight".
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from interchange import bin_file
 from llamalet import format, tokenizer
 from llamalet.config import ModelConfig
-from llamalet.files import replacing
-from llamalet.format import ModelFile
+from llamalet.format import ModelFile, Rows
 from llamalet.quantize import dequantize
 from model import Llama
 
@@ -29,6 +28,11 @@ def to_arrays(state: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32
 def to_state(tensors: Mapping[str, format.Tensor]) -> dict[str, torch.Tensor]:
     """Return a file's tensors, in whatever form, as a state dict of float32 copies."""
     return {name + SUFFIX: torch.tensor(dequantize(tensor)) for name, tensor in tensors.items()}
+
+
+def read_state(tensors: Mapping[str, Rows]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model from anywhere (interchange/source.py) as a state dict of float32 copies."""
+    return {name + SUFFIX: torch.tensor(tensor[0 : tensor.shape[0]]) for name, tensor in tensors.items()}
 
 
 def load_model(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Llama:
@@ -58,10 +62,7 @@ def write_bin(
     dtype: str | None = None,
     force: bool = False,
 ) -> ModelFile:
-    """Write a model file and its tokenizer beside it.
-
-    The tokenizer goes as it is into NAME.tokenizer.model, and for llama2.c, which reads versions 0 to 2, into
-    NAME.tokenizer.bin in its layout; a tokenizer that is no SentencePiece model goes there with every version.
+    """Write a model file and its tokenizer beside it, from PyTorch's weights: see `interchange.bin_file.write`.
 
     Args:
         path: NAME.bin, the file to make or replace.
@@ -77,18 +78,5 @@ def write_bin(
         TokenizerError: if the tokenizer is damaged or of another vocabulary size.
         NonFiniteError: if a weight is NaN or infinite.
     """
-    path = Path(path)
     vocabulary = tokenizer.load(tokenizer_path, config.vocab_size)
-    written = format.write(
-        path, version, config, to_arrays(state), dtype=dtype, tokenizer_sha256=vocabulary.sha256, force=force
-    )
-    beside_model = path.with_suffix(".tokenizer.model")
-    is_sentencepiece = isinstance(vocabulary, tokenizer.SentencePieceTokenizer)
-    if version < 3 or not is_sentencepiece:
-        tokenizer.write_bin(path.with_suffix(".tokenizer.bin"), vocabulary)
-    if is_sentencepiece:
-        with open(tokenizer_path, "rb") as source, replacing(beside_model) as target:
-            shutil.copyfileobj(source, target)
-    else:
-        beside_model.unlink(missing_ok=True)  # an earlier export's would be taken for this model's
-    return written
+    return bin_file.write(path, version, config, to_arrays(state), vocabulary, tokenizer_path, dtype=dtype, force=force)

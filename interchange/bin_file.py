@@ -1,0 +1,126 @@
+"""The raw binary (llamalet/format.py) and the tokenizer beside it, as one more format to read and write."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from interchange.source import Floats, Source, find_tokenizer
+from llamalet import format, tokenizer
+from llamalet.config import ModelConfig, RopeScaling
+from llamalet.errors import ConfigError, TokenizerError
+from llamalet.files import replacing
+from llamalet.format import ModelFile, Rows
+from llamalet.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
+from llamalet.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class BinTensor:
+    """A tensor of a model file in any of its forms, whose rows become float32 when they are asked for."""
+
+    weight: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, of weights."""
+        if isinstance(self.weight, Packed):
+            return self.weight.rows, self.weight.cols
+        return (self.weight.values if isinstance(self.weight, Quantized) else self.weight).shape
+
+    def __getitem__(self, rows: slice) -> Floats:
+        if isinstance(self.weight, Packed):
+            return dequantize_rows(self.weight, np.arange(self.weight.rows)[rows])
+        if isinstance(self.weight, Quantized):
+            return dequantize(Quantized(self.weight.values[rows], self.weight.scales[rows]))
+        return dequantize(self.weight[rows])
+
+
+def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScaling | None = None) -> Source:
+    """Open a model file of any version, llama2.c's or ours.
+
+    Args:
+        name: its path.
+        rope_theta: see `llamalet.format.read`.
+        rope_scaling: how RoPE is scaled, for a file that does not say.
+
+    Raises:
+        FormatError: if the file breaks a rule of its format, or does not say what cannot be guessed.
+        ConfigError: if either is given for a file that says it.
+    """
+    file = format.read(name, rope_theta=rope_theta)
+    config = file.config
+    if rope_scaling is not None:
+        if file.header.payload_crc32 is not None:
+            raise ConfigError(f"rope_scaling={rope_scaling.factor:g}: {name} says how RoPE is scaled; leave it out")
+        config = dataclasses.replace(config, rope_scaling=rope_scaling)
+    beside = tokenizer.beside(name)
+    vocabulary, path, notes = find_tokenizer([beside] if beside else [], file.config.vocab_size)
+    if vocabulary is not None and file.tokenizer_sha256 not in (None, vocabulary.sha256):
+        raise TokenizerError(f"{path}: not the vocabulary that {name} was trained with; move it away")
+    if file.dtype in ("q8", "q4"):
+        notes = (f"its weights have been rounded to {file.dtype} before: what is written holds those", *notes)
+    return Source(
+        name=name,
+        config=config,
+        tensors=tensors_of(file),
+        tokenizer=vocabulary,
+        tokenizer_path=path,
+        notes=notes,
+    )
+
+
+def tensors_of(file: ModelFile) -> dict[str, Rows]:
+    """Return a model file's tensors, float32 on demand."""
+    return {name: BinTensor(tensor) for name, tensor in file.tensors.items()}
+
+
+def write(
+    path: str | Path,
+    version: int,
+    config: ModelConfig,
+    tensors: Mapping[str, Rows],
+    vocabulary: Tokenizer | None,
+    tokenizer_path: Path | None,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+) -> ModelFile:
+    """Write a model file and its tokenizer beside it.
+
+    The tokenizer goes as it is into NAME.tokenizer.model, and for llama2.c, which reads versions 0 to 2, into
+    NAME.tokenizer.bin in its layout; a tokenizer that is no SentencePiece model goes there with every version.
+
+    Args:
+        path: NAME.bin, the file to make or replace.
+        version: 0 to 3.
+        config: the model's shape.
+        tensors: the weights by name; each is read once, in blocks.
+        vocabulary: the tokenizer that the model was trained with; None where it is not known.
+        tokenizer_path: the file that it was read from.
+        dtype: see `llamalet.format.write`.
+        force: see `llamalet.format.write`.
+
+    Raises:
+        ConfigError: if the version cannot carry the model.
+        TokenizerError: if llama2.c's layout cannot carry the tokenizer.
+        NonFiniteError: if a weight is NaN or infinite.
+    """
+    path = Path(path)
+    sha256 = None if vocabulary is None else vocabulary.sha256
+    written = format.write(path, version, config, tensors, dtype=dtype, tokenizer_sha256=sha256, force=force)
+    as_model, as_bin = path.with_suffix(".tokenizer.model"), path.with_suffix(".tokenizer.bin")
+    is_sentencepiece = isinstance(vocabulary, tokenizer.SentencePieceTokenizer)
+    if vocabulary is not None and (version < 3 or not is_sentencepiece):
+        tokenizer.write_bin(as_bin, vocabulary)
+    if is_sentencepiece and tokenizer_path is not None:
+        with open(tokenizer_path, "rb") as source, replacing(as_model) as target:
+            shutil.copyfileobj(source, target)
+    else:  # an earlier export's would be taken for this model's
+        as_model.unlink(missing_ok=True)
+    if vocabulary is None:
+        as_bin.unlink(missing_ok=True)
+    return written
