@@ -72,6 +72,9 @@ class Reported(Mapping[str, Rows]):
         self._done += self._sizes[name]
         return self._tensors[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own would ask for the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
