@@ -170,7 +170,7 @@ def _open(config: ExportConfig) -> tuple[Source, str | None]:
     if config.tokenizer is not None:
         path = Path(config.tokenizer)
         vocabulary = tokenizer.load(path, source.config.vocab_size)
-        source = dataclasses.replace(source, tokenizer=vocabulary, tokenizer_path=path, notes=())
+        source = dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=path.read_bytes(), notes=())
     return source, trained_on
 
 
@@ -185,7 +185,7 @@ def _open_checkpoint(named: str | None) -> tuple[Source, str | None]:
         config=found.model_config,
         tensors=weights.to_arrays(found.model_state),
         tokenizer=tokenizer.load(found.tokenizer_path, found.model_config.vocab_size),
-        tokenizer_path=found.tokenizer_path,
+        tokenizer_data=found.tokenizer_path.read_bytes(),
     )
     return source, found.state.get("data")
 
@@ -204,7 +204,7 @@ def _export(config: ExportConfig, source: Source, path: Path, trained_on: str | 
     """Write a .bin and prove it."""
     start, version = time.perf_counter(), config.resolved_version
     written = bin_file.write(
-        path, version, source.config, Reported(source.tensors, source.config), source.tokenizer, source.tokenizer_path,
+        path, version, source.config, Reported(source.tensors, source.config), source.tokenizer, source.tokenizer_data,
         dtype=config.dtype, force=config.force,
     )  # fmt: skip
     size, duration = path.stat().st_size, time.perf_counter() - start

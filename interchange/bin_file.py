@@ -1,20 +1,20 @@
 """The raw binary (llamalet/format.py) and the tokenizer beside it, as one more format to read and write."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from interchange.source import Floats, Source, find_tokenizer
+from interchange.source import Floats, Source
 from llamalet import format, tokenizer
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.errors import ConfigError, TokenizerError
+from llamalet.errors import ConfigError
 from llamalet.files import replacing
 from llamalet.format import ModelFile, Rows
 from llamalet.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
+from llamalet.runtime import load_tokenizer
 from llamalet.tokenizer import Tokenizer
 
 
@@ -58,17 +58,21 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
             raise ConfigError(f"rope_scaling={rope_scaling.factor:g}: {name} says how RoPE is scaled; leave it out")
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
     beside = tokenizer.beside(name)
-    vocabulary, path, notes = find_tokenizer([beside] if beside else [], file.config.vocab_size)
-    if vocabulary is not None and file.tokenizer_sha256 not in (None, vocabulary.sha256):
-        raise TokenizerError(f"{path}: not the vocabulary that {name} was trained with; move it away")
+    vocabulary: Tokenizer | None = None
+    data = b""
+    notes: tuple[str, ...] = ()
+    if file.tokenizer_data is not None:
+        vocabulary, data = load_tokenizer(file, None), file.tokenizer_data
+    elif beside is not None:
+        vocabulary, data = load_tokenizer(file, beside), beside.read_bytes()
     if file.dtype in ("q8", "q4"):
-        notes = (f"its weights have been rounded to {file.dtype} before: what is written holds those", *notes)
+        notes = (f"its weights have been rounded to {file.dtype} before: what is written holds those",)
     return Source(
         name=name,
         config=config,
         tensors=tensors_of(file),
         tokenizer=vocabulary,
-        tokenizer_path=path,
+        tokenizer_data=data,
         notes=notes,
     )
 
@@ -84,15 +88,15 @@ def write(
     config: ModelConfig,
     tensors: Mapping[str, Rows],
     vocabulary: Tokenizer | None,
-    tokenizer_path: Path | None,
+    tokenizer_data: bytes,
     *,
     dtype: str | None = None,
     force: bool = False,
 ) -> ModelFile:
-    """Write a model file and its tokenizer beside it.
+    """Write a model file and its tokenizer.
 
-    The tokenizer goes as it is into NAME.tokenizer.model, and for llama2.c, which reads versions 0 to 2, into
-    NAME.tokenizer.bin in its layout; a tokenizer that is no SentencePiece model goes there with every version.
+    Version 3 has the tokenizer inside. With the others it goes beside them as it is, into NAME.tokenizer.SUFFIX, and
+    for llama2.c, which reads them, into NAME.tokenizer.bin in its layout, where that can hold it.
 
     Args:
         path: NAME.bin, the file to make or replace.
@@ -100,7 +104,7 @@ def write(
         config: the model's shape.
         tensors: the weights by name; each is read once, in blocks.
         vocabulary: the tokenizer that the model was trained with; None where it is not known.
-        tokenizer_path: the file that it was read from.
+        tokenizer_data: its file, as it is.
         dtype: see `llamalet.format.write`.
         force: see `llamalet.format.write`.
 
@@ -111,16 +115,20 @@ def write(
     """
     path = Path(path)
     sha256 = None if vocabulary is None else vocabulary.sha256
-    written = format.write(path, version, config, tensors, dtype=dtype, tokenizer_sha256=sha256, force=force)
-    as_model, as_bin = path.with_suffix(".tokenizer.model"), path.with_suffix(".tokenizer.bin")
-    is_sentencepiece = isinstance(vocabulary, tokenizer.SentencePieceTokenizer)
-    if vocabulary is not None and (version < 3 or not is_sentencepiece):
-        tokenizer.write_bin(as_bin, vocabulary)
-    if is_sentencepiece and tokenizer_path is not None:
-        with open(tokenizer_path, "rb") as source, replacing(as_model) as target:
-            shutil.copyfileobj(source, target)
-    else:  # an earlier export's would be taken for this model's
-        as_model.unlink(missing_ok=True)
-    if vocabulary is None:
-        as_bin.unlink(missing_ok=True)
+    inside = (vocabulary.suffix, tokenizer_data) if vocabulary is not None and version == 3 else None
+    written = format.write(
+        path, version, config, tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside, force=force
+    )
+    beside = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in tokenizer.SUFFIXES}
+    if vocabulary is not None and version < 3:
+        as_bin = beside.pop("bin")
+        if isinstance(vocabulary, tokenizer.JsonTokenizer):
+            as_bin.unlink(missing_ok=True)
+        else:
+            tokenizer.write_bin(as_bin, vocabulary)
+        if vocabulary.suffix in beside:
+            with replacing(beside.pop(vocabulary.suffix)) as file:
+                file.write(tokenizer_data)
+    for stale in beside.values():  # an earlier export's would be taken for this model's
+        stale.unlink(missing_ok=True)
     return written

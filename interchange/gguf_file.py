@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from interchange import byte_level
 from interchange.source import (
     DECODERS,
     ITEM_BYTES,
@@ -32,7 +33,16 @@ from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
 from llamalet.format import Rows, row_blocks, tensor_specs
-from llamalet.tokenizer import BOS_ID, EOS_ID, SPACE_MARK, BinTokenizer, Tokenizer
+from llamalet.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    SPACE_MARK,
+    BinTokenizer,
+    JsonTokenizer,
+    Llama3Tokenizer,
+    Tokenizer,
+    pack,
+)
 
 if TYPE_CHECKING:
     import gguf
@@ -64,10 +74,12 @@ DTYPES = {
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }  # fmt: skip
 BLOCK = 32
+END_OF_TURN = "<|eot_id|>"
 DEFAULT_ROPE_THETA = 10000.0
 # The kinds of tokens, and where none is set.
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-MAX_ALIGNMENT = 1 << 16
+# What llama.cpp calls the way in which Llama 3 cuts a text into words.
+LLAMA3_WORDS = ("llama-bpe", "llama3", "llama-v3")
 
 
 def _package() -> Any:
@@ -109,12 +121,13 @@ def read(name: str) -> Source:
     found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if theirs != ROPE_FACTORS}
     check_shapes(str(path), config, {our: _shape(tensor) for our, tensor in found.items()}, names)
     tensors = {our: _opened(path, tensor) for our, tensor in found.items()}
-    vocabulary, notes = None, []
+    vocabulary: Tokenizer | None = None
+    notes = []
     if rounded := sorted({tensor.tensor_type.name for tensor in stored.values()} - DECODERS.keys()):
         notes.append(f"its weights have been rounded to {', '.join(rounded)} before: what is written holds those")
     try:
         vocabulary = _read_tokenizer(str(path), fields)
-    except TokenizerError as error:
+    except (TokenizerError, UsageError) as error:
         notes.append(f"its tokenizer is not taken: {error}")
     template = fields.get("tokenizer.chat_template")
     stops = {fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
@@ -123,6 +136,7 @@ def read(name: str) -> Source:
         config=config,
         tensors=tensors,
         tokenizer=vocabulary,
+        tokenizer_data=b"" if vocabulary is None else pack(vocabulary.pieces()),
         chat_template=template if isinstance(template, str) else None,
         stop_tokens=tuple(sorted(id for id in stops if isinstance(id, int))),
         notes=tuple(notes),
@@ -253,15 +267,24 @@ def _scaling_of(path: Path, config: ModelConfig, factors: NDArray[np.float64]) -
     return scaling
 
 
-def _read_tokenizer(name: str, fields: _Fields) -> BinTokenizer:
+def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
     """Return the vocabulary of a file.
 
     Raises:
-        TokenizerError: if it is not SentencePiece's BPE with byte fallback and a space put before each text.
+        TokenizerError: if it is neither Llama 3's, nor SentencePiece's BPE with byte fallback and a space put before
+            each text.
     """
-    kind = fields.get("tokenizer.ggml.model")
+    kind, words = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind == "gpt2" and words in LLAMA3_WORDS:
+        tokens, merges, kinds = (
+            fields.get(f"tokenizer.ggml.{part}") or [] for part in ("tokens", "merges", "token_type")
+        )
+        special = [id for id, kind in enumerate(kinds) if kind == CONTROL]
+        return byte_level.from_table(tokens, merges, special, name)
     if kind != "llama":
-        raise TokenizerError(f"{name}: is of the kind {kind!r}: only 'llama' can be read")
+        raise TokenizerError(
+            f"{name}: is of the kind {kind!r} with {words!r}: only Llama 2's and Llama 3's can be read"
+        )
     if fields.get("tokenizer.ggml.add_space_prefix") is False:
         raise TokenizerError(f"{name}: puts no space before a text")
     tokens, scores, kinds = (fields.get(f"tokenizer.ggml.{part}") or [] for part in ("tokens", "scores", "token_type"))
@@ -299,7 +322,10 @@ def check_can_carry(source: Source, dtype: str) -> None:
         raise TokenizerError(
             f"{source.name}: llama.cpp needs the tokenizer inside a GGUF file; name it with --tokenizer"
         )
-    _token_rows(source.tokenizer)
+    if isinstance(source.tokenizer, JsonTokenizer):
+        byte_level.table(source.tokenizer, source.tokenizer_data)
+    elif not isinstance(source.tokenizer, Llama3Tokenizer):
+        BinTokenizer(source.tokenizer.pieces(), source.name)
     scaling = source.config.rope_scaling
     if scaling is not None and scaling != llama3_scaling(scaling.factor):
         raise ConfigError(f"{scaling}: only Llama 3.1's constants, with any factor, can be told from a GGUF file")
@@ -389,25 +415,37 @@ def _add_fields(writer: "gguf.GGUFWriter", source: Source, name: str, file_type:
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_theta)
     assert source.tokenizer is not None  # check_can_carry
-    tokens, scores, kinds = _token_rows(source.tokenizer)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(kinds)
+    if _is_llama3(source.tokenizer):
+        _add_llama3(writer, byte_level.table(source.tokenizer, source.tokenizer_data))
+    else:
+        _add_llama2(writer, source.tokenizer)
     writer.add_bos_token_id(source.tokenizer.bos_id)
     writer.add_eos_token_id(source.tokenizer.eos_id)
-    writer.add_unk_token_id(0)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(True)
-    writer.add_remove_extra_whitespaces(False)
     if source.chat_template is not None:
         writer.add_chat_template(source.chat_template)
 
 
-def _token_rows(vocabulary: Tokenizer) -> tuple[list[str], list[float], list[int]]:
-    """Return the tokens as llama.cpp writes them, their scores and their kinds.
+def _is_llama3(vocabulary: Tokenizer) -> bool:
+    """Return whether a vocabulary is to be written as Llama 3's kind."""
+    return isinstance(vocabulary, Llama3Tokenizer | JsonTokenizer)
+
+
+def _add_llama3(writer: "gguf.GGUFWriter", table: byte_level.Table) -> None:
+    """Put a vocabulary of Llama 3's kind into the metadata."""
+    special = set(table.special.values())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(LLAMA3_WORDS[0])
+    writer.add_token_list(table.tokens)
+    writer.add_token_types([CONTROL if id in special else NORMAL for id in range(len(table.tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in table.merges])
+    if END_OF_TURN in table.special:
+        writer.add_eot_token_id(table.special[END_OF_TURN])
+
+
+def _add_llama2(writer: "gguf.GGUFWriter", vocabulary: Tokenizer) -> None:
+    """Put a vocabulary of Llama 2's kind into the metadata.
 
     Raises:
         TokenizerError: if llama.cpp would cut texts differently.
@@ -416,5 +454,11 @@ def _token_rows(vocabulary: Tokenizer) -> tuple[list[str], list[float], list[int
     tokens = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in copy.pieces()]
     tokens[: len(CONTROLS)] = CONTROLS
     kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * (FIRST_TEXT_ID - len(CONTROLS))
-    kinds += [NORMAL] * (len(tokens) - FIRST_TEXT_ID)
-    return tokens, [score for _, score in copy.pieces()], kinds
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([score for _, score in copy.pieces()])
+    writer.add_token_types(kinds + [NORMAL] * (len(tokens) - FIRST_TEXT_ID))
+    writer.add_unk_token_id(0)
+    writer.add_add_space_prefix(vocabulary.adds_space)
+    writer.add_remove_extra_whitespaces(False)

@@ -100,13 +100,13 @@ def read(name: str) -> Source:
         for our, tensor in found.items()
     }
     tokenizer_config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
-    vocabulary, path, problems = find_tokenizer([folder / SENTENCEPIECE, folder / TOKENIZER], config.vocab_size)
+    vocabulary, data, problems = find_tokenizer([folder / SENTENCEPIECE, folder / TOKENIZER], config.vocab_size)
     return Source(
         name=str(folder),
         config=config,
         tensors=tensors,
         tokenizer=vocabulary,
-        tokenizer_path=path,
+        tokenizer_data=data,
         chat_template=_chat_template(folder, tokenizer_config),
         stop_tokens=_stop_tokens(folder, fields),
         notes=notes + problems,
@@ -345,21 +345,22 @@ def _special_ids(source: Source) -> dict[str, Any]:
     """Return the ids that begin and end texts, where they are known."""
     if source.tokenizer is None:
         return {}
-    stops = source.stop_tokens or (source.tokenizer.eos_id,)
+    eos_id = source.tokenizer.eos_id
+    stops = source.stop_tokens or (eos_id, *sorted(source.tokenizer.stop_ids - {eos_id}))
     return {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
 
 
 def _tokenizer_files(source: Source) -> dict[str, bytes]:
     """Return the tokenizer's files by name; none where the source has no tokenizer."""
-    vocabulary, path = source.tokenizer, source.tokenizer_path
+    vocabulary, data = source.tokenizer, source.tokenizer_data
     if vocabulary is None:
         return {}
     files = {
-        TOKENIZER: tokenizer_json.build(vocabulary, path),
+        TOKENIZER: tokenizer_json.build(vocabulary, data),
         TOKENIZER_CONFIG: _json(tokenizer_json.config(vocabulary, source.config.max_seq_len, source.chat_template)),
     }
-    if path is not None and isinstance(vocabulary, tokenizer.SentencePieceTokenizer):
-        files[SENTENCEPIECE] = path.read_bytes()
+    if isinstance(vocabulary, tokenizer.SentencePieceTokenizer):
+        files[SENTENCEPIECE] = data
     return files
 
 

@@ -69,10 +69,8 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     )
     names = {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)}
     check_shapes(str(path), config, {ours: tensor.shape for ours, tensor in found.items()}, names)
-    vocabulary, tokenizer_path, notes = find_tokenizer([path.parent / "tokenizer.model"], config.vocab_size)
-    return Source(
-        name=str(path), config=config, tensors=found, tokenizer=vocabulary, tokenizer_path=tokenizer_path, notes=notes
-    )
+    vocabulary, data, notes = find_tokenizer([path.parent / "tokenizer.model"], config.vocab_size)
+    return Source(name=str(path), config=config, tensors=found, tokenizer=vocabulary, tokenizer_data=data, notes=notes)
 
 
 def _without_prefixes(name: str) -> str:

@@ -75,7 +75,7 @@ def read(name: str) -> Source:
         )
     shapes = {key: tensor.shape for key, tensor in found_tensors.items()}
     check_shapes(str(folder), config, shapes, {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)})
-    vocabulary, tokenizer_path, notes = find_tokenizer(
+    vocabulary, data, notes = find_tokenizer(
         [folder / "tokenizer.model", folder.parent / "tokenizer.model"], vocab_size
     )
     return Source(
@@ -83,7 +83,7 @@ def read(name: str) -> Source:
         config=config,
         tensors=found_tensors,
         tokenizer=vocabulary,
-        tokenizer_path=tokenizer_path,
+        tokenizer_data=data,
         notes=notes,
     )
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llamalet import tokenizer
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.errors import ConfigError, FormatError, TokenizerError
+from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.format import Rows, row_blocks, tensor_specs
 from llamalet.quantize import from_bfloat16
 from llamalet.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class Source:
         config: its shape.
         tensors: its weights by our names, read from where they are when their rows are asked for.
         tokenizer: its vocabulary, where there is one that this project reads.
-        tokenizer_path: the file that holds it; None where it is a part of the model's own file.
+        tokenizer_data: the tokenizer's file, as it is; empty where there is none.
         chat_template: how a conversation becomes a prompt, in Jinja, where the source says.
         stop_tokens: the ids that end a text, where the source says.
         notes: what the user should know, a line each.
@@ -51,7 +51,7 @@ class Source:
     config: ModelConfig
     tensors: Mapping[str, Rows]
     tokenizer: Tokenizer | None = None
-    tokenizer_path: Path | None = None
+    tokenizer_data: bytes = b""
     chat_template: str | None = None
     stop_tokens: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
@@ -233,8 +233,8 @@ def llama3_scaling(factor: float) -> RopeScaling:
     return RopeScaling(factor=factor, **LLAMA3_SCALING)  # type: ignore[arg-type]
 
 
-def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | None, Path | None, tuple[str, ...]]:
-    """Return the first of some files that is a tokenizer for a model, its path, and a note where none is.
+def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
+    """Return the first of some files that is a tokenizer for a model, its bytes, and notes where none is.
 
     Args:
         paths: where one may lie, the best first.
@@ -244,7 +244,7 @@ def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | 
     for path in paths:
         if path.is_file():
             try:
-                return tokenizer.load(path, vocab_size), path, ()
-            except TokenizerError as error:
+                return tokenizer.load(path, vocab_size), path.read_bytes(), ()
+            except (TokenizerError, UsageError) as error:
                 notes.append(f"not taken as its tokenizer: {error}")
-    return None, None, tuple(notes)
+    return None, b"", tuple(notes)

@@ -279,12 +279,8 @@ def read(path: str | os.PathLike[str], *, verify: bool | None = None, rope_theta
     config = header.config
     if header.version == 0:
         config = _with_rope_theta_of_tables(path, config, tensors.pop("rope_cos"), tensors.pop("rope_sin"))
-    config = _with_rope_theta(path, header, config, rope_theta)
-    header, tokenizer_data = (
-        dataclasses.replace(header, config=config),
-        _read_tokenizer(path, header.tokenizer, buffer, end),
-    )
-    return ModelFile(path, header, tensors, tokenizer_data)
+    header = dataclasses.replace(header, config=_with_rope_theta(path, header, config, rope_theta))
+    return ModelFile(path, header, tensors, _read_tokenizer(path, header.tokenizer, buffer, end))
 
 
 def write(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_MODELS, random_tensors
-from toy import toy_model, toy_tokenizer
+from toy import toy_llama3, toy_model, toy_tokenizer
 
 import export
 from interchange import bin_file, formats, gguf_file, huggingface, llama2c, meta_llama, tokenizer_json
@@ -158,10 +158,10 @@ def test_rows_come_in_blocks_of_any_size(tmp_path, monkeypatch):
     saved(tmp_path / "hf", "llama-3.2-3b")
     whole = huggingface.read(str(tmp_path / "hf"))
     for dtype in ("f32", "bf16", "q8", "q4"):
-        bin_file.write(tmp_path / "a.bin", 3, whole.config, whole.tensors, None, None, dtype=dtype)
+        bin_file.write(tmp_path / "a.bin", 3, whole.config, whole.tensors, None, b"", dtype=dtype)
         with monkeypatch.context() as small:
             small.setattr(format, "BLOCK_WEIGHTS", 1000)
-            bin_file.write(tmp_path / "b.bin", 3, whole.config, whole.tensors, None, None, dtype=dtype)
+            bin_file.write(tmp_path / "b.bin", 3, whole.config, whole.tensors, None, b"", dtype=dtype)
         assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
@@ -277,7 +277,9 @@ def test_transformers_cuts_texts_as_llama_2_does(tmp_path, shared_data):
     path = shared_data / "llama2-tokenizer.model"
     vocabulary = tokenizer.load(path)
     config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=vocabulary.vocab_size)
-    source = our_source(config, tokenizer=vocabulary, tokenizer_path=path, chat_template="{{ messages[0].content }}")
+    source = our_source(
+        config, tokenizer=vocabulary, tokenizer_data=path.read_bytes(), chat_template="{{ messages[0].content }}"
+    )
     huggingface.write(tmp_path, source)
     assert (tmp_path / "tokenizer.model").read_bytes() == path.read_bytes()
     found = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -289,11 +291,55 @@ def test_transformers_cuts_texts_as_llama_2_does(tmp_path, shared_data):
     assert huggingface.read(str(tmp_path)).chat_template == source.chat_template
 
 
+def llama3_source(**rest) -> Source:
+    vocabulary = toy_llama3()
+    config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=vocabulary.vocab_size)
+    return our_source(config, tokenizer=vocabulary, tokenizer_data=tokenizer.pack(vocabulary.pieces()), **rest)
+
+
+def test_transformers_cuts_texts_as_llama_3_does(tmp_path):
+    source = llama3_source()
+    vocabulary = source.tokenizer
+    huggingface.write(tmp_path / "hf", source)
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in (*NASTY, "the ban an and 12345 's\n\n aaaaaaaaaaaaaaa"):
+        assert found(text)["input_ids"] == vocabulary.encode(text, bos=True), text
+        assert found.decode(vocabulary.encode(text, bos=True), skip_special_tokens=True) == text
+    assert found("<|eot_id|>", add_special_tokens=False)["input_ids"] == [vocabulary.special["<|eot_id|>"]]
+    assert not (tmp_path / "hf" / "tokenizer.model").exists()
+    stops = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert set(stops) == vocabulary.stop_ids and stops[0] == vocabulary.eos_id
+    # Its tokenizer.json goes into a .bin and a GGUF file, and is passed on from there as it is.
+    json_bytes = (tmp_path / "hf" / "tokenizer.json").read_bytes()
+    run_main(tmp_path / "m.bin", "--version=3", "--no-check", "--hf", tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.glob("m.*")) == ["m.bin"]
+    run_main(tmp_path / "again", "--bin", tmp_path / "m.bin")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == json_bytes
+    gguf_file.write(tmp_path / "a.gguf", source)
+    gguf_file.write(tmp_path / "b.gguf", huggingface.read(str(tmp_path / "hf")))
+    for name in "ab":
+        found = gguf_file.read(str(tmp_path / f"{name}.gguf"))
+        assert found.tokenizer.sha256 == vocabulary.sha256 and found.tokenizer_data == source.tokenizer_data
+        assert found.stop_tokens == tuple(sorted(vocabulary.stop_ids - {vocabulary.bos_id}))
+
+
+def test_the_tokenizer_goes_where_its_readers_look(tmp_path):
+    source = llama3_source()
+    for version in (2, 3):
+        path = tmp_path / f"v{version}.bin"
+        bin_file.write(path, version, source.config, source.tensors, source.tokenizer, source.tokenizer_data)
+        found = formats.read("bin", str(path))
+        assert found.tokenizer.sha256 == source.tokenizer.sha256 and found.tokenizer_data == source.tokenizer_data
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v2.bin", "v2.tokenizer.bin", "v3.bin"]
+    bin_file.write(tmp_path / "v2.bin", 2, source.config, source.tensors, None, b"")
+    assert not (tmp_path / "v2.tokenizer.bin").exists()
+
+
 def test_a_vocabulary_that_the_library_would_cut_differently_is_refused():
     vocabulary = toy_tokenizer(VOCAB)
     vocabulary.encode = lambda text, **_: [3]  # type: ignore[method-assign]
     with pytest.raises(TokenizerError, match="would cut"):
-        tokenizer_json.build(vocabulary, None)
+        tokenizer_json.build(vocabulary, b"")
 
 
 # -- GGUF -------------------------------------------------------------------------------------------------------------
@@ -499,7 +545,7 @@ def test_every_version_is_an_input(tmp_path, version):
     config = SMALL_MODELS["gqa-untied"]
     toy_model(tmp_path, config, version=version, dtype="q4" if version == 3 else None)
     found = formats.read(formats.kind_of(tmp_path / "model.bin"), str(tmp_path / "model.bin"))
-    bin_file.write(tmp_path / "copy.bin", 1, config, found.tensors, found.tokenizer, found.tokenizer_path)
+    bin_file.write(tmp_path / "copy.bin", 1, config, found.tensors, found.tokenizer, found.tokenizer_data)
     assert tokenizer.beside(tmp_path / "copy.bin") == tmp_path / "copy.tokenizer.bin"
     copy, file = format.read(tmp_path / "copy.bin"), format.read(tmp_path / "model.bin")
     for name, tensor in bin_file.tensors_of(file).items():

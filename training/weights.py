@@ -62,7 +62,7 @@ def write_bin(
     dtype: str | None = None,
     force: bool = False,
 ) -> ModelFile:
-    """Write a model file and its tokenizer beside it, from PyTorch's weights: see `interchange.bin_file.write`.
+    """Write a model file and its tokenizer, from PyTorch's weights: see `interchange.bin_file.write`.
 
     Args:
         path: NAME.bin, the file to make or replace.
@@ -79,4 +79,6 @@ def write_bin(
         NonFiniteError: if a weight is NaN or infinite.
     """
     vocabulary = tokenizer.load(tokenizer_path, config.vocab_size)
-    return bin_file.write(path, version, config, to_arrays(state), vocabulary, tokenizer_path, dtype=dtype, force=force)
+    return bin_file.write(
+        path, version, config, to_arrays(state), vocabulary, tokenizer_path.read_bytes(), dtype=dtype, force=force
+    )

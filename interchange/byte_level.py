@@ -1,0 +1,93 @@
+"""Llama 3's vocabularies as Hugging Face and llama.cpp write them: visible characters for bytes, pairs to merge.
+
+Here a token's id is its rank, and the ranks alone say what is merged. There a list of pairs does; so each token gives
+one pair for every way to cut it into two tokens, in the order of the ids.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llamalet.errors import TokenizerError
+from llamalet.tokenizer import JsonTokenizer, Llama3Tokenizer, Tokenizer
+from llamalet.tokenizer.huggingface import byte_level_bytes
+from llamalet.tokenizer.llama3 import WORDS
+
+
+class Table(NamedTuple):
+    """A vocabulary of this kind.
+
+    tokens: what each id is, a character for each byte; the special ones by their names.
+    merges: the pairs, the first to be merged first.
+    special: the ids of the special tokens by their names.
+    """
+
+    tokens: list[str]
+    merges: list[tuple[str, str]]
+    special: Mapping[str, int]
+
+
+def table(vocabulary: Tokenizer, data: bytes) -> Table:
+    """Return a vocabulary as a table.
+
+    Args:
+        vocabulary: of Llama 3's kind.
+        data: its file; of a tokenizer.json, the pairs are in it.
+
+    Raises:
+        TokenizerError: if it is a tokenizer.json that cuts texts into other words than Llama 3's.
+    """
+    if isinstance(vocabulary, JsonTokenizer):
+        return _of_json(vocabulary, json.loads(data))
+    assert isinstance(vocabulary, Llama3Tokenizer)
+    characters = {byte: character for character, byte in byte_level_bytes().items()}
+    n_ranks = vocabulary.vocab_size - len(vocabulary.special)
+    rows = [piece for piece, _ in vocabulary.pieces()]
+    tokens = ["".join(map(characters.__getitem__, row)) for row in rows[:n_ranks]]
+    ids = {token: id for id, token in enumerate(tokens)}
+    cuts = [
+        (id, ids[token[:at]], ids[token[at:]])
+        for id, token in enumerate(tokens)
+        for at in range(1, len(token))
+        if token[:at] in ids and token[at:] in ids
+    ]
+    merges = [(tokens[left], tokens[right]) for _, left, right in sorted(cuts)]
+    return Table(tokens + [row.decode() for row in rows[n_ranks:]], merges, vocabulary.special)
+
+
+def _of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> Table:
+    """Return the table that a tokenizer.json holds."""
+    model = fields["model"]
+    if model.get("type") != "BPE" or json.dumps(WORDS) not in json.dumps(fields.get("pre_tokenizer")):
+        raise TokenizerError("the tokenizer.json does not cut texts as Llama 3 does: only those can be written here")
+    names = {id: token for token, id in (model["vocab"] | vocabulary.special).items()}
+    if sorted(names) != list(range(vocabulary.vocab_size)):
+        raise TokenizerError("the tokenizer.json leaves out some ids")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return Table([names[id] for id in range(len(names))], [(left, right) for left, right in pairs], vocabulary.special)
+
+
+def from_table(tokens: Sequence[str], merges: Sequence[str], special: Sequence[int], name: str) -> Llama3Tokenizer:
+    """Make a vocabulary of its table.
+
+    Args:
+        tokens: see Table.
+        merges: the pairs, "LEFT RIGHT".
+        special: the ids of the special tokens.
+        name: where they are from, for messages.
+
+    Raises:
+        TokenizerError: if the ids are not the ranks, so that it is not of Llama 3's kind.
+    """
+    byte_of, controls = byte_level_bytes(), set(special)
+    ids = {token: id for id, token in enumerate(tokens)}
+    order = [ids.get(merge.replace(" ", ""), -1) for merge in merges]
+    if order != sorted(order) or min(order, default=0) < 0:
+        raise TokenizerError(f"{name}: its pairs are not merged in the order of the ids, as Llama 3's are")
+    try:
+        rows = [
+            token.encode() if id in controls else bytes(map(byte_of.__getitem__, token)) for token, id in ids.items()
+        ]
+    except KeyError as error:
+        raise TokenizerError(f"{name}: the character {error} stands for no byte") from None
+    return Llama3Tokenizer([(row, float(id)) for id, row in enumerate(rows)], name, suffix="bin")
