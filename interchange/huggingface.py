@@ -260,9 +260,12 @@ def _stop_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def check_can_carry(source: Source, dtype: str) -> None:
-    """Raise a ConfigError if the folder cannot hold the model in this dtype."""
+    """Raise a ConfigError if the folder cannot hold the model in this dtype, or transformers would refuse it."""
+    c = source.config
     if dtype not in DTYPE_NAMES:
         raise ConfigError(f"dtype={dtype}: a Hugging Face folder has {' or '.join(DTYPE_NAMES)}")
+    if c.dim % c.n_heads:
+        raise ConfigError(f"dim={c.dim}: transformers wants a multiple of n_heads={c.n_heads}, whatever head_dim is")
 
 
 def write(folder: Path, source: Source, dtype: str = "f32") -> None:

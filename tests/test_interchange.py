@@ -261,6 +261,12 @@ def test_a_folder_with_something_else_is_not_written_into(tmp_path):
         huggingface.write(tmp_path, our_source(SMALL_MODELS["gqa-tied"]))
 
 
+def test_what_transformers_refuses_is_refused_here(tmp_path):
+    config = dataclasses.replace(SMALL_MODELS["gqa-tied"], n_heads=6, n_kv_heads=2)  # 64 is no multiple of 6
+    with pytest.raises(ConfigError, match="dim=64: transformers wants a multiple of n_heads=6"):
+        huggingface.write(tmp_path, our_source(config))
+
+
 # -- tokenizers -------------------------------------------------------------------------------------------------------
 
 
