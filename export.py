@@ -205,7 +205,7 @@ def _export(config: ExportConfig, source: Source, path: Path, trained_on: str | 
     start, version = time.perf_counter(), config.resolved_version
     written = bin_file.write(
         path, version, source.config, Reported(source.tensors, source.config), source.tokenizer, source.tokenizer_data,
-        dtype=config.dtype, force=config.force,
+        chat_template=source.chat_template, dtype=config.dtype, force=config.force,
     )  # fmt: skip
     size, duration = path.stat().st_size, time.perf_counter() - start
     kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"

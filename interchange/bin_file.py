@@ -17,6 +17,8 @@ from llamalet.quantize import Packed, Quantized, Weight, dequantize, dequantize_
 from llamalet.runtime import load_tokenizer
 from llamalet.tokenizer import Tokenizer
 
+TEMPLATE_SUFFIX = ".chat_template.jinja"  # where llamalet/chat.py looks
+
 
 @dataclass(frozen=True)
 class BinTensor:
@@ -67,8 +69,10 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
         vocabulary, data = load_tokenizer(file, beside), beside.read_bytes()
     if file.dtype in ("q8", "q4"):
         notes = (f"its weights have been rounded to {file.dtype} before: what is written holds those",)
+    template = Path(name).with_suffix(TEMPLATE_SUFFIX)
     return Source(
         name=name,
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
         config=config,
         tensors=tensors_of(file),
         tokenizer=vocabulary,
@@ -90,6 +94,7 @@ def write(
     vocabulary: Tokenizer | None,
     tokenizer_data: bytes,
     *,
+    chat_template: str | None = None,
     dtype: str | None = None,
     force: bool = False,
 ) -> ModelFile:
@@ -105,6 +110,7 @@ def write(
         tensors: the weights by name; each is read once, in blocks.
         vocabulary: the tokenizer that the model was trained with; None where it is not known.
         tokenizer_data: its file, as it is.
+        chat_template: how a conversation becomes a prompt; it goes into NAME.chat_template.jinja.
         dtype: see `llamalet.format.write`.
         force: see `llamalet.format.write`.
 
@@ -129,6 +135,11 @@ def write(
         if vocabulary.suffix in beside:
             with replacing(beside.pop(vocabulary.suffix)) as file:
                 file.write(tokenizer_data)
+    if chat_template is None:
+        path.with_suffix(TEMPLATE_SUFFIX).unlink(missing_ok=True)
+    else:
+        with replacing(path.with_suffix(TEMPLATE_SUFFIX)) as file:
+            file.write(chat_template.encode())
     for stale in beside.values():  # an earlier export's would be taken for this model's
         stale.unlink(missing_ok=True)
     return written

@@ -297,6 +297,25 @@ def test_transformers_cuts_texts_as_llama_2_does(tmp_path, shared_data):
     assert huggingface.read(str(tmp_path)).chat_template == source.chat_template
 
 
+def test_a_chat_template_goes_with_the_model(tmp_path):
+    vocabulary = toy_tokenizer(VOCAB)
+    source = our_source(SMALL_MODELS["gqa-tied"], tokenizer=vocabulary, chat_template="{{ messages }}\u00e9")
+    huggingface.write(tmp_path / "hf", source)
+    run_main(
+        tmp_path / "m.bin",
+        "--version=3",
+        "--no-check",
+        "--tokenizer",
+        tmp_path / "hf" / "tokenizer.json",
+        "--hf",
+        tmp_path / "hf",
+    )
+    assert (tmp_path / "m.chat_template.jinja").read_text(encoding="utf-8") == source.chat_template
+    assert formats.read("bin", str(tmp_path / "m.bin")).chat_template == source.chat_template
+    bin_file.write(tmp_path / "m.bin", 3, source.config, source.tensors, None, b"")
+    assert not (tmp_path / "m.chat_template.jinja").exists()
+
+
 def llama3_source(**rest) -> Source:
     vocabulary = toy_llama3()
     config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=vocabulary.vocab_size)
@@ -410,10 +429,14 @@ def test_gguf_says_what_it_cannot_carry_or_read(tmp_path):
 # -- Meta and llama2.c ------------------------------------------------------------------------------------------------
 
 
+# Source: llama-models, llama3/reference_impl/model.py: ColumnParallelLinear cuts the rows, RowParallelLinear the columns.
+META_AXES = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}
+
+
 def meta_folder(folder: Path, config: ModelConfig, tensors: dict[str, np.ndarray], n: int, **params: object) -> None:
     """Write a model as Meta does, over n processors; embeddings cut as Llama 2's (columns) or Llama 3's (rows)."""
     folder.mkdir()
-    axes = meta_llama.AXES | {"tok_embeddings": 0 if config.vocab_size % (2 * n) == 0 else 1}
+    axes = META_AXES | {"tok_embeddings": 0 if config.vocab_size % (2 * n) == 0 else 1}
     everything = tensors | {"output": tensors.get("output", tensors["tok_embeddings"])}
     for i in range(n):
         shard = {}
