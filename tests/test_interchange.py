@@ -429,7 +429,7 @@ def test_gguf_says_what_it_cannot_carry_or_read(tmp_path):
 # -- Meta and llama2.c ------------------------------------------------------------------------------------------------
 
 
-# Source: llama-models, llama3/reference_impl/model.py: ColumnParallelLinear cuts the rows, RowParallelLinear the columns.
+# Source: llama-models, llama3/reference_impl/model.py: ColumnParallelLinear cuts rows, RowParallelLinear columns.
 META_AXES = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}
 
 
