@@ -4,6 +4,7 @@
   python train.py configs/stories42M.toml --out_dir=out/42M --max_iters=5000
   torchrun --standalone --nproc_per_node=2 train.py  the same run on two processes
   python train.py --resume                           go on from the newest checkpoint in out/
+  python train.py --init_from=stories15M.bin         train a model from elsewhere further
   python train.py --eval_only                        score the best checkpoint in out/ on the whole validation split
 
 A run leaves its settings (config.toml), metrics.jsonl, loss.png, checkpoints/ and the exported model.bin in out_dir.
@@ -21,7 +22,7 @@ from configurator import parse
 from llamalet import errors
 from llamalet.errors import CheckpointError
 from training import interrupts
-from training.config import TrainConfig, with_defaults
+from training.config import TrainConfig, with_defaults, with_shape
 from training.interrupts import Interrupted, Interrupts
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         if is_main:
             print(f"{'run':8} {config.out_dir}", flush=True)
         # A signal now ends the run in order, so it is time for what takes seconds: torch.
-        from training import run_folder
+        from training import run_folder, starting_point
         from training.distributed import processes
         from training.hardware import memory_errors
         from training.trainer import Trainer
@@ -50,8 +51,12 @@ def main(argv: Sequence[str]) -> int:
         if is_main:
             stack.enter_context(run_folder.lock(Path(config.out_dir)))
         config, resumed = resume(config, argv, group)
-        trainer = Trainer(config, group.on(config.device), resumed, signals)
-        del resumed  # its tensors have been copied
+        start = None
+        if resumed is None and config.init_from != "scratch":
+            start = starting_point.read(config.init_from)
+            config = read_options(with_shape(start.config), argv)
+        trainer = Trainer(config, group.on(config.device), resumed, start, signals)
+        del resumed, start  # their tensors have been copied
         try:
             trainer.train()
             if is_main:
@@ -127,6 +132,7 @@ def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tupl
 
 def finish(trainer: "Trainer") -> None:
     """Draw the loss, export the best checkpoint and let it tell a story."""
+    from llamalet import format
     from training import checkpoint, plot
     from training.weights import write_bin
 
@@ -137,7 +143,9 @@ def finish(trainer: "Trainer") -> None:
     if best_path is None:
         raise CheckpointError(f"{run_dir}: no sound checkpoint to export")
     best, target = checkpoint.load(best_path), run_dir / "model.bin"
-    write_bin(target, 1, best.model_config, best.model_state, best.tokenizer_path)
+    version = format.float_version(best.model_config)
+    dtype = "f32" if version == 3 else None
+    write_bin(target, version, best.model_config, best.model_state, best.tokenizer_path, dtype=dtype)
     print(f"best checkpoint: {best_path}, exported to {target}")
     if trainer.config.sample:
         from llamalet import Model  # the runtime and its compiler are needed here alone

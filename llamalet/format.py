@@ -349,6 +349,11 @@ def write(
     return read(path, verify=False)
 
 
+def float_version(config: ModelConfig) -> int:
+    """Return the version that holds a model in float32: 1, or 3 where 1 has no field for its head_dim."""
+    return 1 if config.head_dim * config.n_heads == config.dim else 3
+
+
 def check_can_carry(version: int, config: ModelConfig, *, dtype: str | None = None, force: bool = False) -> None:
     """Raise a ConfigError that says why a version cannot hold a model; return if it can.
 

@@ -10,6 +10,11 @@ from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError
 from training.schedule import Schedule, learning_rate
 
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "rope_theta", "tied")
+LONGEST = 1024
+"""Context that a model from elsewhere is trained further with, unless another is given: attention over all that large
+models have would not fit into memory."""
+
 _INTERVAL = re.compile(r"(\d+) *(|[smh])")
 
 
@@ -26,7 +31,8 @@ class TrainConfig:
     """Go on from the newest sound checkpoint in out_dir, or from the checkpoint folder given; auto starts afresh where
     there is none."""
     init_from: str = "scratch"
-    """scratch, or resume: another spelling of --resume."""
+    """scratch; or a model to train further: a run, a checkpoint, a .bin, a .gguf, a Hugging Face or Meta folder,
+    llama2.c's .pt; or resume, another spelling of --resume."""
     overwrite: bool = False
     """Remove the checkpoints that an earlier run left in out_dir, instead of refusing to start."""
 
@@ -166,8 +172,6 @@ class TrainConfig:
             problems.append(f"save_every={self.save_every}: must be steps, as in 500, or a time, as in 90s, 15m, 2h")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype={self.dtype}: must be auto, float32 or bfloat16")
-        if self.init_from not in ("scratch", "resume"):
-            problems.append(f"init_from={self.init_from}: must be scratch or resume")
         if problems:
             raise ConfigError.from_problems(problems)
 
@@ -238,3 +242,9 @@ def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
         if field.name in saved and field.name not in what_to_do
     ]
     return dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True, kw_only=True)
+
+
+def with_shape(model: ModelConfig) -> type[TrainConfig]:
+    """Return TrainConfig with a model's shape as defaults, and no more than LONGEST of its context."""
+    shape = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name in SHAPE}
+    return with_defaults(dataclasses.asdict(TrainConfig()) | shape | {"max_seq_len": min(model.max_seq_len, LONGEST)})

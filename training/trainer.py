@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from llamalet.errors import DataError, NonFiniteError
+from llamalet.config import ModelConfig
+from llamalet.errors import ConfigError, DataError, NonFiniteError
+from llamalet.shards import Shards
 from model import Llama
 from training import checkpoint, continuity, metrics, run_folder
 from training.batches import IGNORED, Batch, Prefetcher, Windows
@@ -25,6 +27,7 @@ from training.hardware import choose_dtype, compile_problem, peak_tflops, set_pr
 from training.interrupts import Interrupted, Interrupts
 from training.optimizer import Optimizer, clip_gradients
 from training.progress import Timer, evaluation_line, opening, progress_line, say, training_flops
+from training.starting_point import StartingPoint
 from training.storyteller import Storyteller
 
 
@@ -45,6 +48,7 @@ class Trainer:
         config: TrainConfig,
         group: Processes,
         resumed: Checkpoint | None = None,
+        start: StartingPoint | None = None,
         interrupts: Interrupts | None = None,
     ) -> None:
         self.config, self.group, self.interrupts = config, group, interrupts or Interrupts()
@@ -53,7 +57,9 @@ class Trainer:
         self.tokenizer_data = read_tokenizer(self.data)
         if len(set(group.all(fingerprint(self.data)))) > 1:
             raise DataError(f"{self.data.folder}: not the same prepared data in all processes; name them with --data")
-        self.model_config = config.model_config(self.data.vocab_size)
+        earlier = resumed.model_config if resumed else start.config if start else None
+        scaling = earlier.rope_scaling if earlier else None  # no option of a run's own, but models come with it
+        self.model_config = dataclasses.replace(config.model_config(self.data.vocab_size), rope_scaling=scaling)
         self.accumulation = config.accumulation(group.count)
         self.tokens_per_step = self.accumulation * group.count * config.batch_size * config.max_seq_len
         # What follows from the moment becomes a setting: a resumed run has the same steps and data.
@@ -62,6 +68,8 @@ class Trainer:
         )
         if resumed:
             continuity.check(resumed, config, self.model_config, self.data)
+        if start:
+            check_start(start, self.model_config, self.data)
         self.train_windows, self.val_windows = self.open_windows("train"), self.open_windows("val")
         self.batches = Prefetcher(self.training_batch, stride=group.count)
 
@@ -76,8 +84,8 @@ class Trainer:
         if config.init == "copying":
             self.model.start_by_copying()
         self.model.to(group.device)
-        if resumed:
-            self.model.load_state_dict(resumed.model_state)
+        if known := resumed.model_state if resumed else start.state if start else None:
+            self.model.load_state_dict(known)
         if group.device.type == "cpu":
             use_cpu_kernels(self.model, compiled=self.not_compiled is None)
         # Checkpoints and evaluation use the model itself; only training goes through what sums gradients.
@@ -96,6 +104,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.saved_here = False  # whether the run goes on from a checkpoint of its own folder, and so with its record
         self.resumed_from = (resumed.path, resumed.state) if resumed else None
+        self.started_from = start.name if start else None
         self.storyteller = (
             Storyteller(self.model_config, self.data.tokenizer_path, config.seed, torch.get_num_threads())
             if config.sample and group.is_main
@@ -379,8 +388,28 @@ class Trainer:
                 dtype=self.dtype,
             )
         )
+        if self.started_from:
+            say(f"{'start':8} with the weights of {self.started_from}")
         if self.resumed_from:
             path, state = self.resumed_from
             say(f"{'resume':8} after step {self.step} of {config.max_iters}, from {path}")
             if changes := continuity.changes(state, config, self.machine):
                 say(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changes)}")
+
+
+def check_start(start: StartingPoint, model_config: ModelConfig, data: Shards) -> None:
+    """Refuse to train a model further in another shape than its own, or on another vocabulary.
+
+    Raises:
+        ConfigError: listing what differs.
+    """
+    old, new = start.config.to_dict(), model_config.to_dict()
+    differs = [key for key in old if key != "max_seq_len" and old[key] != new[key]]
+    problems = [f"{key}={new[key]}: {start.name} has {old[key]}" for key in differs]
+    if start.tokenizer_sha256 not in (None, data.tokenizer_sha256):
+        problems.append(
+            f"{data.folder}: prepared with another vocabulary than that of {start.name}; prepare them again, with "
+            "`python tinystories.py pretokenize --vocab=PATH` and the model's tokenizer"
+        )
+    if problems:
+        raise ConfigError.from_problems(problems)
