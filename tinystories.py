@@ -28,14 +28,22 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from configurator import parse
+from interchange import formats
 from llamalet import errors
 from llamalet.errors import ConfigError, DataError, UsageError
 from llamalet.files import replacing
-from llamalet.shards import SPLITS, Meta
+from llamalet.shards import DATA_ROOT, SPLITS, Meta
 from training import documents, vocabulary
-from training.documents import DocumentRule, Piece, expected_chars
+from training.documents import (
+    DEFAULT_COLUMN,
+    DEFAULT_DOCUMENT,
+    VAL_FRACTION,
+    DocumentRule,
+    Piece,
+    expected_chars,
+)
 from training.download import download
-from training.pretokenize import check_source, open_tokenizer, pretokenize
+from training.pretokenize import check_source, check_tokenizer, pretokenize
 from training.sources import DEFAULT_SOURCE, Source, open_source
 from training.synthetic import synthesize
 from training.tinyshakespeare import TINYSHAKESPEARE, prepare
@@ -43,7 +51,7 @@ from training.workers import Workers
 
 Config = TypeVar("Config")
 
-DATA_DIR = Path("data")
+DATA_DIR = Path(DATA_ROOT)
 BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 SMALLEST_VOCABULARY = 260  # 3 control tokens, 256 bytes, and the space
@@ -107,12 +115,12 @@ class TextConfig:
     source: str | None = None
     """A .txt, .jsonl or .parquet file, a folder of them, the ID of a downloaded dataset, tinyshakespeare (downloaded
     when needed: 1 MB), or synthetic. By default TinyStories if downloaded, else the synthetic stories."""
-    document: DocumentRule = "file"
+    document: DocumentRule = DEFAULT_DOCUMENT
     """What a document is in a .txt file: the whole file (or what stands between lines <|endoftext|>), what stands
     between blank lines, or each line."""
-    text_column: str = "text"
+    text_column: str = DEFAULT_COLUMN
     """Key (.jsonl) or column (.parquet) of the text."""
-    val_fraction: float = 0.05
+    val_fraction: float = VAL_FRACTION
     """Share of the documents that goes to validation, or of each text where there are only few; not used where the
     source has validation files of its own (a name with val, valid or validation)."""
     data_dir: Path = DATA_DIR
@@ -142,8 +150,9 @@ class PretokenizeConfig(TextConfig):
     """What to tokenize, with which vocabulary."""
 
     vocab: Path | None = None
-    """Vocabulary to use: a SentencePiece .model (the Llama 2 one, too), a tokenizer.bin, Llama 3's tiktoken file or a
-    tokenizer.json. By default the one that train-vocab trained last on this source, else a new one."""
+    """Vocabulary to use: a SentencePiece .model (the Llama 2 one, too), a tokenizer.bin, Llama 3's tiktoken file, a
+    tokenizer.json, or a model to train further, for its own. By default the one that train-vocab trained last on this
+    source, else a new one."""
     vocab_size: int | None = None
     """Use the vocabulary of this size that train-vocab trained on this source, or train it now."""
     max_documents: int | None = None
@@ -235,11 +244,13 @@ def run_pretokenize(argv: Sequence[str]) -> int:
       python tinystories.py pretokenize my_novel.txt --vocab-size=1024
       python tinystories.py pretokenize poems.txt --document=blankline --val-fraction=0.1
       python tinystories.py pretokenize --vocab=llama2/tokenizer.model
+      python tinystories.py pretokenize tinyshakespeare --vocab=stories15M.bin
     """
     config = _parse(PretokenizeConfig, argv, run_pretokenize, positional=("source",))
     source = _open(config)
     vocab = _find_vocabulary(config, source)
-    tokenizer = open_tokenizer(vocab)
+    tokenizer, tokenizer_data = formats.read_tokenizer(vocab)
+    check_tokenizer(tokenizer, str(vocab))
     print(f"vocabulary: {vocab}, {tokenizer.vocab_size} tokens", flush=True)
     # A vocabulary from elsewhere gets a folder of its own, named after its digest.
     suffix = "" if vocab.resolve().parent == source.folder.resolve() else f"-{tokenizer.sha256[:8]}"
@@ -261,7 +272,8 @@ def run_pretokenize(argv: Sequence[str]) -> int:
             folder,
             source=source.label,
             recipe=recipe,
-            tokenizer_path=vocab,
+            tokenizer=tokenizer,
+            tokenizer_data=tokenizer_data,
             entropy_nats=source.entropy_nats,
             workers=workers,
             advance=bar.update,

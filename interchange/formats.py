@@ -4,9 +4,12 @@ from pathlib import Path
 
 from interchange import bin_file, gguf_file, huggingface, llama2c, meta_llama
 from interchange.source import Source, llama3_scaling
-from llamalet.errors import ConfigError, FormatError
+from llamalet import tokenizer
+from llamalet.errors import ConfigError, FormatError, TokenizerError
+from llamalet.tokenizer import Tokenizer
 
 FORMATS = ("hf", "meta_llama", "llama2c", "gguf", "bin")
+FILES = (".bin", ".gguf", ".pt")
 PYTORCH_STARTS = (b"PK", b"\x80\x02")  # of torch.save's files, new and old
 
 
@@ -33,6 +36,26 @@ def read(kind: str, name: str, *, rope_theta: float | None = None, rope_scaling:
     return {"hf": huggingface.read, "meta_llama": meta_llama.read, "gguf": gguf_file.read}[kind](name)
 
 
+def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:
+    """Return a vocabulary and its file: the one at `path`, or that of the model there.
+
+    Raises:
+        TokenizerError: if neither is there, it is damaged, or the model comes without a tokenizer.
+        UsageError: if a library is missing.
+    """
+    try:
+        return tokenizer.load(path), path.read_bytes()
+    except TokenizerError as error:
+        problem = error
+    try:
+        source = read(kind_of(path), str(path))
+    except FormatError:
+        raise problem from None
+    if source.tokenizer is None:
+        raise TokenizerError(f"{path}: a model without a tokenizer inside or beside it; name the tokenizer itself")
+    return source.tokenizer, source.tokenizer_data
+
+
 def kind_of(path: Path) -> str:
     """Return which of FORMATS a path is.
 
@@ -43,9 +66,14 @@ def kind_of(path: Path) -> str:
         for kind, file in (("hf", huggingface.CONFIG), ("meta_llama", meta_llama.PARAMS)):
             if (path / file).is_file():
                 return kind
-        raise FormatError(f"{path}: has neither {huggingface.CONFIG} (Hugging Face) nor {meta_llama.PARAMS} (Meta)")
+        raise FormatError(
+            f"{path}: holds no model: no checkpoint of a run, no {huggingface.CONFIG} (Hugging Face), no "
+            f"{meta_llama.PARAMS} (Meta)"
+        )
     if not path.is_file():
-        raise FormatError(f"{path}: no such file")
+        on_the_hub = huggingface.HUB_ID.fullmatch(str(path)) and path.suffix not in FILES
+        advice = f"; if it is one of the Hub: python export.py NAME.bin --hf {path}" if on_the_hub else ""
+        raise FormatError(f"{path}: no such file or folder{advice}")
     if _is_pytorch(path):
         return "llama2c"
     return "gguf" if _head(path) == gguf_file.MAGIC else "bin"

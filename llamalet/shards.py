@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from llamalet.errors import DataError
 from llamalet.files import replacing
 
+DATA_ROOT = "data"
 META_FILE = "meta.json"
 META_FORMAT = "llamalet shards"
 META_VERSION = 1
@@ -264,10 +265,25 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def find_newest(root: str | Path = "data") -> Path | None:
-    """Return the folder below `root` whose data were prepared last, or None where there are none."""
+def find_newest(root: str | Path = DATA_ROOT, *, tokenizer_sha256: str | None = None) -> Path | None:
+    """Return the folder below `root` whose data were prepared last, or None where there are none.
+
+    Args:
+        root: the folder, or one above it.
+        tokenizer_sha256: look only at data of this vocabulary.
+    """
     metas = sorted(Path(root).glob(f"**/{META_FILE}"), key=lambda path: (path.stat().st_mtime_ns, path))
+    if tokenizer_sha256 is not None:
+        metas = [path for path in metas if _vocabulary_of(path) == tokenizer_sha256]
     return metas[-1].parent if metas else None
+
+
+def _vocabulary_of(path: Path) -> str | None:
+    """Return the vocabulary that meta.json names, None if it is not sound."""
+    try:
+        return read_meta(path).tokenizer_sha256
+    except DataError:
+        return None
 
 
 def read_meta(path: Path) -> Meta:

@@ -601,7 +601,7 @@ def test_the_kinds_are_told_apart(tmp_path):
     gguf_file.write(tmp_path / "g", our_source(SMALL_MODELS["gqa-tied"], tokenizer=toy_tokenizer(VOCAB)))
     for path, kind in (("hf", "hf"), ("meta", "meta_llama"), ("ckpt.pt", "llama2c"), ("g", "gguf")):
         assert formats.kind_of(tmp_path / path) == kind
-    for path, words in ((tmp_path, "neither config.json"), (tmp_path / "gone", "no such file")):
+    for path, words in ((tmp_path, "no config.json"), (tmp_path / "gone", "no such file")):
         with pytest.raises(FormatError, match=words):
             formats.kind_of(path)
 

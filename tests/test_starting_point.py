@@ -1,6 +1,9 @@
 """Models from elsewhere, trained further."""
 
 import dataclasses
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,12 @@ import torch
 from conftest import SMALL_MODELS
 from toy import toy_data, toy_model
 
+import tinystories
 import train
-from interchange import formats, huggingface
+from interchange import bin_file, formats, gguf_file, huggingface
 from llamalet import format
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.errors import ConfigError, FormatError
+from llamalet.errors import ConfigError, DataError, FormatError, TokenizerError
 from training import checkpoint
 
 VOCAB = 300
@@ -30,7 +34,7 @@ FEW_STEPS = [
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    toy_data(tmp_path / "data" / "toy", VOCAB)
+    toy_data(tmp_path / "data" / "toy" / "tok300", VOCAB)
     return tmp_path
 
 
@@ -69,7 +73,7 @@ def test_what_no_option_says_comes_with_the_model_and_stays(project):
 
 def test_large_contexts_are_not_trained_unless_asked_for(project):
     path = toy_model(project, SCALED, version=3, dtype="f32")
-    toy_data(project / "data" / "toy", VOCAB, n_tokens=3000)
+    toy_data(project / "data" / "toy" / "tok300", VOCAB, n_tokens=3000)
     options = [option for option in FEW_STEPS if not option.startswith("--max_seq_len")]
     assert train.main([*options, f"--init_from={path}", "--max_iters=1", "--batch_size=1"]) == 0
     assert checkpoint.load("out/checkpoints/step-00000001").model_config.max_seq_len == 1024
@@ -98,12 +102,52 @@ def test_a_resumed_run_does_not_start_over(project, capsys):
     assert "after step 2 of 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["bin beside", "bin inside", "gguf", "run"])
+def test_the_command_that_is_printed_makes_data_that_fit(project, form):
+    source = formats.read("bin", str(toy_model(project, SMALL_MODELS["gqa-tied"])))
+    path = project / {"gguf": "my model.gguf", "run": "first"}.get(form, "my model.bin")
+    if form == "gguf":
+        gguf_file.write(path, source)
+    elif form == "run":
+        train_further("model.bin", out="first")
+    else:
+        parts = (source.config, source.tensors, source.tokenizer, source.tokenizer_data)
+        bin_file.write(path, 1 if form == "bin beside" else 3, *parts, dtype=None if form == "bin beside" else "f32")
+    (project / "plays.txt").write_text("\n\n".join(f"band {i} and an end. " * 20 for i in range(40)))
+    shutil.rmtree("data")
+    text = ["pretokenize", "plays.txt", "--document=blankline", "--vocab-size=290", "--workers=1"]
+    assert tinystories.main([*text, "--data-dir=my data"]) == 0
+    with pytest.raises(ConfigError, match=r"\(290 tokens\)") as refused:
+        train_further(path, "--data=my data")
+    command = shlex.split(str(refused.value).rpartition("with that one: ")[2])
+    assert command[:2] == ["python", "tinystories.py"] and "--document=blankline" in command
+    assert tinystories.main(command[2:]) == 0
+    toy_data(project / "my data" / "newer", VOCAB + 1)
+    assert train_further(path, "--data=my data").state["data"].startswith("my data/plays/tok300-")
+
+
+def test_without_data_the_models_vocabulary_is_named(project):
+    path = toy_model(project, SMALL_MODELS["gqa-tied"])
+    shutil.rmtree("data")
+    with pytest.raises(DataError, match=f"pretokenize --vocab={re.escape(str(path))}`"):
+        train_further(path)
+    (project / "model.tokenizer.bin").unlink()
+    with pytest.raises(TokenizerError, match="a model without a tokenizer"):
+        formats.read_tokenizer(path)
+
+
 def test_another_shape_or_vocabulary_is_refused(project):
     path = toy_model(project, SMALL_MODELS["gqa-tied"])
     with pytest.raises(ConfigError, match=r"dim=32: .*model\.bin has 64"):
         train_further(path, "--dim=32")
-    with pytest.raises(FormatError, match="nowhere.bin: no such file"):
-        train_further("nowhere.bin")
+    for name, words in (
+        ("nowhere.bin", "nowhere.bin: no such file or folder$"),
+        ("meta-llama/Llama-3.2-1B", "python export.py NAME.bin --hf meta-llama/Llama-3.2-1B$"),
+        ("data", "data: holds no model"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            train_further(name)
     path = toy_model(project, dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=VOCAB + 1))
-    with pytest.raises(ConfigError, match="vocab_size=300: .* has 301; .*another vocabulary than that of .*--vocab"):
+    fix = f"pretokenize --source=toy --vocab={re.escape(str(path))}$"
+    with pytest.raises(ConfigError, match=rf"another vocabulary \(300 tokens\) than that of .* \(301\); .*{fix}"):
         train_further(path)

@@ -223,8 +223,8 @@ def test_a_killed_worker_stops_the_command_and_names_the_shard(stories, batches_
 
 def vocabulary_and_options(stories):
     model, _ = vocabulary.train(stories, 320)
-    Path("some.model").write_bytes(model)
-    return {"source": "s", "recipe": {}, "tokenizer_path": Path("some.model"), "entropy_nats": None}
+    found = tokenizer.parse(model, "some.model")
+    return {"source": "s", "recipe": {}, "tokenizer": found, "tokenizer_data": model, "entropy_nats": None}
 
 
 def streams(stories):

@@ -1,26 +1,39 @@
 """The prepared data that a run reads: which they are, and whether all who read them read the same."""
 
 import hashlib
+import shlex
+from typing import TYPE_CHECKING
 
 from llamalet import tokenizer
 from llamalet.errors import ConfigError, DataError
 from llamalet.shards import Shards, find_newest
 from training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from training.starting_point import StartingPoint
 
-def open_data(config: TrainConfig) -> Shards:
+
+def open_data(config: TrainConfig, start: "StartingPoint | None" = None) -> Shards:
     """Open the prepared data that the config names, or the newest.
+
+    Args:
+        config: where they are.
+        start: the model to train further; of several data, the newest with its vocabulary are taken.
 
     Raises:
         DataError: if there are none.
         ConfigError: if their vocabulary is not the one asked for.
     """
     root = config.data or "data"
-    folder = find_newest(root)
+    folder = None
+    if start and start.tokenizer_sha256:
+        folder = find_newest(root, tokenizer_sha256=start.tokenizer_sha256)
+    folder = folder or find_newest(root)
     if folder is None:
+        vocab = f" --vocab={shlex.quote(start.tokenizer_path)}" if start and start.tokenizer_path else ""
         raise DataError(
             f"{root}: no prepared data; make some with `python tinystories.py download` (offline: `synthesize`), then "
-            "`python tinystories.py pretokenize`"
+            f"`python tinystories.py pretokenize{vocab}`"
         )
     data = Shards.open(folder)
     if config.vocab_size not in (None, data.vocab_size):

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import operator
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,10 @@ import numpy as np
 from llamalet import shards
 from llamalet.errors import DataError, TokenizerError
 from llamalet.files import replacing
-from llamalet.shards import META_FILE, SPLITS, Block, Entropy, Meta, Shard, Split
+from llamalet.shards import META_FILE, SPLITS, Block, Entropy, Meta, Shard, Shards, Split
 from llamalet.tokenizer import Tokenizer
 from llamalet.tokenizer import load as load_tokenizer
-from training.documents import Piece
+from training.documents import DEFAULT_COLUMN, DEFAULT_DOCUMENT, VAL_FRACTION, Piece
 from training.workers import Workers
 
 UNFINISHED_FILE = "unfinished.json"
@@ -43,7 +44,8 @@ def pretokenize(
     *,
     source: str,
     recipe: Mapping[str, Any],
-    tokenizer_path: Path,
+    tokenizer: Tokenizer,
+    tokenizer_data: bytes,
     entropy_nats: float | None,
     workers: Workers,
     advance: Callable[[int], object],
@@ -55,7 +57,8 @@ def pretokenize(
         folder: where to; shards of the same source, recipe and vocabulary that lie there, and are sound, are kept.
         source: what meta.json calls the source.
         recipe: what else determines the documents and their cut into shards.
-        tokenizer_path: the vocabulary; it is copied into the folder.
+        tokenizer: the vocabulary, checked (check_tokenizer).
+        tokenizer_data: its file, which goes into the folder as it is.
         entropy_nats: -log probability of all validation documents, where it is known.
         workers: who encodes.
         advance: called with the number of characters done.
@@ -65,9 +68,7 @@ def pretokenize(
 
     Raises:
         DataError: if the documents or a worker fail (the message names the shard), or a split comes out empty.
-        TokenizerError: if the vocabulary cannot be used.
     """
-    tokenizer = open_tokenizer(tokenizer_path)
     meta = Meta(
         source=source,
         recipe={**recipe, "shard_chars": SHARD_CHARS},
@@ -83,7 +84,7 @@ def pretokenize(
     _note(folder, meta, sound)
     (folder / META_FILE).unlink(missing_ok=True)
     copy = folder / meta.tokenizer
-    _copy(tokenizer_path, copy)
+    _keep(tokenizer_data, copy)
     for split in SPLITS:
         done: list[Shard] = []
         for number, group in itertools.groupby(_numbered(streams[split]), key=operator.itemgetter(0)):
@@ -106,16 +107,32 @@ def pretokenize(
     return meta, len(kept)
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
-    """Load a vocabulary that can encode a document in pieces.
+def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
+    """Refuse a vocabulary that cannot encode a document in pieces.
 
     Raises:
-        TokenizerError: if it cannot be read, or its tokens depend on what stands before a space.
+        TokenizerError: if its tokens depend on what stands before a space.
     """
-    tokenizer = load_tokenizer(path)
     if tokenizer.encode("a b") != tokenizer.encode("a") + tokenizer.encode(_with_its_space("b", tokenizer)):
-        raise TokenizerError(f"{path}: the vocabulary must have spaces only where a token begins")
-    return tokenizer
+        raise TokenizerError(f"{name}: the vocabulary must have spaces only where a token begins")
+
+
+def command(data: Shards, vocab: str) -> str:
+    """Return what to type to prepare the same documents with another vocabulary.
+
+    Args:
+        data: the prepared data.
+        vocab: the vocabulary's file, or a model with it.
+    """
+    usual = {"document": DEFAULT_DOCUMENT, "text_column": DEFAULT_COLUMN, "val_fraction": VAL_FRACTION}
+    options = {"source": data.meta.source}
+    for name in (*usual, "max_documents"):
+        if (value := data.meta.recipe.get(name)) not in (None, usual.get(name)):
+            options[name] = value
+    if (root := data.folder.parent.parent) != Path(shards.DATA_ROOT):
+        options["data_dir"] = str(root)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in (options | {"vocab": vocab}).items()]
+    return shlex.join(["python", "tinystories.py", "pretokenize", *words])
 
 
 def check_source(folder: Path, source: str) -> None:
@@ -245,9 +262,8 @@ def _note(folder: Path, meta: Meta, sound: Mapping[str, Shard]) -> None:
     shards.write_meta(folder / UNFINISHED_FILE, dataclasses.replace(meta, splits=splits))
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a small file, whole or not at all."""
-    data = source.read_bytes()
+def _keep(data: bytes, target: Path) -> None:
+    """Let a small file hold these bytes, all or none of them."""
     if not target.is_file() or target.read_bytes() != data:
         with replacing(target) as file:
             file.write(data)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from interchange import formats
 from llamalet.config import ModelConfig
-from llamalet.errors import CheckpointError
+from llamalet.errors import CheckpointError, ConfigError
+from llamalet.shards import Shards
 from training import checkpoint
+from training.pretokenize import command
 from training.weights import read_state
 
 
@@ -22,6 +24,30 @@ class StartingPoint:
     """The state dict, float32."""
     tokenizer_sha256: str | None
     """Of its vocabulary, where that is known."""
+    tokenizer_path: str | None
+    """What to prepare data with: the file of the vocabulary, or the model that it comes with."""
+
+    def check(self, config: ModelConfig, data: Shards) -> None:
+        """Refuse to train the model further in another shape than its own, or on another vocabulary.
+
+        Args:
+            config: the shape to train; the context may differ.
+            data: what to train on.
+
+        Raises:
+            ConfigError: listing what differs, and what to do.
+        """
+        old, new = self.config.to_dict(), config.to_dict()
+        differs = [key for key in old if key not in ("max_seq_len", "vocab_size") and old[key] != new[key]]
+        problems = [f"{key}={new[key]}: {self.name} has {old[key]}" for key in differs]
+        if data.vocab_size != self.config.vocab_size or self.tokenizer_sha256 not in (None, data.tokenizer_sha256):
+            problems.append(
+                f"{data.folder}: prepared with another vocabulary ({data.vocab_size} tokens) than that of {self.name} "
+                f"({self.config.vocab_size}); prepare the text with that one: "
+                f"{command(data, self.tokenizer_path or 'ITS_TOKENIZER')}"
+            )
+        if problems:
+            raise ConfigError.from_problems(problems)
 
 
 def read(path: str) -> StartingPoint:
@@ -42,9 +68,12 @@ def read(path: str) -> StartingPoint:
         folder = best
     if (folder / checkpoint.MANIFEST).is_file():
         found = checkpoint.load(folder)
-        sha256 = found.state["tokenizer_sha256"]
         return StartingPoint(
-            name=str(folder), config=found.model_config, state=found.model_state, tokenizer_sha256=sha256
+            name=str(folder),
+            config=found.model_config,
+            state=found.model_state,
+            tokenizer_sha256=found.state["tokenizer_sha256"],
+            tokenizer_path=str(found.tokenizer_path),
         )
     source = formats.read(formats.kind_of(folder), path)
     return StartingPoint(
@@ -52,4 +81,5 @@ def read(path: str) -> StartingPoint:
         config=source.config,
         state=read_state(source.tensors),
         tokenizer_sha256=source.tokenizer.sha256 if source.tokenizer else None,
+        tokenizer_path=path if source.tokenizer else None,
     )

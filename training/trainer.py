@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from llamalet.config import ModelConfig
-from llamalet.errors import ConfigError, DataError, NonFiniteError
-from llamalet.shards import Shards
+from llamalet.errors import DataError, NonFiniteError
 from model import Llama
 from training import checkpoint, continuity, metrics, run_folder
 from training.batches import IGNORED, Batch, Prefetcher, Windows
@@ -53,7 +51,7 @@ class Trainer:
     ) -> None:
         self.config, self.group, self.interrupts = config, group, interrupts or Interrupts()
         self.run_dir = Path(config.out_dir)
-        self.data = open_data(config)
+        self.data = open_data(config, start)
         self.tokenizer_data = read_tokenizer(self.data)
         if len(set(group.all(fingerprint(self.data)))) > 1:
             raise DataError(f"{self.data.folder}: not the same prepared data in all processes; name them with --data")
@@ -69,7 +67,7 @@ class Trainer:
         if resumed:
             continuity.check(resumed, config, self.model_config, self.data)
         if start:
-            check_start(start, self.model_config, self.data)
+            start.check(self.model_config, self.data)
         self.train_windows, self.val_windows = self.open_windows("train"), self.open_windows("val")
         self.batches = Prefetcher(self.training_batch, stride=group.count)
 
@@ -395,21 +393,3 @@ class Trainer:
             say(f"{'resume':8} after step {self.step} of {config.max_iters}, from {path}")
             if changes := continuity.changes(state, config, self.machine):
                 say(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changes)}")
-
-
-def check_start(start: StartingPoint, model_config: ModelConfig, data: Shards) -> None:
-    """Refuse to train a model further in another shape than its own, or on another vocabulary.
-
-    Raises:
-        ConfigError: listing what differs.
-    """
-    old, new = start.config.to_dict(), model_config.to_dict()
-    differs = [key for key in old if key != "max_seq_len" and old[key] != new[key]]
-    problems = [f"{key}={new[key]}: {start.name} has {old[key]}" for key in differs]
-    if start.tokenizer_sha256 not in (None, data.tokenizer_sha256):
-        problems.append(
-            f"{data.folder}: prepared with another vocabulary than that of {start.name}; prepare them again, with "
-            "`python tinystories.py pretokenize --vocab=PATH` and the model's tokenizer"
-        )
-    if problems:
-        raise ConfigError.from_problems(problems)
