@@ -21,7 +21,7 @@ from pathlib import Path
 
 from configurator import parse
 from interchange import bin_file, formats, gguf_file, huggingface
-from interchange.source import Reported, Source, difference
+from interchange.source import Reported, Source, compact, difference
 from llamalet import format, shards, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
@@ -169,8 +169,8 @@ def _open(config: ExportConfig) -> tuple[Source, str | None]:
         source, trained_on = _open_checkpoint(config.checkpoint)
     if config.tokenizer is not None:
         path = Path(config.tokenizer)
-        vocabulary = tokenizer.load(path, source.config.vocab_size)
-        source = dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=path.read_bytes(), notes=())
+        vocabulary, data = compact(tokenizer.load(path, source.config.vocab_size), path.read_bytes())
+        source = dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=data, notes=())
     return source, trained_on
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer import JsonTokenizer, Llama3Tokenizer, Tokenizer
-from llamalet.tokenizer.huggingface import byte_level_bytes
+from llamalet.tokenizer.huggingface import byte_level_bytes, rows_of_table
 from llamalet.tokenizer.llama3 import WORDS
 
 
@@ -79,15 +79,10 @@ def from_table(tokens: Sequence[str], merges: Sequence[str], special: Sequence[i
     Raises:
         TokenizerError: if the ids are not the ranks, so that it is not of Llama 3's kind.
     """
-    byte_of, controls = byte_level_bytes(), set(special)
-    ids = {token: id for id, token in enumerate(tokens)}
-    order = [ids.get(merge.replace(" ", ""), -1) for merge in merges]
-    if order != sorted(order) or min(order, default=0) < 0:
-        raise TokenizerError(f"{name}: its pairs are not merged in the order of the ids, as Llama 3's are")
     try:
-        rows = [
-            token.encode() if id in controls else bytes(map(byte_of.__getitem__, token)) for token, id in ids.items()
-        ]
-    except KeyError as error:
-        raise TokenizerError(f"{name}: the character {error} stands for no byte") from None
-    return Llama3Tokenizer([(row, float(id)) for id, row in enumerate(rows)], name, suffix="bin")
+        rows = rows_of_table(tokens, [merge.split(" ") for merge in merges], [tokens[id] for id in special])
+    except (KeyError, ValueError) as error:
+        raise TokenizerError(f"{name}: its tokens are not spelt in bytes: {error}") from None
+    if rows is None:
+        raise TokenizerError(f"{name}: its pairs are not merged in the order of the ids, as Llama 3's are")
+    return Llama3Tokenizer(rows, name, suffix="bin")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from interchange import bin_file, gguf_file, huggingface, llama2c, meta_llama
-from interchange.source import Source, llama3_scaling
+from interchange.source import Source, compact, llama3_scaling
 from llamalet import tokenizer
 from llamalet.errors import ConfigError, FormatError, TokenizerError
 from llamalet.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:
         UsageError: if a library is missing.
     """
     try:
-        return tokenizer.load(path), path.read_bytes()
+        return compact(tokenizer.load(path), path.read_bytes())
     except TokenizerError as error:
         problem = error
     try:

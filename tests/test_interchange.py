@@ -334,10 +334,12 @@ def test_transformers_cuts_texts_as_llama_3_does(tmp_path):
     assert not (tmp_path / "hf" / "tokenizer.model").exists()
     stops = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
     assert set(stops) == vocabulary.stop_ids and stops[0] == vocabulary.eos_id
-    # Its tokenizer.json goes into a .bin and a GGUF file, and is passed on from there as it is.
+    # Its tokenizer.json goes into a .bin and a GGUF file as a rank table, which llama2.c's descendants read too.
     json_bytes = (tmp_path / "hf" / "tokenizer.json").read_bytes()
     run_main(tmp_path / "m.bin", "--version=3", "--no-check", "--hf", tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.glob("m.*")) == ["m.bin"]
+    run_main(tmp_path / "m2.bin", "--version=2", "--no-check", "--hf", tmp_path / "hf")
+    assert (tmp_path / "m2.tokenizer.bin").read_bytes() == source.tokenizer_data
     run_main(tmp_path / "again", "--bin", tmp_path / "m.bin")
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == json_bytes
     gguf_file.write(tmp_path / "a.gguf", source)

@@ -12,7 +12,8 @@ from toy import toy_llama3
 
 from llamalet import tokenizer
 from llamalet.errors import TokenizerError, UsageError
-from llamalet.tokenizer import BinTokenizer, JsonTokenizer, StreamDecoder, load, parse, write_bin
+from llamalet.tokenizer import BinTokenizer, JsonTokenizer, Llama3Tokenizer, StreamDecoder, load, parse, write_bin
+from llamalet.tokenizer.huggingface import rank_rows
 
 
 def byte_level() -> tokenizers.Tokenizer:
@@ -56,9 +57,7 @@ LIBRARIES = {
 @pytest.fixture(scope="module", params=LIBRARIES)
 def both(request) -> tuple[JsonTokenizer, tokenizers.Tokenizer]:
     library = LIBRARIES[request.param]()
-    found = parse(library.to_str().encode(), "tokenizer.json")
-    assert isinstance(found, JsonTokenizer)
-    return found, library
+    return JsonTokenizer(library.to_str().encode(), "tokenizer.json"), library
 
 
 def test_ids_and_text_are_the_librarys(both):
@@ -109,8 +108,50 @@ def test_special_tokens_are_sought_only_when_asked(both):
     assert ours.decode(parts[parts.index(ours.eos_id) :]).strip(" ") == said.strip(" ")
 
 
+def test_llama_3s_is_a_rank_table_and_needs_no_library(monkeypatch, tmp_path):
+    library = byte_level()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    (tmp_path / "tokenizer.json").write_text(library.to_str())
+    ours, table = load(tmp_path / "tokenizer.json"), toy_llama3()
+    assert isinstance(ours, Llama3Tokenizer) and ours.suffix == "json"
+    assert ours.sha256 == table.sha256 and ours.pieces() == table.pieces()
+    library.encode_special_tokens = True
+
+    @settings(max_examples=300, deadline=None)
+    @given(texts)
+    def check(text):
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+    check()
+
+
+CHANGES = {
+    "words that are tokens are joined all the same": lambda t: t["model"].update(ignore_merges=False),
+    "a normalizer": lambda t: t.update(normalizer={"type": "NFC"}),
+    "other words": lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"),
+    "one step more": lambda t: t["pre_tokenizer"]["pretokenizers"].insert(
+        0, {"type": "Digits", "individual_digits": True}
+    ),
+    "a space in front": lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+    "pairs in another order": lambda t: t["model"]["merges"].reverse(),
+    "another decoder": lambda t: t.update(decoder={"type": "Sequence", "decoders": [t["decoder"], {"type": "Fuse"}]}),
+    "a pair left out": lambda t: t["model"]["merges"].pop(),
+    "an added word": lambda t: t["added_tokens"][5].update(special=False),
+    "another kind of name": lambda t: t["added_tokens"][5].update(content="[PAD]"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_not_quite_llama_3s_is_the_librarys(change):
+    table = json.loads(byte_level().to_str())
+    assert rank_rows(json.dumps(table).encode()) == toy_llama3().pieces()
+    change(table)
+    assert rank_rows(json.dumps(table).encode()) is None
+    assert isinstance(parse(json.dumps(table).encode(), "x"), JsonTokenizer)
+
+
 def test_the_byte_level_one_is_the_rank_table():
-    ours, table = parse(byte_level().to_str().encode(), "x"), toy_llama3()
+    ours, table = JsonTokenizer(byte_level().to_str().encode(), "x"), toy_llama3()
     assert [ours.token_bytes(id) for id in range(ours.vocab_size)] == [
         table.token_bytes(id) for id in range(table.vocab_size)
     ]
@@ -131,7 +172,7 @@ def test_the_sentencepiece_one_is_the_model():
 
 def test_it_lies_beside_a_model_and_is_no_tokenizer_bin(tmp_path):
     path = tmp_path / "story.tokenizer.json"
-    path.write_text(byte_level().to_str())
+    path.write_text(from_sentencepiece(prepend=True).to_str())
     assert tokenizer.beside(tmp_path / "story.bin") == path
     with pytest.raises(TokenizerError, match="story.tokenizer.json: .* cannot be written"):
         write_bin(tmp_path / "t.bin", load(path))

@@ -5,7 +5,7 @@ merging.py      byte-pair encoding
 rows.py         the layout of tokenizer.bin
 llama2.py       SentencePiece .model | llama2.c's tokenizer.bin
 llama3.py       merge ranks in a tokenizer.bin | Meta's tiktoken file
-huggingface.py  tokenizer.json
+huggingface.py  tokenizer.json, through the tokenizers library unless it is Llama 3's
 """
 
 import os
@@ -15,7 +15,7 @@ from llamalet.errors import TokenizerError
 from llamalet.files import replacing
 from llamalet.tokenizer import llama3
 from llamalet.tokenizer.base import StreamDecoder, Tokenizer
-from llamalet.tokenizer.huggingface import JsonTokenizer
+from llamalet.tokenizer.huggingface import JsonTokenizer, rank_rows
 from llamalet.tokenizer.llama2 import (
     BOS_ID,
     EOS_ID,
@@ -89,7 +89,8 @@ def _parse(data: bytes, name: str) -> Tokenizer:
             return Llama3Tokenizer(pieces, name, suffix="bin")
         return BinTokenizer(pieces, name)
     if data.startswith(b"{"):
-        return JsonTokenizer(data, name)
+        rows = rank_rows(data)
+        return JsonTokenizer(data, name) if rows is None else Llama3Tokenizer(rows, name, suffix="json")
     if llama3.looks_like_tiktoken(data):
         return Llama3Tokenizer(llama3.parse_tiktoken(data, name), name, suffix="tiktoken")
     if data.startswith(b"\n"):  # the tag of a protobuf's first field

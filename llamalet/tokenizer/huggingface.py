@@ -1,17 +1,19 @@
 """Hugging Face's tokenizer.json, encoded by the tokenizers library.
 
 What the library does not tell, the bytes of each token, stands in the file: the decoder says whether tokens spell bytes
-as GPT-2 does (ByteLevel: Llama 3) or text as SentencePiece does (Llama 2).
+as GPT-2 does (ByteLevel: Llama 3) or text as SentencePiece does (Llama 2). Llama 3's own is read without the library:
+its list of pairs to merge follows from the ids, so that it is the rank table of llama3.py in other words.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer.base import Tokenizer
+from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, WORDS
 from llamalet.tokenizer.rows import Piece
 
 SPACE_MARK = "\u2581"
@@ -20,6 +22,15 @@ BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|im_start|>", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<|im_end|>")
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|eot|>")
+# How Llama 3's tokenizer.json cuts a text into words and joins within them.
+LLAMA3_STEPS = (
+    {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+)
+LLAMA3_MODEL = {
+    "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+    "byte_fallback": False, "ignore_merges": True,
+}  # fmt: skip
 
 
 class JsonTokenizer(Tokenizer):
@@ -98,8 +109,64 @@ class JsonTokenizer(Tokenizer):
         yield text
 
 
+def rank_rows(data: bytes) -> list[Piece] | None:
+    """Return the rows of the rank table that a tokenizer.json is; None if it is none, or not usable."""
+    try:
+        fields = json.loads(data)
+        model, added = fields["model"], fields["added_tokens"]
+        steps = _parts(fields["pre_tokenizer"], "pretokenizers")
+        names = {token["content"] for token in added if token["special"] and not token["normalized"]}
+        if (
+            fields["normalizer"] is not None
+            or [part["type"] for part in _parts(fields["decoder"], "decoders")] != ["ByteLevel"]
+            or any(model.get(key) != value for key, value in LLAMA3_MODEL.items())
+            or [{key: step.get(key) for key in LLAMA3_STEPS[i]} for i, step in enumerate(steps)] != [*LLAMA3_STEPS]
+            or len(names) != len(added)
+            or not {BOS, EOS} <= names
+            or not all(SPECIAL_NAME.fullmatch(name.encode()) for name in names)
+        ):
+            return None
+        tokens = {id: token for token, id in model["vocab"].items()} | {
+            token["id"]: token["content"] for token in added
+        }
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        return rows_of_table([tokens[id] for id in range(len(tokens))], merges, names)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None  # damaged or of another kind: the library says which
+
+
+def rows_of_table(
+    tokens: Sequence[str], merges: Sequence[Sequence[str]], special: Collection[str]
+) -> list[Piece] | None:
+    """Return the rows of a rank table (llama3.py) that joins as a list of pairs does; None if no such table does.
+
+    Args:
+        tokens: what each id is, a character for each byte; the special ones by their names.
+        merges: the pairs, the first to be merged first.
+        special: the names of the special tokens, which stand behind all others.
+
+    Raises:
+        KeyError: if a character stands for no byte.
+    """
+    n_ranks = len(tokens) - len(special)
+    ids = {token: id for id, token in enumerate(tokens[:n_ranks])}
+    pairs = {(left, right) for left, right in merges}
+    order = [ids.get(left + right, -1) for left, right in merges]
+    all_pairs = {
+        (token[:at], token[at:])
+        for token in ids
+        for at in range(1, len(token))
+        if token[:at] in ids and token[at:] in ids
+    }
+    if order != sorted(order) or pairs != all_pairs or set(tokens[n_ranks:]) != set(special) or len(ids) != n_ranks:
+        return None
+    byte_of = byte_level_bytes()
+    texts = [bytes(map(byte_of.__getitem__, token)) for token in ids]
+    return [(text, float(id)) for id, text in enumerate([*texts, *(name.encode() for name in tokens[n_ranks:])])]
+
+
 def _parts(decoder: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """Return the parts of a Sequence, or what there is instead."""
+    """Return the parts of a Sequence of decoders or pre-tokenizers, or what there is instead."""
     if decoder is None:
         return []
     return list(decoder[key]) if decoder["type"] == "Sequence" else [decoder]
