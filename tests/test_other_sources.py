@@ -11,7 +11,10 @@ import pytest
 from test_json_tokenizer import byte_level
 from toy import toy_llama3
 
+import export
 import tinystories
+import train
+from llamalet import Model, format
 from llamalet.errors import DataError
 from llamalet.shards import Shards
 from llamalet.tokenizer import load, pack, write_bin
@@ -141,3 +144,12 @@ def test_a_large_vocabulary_has_ids_of_four_bytes(tmp_path):
     data = Shards.open(folder)
     assert data.meta.dtype == np.uint32 and data.meta.bos_id == 65792
     assert text_of(data, "train")[0] == "Story 0 of many."
+
+    shape = ["--dim=16", "--n_layers=1", "--n_heads=2", "--max_seq_len=16", "--batch_size=2"]
+    steps = ["--max_iters=2", "--warmup_iters=1", "--eval_iters=1", "--threads=1", "--compile=False", "--no-sample"]
+    assert train.main([*shape, *steps]) == 0
+    assert format.read("out/model.bin").config.vocab_size == 66048
+    told = "".join(Model.load("out/model.bin", backend="numpy").generate("Story", max_new_tokens=8, seed=1))
+    assert len(told) >= 8
+    assert export.main(["one.bin", "--dtype=q8", "--no-check"]) == 0
+    assert "".join(Model.load("one.bin", backend="numpy").generate("Story", max_new_tokens=8, seed=1))
