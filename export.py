@@ -87,7 +87,12 @@ class ExportConfig:
             raise ConfigError(f"version={self.version}: must be one of {', '.join(map(str, VERSIONS))}")
         if self.format is not None and self.format not in FORMAT_DTYPES:
             raise ConfigError(f"format={self.format}: must be one of {', '.join(FORMAT_DTYPES)}")
-        suffix = None if self.out is None else SUFFIXES.get(Path(self.out).suffix, "hf")
+        if self.out == "":
+            raise ConfigError("out='': names no file or folder")
+        ending = "" if self.out is None else Path(self.out).suffix
+        if self.format is None and ending not in SUFFIXES and ending[1:].isalpha():
+            raise ConfigError(f"out={self.out}: must end in .bin or .gguf; for a folder of this name add --format=hf")
+        suffix = None if self.out is None else SUFFIXES.get(ending, "hf")
         if self.format is not None and suffix not in (None, "hf", self.format):
             raise ConfigError(f"format={self.format}: OUT is {self.out}; leave one of them out")
         if self.format == "bin" and suffix == "hf":
@@ -148,6 +153,10 @@ def main(argv: Sequence[str]) -> int:
         return _verify(Path(config.verify), config.data)
     source, trained_on = _open(config)
     path = config.path(Path(source.name))
+    if path.is_dir() and config.resolved_format != "hf":
+        raise ConfigError(f"{path}: is a folder; a {config.resolved_format} is a file")
+    if path.exists() and path.samefile(source.name):
+        raise ConfigError(f"{path}: is the model to export, which would be lost; name another file or folder")
     print(f"{source.name}: {_describe(source.config)}")
     for note in source.notes:
         print(f"note: {note}")
@@ -277,6 +286,8 @@ def _find_checkpoint(named: str | None) -> Path:
     if path.suffix == ".bin":
         raise UsageError(f"{path}: is a model file, not a checkpoint; name it with --bin, or --verify it")
     if not checkpoint.list_steps(path):
+        if not (path / checkpoint.MANIFEST).is_file() and (kind := formats.other_kind("checkpoint", path)):
+            raise UsageError(f"{path}: is not a checkpoint; it looks as if it were for --{kind}")
         return path
     best = checkpoint.find_best(path)
     if best is None:

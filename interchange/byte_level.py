@@ -81,8 +81,8 @@ def from_table(tokens: Sequence[str], merges: Sequence[str], special: Sequence[i
     """
     try:
         rows = rows_of_table(tokens, [merge.split(" ") for merge in merges], [tokens[id] for id in special])
-    except (KeyError, ValueError) as error:
-        raise TokenizerError(f"{name}: its tokens are not spelt in bytes: {error}") from None
+    except (KeyError, ValueError, IndexError) as error:
+        raise TokenizerError(f"{name}: its tokens are damaged, or not spelt in bytes: {error}") from None
     if rows is None:
         raise TokenizerError(f"{name}: its pairs are not merged in the order of the ids, as Llama 3's are")
     return Llama3Tokenizer(rows, name, suffix="bin")

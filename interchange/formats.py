@@ -27,13 +27,28 @@ def read(kind: str, name: str, *, rope_theta: float | None = None, rope_scaling:
         ConfigError: if the file says itself what is given.
         UsageError: if a library is missing, or the Hub does not give it.
     """
-    if kind in ("llama2c", "bin"):
-        scaling = None if rope_scaling is None else llama3_scaling(rope_scaling)
-        reader = llama2c.read if kind == "llama2c" and _is_pytorch(Path(name)) else bin_file.read
-        return reader(name, rope_theta=rope_theta, rope_scaling=scaling)
-    if rope_theta is not None or rope_scaling is not None:
+    if kind not in ("llama2c", "bin") and (rope_theta is not None or rope_scaling is not None):
         raise ConfigError(f"rope_theta, rope_scaling: {name} says what they are; leave them out")
-    return {"hf": huggingface.read, "meta_llama": meta_llama.read, "gguf": gguf_file.read}[kind](name)
+    try:
+        if kind in ("llama2c", "bin"):
+            scaling = None if rope_scaling is None else llama3_scaling(rope_scaling)
+            reader = llama2c.read if kind == "llama2c" and _is_pytorch(Path(name)) else bin_file.read
+            return reader(name, rope_theta=rope_theta, rope_scaling=scaling)
+        return {"hf": huggingface.read, "meta_llama": meta_llama.read, "gguf": gguf_file.read}[kind](name)
+    except FormatError as error:
+        if other := other_kind(kind, Path(name)):
+            raise FormatError(f"{error}; it looks as if it were for --{other}") from None
+        raise
+
+
+def other_kind(kind: str, path: Path) -> str | None:
+    """Return which of FORMATS a path is, if that is surely another one than `kind`."""
+    try:
+        found = kind_of(path)
+    except FormatError:
+        return None
+    sure = found != "bin" or kind != "llama2c" and path.suffix == ".bin" and path.stat().st_size > 0
+    return found if sure and found != kind else None
 
 
 def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:

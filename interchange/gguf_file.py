@@ -108,13 +108,13 @@ def read(name: str) -> Source:
     """
     gguf, path = _package(), Path(name)
     if not path.is_file():
-        raise FormatError(f"{path}: no such file")
+        raise FormatError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:
         reader = gguf.GGUFReader(path)
         fields = _Fields(path, reader)
         stored = {tensor.name: tensor for tensor in reader.tensors}
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        raise FormatError(f"{path}: not a GGUF file, or damaged: {error}") from None
+        raise FormatError(f"{path}: not a GGUF file, damaged or truncated: {error}") from None
     config = _read_config(path, fields, stored)
     names = expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
@@ -152,7 +152,10 @@ class _Fields:
     def get(self, key: str) -> Any:
         """Return a value as Python has it; None where there is none."""
         field = self._reader.get_field(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except (ValueError, IndexError, TypeError) as error:
+            raise FormatError(f"{self._path}: {key} is damaged: {error}") from None
 
     def needed(self, key: str) -> Any:
         """Return a value that a file must have."""

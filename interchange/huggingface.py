@@ -8,6 +8,7 @@ Source: transformers, models/llama: configuration_llama.py, modeling_llama.py, c
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -272,7 +273,7 @@ def write(folder: Path, source: Source, dtype: str = "f32") -> None:
     """Write a model and its tokenizer as a folder that transformers' Auto classes load.
 
     Args:
-        folder: made where missing; files of the same names are replaced, one by one.
+        folder: made where missing, and then whole or not at all; files of the same names are replaced, one by one.
         source: the model; its tensors are read once, in blocks.
         dtype: f32, or bf16, rounded to nearest.
 
@@ -296,15 +297,21 @@ def write(folder: Path, source: Source, dtype: str = "f32") -> None:
                 tensor = Reordered(tensor, _halves(tensor.shape[0], heads[spec.name[-2:]]))
             yield names[spec.name], tensor
 
-    safetensors_file.write(folder / WEIGHTS, shapes, tensors(), dtype)
     files[CONFIG] = _json(config_fields(source, dtype))
     files[GENERATION] = _json({"_from_model_config": False, **_special_ids(source), "do_sample": True, "top_p": 0.9})
-    for name in (TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE, TEMPLATE):
-        if name not in files:
-            (folder / name).unlink(missing_ok=True)  # an earlier export's
-    for name, data in files.items():
-        with replacing(folder / name) as file:
-            file.write(data)
+    is_new = not folder.exists()
+    try:
+        safetensors_file.write(folder / WEIGHTS, shapes, tensors(), dtype)
+        for name in (TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE, TEMPLATE):
+            if name not in files:
+                (folder / name).unlink(missing_ok=True)  # an earlier export's
+        for name, data in files.items():
+            with replacing(folder / name) as file:
+                file.write(data)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check_folder(folder: Path) -> None:

@@ -195,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         fields = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FormatError(f"{path}: no such file") from None
     except ValueError as error:  # no JSON, or no UTF-8
         raise FormatError(f"{path}: not valid JSON: {error}") from None

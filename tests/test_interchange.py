@@ -412,10 +412,11 @@ def test_gguf_says_what_it_cannot_carry_or_read(tmp_path):
     gguf_file.write(tmp_path / "m.gguf", source)
     data = (tmp_path / "m.gguf").read_bytes()
     for damage, words in (
-        (data[: len(data) // 2], "GGUF file, or damaged|truncated"),
+        (data[: len(data) // 2], "damaged or truncated"),
         (data[:100], "damaged"),
         (b"GGML" + data[4:], "not a GGUF file"),
         (data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_Q.weight"), "blk.1.attn_q.weight is missing"),
+        (data.replace(b"<0x41>", b"<0x4\xff>"), "tokenizer.ggml.tokens is damaged: 'utf-8'"),
         (data.replace(b"\x05\0\0\0\0\0\0\0llama\x0c", b"\x05\0\0\0\0\0\0\0qwen2\x0c"), "'qwen2' model"),
     ):
         assert damage != data
@@ -620,12 +621,63 @@ def test_the_kinds_are_told_apart(tmp_path):
         (["m", "--dtype=q8"], "dtype=q8: must be one of f32, bf16 in a hf"),
         (["m", "--version=2"], "version=2: only a .bin has versions"),
         (["m.bin", "--hf=.", "--rope_theta=1"], "leave them out"),
+        (["m.pt", "--hf=a/b"], "out=m.pt: must end in .bin or .gguf; for a folder of this name add --format=hf"),
+        (["", "--hf=a/b"], "out='': names no"),
         (["--verify=m.bin", "--hf=a/b"], "checks an existing file"),
     ],
 )
 def test_options_that_do_not_fit(argv, words):
     with pytest.raises(ConfigError, match=words):
         export.main(argv)
+
+
+def test_the_option_that_a_model_is_for_is_named(tmp_path):
+    saved(tmp_path / "hf", "llama-2")
+    toy_model(tmp_path, SMALL_MODELS["gqa-tied"])
+    gguf_file.write(tmp_path / "m.gguf", our_source(SMALL_MODELS["gqa-tied"], tokenizer=toy_tokenizer(VOCAB)))
+    (tmp_path / "empty.bin").write_bytes(b"")
+    for option, name, right in (
+        ("bin", "m.gguf", "gguf"), ("llama2c", "m.gguf", "gguf"), ("hf", "m.gguf", "gguf"),
+        ("checkpoint", "m.gguf", "gguf"), ("gguf", "model.bin", "bin"), ("bin", "hf", "hf"), ("meta_llama", "hf", "hf"),
+        ("checkpoint", "hf", "hf"),
+    ):  # fmt: skip
+        with pytest.raises((FormatError, UsageError), match=f"looks as if it were for --{right}$"):
+            run_main(tmp_path / "x.bin", f"--{option}", tmp_path / name)
+    for option, name in (("gguf", "empty.bin"), ("bin", "empty.bin"), ("meta_llama", "empty.bin"), ("hf", "gone")):
+        with pytest.raises(FormatError) as refused:
+            run_main(tmp_path / "x.bin", f"--{option}", tmp_path / name)
+        assert "looks as if" not in str(refused.value)
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_no_model_is_lost_to_its_own_export(tmp_path):
+    toy_model(tmp_path, SMALL_MODELS["gqa-tied"])
+    before = (tmp_path / "model.bin").read_bytes()
+    (tmp_path / "sub").mkdir()
+    for out in (tmp_path / "model.bin", tmp_path / "sub" / ".." / "model.bin"):
+        with pytest.raises(ConfigError, match="is the model to export"):
+            run_main(out, "--dtype=q4", "--bin", tmp_path / "model.bin")
+    (tmp_path / "d.gguf").mkdir()
+    with pytest.raises(ConfigError, match="d.gguf: is a folder; a gguf is a file"):
+        run_main(tmp_path / "d.gguf", "--bin", tmp_path / "model.bin")
+    assert (tmp_path / "model.bin").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["m.bin", "m.gguf", "hf"])
+def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, out):
+    toy_model(tmp_path, SMALL_MODELS["gqa-tied"])
+
+    class Interrupting(bin_file.BinTensor):
+        def __getitem__(self, rows):
+            raise KeyboardInterrupt
+
+    source = formats.read("bin", str(tmp_path / "model.bin"))
+    tensors = source.tensors | {"norm": Interrupting(source.tensors["norm"].weight)}
+    monkeypatch.setattr(export, "_open", lambda config: (dataclasses.replace(source, tensors=tensors), None))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KeyboardInterrupt):
+        run_main(tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_only_pytorchs_files_need_torch(tmp_path):
