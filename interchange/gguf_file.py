@@ -106,11 +106,11 @@ def read(name: str) -> Source:
         FormatError: if it is no Llama model, or damaged.
         UsageError: if the gguf package is not installed.
     """
-    gguf, path = _package(), Path(name)
+    path = Path(name)
     if not path.is_file():
         raise FormatError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _strict_reader(path)
         fields = _Fields(path, reader)
         stored = {tensor.name: tensor for tensor in reader.tensors}
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
@@ -141,6 +141,22 @@ def read(name: str) -> Source:
         stop_tokens=tuple(sorted(id for id in stops if isinstance(id, int))),
         notes=tuple(notes),
     )
+
+
+def _strict_reader(path: Path) -> "gguf.GGUFReader":
+    """Return the package's reader; on its own it reads on behind the end of a damaged file, until memory ends.
+
+    Raises:
+        ValueError: if the file ends within its metadata, or others of the package's errors.
+    """
+
+    class Reader(_package().GGUFReader):  # type: ignore[misc]
+        def _get(self, offset: Any, *args: Any, **options: Any) -> Any:
+            if offset >= len(self.data):
+                raise ValueError("ends within its metadata")
+            return super()._get(offset, *args, **options)
+
+    return Reader(path)
 
 
 class _Fields:

@@ -416,6 +416,10 @@ def test_gguf_says_what_it_cannot_carry_or_read(tmp_path):
         (data[:100], "damaged"),
         (b"GGML" + data[4:], "not a GGUF file"),
         (data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_Q.weight"), "blk.1.attn_q.weight is missing"),
+        (
+            data.replace(b"\x2c\1\0\0\0\0\0\0\5\0\0\0\0\0\0\0<unk>", b"\x2c\1\0\0\0\1\0\0\5\0\0\0\0\0\0\0<unk>"),
+            "ends within",
+        ),
         (data.replace(b"<0x41>", b"<0x4\xff>"), "tokenizer.ggml.tokens is damaged: 'utf-8'"),
         (data.replace(b"\x05\0\0\0\0\0\0\0llama\x0c", b"\x05\0\0\0\0\0\0\0qwen2\x0c"), "'qwen2' model"),
     ):
