@@ -26,8 +26,9 @@ HARD = [
     "<|begin_of_text|><|eot_id|> <|x|>",
     f"{WHOLE_WORD} {WHOLE_WORD}",
 ]
+# Without what is no character yet (Cn): of those, newer libraries know more letters than older ones.
 texts = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=12),
     st.text(" \t\n\r\x0b\x85\xa0\u2028a1.'sLtnd", max_size=12),
     st.lists(
         st.sampled_from(["the", " and", "'s", "'LL", "12", "\n", " ", "  ", "aaa", "\U0001f600", "<|eot_id|>"])

@@ -1,7 +1,8 @@
 """Llama 3's kind of vocabulary: byte-pair encoding by merge ranks, of bytes, within the words of a regular expression.
 
 The id of a token is its rank: of all neighbours in a word that join to a token, those with the lowest id are joined.
-The special tokens follow after the last rank. The ranks come in two files:
+The special tokens follow after the last rank. What a letter is, the regex package's Unicode says: the ids of characters
+that are newer than another library's Unicode can differ from that library's. The ranks come in two files:
 
     tokenizer.bin   llama2.c's layout (rows.py), where every score is the id, with the special tokens at the end;
                     Source: the Llama 3 forks of llama2.c
