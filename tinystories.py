@@ -247,6 +247,13 @@ def run_pretokenize(argv: Sequence[str]) -> int:
       python tinystories.py pretokenize tinyshakespeare --vocab=stories15M.bin
     """
     config = _parse(PretokenizeConfig, argv, run_pretokenize, positional=("source",))
+    folder = prepare_shards(config)
+    print("next: " + shlex.join(["python", "train.py", *([] if config.data_dir == DATA_DIR else [f"--data={folder}"])]))
+    return 0
+
+
+def prepare_shards(config: PretokenizeConfig) -> Path:
+    """Write a source as token shards, but for those that are there, and return their folder."""
     source = _open(config)
     vocab = _find_vocabulary(config, source)
     tokenizer, tokenizer_data = formats.read_tokenizer(vocab)
@@ -279,8 +286,7 @@ def run_pretokenize(argv: Sequence[str]) -> int:
             advance=bar.update,
         )
     _describe(folder, meta, n_kept, empty)
-    print("next: " + shlex.join(["python", "train.py", *([] if config.data_dir == DATA_DIR else [f"--data={folder}"])]))
-    return 0
+    return folder
 
 
 def _open(config: TextConfig) -> Source:

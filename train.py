@@ -4,7 +4,8 @@
   python train.py configs/stories42M.toml --out_dir=out/42M --max_iters=5000
   torchrun --standalone --nproc_per_node=2 train.py  the same run on two processes
   python train.py --resume                           go on from the newest checkpoint in out/
-  python train.py --init_from=stories15M.bin         train a model from elsewhere further
+  python train.py --source=tinyshakespeare           prepare that text first
+  python train.py --source=my_novel.txt --init_from=stories15M.bin         train a model from elsewhere further
   python train.py --eval_only                        score the best checkpoint in out/ on the whole validation split
 
 A run leaves its settings (config.toml), metrics.jsonl, loss.png, checkpoints/ and the exported model.bin in out_dir.
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from configurator import parse
 from llamalet import errors
-from llamalet.errors import CheckpointError
+from llamalet.errors import CheckpointError, ConfigError
 from training import interrupts
 from training.config import TrainConfig, with_defaults, with_shape
 from training.interrupts import Interrupted, Interrupts
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     config = read_options(TrainConfig, argv)
     if config.eval_only:
         return evaluate(config, argv)
+    if config.source is not None:
+        argv = [*argv, f"--data={prepare(config)}"]
     is_main = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
     with Interrupts() as signals, contextlib.ExitStack() as stack:
         if is_main:
@@ -68,6 +71,26 @@ def main(argv: Sequence[str]) -> int:
             )
             return interrupts.EXIT_CODE
     return 0
+
+
+def prepare(config: TrainConfig) -> Path:
+    """Make token shards of the text that the run shall read, where there are none yet, and return their folder.
+
+    Raises:
+        ConfigError: if there is no text to prepare, or several processes that would.
+        DataError: if there is no such source.
+    """
+    from tinystories import PretokenizeConfig, prepare_shards
+
+    if config.data is not None:
+        raise ConfigError(f"source={config.source}: goes to a folder of its own; leave --data={config.data} out")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"source={config.source}: several processes cannot prepare it; first type "
+            f"`python tinystories.py pretokenize {shlex.quote(str(config.source))}`"
+        )
+    vocab = None if config.init_from in ("scratch", "resume") else Path(config.init_from)
+    return prepare_shards(PretokenizeConfig(source=config.source, vocab=vocab))
 
 
 def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ import export
 import tinystories
 import train
 from llamalet import Model, format
-from llamalet.errors import DataError
+from llamalet.errors import ConfigError, DataError
 from llamalet.shards import Shards
 from llamalet.tokenizer import load, pack, write_bin
 from llamalet.tokenizer.llama3 import special_names
@@ -153,3 +153,17 @@ def test_a_large_vocabulary_has_ids_of_four_bytes(tmp_path):
     assert len(told) >= 8
     assert export.main(["one.bin", "--dtype=q8", "--no-check"]) == 0
     assert "".join(Model.load("one.bin", backend="numpy").generate("Story", max_new_tokens=8, seed=1))
+
+
+def test_a_text_is_trained_on_from_scratch_and_a_model_further_with_one_command_each(play, capsys):
+    small = ["--source=tinyshakespeare", "--max_seq_len=32", "--batch_size=2", "--warmup_iters=1", "--compile=False"]
+    shape = ["--dim=32", "--n_layers=1", "--n_heads=2"]
+    assert train.main([*small, *shape, "--max_iters=3"]) == 0
+    assert train.main([*small, "--max_iters=5", "--init_from=out/model.bin", "--out_dir=tuned"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("run it with: python sample.py") == 2 and "with the weights of out/model.bin" in said
+    scratch, tuned = Shards.open(next(Path("data").glob("*/tok*[0-9]"))), Model.load("tuned/model.bin")
+    assert tuned.tokenizer.sha256 == scratch.tokenizer_sha256
+    assert train.main([*small, *shape, "--max_iters=4", "--resume"]) == 0
+    with pytest.raises(ConfigError, match="leave --data=elsewhere out"):
+        train.main([*small, "--data=elsewhere"])

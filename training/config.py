@@ -27,6 +27,9 @@ class TrainConfig:
     """Where the run goes."""
     data: str | None = None
     """Folder of prepared data, or one above it; the newest below data/ where not given."""
+    source: str | None = None
+    """Text to prepare first, where it is not prepared yet, as tinystories.py pretokenize does: tinyshakespeare, a file,
+    a folder, a Hub ID that was downloaded; with the vocabulary of --init_from's model, where there is one."""
     resume: str | None = field(default=None, metadata={"bare": "latest"})
     """Go on from the newest sound checkpoint in out_dir, or from the checkpoint folder given; auto starts afresh where
     there is none."""
@@ -235,7 +238,7 @@ def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
     saved = {"schedule": "cosine"} | saved  # what there was before there was a choice
     if isinstance(steps := saved["save_every"], int):  # as checkpoints of the first version have it
         saved["save_every"] = str(steps)
-    what_to_do = ("out_dir", "resume", "init_from", "overwrite", "eval_only")
+    what_to_do = ("out_dir", "source", "resume", "init_from", "overwrite", "eval_only")
     fields = [
         (field.name, field.type, dataclasses.field(default=saved[field.name], metadata=field.metadata))
         for field in dataclasses.fields(TrainConfig)

@@ -132,7 +132,7 @@ def prepare(run_dir: Path, config: TrainConfig, step: int, *, goes_on: bool) -> 
     settings = {
         key: value
         for key, value in dataclasses.asdict(config).items()
-        if value is not None and key not in ("resume", "init_from", "overwrite")
+        if value is not None and key not in ("source", "resume", "init_from", "overwrite")
     }
     with replacing(run_dir / CONFIG_FILE) as file:
         # Numbers, booleans and strings are written alike in JSON and TOML, but for this one character.
