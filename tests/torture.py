@@ -74,7 +74,7 @@ class Log:
         date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started))
         lines = [
             f"pytest --torture on {date}, commit {commit()}",
-            f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
+            f"{processor()}, {os.cpu_count()} cores, {platform.system()}, "
             f"Python {platform.python_version()}, torch {torch_version()}",
             "",
             f"{'campaign':60} {'cases':>6} {'failures':>8} {'minutes':>8}",
