@@ -183,6 +183,11 @@ def _open(config: ExportConfig) -> tuple[Source, str | None]:
     return source, trained_on
 
 
+def _named_tokenizer(config: ExportConfig) -> Path | None:
+    """Return the tokenizer that was named, which the export must not remove."""
+    return None if config.tokenizer is None else Path(config.tokenizer)
+
+
 def _open_checkpoint(named: str | None) -> tuple[Source, str | None]:
     """Open a checkpoint of train.py's; return it and the data that it was trained on."""
     from training import checkpoint, weights
@@ -214,7 +219,7 @@ def _export(config: ExportConfig, source: Source, path: Path, trained_on: str | 
     start, version = time.perf_counter(), config.resolved_version
     written = bin_file.write(
         path, version, source.config, Reported(source.tensors, source.config), source.tokenizer, source.tokenizer_data,
-        chat_template=source.chat_template, dtype=config.dtype, force=config.force,
+        chat_template=source.chat_template, keep=_named_tokenizer(config), dtype=config.dtype, force=config.force,
     )  # fmt: skip
     size, duration = path.stat().st_size, time.perf_counter() - start
     kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
@@ -236,7 +241,7 @@ def _export_elsewhere(config: ExportConfig, source: Source, path: Path) -> int:
     watched = dataclasses.replace(source, tensors=Reported(source.tensors, source.config))
     others: Sequence[str] = ()
     if kind == "hf":
-        huggingface.write(path, watched, dtype)
+        huggingface.write(path, watched, dtype, keep=_named_tokenizer(config))
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     else:
         others = gguf_file.write(path, watched, dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from interchange.source import Floats, Source
+from interchange.source import Floats, Source, remove_stale
 from llamalet import format, tokenizer
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError
@@ -95,6 +95,7 @@ def write(
     tokenizer_data: bytes,
     *,
     chat_template: str | None = None,
+    keep: Path | None = None,
     dtype: str | None = None,
     force: bool = False,
 ) -> ModelFile:
@@ -111,6 +112,7 @@ def write(
         vocabulary: the tokenizer that the model was trained with; None where it is not known.
         tokenizer_data: its file, as it is.
         chat_template: how a conversation becomes a prompt; it goes into NAME.chat_template.jinja.
+        keep: a file that is never removed: the tokenizer that the user named.
         dtype: see `llamalet.format.write`.
         force: see `llamalet.format.write`.
 
@@ -127,19 +129,14 @@ def write(
     )
     beside = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in tokenizer.SUFFIXES}
     if vocabulary is not None and version < 3:
-        as_bin = beside.pop("bin")
-        if isinstance(vocabulary, tokenizer.JsonTokenizer):
-            as_bin.unlink(missing_ok=True)
-        else:
-            tokenizer.write_bin(as_bin, vocabulary)
-        if vocabulary.suffix in beside:
-            with replacing(beside.pop(vocabulary.suffix)) as file:
+        if not isinstance(vocabulary, tokenizer.JsonTokenizer):
+            tokenizer.write_bin(beside["bin"], vocabulary)
+        if vocabulary.suffix != "bin":
+            with replacing(beside[vocabulary.suffix]) as file:
                 file.write(tokenizer_data)
-    if chat_template is None:
-        path.with_suffix(TEMPLATE_SUFFIX).unlink(missing_ok=True)
-    else:
+        earlier = tokenizer.SUFFIXES[: tokenizer.SUFFIXES.index(vocabulary.suffix)]
+        remove_stale([beside[suffix] for suffix in earlier], keep)
+    if chat_template is not None:
         with replacing(path.with_suffix(TEMPLATE_SUFFIX)) as file:
             file.write(chat_template.encode())
-    for stale in beside.values():  # an earlier export's would be taken for this model's
-        stale.unlink(missing_ok=True)
     return written

@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interchange import safetensors_file, tokenizer_json
-from interchange.source import Reordered, Source, build_config, check_shapes, expand, find_tokenizer, read_json
+from interchange.source import (
+    Reordered,
+    Source,
+    build_config,
+    check_shapes,
+    expand,
+    find_tokenizer,
+    read_json,
+    remove_stale,
+)
 from llamalet import tokenizer
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError, FormatError, UsageError
@@ -269,13 +278,14 @@ def check_can_carry(source: Source, dtype: str) -> None:
         raise ConfigError(f"dim={c.dim}: transformers wants a multiple of n_heads={c.n_heads}, whatever head_dim is")
 
 
-def write(folder: Path, source: Source, dtype: str = "f32") -> None:
+def write(folder: Path, source: Source, dtype: str = "f32", *, keep: Path | None = None) -> None:
     """Write a model and its tokenizer as a folder that transformers' Auto classes load.
 
     Args:
         folder: made where missing, and then whole or not at all; files of the same names are replaced, one by one.
         source: the model; its tensors are read once, in blocks.
         dtype: f32, or bf16, rounded to nearest.
+        keep: a file that is never removed: the tokenizer that the user named.
 
     Raises:
         ConfigError: if the folder holds another model's files, or on another dtype.
@@ -302,12 +312,13 @@ def write(folder: Path, source: Source, dtype: str = "f32") -> None:
     is_new = not folder.exists()
     try:
         safetensors_file.write(folder / WEIGHTS, shapes, tensors(), dtype)
-        for name in (TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE, TEMPLATE):
-            if name not in files:
-                (folder / name).unlink(missing_ok=True)  # an earlier export's
         for name, data in files.items():
             with replacing(folder / name) as file:
                 file.write(data)
+        if source.tokenizer is not None and SENTENCEPIECE not in files:
+            remove_stale([folder / SENTENCEPIECE], keep)
+        if source.tokenizer is not None and source.chat_template is not None:
+            remove_stale([folder / TEMPLATE], keep)
     except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)

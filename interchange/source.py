@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,6 +248,14 @@ def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | 
             except (TokenizerError, UsageError) as error:
                 notes.append(f"not taken as its tokenizer: {error}")
     return None, b"", tuple(notes)
+
+
+def remove_stale(paths: Iterable[Path], keep: Path | None) -> None:
+    """Remove what would be read in place of what has just been written, but for `keep`, and say so."""
+    for path in paths:
+        if path.is_file() and not (keep is not None and keep.exists() and path.samefile(keep)):
+            path.unlink()
+            print(f"note: removed {path}, which would be read in place of what was written")
 
 
 def compact(vocabulary: Tokenizer, data: bytes) -> tuple[Tokenizer, bytes]:

@@ -312,8 +312,6 @@ def test_a_chat_template_goes_with_the_model(tmp_path):
     )
     assert (tmp_path / "m.chat_template.jinja").read_text(encoding="utf-8") == source.chat_template
     assert formats.read("bin", str(tmp_path / "m.bin")).chat_template == source.chat_template
-    bin_file.write(tmp_path / "m.bin", 3, source.config, source.tensors, None, b"")
-    assert not (tmp_path / "m.chat_template.jinja").exists()
 
 
 def llama3_source(**rest) -> Source:
@@ -358,8 +356,29 @@ def test_the_tokenizer_goes_where_its_readers_look(tmp_path):
         found = formats.read("bin", str(path))
         assert found.tokenizer.sha256 == source.tokenizer.sha256 and found.tokenizer_data == source.tokenizer_data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v2.bin", "v2.tokenizer.bin", "v3.bin"]
-    bin_file.write(tmp_path / "v2.bin", 2, source.config, source.tensors, None, b"")
-    assert not (tmp_path / "v2.tokenizer.bin").exists()
+
+
+@pytest.mark.parametrize("words", [["--dtype=q8"], ["--version=2"]])
+def test_an_export_leaves_the_users_files(tmp_path, words, shared_data):
+    config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=32000)
+    format.write(tmp_path / "src.bin", 1, config, random_tensors(config))
+    named = tmp_path / "m.tokenizer.tiktoken"  # content tells the kind, not the name
+    named.write_bytes((shared_data / "llama2-tokenizer.bin").read_bytes())
+    (tmp_path / "m.chat_template.jinja").write_text("mine")
+    run_main(tmp_path / "m.bin", "--bin", tmp_path / "src.bin", "--tokenizer", named, "--no-check", *words)
+    assert named.is_file() and (tmp_path / "m.chat_template.jinja").read_text() == "mine"
+    assert formats.read("bin", str(tmp_path / "m.bin")).tokenizer.sha256 == tokenizer.load(named).sha256
+
+
+@pytest.mark.parametrize(("version", "known", "is_read"), [(3, True, False), (1, False, False), (1, True, True)])
+def test_a_tokenizer_that_would_be_read_instead_is_removed_and_named(tmp_path, capsys, version, known, is_read):
+    source, path, stale = llama3_source(), tmp_path / "m.bin", tmp_path / "m.tokenizer.json"
+    stale.write_bytes(tokenizer_json.build(toy_tokenizer(VOCAB), b""))
+    vocabulary = source.tokenizer if known else None
+    bin_file.write(path, version, source.config, source.tensors, vocabulary, source.tokenizer_data)
+    assert stale.exists() != is_read and (f"note: removed {stale}" in capsys.readouterr().out) == is_read
+    if known:
+        assert formats.read("bin", str(path)).tokenizer.sha256 == source.tokenizer.sha256
 
 
 def test_a_vocabulary_that_the_library_would_cut_differently_is_refused():
