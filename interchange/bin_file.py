@@ -9,6 +9,7 @@ import numpy as np
 
 from interchange.source import Floats, Source, remove_stale
 from llamalet import format, tokenizer
+from llamalet.chat import read_template
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError
 from llamalet.files import replacing
@@ -52,6 +53,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     Raises:
         FormatError: if the file breaks a rule of its format, or does not say what cannot be guessed.
         ConfigError: if either is given for a file that says it.
+        UsageError: if the chat template beside it cannot be read.
     """
     file = format.read(name, rope_theta=rope_theta)
     config = file.config
@@ -69,10 +71,11 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
         vocabulary, data = load_tokenizer(file, beside), beside.read_bytes()
     if file.dtype in ("q8", "q4"):
         notes = (f"its weights have been rounded to {file.dtype} before: what is written holds those",)
-    template = Path(name).with_suffix(TEMPLATE_SUFFIX)
+    path = Path(name).with_suffix(TEMPLATE_SUFFIX)
+    template = read_template(path) if path.is_file() else None
     return Source(
         name=name,
-        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+        chat_template=None if template is None else template[0],
         config=config,
         tensors=tensors_of(file),
         tokenizer=vocabulary,

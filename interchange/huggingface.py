@@ -28,6 +28,7 @@ from interchange.source import (
     remove_stale,
 )
 from llamalet import tokenizer
+from llamalet.chat import read_template
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError, FormatError, UsageError
 from llamalet.files import replacing
@@ -84,7 +85,8 @@ def read(name: str) -> Source:
 
     Raises:
         FormatError: if it is no Llama model in safetensors, or damaged.
-        UsageError: if the repository is not there, needs a login, or the Hub cannot be reached.
+        UsageError: if the repository is not there, needs a login, or the Hub cannot be reached; or if the chat template
+            cannot be read.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -109,7 +111,6 @@ def read(name: str) -> Source:
         our: Reordered(tensor, _pairs(tensor.shape[0], heads[our[-2:]])) if our[-2:] in heads else tensor
         for our, tensor in found.items()
     }
-    tokenizer_config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
     vocabulary, data, problems = find_tokenizer([folder / SENTENCEPIECE, folder / TOKENIZER], config.vocab_size)
     return Source(
         name=str(folder),
@@ -117,7 +118,7 @@ def read(name: str) -> Source:
         tensors=tensors,
         tokenizer=vocabulary,
         tokenizer_data=data,
-        chat_template=_chat_template(folder, tokenizer_config),
+        chat_template=_chat_template(folder),
         stop_tokens=_stop_tokens(folder, fields),
         notes=notes + problems,
     )
@@ -247,15 +248,10 @@ def _halves(rows: int, n_heads: int) -> NDArray[np.int64]:
     return np.arange(rows).reshape(n_heads, -1, 2).swapaxes(1, 2).ravel()
 
 
-def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """Return the chat template: a file of its own, or a field, in which case there may be several with names."""
-    if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _chat_template(folder: Path) -> str | None:
+    """Return the chat template: a file of its own, or a field of tokenizer_config.json."""
+    files = (folder / name for name in (TEMPLATE, TOKENIZER_CONFIG))
+    return next((found[0] for path in files if path.is_file() and (found := read_template(path))), None)
 
 
 def _stop_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:

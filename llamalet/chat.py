@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from llamalet.errors import UsageError
-from llamalet.generate import KEEP, Overflow, make_room, read
+from llamalet.generate import KEEP, Overflow, check_limits, make_room, read
 from llamalet.runtime import Model
 from llamalet.sampler import Sampler, random_seed
 from llamalet.tokenizer import StreamDecoder, Tokenizer
@@ -82,9 +82,10 @@ class Chat:
             keep: how many of the first tokens a rolling context never forgets.
 
         Raises:
-            UsageError: if the model is no chat model, or the template cannot be used.
+            UsageError: if the model is no chat model, the template cannot be used, or a limit is out of range.
             ConfigError: listing every sampling setting out of range.
         """
+        check_limits(model.config.max_seq_len, max_new_tokens, overflow, keep)
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
         self.n_read = 0
         self._model = model
@@ -98,10 +99,6 @@ class Chat:
             min_p=min_p,
             seed=random_seed() if seed == -1 else seed,
         )
-        if overflow == "roll" and not 0 <= keep < model.config.max_seq_len:
-            raise UsageError(
-                f"keep={keep}: a context of {model.config.max_seq_len} positions cannot keep that and roll"
-            )
         self._cache = model.transformer.new_cache()
         self._seen: list[int] = []  # all tokens that the cache was given, also those that it forgot when it rolled
 
@@ -141,6 +138,11 @@ class Chat:
                 self._seen.append(token)
             if piece := decoder.finish():
                 yield piece
+        except GeneratorExit:
+            raise
+        except BaseException:  # what the cache holds by now is not known
+            self._cache, self._seen = transformer.new_cache(), []
+            raise
         finally:  # an answer that is broken off has been said as far as it went
             self.messages = [*messages, Message("assistant", self._model.tokenizer.decode(answer))]
 
@@ -156,8 +158,10 @@ class Chat:
                 self._cache.truncate(known)
             else:  # it has forgotten what would have to be there now
                 self._cache, known = self._model.transformer.new_cache(), 0
-        self.n_read, self._seen = len(ids) - known, ids
-        return read(self._model.transformer, self._cache, ids[known:], self._keep)
+        self.n_read = len(ids) - known
+        logits = read(self._model.transformer, self._cache, ids[known:], self._keep)
+        self._seen = ids
+        return logits
 
 
 def find_template(model: Model, named: str | os.PathLike[str] | None = None) -> Template:
@@ -172,8 +176,8 @@ def find_template(model: Model, named: str | os.PathLike[str] | None = None) -> 
     tokenizer = model.tokenizer
     if named is None:
         for path in _places(model):
-            if path.is_file() and (template := _read_template(path, tokenizer)) is not None:
-                return template
+            if path.is_file() and (found := read_template(path)) is not None:
+                return JinjaTemplate(found[0], tokenizer, str(path), found[1])
         if {HEADER, HEADER_END, TURN_END} <= tokenizer.special.keys():
             named = "llama3"
         elif tokenizer.sha256 == LLAMA2_SHA256:
@@ -192,10 +196,9 @@ def find_template(model: Model, named: str | os.PathLike[str] | None = None) -> 
     path = Path(named)
     if not path.is_file():
         raise UsageError(f"chat template {path}: must be llama2, llama3 or a file with a Jinja template")
-    template = _read_template(path, tokenizer)
-    if template is None:
+    if (found := read_template(path)) is None:
         raise UsageError(f"{path}: has no chat_template")
-    return template
+    return JinjaTemplate(found[0], tokenizer, str(path), found[1])
 
 
 def llama3_parts(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int | str]:
@@ -311,22 +314,29 @@ def _places(model: Model) -> Iterator[Path]:
         yield folder / name
 
 
-def _read_template(path: Path, tokenizer: Tokenizer) -> JinjaTemplate | None:
-    """Return the template in a file, None if it is a tokenizer_config.json without one.
+def read_template(path: Path) -> tuple[str, dict[str, str]] | None:
+    """Return the chat template in a file, and the names of special tokens that it may use.
+
+    Args:
+        path: a template, or a tokenizer_config.json, which may have several by name, or none: then None is returned.
 
     Raises:
-        UsageError: if it cannot be used.
+        UsageError: if it cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
-            return JinjaTemplate(text, tokenizer, str(path))
+            return text, {}
         table = json.loads(text)
         found = table.get("chat_template")
-        if isinstance(found, list):  # several by name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if isinstance(found, list):
+            found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
         special = {key: table[key] for key in ("bos_token", "eos_token") if table.get(key)}
         names = {key: value["content"] if isinstance(value, dict) else value for key, value in special.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for key, value in (("chat_template", found or ""), *names.items()):
+            if not isinstance(value, str):
+                raise TypeError(f"{key} is no text")
+            value.encode()  # half a character cannot be
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
-    return JinjaTemplate(found, tokenizer, str(path), names) if found else None
+    return (found, names) if found else None

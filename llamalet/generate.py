@@ -81,7 +81,7 @@ def generate(
 
     Raises:
         UsageError: if the prompt is empty, or longer than the context and that does not roll; or if `keep` leaves
-            nothing to forget.
+            nothing to forget, or another limit is out of range.
         NonFiniteError: with a token, if the model's logits are NaN or infinite.
     """
     events = generate_batch(
@@ -131,12 +131,9 @@ def generate_batch(
     context, ids, samplers = transformer.config.max_seq_len, [list(prompt) for prompt in prompts], list(samplers)
     if len(ids) != len(samplers):
         raise UsageError(f"{len(ids)} prompts and {len(samplers)} samplers: each text needs its own")
-    if overflow not in get_args(Overflow):
-        raise UsageError(f"overflow={overflow!r}: must be one of {', '.join(get_args(Overflow))}")
+    check_limits(context, max_new_tokens, overflow, keep)
     if batch_size is not None and not 1 <= batch_size <= MAX_BATCH:
         raise UsageError(f"batch_size={batch_size}: must lie between 1 and {MAX_BATCH}")
-    if overflow == "roll" and not 0 <= keep < context:
-        raise UsageError(f"keep={keep}: a context of {context} positions can keep 0 to {context - 1} and roll")
     texts = deque[_Text]()
     for number, (prompt, sampler) in enumerate(zip(ids, samplers, strict=True)):
         if not prompt or len(prompt) > context and overflow == "stop":
@@ -151,6 +148,16 @@ def generate_batch(
         n_that_fit = free_memory() // cache_bytes(transformer.config, min(context, 2 * int(positions))) - 2
         batch_size = max(1, min(n_that_fit, MAX_BATCH))
     return _make(transformer, texts, batch_size, frozenset(stop_tokens), keep)
+
+
+def check_limits(context: int, max_new_tokens: int | None, overflow: str, keep: int) -> None:
+    """Raise a UsageError if one of `generate`'s limits is out of range."""
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise UsageError(f"max_new_tokens={max_new_tokens}: must not be negative")
+    if overflow not in get_args(Overflow):
+        raise UsageError(f"overflow={overflow!r}: must be one of {', '.join(get_args(Overflow))}")
+    if overflow == "roll" and not 0 <= keep < context:
+        raise UsageError(f"keep={keep}: a context of {context} positions can keep 0 to {context - 1} and roll")
 
 
 @dataclass(eq=False, slots=True)

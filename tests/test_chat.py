@@ -16,6 +16,7 @@ from test_tokenizer import LOSSLESS, train
 from toy import toy_llama3, toy_model
 
 import sample
+from interchange import huggingface
 from llamalet import Chat, Model, chat, errors, format
 from llamalet.chat import JinjaTemplate, Message, find_template
 from llamalet.config import ModelConfig
@@ -187,9 +188,21 @@ def test_templates_that_cannot_be_used_are_refused(model, tmp_path, monkeypatch)
         (tmp_path / "t.jinja").write_text(source)
         with pytest.raises(errors.UsageError, match=complaint):
             find_template(model, tmp_path / "t.jinja")(TALK)
-    (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(errors.UsageError, match="cannot be read"):
-        find_template(model, tmp_path / "tokenizer_config.json")
+    for name, content in (
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b'{"chat_template": 5}'),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": ["x"]}]}'),
+        ("tokenizer_config.json", b'{"chat_template": ["x"]}'),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}'),
+        ("tokenizer_config.json", b'{"chat_template": "x", "bos_token": {"content": 5}}'),
+        ("tokenizer_config.json", b"[" * 100_000),
+        ("chat_template.jinja", b"\xff"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(errors.UsageError, match="cannot be read"):
+            find_template(model, tmp_path / name)
+        with pytest.raises(errors.UsageError, match="cannot be read"):
+            huggingface._chat_template(tmp_path)
     with pytest.raises(errors.UsageError, match="must be llama2, llama3 or a file"):
         find_template(model, "llama4")
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -262,6 +275,32 @@ def test_an_answer_ends_at_any_stop_token(model, monkeypatch):
         assert "".join(Chat(model).say("a")) == "the"
 
 
+@pytest.mark.parametrize("place", ["prefill", "decode"])
+def test_what_is_interrupted_is_read_again(model, monkeypatch, place):
+    talk = Chat(model, system="the band", seed=5, max_new_tokens=9)
+    list(talk.say("a"))
+
+    begun = getattr(model.transformer, place)
+
+    def interrupted(cache, ids):
+        begun(cache, ids[:2] if place == "prefill" else ids)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr(model.transformer, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(talk.say("an aardvark and the band"))
+    list(talk.say("b"))
+    assert_cache_is_a_fresh_prefill(talk, model)
+
+
+@pytest.mark.parametrize("limit", [{"overflow": "bogus"}, {"max_new_tokens": -3}, {"overflow": "roll", "keep": 256}])
+def test_limits_are_those_of_any_text(model, limit):
+    for begin in (lambda: Chat(model, **limit), lambda: model.generate("a", **limit)):
+        with pytest.raises(errors.UsageError, match=f"{next(reversed(limit))}="):
+            begin()
+
+
 def test_an_answer_that_is_broken_off_was_said(model, monkeypatch):
     answers_with(monkeypatch, "and the band", "the hat")
     talk = Chat(model)
@@ -300,8 +339,6 @@ def test_a_rolling_conversation_goes_on(model):
         assert talk._cache.length <= 256
     assert len(talk._seen) > 256 and len(talk.messages) == 12
     assert len("".join(talk.say("band " * 200))) > 0
-    with pytest.raises(errors.UsageError, match="keep=256"):
-        Chat(model, overflow="roll", keep=256)
 
 
 # --- the command ---
