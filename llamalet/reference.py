@@ -264,7 +264,8 @@ class NumpyTransformer:
         Raises:
             UsageError: as prefill.
         """
-        states = self._hidden_states(self.new_cache(len(tokens)), tokens)
+        ids = check_tokens(tokens, self.config)
+        states = self._hidden_states(self.new_cache(len(ids)), ids)
         return matmul(states, output_weight(self._weights))
 
     def _hidden_states(self, cache: KVCache, tokens: Tokens) -> Array:
@@ -279,12 +280,17 @@ def check_tokens(tokens: Tokens, config: ModelConfig) -> NDArray[np.int64]:
     """Return tokens (T,) as an array.
 
     Raises:
-        UsageError: if there are none, or one is not in the vocabulary.
+        UsageError: if there are none, they are no whole numbers, or one is not in the vocabulary.
     """
-    ids = np.asarray(tokens, dtype=np.int64)
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:  # rows of different lengths
+        raise UsageError("tokens: the model needs a list of whole numbers") from None
     if ids.ndim != 1 or not len(ids):
         raise UsageError(f"tokens of shape {ids.shape}: the model needs a list of at least one")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UsageError(f"token {ids[0]}: the model's ids are whole numbers from 0 to {config.vocab_size - 1}")
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if len(outside):
         raise UsageError(f"token {outside[0]}: the model's vocabulary has the ids 0 to {config.vocab_size - 1}")
-    return ids
+    return ids.astype(np.int64, copy=False)

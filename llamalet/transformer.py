@@ -98,8 +98,9 @@ class Transformer:
         Raises:
             UsageError: as prefill.
         """
-        cache = self.new_cache(len(tokens))
-        return np.concatenate([self._extend(cache, chunk, len(chunk)) for chunk in self._chunks(cache, tokens)])
+        ids = check_tokens(tokens, self.config)
+        cache = self.new_cache(len(ids))
+        return np.concatenate([self._extend(cache, chunk, len(chunk)) for chunk in self._chunks(cache, ids)])
 
     def _chunks(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.int64]]:
         """Check tokens, make room for all of them and cut them into what the kernels take at once."""

@@ -73,3 +73,10 @@ def test_the_names_that_are_offered(model, tmp_path):
     ids = model.tokenizer.encode("a band", bos=True)
     assert model.logits(ids).shape == (len(ids), model.config.vocab_size)
     assert isinstance(next(model.generate("a", seed=1)), str)
+
+
+@pytest.mark.parametrize("tokens", [[1.5], [2**70], "abc", [[1], [2, 3]], 5, ["a"], [True], [-1], []])
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_what_is_no_token_is_refused(tmp_path, backend, tokens):
+    with pytest.raises(errors.UsageError, match="token"):
+        Model.load(toy_model(tmp_path, CONFIG), backend=backend).logits(tokens)

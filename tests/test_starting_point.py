@@ -16,7 +16,7 @@ import train
 from interchange import bin_file, formats, gguf_file, huggingface
 from llamalet import format
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.errors import ConfigError, DataError, FormatError, TokenizerError
+from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, TokenizerError
 from training import checkpoint
 
 VOCAB = 300
@@ -100,6 +100,9 @@ def test_a_resumed_run_does_not_start_over(project, capsys):
     path.unlink()
     assert train.main([*FEW_STEPS, f"--init_from={path}", "--out_dir=further", "--resume=auto", "--max_iters=3"]) == 0
     assert "after step 2 of 3" in capsys.readouterr().out
+    for resume in ("--resume", "--resume=further"):
+        with pytest.raises(CheckpointError, match=r"model\.bin: a run that goes on has its own weights; leave out"):
+            train_further(path, resume)
 
 
 @pytest.mark.parametrize("form", ["bin beside", "bin inside", "gguf", "run"])

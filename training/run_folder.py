@@ -69,12 +69,17 @@ def find_checkpoint(config: TrainConfig, launch: str | None = None) -> Path | No
         launch: which start of torchrun this process is of; its own checkpoints are gone on from without being asked.
 
     Raises:
-        CheckpointError: if one must be there and is not.
+        CheckpointError: if one must be there and is not, or the run shall begin with another model's weights too.
     """
     if launch is not None:  # torchrun may have started the processes again, and the run goes on without being asked
         newest = checkpoint.find_latest(config.out_dir)
         if newest is not None and _is_of(launch, newest):
             return newest
+    if config.resume not in (None, "auto") and config.init_from not in ("scratch", "resume"):
+        raise CheckpointError(
+            f"init_from={config.init_from}: a run that goes on has its own weights; leave out --init_from, or --resume "
+            "to start anew"
+        )
     if config.resume not in (None, "latest", "auto"):
         named = Path(str(config.resume))
         return checkpoint.find_latest(named) or named  # a run's folder is as good as its newest checkpoint
