@@ -201,3 +201,15 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match="pip install tokenizers"):
         parse(b"{}", "tokenizer.json")
+
+
+def test_dropout_is_for_training():
+    table = json.loads(byte_level().to_str())
+    table["model"]["dropout"] = 0.9
+    ours = parse(json.dumps(table).encode(), "x")
+    assert {tuple(ours.encode("and the band")) for _ in range(20)} == {tuple(toy_llama3().encode("and the band"))}
+
+
+def test_deep_json_is_refused():
+    with pytest.raises(TokenizerError, match="not a usable tokenizer.json"):
+        parse(b'{"a":' * 100_000, "x")

@@ -60,6 +60,8 @@ class JsonTokenizer(Tokenizer):
             texts, special = _texts(self._library.get_vocab(), table["added_tokens"], decoders)
         except Exception as error:  # the library raises no other kind
             raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
+        if isinstance(self._library.model, tokenizers.models.BPE):
+            self._library.model.dropout = None  # for training: a text would be cut differently each time
         self._library.no_truncation()
         self._library.no_padding()
         names = {id: token for token, id in special.items()}
@@ -131,7 +133,7 @@ def rank_rows(data: bytes) -> list[Piece] | None:
         }
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         return rows_of_table([tokens[id] for id in range(len(tokens))], merges, names)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None  # damaged or of another kind: the library says which
 
 
