@@ -230,11 +230,17 @@ def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderT
     values = {ours: fields.needed(of(theirs)) for ours, theirs in FIELDS.items()}
     n_heads = values["n_heads"]
     n_kv_heads, key_length = fields.get(of("attention.head_count_kv")), fields.get(of("attention.key_length"))
-    if not isinstance(n_heads, int) or n_heads < 1 or (key_length is None and values["dim"] % n_heads):
+    dim = values["dim"]
+    if (
+        not isinstance(n_heads, int)
+        or not isinstance(dim, int)
+        or n_heads < 1
+        or (key_length is None and dim % n_heads)
+    ):
         raise FormatError(
             f"{path}: {of('attention.head_count')} is {n_heads!r}: must be one number that divides the width"
         )
-    head_dim = values["dim"] // n_heads if key_length is None else key_length
+    head_dim = dim // n_heads if key_length is None else key_length
     for other in ("attention.value_length", "rope.dimension_count"):
         if fields.get(of(other)) not in (None, head_dim):
             raise FormatError(
@@ -262,9 +268,9 @@ def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderT
     return dataclasses.replace(config, rope_scaling=_scaling_of(path, config, factors))
 
 
-def _shortest(value: float) -> float:
-    """Return the number that a float32 stands for: 1e-5, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
+def _shortest(value: Any) -> Any:
+    """Return the number that a float32 stands for: 1e-5, not 9.999999747378752e-06; anything else as it is."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _factors(config: ModelConfig) -> Floats:

@@ -95,16 +95,16 @@ def read(name: str) -> Source:
         folder = fetch(name)
     fields = read_json(folder / CONFIG)
     stored = _stored_tensors(folder)
-    names = expand(NAMES, _layers(fields))
-    ours = {theirs: our for our, theirs in names.items()}
-    found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if not IGNORED.fullmatch(theirs)}
     notes: tuple[str, ...] = ()
     tied = bool(fields.get("tie_word_embeddings", False))
-    if not tied and "output" not in found:
+    if not tied and NAMES["output"] not in stored:
         tied, notes = True, ("lm_head.weight is not there: the output is tied to the embeddings",)
+    config = _read_config(str(folder / CONFIG), fields, tied)
+    names = expand(NAMES, config.n_layers)
+    ours = {theirs: our for our, theirs in names.items()}
+    found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if not IGNORED.fullmatch(theirs)}
     if tied:  # whatever a file has there is not used
         found.pop("output", None)
-    config = _read_config(str(folder / CONFIG), fields, tied)
     check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
     heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
     tensors = {
@@ -159,12 +159,6 @@ def fetch(repository: str) -> Path:
         ) from None
 
 
-def _layers(fields: Mapping[str, Any]) -> int:
-    """Return the number of layers that config.json claims, 0 where it makes no sense: the config is checked later."""
-    n_layers = fields.get("num_hidden_layers")
-    return n_layers if isinstance(n_layers, int) and 0 < n_layers < 10_000 else 0
-
-
 def _read_config(name: str, fields: Mapping[str, Any], tied: bool) -> ModelConfig:
     """Make a config of config.json's fields, with the RoPE parameters in the old spelling or the new one.
 
@@ -211,7 +205,7 @@ def _read_scaling(name: str, rope: Mapping[str, Any]) -> RopeScaling | None:
     try:
         values = {ours: float(rope[theirs]) for ours, theirs in SCALING_FIELDS.items()}
         return RopeScaling(**values | {"original_max_seq_len": int(values["original_max_seq_len"])})  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # a ConfigError is a ValueError
         raise FormatError(f"{name}: the llama3 RoPE scaling is damaged: {error}") from None
 
 

@@ -8,9 +8,11 @@ Source: https://github.com/huggingface/safetensors, "Format".
 
 import json
 import math
+import operator
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,10 +44,10 @@ def read(path: Path) -> dict[str, FileTensor]:
             header = json.loads(file.read(length))
             rows = {name: fields for name, fields in header.items() if name != METADATA}
             found = {
-                name: (fields["dtype"], tuple(map(int, fields["shape"])), *map(int, fields["data_offsets"]))
+                name: (str(fields["dtype"]), tuple(map(operator.index, fields["shape"])), *_offsets(fields))
                 for name, fields in rows.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path}: its header is damaged: {error!r}") from None
     data, tensors = LENGTH.size + length, {}
     for name, (dtype, shape, begin, end) in found.items():
@@ -57,6 +59,12 @@ def read(path: Path) -> dict[str, FileTensor]:
         row_bytes = n_bytes // shape[0]
         tensors[name] = FileTensor(path, data + begin, shape, row_bytes, DECODERS[dtype])
     return tensors
+
+
+def _offsets(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """Return where a tensor begins and ends."""
+    begin, end = map(operator.index, fields["data_offsets"])
+    return begin, end
 
 
 def write(

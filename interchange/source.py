@@ -6,6 +6,7 @@ its tokenizer. What writes a model takes a Source, so any format becomes any oth
 
 import json
 import math
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from llamalet import tokenizer
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.format import Rows, row_blocks, tensor_specs
+from llamalet.header import CAPS
 from llamalet.quantize import from_bfloat16
 from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
 
@@ -197,7 +199,7 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise FormatError(f"{path}: no such file") from None
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep
         raise FormatError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise FormatError(f"{path}: must hold a JSON object")
@@ -212,14 +214,19 @@ def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
     """
     values, problems = dict(fields), []
     for key, value in fields.items():
-        whole_number = key not in ("norm_eps", "rope_theta", "rope_scaling", "tied")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if whole_number and not (is_number and value == int(value)):
-            problems.append(f"{key}={value!r}: must be a whole number")
-        elif key in ("norm_eps", "rope_theta") and not is_number:
-            problems.append(f"{key}={value!r}: must be a number")
-        elif is_number:
-            values[key] = int(value) if whole_number else float(value)
+        if key in CAPS:
+            if not (is_number and value % 1 == 0):
+                problems.append(f"{key}={reprlib.repr(value)}: must be a whole number")
+            elif value > CAPS[key]:
+                problems.append(f"{key}={reprlib.repr(value)}: must be at most {CAPS[key]}")
+            else:
+                values[key] = int(value)
+        elif key in ("norm_eps", "rope_theta"):
+            if not (is_number and abs(value) <= sys.float_info.max):
+                problems.append(f"{key}={reprlib.repr(value)}: must be a number")
+            else:
+                values[key] = float(value)
     try:
         if problems:
             raise ConfigError.from_problems(problems)

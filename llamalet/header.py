@@ -52,8 +52,12 @@ V3_GROUP_SIZES = {"f32": None, "bf16": None, "q8": Q8_GROUP_SIZE, "q4": Q4_GROUP
 LLAMA2C_NORM_EPS = 1e-5
 LLAMA2C_ROPE_THETA = 10000.0
 
-# Caps on what a header may claim, far above every model this project is for.
+# Caps on what a file may claim, far above every model this project is for.
 MAX_WIDTH, MAX_LAYERS, MAX_VOCAB, MAX_CONTEXT = 1 << 18, 1 << 10, 1 << 20, 1 << 20
+CAPS = {
+    "dim": MAX_WIDTH, "hidden_dim": MAX_WIDTH, "n_layers": MAX_LAYERS, "n_heads": MAX_WIDTH, "n_kv_heads": MAX_WIDTH,
+    "vocab_size": MAX_VOCAB, "max_seq_len": MAX_CONTEXT, "head_dim": MAX_WIDTH,
+}  # fmt: skip
 MAX_TOKENIZER_BYTES = 1 << 26
 
 
@@ -216,12 +220,17 @@ def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extra
     """Build the config of a header's integers, refusing what no sane model has before anything is computed."""
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = shape
     head_dim = extras.head_dim
-    fields = {
-        "dim": (dim, MAX_WIDTH), "hidden_dim": (hidden_dim, MAX_WIDTH), "n_layers": (n_layers, MAX_LAYERS),
-        "n_heads": (n_heads, MAX_WIDTH), "n_kv_heads": (n_kv_heads, MAX_WIDTH), "vocab_size": (vocab_size, MAX_VOCAB),
-        "max_seq_len": (max_seq_len, MAX_CONTEXT), "head_dim": (1 if head_dim is None else head_dim, MAX_WIDTH),
-    }  # fmt: skip
-    for name, (value, cap) in fields.items():
+    values = [
+        dim,
+        hidden_dim,
+        n_layers,
+        n_heads,
+        n_kv_heads,
+        vocab_size,
+        max_seq_len,
+        1 if head_dim is None else head_dim,
+    ]
+    for (name, cap), value in zip(CAPS.items(), values, strict=True):
         if not 1 <= value <= cap:
             raise FormatError(f"{path}: {name} is {value}: must lie in 1..{cap}")
     if head_dim is None:

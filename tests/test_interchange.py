@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import struct
 import subprocess
@@ -13,7 +14,7 @@ from conftest import SMALL_MODELS, random_tensors
 from toy import toy_llama3, toy_model, toy_tokenizer
 
 import export
-from interchange import bin_file, formats, gguf_file, huggingface, llama2c, meta_llama, tokenizer_json
+from interchange import bin_file, formats, gguf_file, huggingface, llama2c, meta_llama, safetensors_file, tokenizer_json
 from interchange.source import Source, difference, llama3_scaling
 from llamalet import format, tokenizer
 from llamalet.config import ModelConfig
@@ -184,6 +185,12 @@ def test_rows_come_in_blocks_of_any_size(tmp_path, monkeypatch):
         ({"num_key_value_heads": 3}, "n_heads=8: must be a multiple of n_kv_heads=3"),
         ({"rms_norm_eps": "small"}, "norm_eps='small': must be a number"),
         ({"num_attention_heads": 2.5}, "2.5"),
+        ({"num_hidden_layers": 10**400}, "n_layers=1000.*: must be at most 1024"),
+        ({"num_hidden_layers": math.nan}, "n_layers=nan: must be a whole number"),
+        ({"max_position_embeddings": math.inf}, "max_seq_len=inf: must be a whole number"),
+        ({"rms_norm_eps": 10**400}, "norm_eps=1000.*: must be a number"),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": 10**400}}, "RoPE scaling is damaged"),
+        ({"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": math.inf}}, "RoPE scaling is damaged"),
     ],
 )
 def test_what_is_no_llama_is_refused_by_name(tmp_path, changes, words):
@@ -192,6 +199,32 @@ def test_what_is_no_llama_is_refused_by_name(tmp_path, changes, words):
     with pytest.raises(FormatError, match=words) as error:
         huggingface.read(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    saved(tmp_path, "llama-2")
+    edit(tmp_path / "config.json", num_hidden_layers=2.0)
+    assert huggingface.read(str(tmp_path)).config.n_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dtype": ["F32"]}, "only F32, F16, BF16"),
+        ({"data_offsets": [0]}, "header is damaged"),
+        ({"data_offsets": [0, 4, 8]}, "header is damaged"),
+        ({"shape": [math.inf]}, "header is damaged"),
+    ],
+)
+def test_damaged_headers_are_refused(tmp_path, fields, words):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | fields}).encode()
+    for content in (header, b"[" * 100_000):
+        (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(content)) + content + bytes(4))
+        with pytest.raises(FormatError, match=words if content == header else "header is damaged"):
+            safetensors_file.read(tmp_path / "m.safetensors")
+        (tmp_path / "config.json").write_bytes(b"[" * 100_000)
+        with pytest.raises(FormatError, match="not valid JSON"):
+            huggingface.read(str(tmp_path))
 
 
 def test_damaged_folders_are_refused(tmp_path):
