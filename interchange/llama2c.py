@@ -5,7 +5,7 @@ Source: llama2.c, model.py and train.py.
 
 from pathlib import Path
 
-from interchange.pytorch_file import TorchTensor, is_weights, load, same
+from interchange.pytorch_file import MATRICES, TorchTensor, check_weights, load, same
 from interchange.source import Source, build_config, check_shapes, find_tokenizer
 from llamalet.config import RopeScaling
 from llamalet.errors import FormatError
@@ -38,11 +38,12 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     found: dict[str, TorchTensor] = {}
     for key, tensor in state.items():
         ours = _without_prefixes(str(key)).removesuffix(SUFFIX)
-        if ours in found or not is_weights(tensor):
-            raise FormatError(f"{path}: {key}: stands there twice, or is no tensor of weights")
+        if ours in found:
+            raise FormatError(f"{path}: {key} stands there twice")
         if ours not in IGNORED:
+            check_weights(path, str(key), tensor, (2,) if ours in MATRICES else (1, 2))
             found[ours] = TorchTensor((tensor,))
-    for needed in ("tok_embeddings", "layers.0.feed_forward.w1"):
+    for needed in MATRICES[:2]:
         if needed not in found:
             raise FormatError(f"{path}: {needed}{SUFFIX} is missing")
     tied = "output" not in found or same(found["output"], found["tok_embeddings"])

@@ -7,11 +7,12 @@ Source: meta-llama/llama and meta-llama/llama-models, llama3/reference_impl/mode
 transformers, convert_llama_weights_to_hf.py (contexts, the factor of 3.2).
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from interchange.pytorch_file import TorchTensor, is_weights, load, same
+from interchange.pytorch_file import MATRICES, TorchTensor, check_weights, load, same
 from interchange.source import Source, build_config, check_shapes, find_tokenizer, llama3_scaling, read_json
 from llamalet.config import RopeScaling
 from llamalet.errors import FormatError
@@ -45,11 +46,11 @@ def read(name: str) -> Source:
     for path, shard in zip(paths, shards, strict=True):
         if lost := set(names).symmetric_difference(key for key in shard if key not in IGNORED):
             raise FormatError(f"{path}: {min(lost)} is in one of the folder's files and not in another")
-    found_tensors = {key: _joined(key, [shard[key] for shard in shards], params) for key in names}
-    for needed in ("tok_embeddings", "layers.0.feed_forward.w1"):
+    found_tensors = {key: _joined(key, paths, [shard[key] for shard in shards], params) for key in names}
+    for needed in MATRICES[:2]:
         if needed not in found_tensors:
             raise FormatError(f"{folder}: {needed}{SUFFIX} is missing")
-    vocab_size, hidden_dim = (found_tensors[key].shape[0] for key in ("tok_embeddings", "layers.0.feed_forward.w1"))
+    vocab_size, hidden_dim = (found_tensors[key].shape[0] for key in MATRICES[:2])
     tied = "output" not in found_tensors or same(found_tensors["output"], found_tensors["tok_embeddings"])
     if tied:
         found_tensors.pop("output", None)
@@ -57,7 +58,7 @@ def read(name: str) -> Source:
     if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
         raise FormatError(f"{folder / PARAMS}: dim={dim!r} must be a multiple of n_heads={n_heads!r}")
     n_kv_heads = params.get("n_kv_heads")
-    scaling = _scaling(params)
+    scaling = _scaling(folder / PARAMS, params)
     config = build_config(
         str(folder / PARAMS),
         {
@@ -88,17 +89,19 @@ def read(name: str) -> Source:
     )
 
 
-def _joined(name: str, parts: Sequence[Any], params: Mapping[str, Any]) -> TorchTensor:
+def _joined(name: str, paths: Sequence[Path], parts: Sequence[Any], params: Mapping[str, Any]) -> TorchTensor:
     """Return the whole of a tensor whose parts lie in several files."""
-    if not all(map(is_weights, parts)):
-        raise FormatError(f"{name}{SUFFIX}: is no tensor of floating-point weights: quantized models cannot be read")
+    for path, part in zip(paths, parts, strict=True):
+        check_weights(path, name + SUFFIX, part, (2,) if name in MATRICES else (1, 2))
     axis = AXES.get(name.rpartition(".")[2])
     if name == "tok_embeddings":
         axis = 0 if parts[0].shape[-1] == params.get("dim") else 1
     if axis is None or len(parts) == 1:
         return TorchTensor((parts[0],))
-    if any(part.dim() != 2 for part in parts):
-        raise FormatError(f"{name}{SUFFIX}: is no matrix in one of the files")
+    for path, part in zip(paths, parts, strict=True):
+        check_weights(path, name + SUFFIX, part, (2,))
+        if part.shape[1 - axis] != parts[0].shape[1 - axis]:
+            raise FormatError(f"{path}: {name}{SUFFIX} does not fit its part in {paths[0].name}")
     return TorchTensor(tuple(parts), axis)
 
 
@@ -108,12 +111,15 @@ def _theta(params: Mapping[str, Any]) -> float:
     return DEFAULT_ROPE_THETA if theta is None else theta
 
 
-def _scaling(params: Mapping[str, Any]) -> RopeScaling | None:
+def _scaling(path: Path, params: Mapping[str, Any]) -> RopeScaling | None:
     """Return how RoPE is scaled: by 8 in Llama 3.1 and 3.3, by 32 in 3.2's small models, or as params.json says."""
     if not params.get("use_scaled_rope"):
         return None
     factor = params.get("rope_scaling_factor") or (32.0 if params.get("dim", 0) < SMALL_DIM else 8.0)
-    return llama3_scaling(float(factor))
+    try:
+        return llama3_scaling(float(factor))
+    except (TypeError, ValueError, OverflowError):
+        raise FormatError(f"{path}: rope_scaling_factor={reprlib.repr(factor)}: must be a number, at least 1") from None
 
 
 def _context(params: Mapping[str, Any], vocab_size: int, scaling: RopeScaling | None) -> int:

@@ -472,6 +472,10 @@ def test_gguf_says_what_it_cannot_carry_or_read(tmp_path):
             data.replace(b"\x2c\1\0\0\0\0\0\0\5\0\0\0\0\0\0\0<unk>", b"\x2c\1\0\0\0\1\0\0\5\0\0\0\0\0\0\0<unk>"),
             "ends within",
         ),
+        (
+            data.replace(*(b"block_count" + struct.pack("<2I", 4, n) for n in (source.config.n_layers, 1 << 31))),
+            "n_layers=2147483648: must be at most 1024",
+        ),
         (data.replace(b"<0x41>", b"<0x4\xff>"), "tokenizer.ggml.tokens is damaged: 'utf-8'"),
         (data.replace(b"\x05\0\0\0\0\0\0\0llama\x0c", b"\x05\0\0\0\0\0\0\0qwen2\x0c"), "'qwen2' model"),
     ):
@@ -591,6 +595,66 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"model": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(FormatError, match="no model and model_args"):
         llama2c.read(str(tmp_path / "ckpt.pt"))
+
+
+BAD_TENSORS = {
+    "scalar": torch.tensor(1.0), "vector": torch.ones(3), "cube": torch.ones(2, 2, 2), "empty": torch.ones(3, 0),
+    "sparse": torch.eye(3).to_sparse(), "meta": torch.ones(3, 3, device="meta"), "integers": torch.ones(3, 3).int(),
+    "list": [1.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_TENSORS)
+@pytest.mark.parametrize("name", ["tok_embeddings", "layers.0.feed_forward.w1", "output"])
+def test_what_is_no_matrix_is_refused_by_file_and_name(tmp_path, name, bad):
+    config = SMALL_MODELS["mha-untied"]
+    state = {f"{key}.weight": torch.tensor(tensor) for key, tensor in random_tensors(config).items()}
+    state[f"{name}.weight"] = BAD_TENSORS[bad]
+    torch.save({"model": state, "model_args": {"dim": config.dim, "n_heads": config.n_heads}}, tmp_path / "ckpt.pt")
+    with pytest.raises(FormatError, match=f"ckpt.pt: {name}.weight"):
+        llama2c.read(str(tmp_path / "ckpt.pt"))
+    meta_folder(tmp_path / "m", config, random_tensors(config), 2)
+    torch.save(state, tmp_path / "m" / "consolidated.01.pth")
+    torch.save(state, tmp_path / "m" / "consolidated.00.pth")
+    with pytest.raises(FormatError, match=f"consolidated.00.pth: {name}.weight"):
+        meta_llama.read(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("factor", ["x", [3], 10**400, math.nan, 0.5])
+def test_a_factor_that_is_none_is_refused(tmp_path, factor):
+    config = SMALL_MODELS["mha-untied"]
+    meta_folder(tmp_path / "m", config, random_tensors(config), 1, use_scaled_rope=True, rope_scaling_factor=factor)
+    with pytest.raises(FormatError, match="params.json: rope_scaling_factor="):
+        meta_llama.read(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("n_layers", [10**400, math.inf, 1025, "2", None])
+def test_layers_without_end_are_refused(tmp_path, n_layers):
+    config = SMALL_MODELS["mha-untied"]
+    meta_folder(tmp_path / "m", config, random_tensors(config), 1, n_layers=n_layers)
+    ckpt(tmp_path / "ckpt.pt", config, "")
+    whole = torch.load(tmp_path / "ckpt.pt")
+    whole["model_args"]["n_layers"] = n_layers
+    torch.save(whole, tmp_path / "ckpt.pt")
+    for reader, name in ((meta_llama, "m"), (llama2c, "ckpt.pt")):
+        with pytest.raises(FormatError, match="n_layers=.*: must be"):
+            reader.read(str(tmp_path / name))
+
+
+def test_pytorch_files_of_every_age_and_length(tmp_path):
+    config, path = SMALL_MODELS["gqa-tied"], tmp_path / "ckpt.pt"
+    tensors = ckpt(path, config, "")
+    whole = path.read_bytes()
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    assert difference(tensors, llama2c.read(str(path)).tensors) == 0
+    old = path.read_bytes()
+    for damage in (whole[:5000], whole[:-100], whole[:2], b"", old[:5000], old[:-100], old[:2]):
+        path.write_bytes(damage)
+        with pytest.raises(FormatError, match="ckpt.pt: no file of PyTorch's"):
+            llama2c.read(str(path))
+    torch.save({3: torch.ones(3)}, path)
+    with pytest.raises(FormatError, match="ckpt.pt: holds a dict, not a dict of tensors by their names"):
+        llama2c.read(str(path))
 
 
 # -- llama2.c's binaries, and those of its descendants ----------------------------------------------------------------
