@@ -17,14 +17,14 @@ demo: .venv/train  ## write a corpus, train a small model, export it, prove it, 
 	$(RUN) tinystories.py train-vocab --source=synthetic --vocab-size=2048
 	$(RUN) tinystories.py pretokenize --source=synthetic
 	$(RUN) train.py configs/demo.toml --overwrite
-	$(RUN) -m benchmarks.demo out/demo
+	$(RUN) -m parity.demo out/demo
 
 test: .venv/dev  ## run every test (offline, CPU)
 	$(RUN) -m pytest
 
 test-bounds: .venv/dev  ## run the runtime's tests with every index of the kernels checked
-	NUMBA_BOUNDSCHECK=1 $(RUN) -m pytest tests/test_kernels.py tests/test_transformer.py tests/test_parity.py \
-	    tests/test_generate.py tests/test_evaluate.py
+	NUMBA_BOUNDSCHECK=1 $(RUN) -m pytest tests/llamalet/kernels tests/parity \
+	    tests/llamalet/test_generate.py tests/llamalet/test_evaluate.py
 
 torture: .venv/dev  ## kill, fill, flip and interrupt runs by the hundred (an hour), for benchmarks/torture.log
 	$(RUN) -m pytest --torture --torture-log=benchmarks/torture.log $(ARGS)

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import parse
-from interchange import bin_file, formats, gguf_file, huggingface
-from interchange.source import Reported, Source, compact, difference
-from llamalet import format, shards, tokenizer
+from llamalet import shards, tokenizer
 from llamalet.config import ModelConfig
+from llamalet.convert import bin_file, formats, gguf_file, huggingface
+from llamalet.convert.source import Reported, Source, compact, difference
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
-from llamalet.format import Rows
-from llamalet.header import DTYPES
+from llamalet.model_file import format
+from llamalet.model_file.format import Rows
+from llamalet.model_file.header import DTYPES
 
 VERSIONS = (0, 1, 2, 3)
 DEFAULT_NAMES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
@@ -190,7 +191,8 @@ def _named_tokenizer(config: ExportConfig) -> Path | None:
 
 def _open_checkpoint(named: str | None) -> tuple[Source, str | None]:
     """Open a checkpoint of train.py's; return it and the data that it was trained on."""
-    from training import checkpoint, weights
+    from training import weights
+    from training.run import checkpoint
 
     found = checkpoint.load(_find_checkpoint(named))
     print(f"checkpoint of step {found.state['step']}:")
@@ -271,7 +273,7 @@ def _verify(path: Path, named_data: str | None) -> int:
 def _prove(path: Path, data: shards.Shards | None, originals: Mapping[str, Rows] | None) -> int:
     """Print the proof of a model file and return the exit code."""
     try:
-        from training.proof import prove
+        from parity.proof import prove
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -285,7 +287,7 @@ def _prove(path: Path, data: shards.Shards | None, originals: Mapping[str, Rows]
 
 def _find_checkpoint(named: str | None) -> Path:
     """Return the checkpoint to export: the one named, the best of the run named, or the newest run's best."""
-    from training import checkpoint
+    from training.run import checkpoint
 
     path = checkpoint.newest_best(OUT_ROOT) if named is None else Path(named)
     if path is None:

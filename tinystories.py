@@ -28,26 +28,19 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from configurator import parse
-from interchange import formats
+from corpus import documents, vocabulary
+from corpus.documents import DEFAULT_COLUMN, DEFAULT_DOCUMENT, VAL_FRACTION, DocumentRule, Piece, expected_chars
+from corpus.download import download
+from corpus.pretokenize import check_source, check_tokenizer, pretokenize
+from corpus.sources import DEFAULT_SOURCE, Source, open_source
+from corpus.synthetic import synthesize
+from corpus.tinyshakespeare import TINYSHAKESPEARE, prepare
+from corpus.workers import Workers
 from llamalet import errors
+from llamalet.convert import formats
 from llamalet.errors import ConfigError, DataError, UsageError
 from llamalet.files import replacing
 from llamalet.shards import DATA_ROOT, SPLITS, Meta
-from training import documents, vocabulary
-from training.documents import (
-    DEFAULT_COLUMN,
-    DEFAULT_DOCUMENT,
-    VAL_FRACTION,
-    DocumentRule,
-    Piece,
-    expected_chars,
-)
-from training.download import download
-from training.pretokenize import check_source, check_tokenizer, pretokenize
-from training.sources import DEFAULT_SOURCE, Source, open_source
-from training.synthetic import synthesize
-from training.tinyshakespeare import TINYSHAKESPEARE, prepare
-from training.workers import Workers
 
 Config = TypeVar("Config")
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 from configurator import parse
 from llamalet import errors
 from llamalet.errors import CheckpointError, ConfigError
-from training import interrupts
 from training.config import TrainConfig, with_defaults, with_shape
-from training.interrupts import Interrupted, Interrupts
+from training.run import interrupts
+from training.run.interrupts import Interrupted, Interrupts
 
 if TYPE_CHECKING:
-    from training.checkpoint import Checkpoint
-    from training.distributed import Processes
+    from training.machine.distributed import Processes
+    from training.run.checkpoint import Checkpoint
     from training.trainer import Trainer
 
 
@@ -44,9 +44,10 @@ def main(argv: Sequence[str]) -> int:
         if is_main:
             print(f"{'run':8} {config.out_dir}", flush=True)
         # A signal now ends the run in order, so it is time for what takes seconds: torch.
-        from training import run_folder, starting_point
-        from training.distributed import processes
-        from training.hardware import memory_errors
+        from training import starting_point
+        from training.machine.distributed import processes
+        from training.machine.hardware import memory_errors
+        from training.run import run_folder
         from training.trainer import Trainer
 
         stack.enter_context(memory_errors())
@@ -96,9 +97,9 @@ def prepare(config: TrainConfig) -> Path:
 def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
     """Print what a checkpoint costs on the whole validation split."""
     from training.data import open_data
-    from training.distributed import processes
     from training.evaluation import evaluate_checkpoint
-    from training.hardware import memory_errors, set_threads, tune_allocator
+    from training.machine.distributed import processes
+    from training.machine.hardware import memory_errors, set_threads, tune_allocator
 
     with memory_errors(), processes() as group:
         config, checkpoint = resume(config, argv, group)
@@ -133,7 +134,7 @@ def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tupl
     Raises:
         CheckpointError: if there is no such checkpoint, or others are in the way, or processes find different ones.
     """
-    from training import checkpoint, run_folder
+    from training.run import checkpoint, run_folder
 
     found = run_folder.find_checkpoint(config, group.launch)
     names = group.all(checkpoint.label(found) if found else "none")
@@ -155,8 +156,8 @@ def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tupl
 
 def finish(trainer: "Trainer") -> None:
     """Draw the loss, export the best checkpoint and let it tell a story."""
-    from llamalet import format
-    from training import checkpoint, plot
+    from llamalet.model_file import format
+    from training.run import checkpoint, plot
     from training.weights import write_bin
 
     run_dir = trainer.run_dir

@@ -40,10 +40,10 @@ from llamalet.errors import ConfigError, UsageError, run
 from llamalet.files import replacing
 from llamalet.shards import Shards
 from model import IGNORED, Llama
-from training import checkpoint, metrics
 from training.batches import Windows
 from training.config import TrainConfig
-from training.hardware import count_threads
+from training.machine.hardware import count_threads
+from training.run import checkpoint, metrics
 
 PEER, OURS = "llama2.c", "ours"
 PEER_RATES = (2e-3, 4e-3, 8e-3)

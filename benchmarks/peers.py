@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report import LLAMA_CPP, LLAMA_CPP_FLASH
-from llamalet import format, tokenizer
+from llamalet import tokenizer
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import ConfigError, UsageError
-from llamalet.header import HEADER_BYTES, V3_GROUP_SIZES, Header, pack_header
-from llamalet.quantize import to_bfloat16
+from llamalet.model_file import format
+from llamalet.model_file.header import HEADER_BYTES, V3_GROUP_SIZES, Header, pack_header
+from llamalet.model_file.quantize import to_bfloat16
 
 # What llama.cpp calls the tensors and the types.
 GGUF_NAMES = {

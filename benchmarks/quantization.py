@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-import story_grammar
 from configurator import parse
-from llamalet import format
+from corpus import story_grammar
 from llamalet.errors import ConfigError, DataError, run
 from llamalet.evaluate import NOTHING, Ids, evaluate_documents
-from llamalet.quantize import Floats, Packed, Quantized, Weight, dequantize, pack_q4, pack_q8, to_bfloat16
+from llamalet.model_file import format
+from llamalet.model_file.quantize import Floats, Packed, Quantized, Weight, dequantize, pack_q4, pack_q8, to_bfloat16
 from llamalet.reference import NumpyTransformer
 from llamalet.runtime import load_tokenizer
 from llamalet.tokenizer import Tokenizer, beside

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from llamalet.config import ModelConfig
 from llamalet.files import replacing
-from llamalet.header import DTYPES
+from llamalet.model_file.header import DTYPES
 
 # The contenders; "fa" is flash attention.
 OURS, LLAMA_CPP, LLAMA_CPP_FLASH, LLAMA2C = "llamalet", "llama.cpp", "llama.cpp fa", "llama2.c"

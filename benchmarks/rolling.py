@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configurator import parse
+from corpus.documents import pieces
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, DataError, run
 from llamalet.evaluate import evaluate_streams, losses
@@ -31,7 +32,6 @@ from llamalet.files import replacing
 from llamalet.generate import KEEP, MAX_BATCH
 from llamalet.kv_cache import KVCache
 from llamalet.runtime import BACKENDS, Model
-from training.documents import pieces
 
 # Real files that are no part of the project.
 DATA = Path("../shared/data")

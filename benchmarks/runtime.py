@@ -31,12 +31,14 @@ import numpy as np
 from benchmarks import peers, report
 from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
-from llamalet import format, team, tokenizer
+from llamalet import tokenizer
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError, UsageError, run
-from llamalet.header import DTYPES
+from llamalet.kernels import team
+from llamalet.kernels.transformer import Transformer
 from llamalet.kv_cache import KVCache
-from llamalet.transformer import Transformer
+from llamalet.model_file import format
+from llamalet.model_file.header import DTYPES
 
 CONTEXT = 1024
 FIGURES = ("decode", "positions", "prefill", "batch", "start")

@@ -42,9 +42,9 @@ from llamalet.errors import ConfigError, UsageError, run
 from llamalet.files import replacing
 from llamalet.shards import Block, Meta, Split
 from training.config import TrainConfig
-from training.distributed import Processes, find_device
-from training.hardware import choose_dtype, count_threads, peak_tflops
-from training.progress import training_flops
+from training.machine.distributed import Processes, find_device
+from training.machine.hardware import choose_dtype, count_threads, peak_tflops
+from training.run.progress import training_flops
 from training.trainer import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"

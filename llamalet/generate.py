@@ -42,7 +42,7 @@ class LogitsOf(Protocol):
 
 
 class ForwardPass(LogitsOf, Protocol):
-    """What generation needs of a model: llamalet.transformer has it, and llamalet.reference in plain numpy."""
+    """What generation needs of a model: llamalet.kernels.transformer has it, and llamalet.reference in plain numpy."""
 
     def new_cache(self) -> KVCache:
         """Return an empty KV cache."""

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import UsageError
-from llamalet.format import ModelFile
 from llamalet.kv_cache import KVCache
-from llamalet.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows, unpack
+from llamalet.model_file.format import ModelFile
+from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows, unpack
 
 Array = NDArray[np.float32]
 Tokens = Sequence[int] | NDArray[np.integer[Any]]

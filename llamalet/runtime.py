@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet import format, tokenizer
+from llamalet import tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, TokenizerError, UsageError
 from llamalet.generate import KEEP, ForwardPass, Overflow, Tokens, generate_batch, stream
+from llamalet.model_file import format
 from llamalet.sampler import MASK, Sampler, random_seed
 from llamalet.tokenizer import StreamDecoder, Tokenizer, beside
 
@@ -79,7 +80,7 @@ class Model:
             from llamalet.reference import NumpyTransformer
 
             return cls(file.path, NumpyTransformer(file), vocabulary)
-        from llamalet.transformer import Transformer
+        from llamalet.kernels.transformer import Transformer
 
         return cls(file.path, Transformer(file, threads=threads), vocabulary)
 

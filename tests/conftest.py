@@ -1,30 +1,13 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torture
+from toy import SMALL_MODELS
 
 from llamalet.config import ModelConfig
-from llamalet.format import tensor_specs
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
-
-# One small model of each kind that Llama files come in.
-SMALL_MODELS = {
-    "gqa-tied": ModelConfig.create(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=192, vocab_size=300, max_seq_len=32
-    ),
-    "gqa-untied": ModelConfig.create(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=300, max_seq_len=32, tied=False
-    ),
-    "mqa-tied": ModelConfig.create(
-        dim=96, n_layers=2, n_heads=6, n_kv_heads=1, hidden_dim=160, vocab_size=300, max_seq_len=32
-    ),
-    "mha-untied": ModelConfig.create(
-        dim=48, n_layers=2, n_heads=3, hidden_dim=112, vocab_size=300, max_seq_len=32, tied=False
-    ),
-}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,16 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--torture"):
         items[:] = [item for item in items if item.get_closest_marker("campaign")]
-
-
-def random_tensors(config: ModelConfig, seed: int = 0, scale: float = 0.1) -> dict[str, np.ndarray]:
-    """Every tensor of a model by its checkpoint name, float32: norms around one, matrices around zero."""
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for spec in tensor_specs(1, config):
-        centre = 1.0 if len(spec.shape) == 1 else 0.0
-        tensors[spec.name] = (centre + scale * rng.standard_normal(spec.shape)).astype(np.float32)
-    return tensors
 
 
 @pytest.fixture

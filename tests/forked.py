@@ -59,6 +59,10 @@ class Fault:
     value: float = float("nan")
 
 
+# A step that the guard skips, and one whose gradients are a spike.
+SKIPPED, SPIKE = Fault("gradient", step=5, micro=0, rank=0), Fault("spike", step=7, micro=0, value=1e4)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a run ended."""
@@ -241,9 +245,10 @@ class Probe:
         """Wrap what is of interest."""
         import train
         from llamalet.shards import TokenArray
-        from training import checkpoint, trainer
+        from training import trainer
         from training.batches import Windows
-        from training.interrupts import Interrupts
+        from training.run import checkpoint
+        from training.run.interrupts import Interrupts
         from training.trainer import Trainer
 
         wrap(Interrupts, "__enter__", after=lambda signals: self.at("start"))
@@ -409,6 +414,7 @@ def wrap(
 
 def digest(tensors: Mapping[str, Any]) -> str:
     """Return one sha256 of tensors and their names."""
+
     import torch
 
     seal = hashlib.sha256()

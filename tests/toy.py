@@ -4,13 +4,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from conftest import random_tensors
 
-from llamalet import format, shards
+from llamalet import shards
 from llamalet.config import ModelConfig
+from llamalet.model_file import format, quantize
+from llamalet.model_file.format import tensor_specs
 from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, write_bin
 from llamalet.tokenizer.llama3 import special_names
 from llamalet.tokenizer.rows import Piece
+
+# One small model of each kind that Llama files come in.
+SMALL_MODELS = {
+    "gqa-tied": ModelConfig.create(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=192, vocab_size=300, max_seq_len=32
+    ),
+    "gqa-untied": ModelConfig.create(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=300, max_seq_len=32, tied=False
+    ),
+    "mqa-tied": ModelConfig.create(
+        dim=96, n_layers=2, n_heads=6, n_kv_heads=1, hidden_dim=160, vocab_size=300, max_seq_len=32
+    ),
+    "mha-untied": ModelConfig.create(
+        dim=48, n_layers=2, n_heads=3, hidden_dim=112, vocab_size=300, max_seq_len=32, tied=False
+    ),
+}
+
+
+def random_tensors(config: ModelConfig, seed: int = 0, scale: float = 0.1) -> dict[str, np.ndarray]:
+    """Every tensor of a model by its checkpoint name, float32: norms around one, matrices around zero."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for spec in tensor_specs(1, config):
+        centre = 1.0 if len(spec.shape) == 1 else 0.0
+        tensors[spec.name] = (centre + scale * rng.standard_normal(spec.shape)).astype(np.float32)
+    return tensors
+
 
 WORDS = (" ", "a", "b", "n", "d", "e", "t", ".", " a", " b", "an", "de", " ban", "and", " t", "\u00e9")
 
@@ -134,3 +162,17 @@ class Counting:
         logits = np.zeros((len(tokens), self.config.vocab_size), dtype=np.float32)
         logits[np.arange(len(tokens)), (np.asarray(tokens) + 1) % self.config.vocab_size] = 5.0
         return logits
+
+
+def in_memory(config: ModelConfig, dtype: str, **changes: np.ndarray) -> format.ModelFile:
+    """Return a model of random weights as a file of this kind would give it."""
+    convert = {
+        "f32": np.asarray,
+        "bf16": quantize.to_bfloat16,
+        "q8": quantize.pack_q8,
+        "q4": quantize.pack_q4,
+        "v2": lambda weight: quantize.quantize(weight, 16),
+    }[dtype]
+    tensors = random_tensors(config) | changes
+    weights = {name: convert(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    return format.ModelFile(Path("memory"), format.Header(1, config), weights)

@@ -10,9 +10,9 @@ import torch
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError
 from llamalet.shards import Shards
-from training.checkpoint import Checkpoint
 from training.config import TrainConfig
-from training.distributed import Processes
+from training.machine.distributed import Processes
+from training.run.checkpoint import Checkpoint
 
 STREAM = ("total_batch_tokens", "seed", "align_documents", "data")
 """The settings that the stream of tokens follows from."""

@@ -15,8 +15,8 @@ from llamalet.evaluate import NOTHING, Evaluation, Ids, Tally, cut, read_documen
 from llamalet.shards import Shards
 from llamalet.tokenizer import Tokenizer
 from model import IGNORED, Llama
-from training.checkpoint import Checkpoint
-from training.distributed import Processes
+from training.machine.distributed import Processes
+from training.run.checkpoint import Checkpoint
 from training.weights import load_model
 
 LOGITS_BYTES = 1 << 27

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from training.distributed import ShardedMuon, share, total_norm, whole_slots
+from training.machine.distributed import ShardedMuon, share, total_norm, whole_slots
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:

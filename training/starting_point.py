@@ -5,12 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from interchange import formats
+from corpus.pretokenize import command
 from llamalet.config import ModelConfig
+from llamalet.convert import formats
 from llamalet.errors import CheckpointError, ConfigError
 from llamalet.shards import Shards
-from training import checkpoint
-from training.pretokenize import command
+from training.run import checkpoint
 from training.weights import read_state
 
 

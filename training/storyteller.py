@@ -11,8 +11,8 @@ import torch
 
 from llamalet.config import ModelConfig
 from llamalet.tokenizer import load
-from training.interrupts import Interrupts
-from training.progress import say
+from training.run.interrupts import Interrupts
+from training.run.progress import say
 from training.weights import to_arrays
 
 MAX_TOKENS = 80
@@ -46,9 +46,9 @@ class Storyteller:
             return None
         try:
             # The runtime and its compiler are imported by the first story.
-            from llamalet.format import Header, ModelFile
+            from llamalet.kernels.transformer import Transformer
+            from llamalet.model_file.format import Header, ModelFile
             from llamalet.runtime import Model
-            from llamalet.transformer import Transformer
 
             file = ModelFile(Path("memory"), Header(1, self.config), to_arrays(state))
             model = Model(file.path, Transformer(file, threads=self.threads), self.tokenizer)

@@ -13,18 +13,26 @@ from torch.distributed.fsdp import FSDPModule
 
 from llamalet.errors import DataError, NonFiniteError
 from model import Llama
-from training import checkpoint, continuity, metrics, run_folder
+from training import continuity
 from training.batches import IGNORED, Batch, Prefetcher, Windows
-from training.checkpoint import Checkpoint
 from training.config import TrainConfig
-from training.cpu import use_cpu_kernels
 from training.data import fingerprint, open_data, read_tokenizer
-from training.distributed import Processes, parallelize, sum_gradients, whole_weights
 from training.guard import Guard
-from training.hardware import choose_dtype, compile_problem, peak_tflops, set_precision, set_threads, tune_allocator
-from training.interrupts import Interrupted, Interrupts
+from training.machine.cpu import use_cpu_kernels
+from training.machine.distributed import Processes, parallelize, sum_gradients, whole_weights
+from training.machine.hardware import (
+    choose_dtype,
+    compile_problem,
+    peak_tflops,
+    set_precision,
+    set_threads,
+    tune_allocator,
+)
 from training.optimizer import Optimizer, clip_gradients
-from training.progress import Timer, evaluation_line, opening, progress_line, say, training_flops
+from training.run import checkpoint, metrics, run_folder
+from training.run.checkpoint import Checkpoint
+from training.run.interrupts import Interrupted, Interrupts
+from training.run.progress import Timer, evaluation_line, opening, progress_line, say, training_flops
 from training.starting_point import StartingPoint
 from training.storyteller import Storyteller
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from interchange import bin_file
-from llamalet import format, tokenizer
+from llamalet import tokenizer
 from llamalet.config import ModelConfig
-from llamalet.format import ModelFile, Rows
-from llamalet.quantize import dequantize
+from llamalet.convert import bin_file
+from llamalet.model_file import format
+from llamalet.model_file.format import ModelFile, Rows
+from llamalet.model_file.quantize import dequantize
 from model import Llama
 
 SUFFIX = ".weight"
@@ -62,7 +63,7 @@ def write_bin(
     dtype: str | None = None,
     force: bool = False,
 ) -> ModelFile:
-    """Write a model file and its tokenizer, from PyTorch's weights: see `interchange.bin_file.write`.
+    """Write a model file and its tokenizer, from PyTorch's weights: see `llamalet.convert.bin_file.write`.
 
     Args:
         path: NAME.bin, the file to make or replace.
@@ -70,8 +71,8 @@ def write_bin(
         config: the model's shape.
         state: the model's state dict; not changed.
         tokenizer_path: the tokenizer the model was trained with.
-        dtype: see `llamalet.format.write`.
-        force: see `llamalet.format.write`.
+        dtype: see `llamalet.model_file.format.write`.
+        force: see `llamalet.model_file.format.write`.
 
     Raises:
         ConfigError: if the version cannot carry the model.

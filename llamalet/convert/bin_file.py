@@ -1,0 +1,146 @@
+"""The raw binary (llamalet/format.py) and the tokenizer beside it, as one more format to read and write."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llamalet import tokenizer
+from llamalet.chat import read_template
+from llamalet.config import ModelConfig, RopeScaling
+from llamalet.convert.source import Floats, Source, remove_stale
+from llamalet.errors import ConfigError
+from llamalet.files import replacing
+from llamalet.model_file import format
+from llamalet.model_file.format import ModelFile, Rows
+from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
+from llamalet.runtime import load_tokenizer
+from llamalet.tokenizer import Tokenizer
+
+TEMPLATE_SUFFIX = ".chat_template.jinja"  # where llamalet/chat.py looks
+
+
+@dataclass(frozen=True)
+class BinTensor:
+    """A tensor of a model file in any of its forms, whose rows become float32 when they are asked for."""
+
+    weight: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, of weights."""
+        if isinstance(self.weight, Packed):
+            return self.weight.rows, self.weight.cols
+        return (self.weight.values if isinstance(self.weight, Quantized) else self.weight).shape
+
+    def __getitem__(self, rows: slice) -> Floats:
+        if isinstance(self.weight, Packed):
+            return dequantize_rows(self.weight, np.arange(self.weight.rows)[rows])
+        if isinstance(self.weight, Quantized):
+            return dequantize(Quantized(self.weight.values[rows], self.weight.scales[rows]))
+        return dequantize(self.weight[rows])
+
+
+def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScaling | None = None) -> Source:
+    """Open a model file of any version, llama2.c's or ours.
+
+    Args:
+        name: its path.
+        rope_theta: see `llamalet.model_file.format.read`.
+        rope_scaling: how RoPE is scaled, for a file that does not say.
+
+    Raises:
+        FormatError: if the file breaks a rule of its format, or does not say what cannot be guessed.
+        ConfigError: if either is given for a file that says it.
+        UsageError: if the chat template beside it cannot be read.
+    """
+    file = format.read(name, rope_theta=rope_theta)
+    config = file.config
+    if rope_scaling is not None:
+        if file.header.payload_crc32 is not None:
+            raise ConfigError(f"rope_scaling={rope_scaling.factor:g}: {name} says how RoPE is scaled; leave it out")
+        config = dataclasses.replace(config, rope_scaling=rope_scaling)
+    beside = tokenizer.beside(name)
+    vocabulary: Tokenizer | None = None
+    data = b""
+    notes: tuple[str, ...] = ()
+    if file.tokenizer_data is not None:
+        vocabulary, data = load_tokenizer(file, None), file.tokenizer_data
+    elif beside is not None:
+        vocabulary, data = load_tokenizer(file, beside), beside.read_bytes()
+    if file.dtype in ("q8", "q4"):
+        notes = (f"its weights have been rounded to {file.dtype} before: what is written holds those",)
+    path = Path(name).with_suffix(TEMPLATE_SUFFIX)
+    template = read_template(path) if path.is_file() else None
+    return Source(
+        name=name,
+        chat_template=None if template is None else template[0],
+        config=config,
+        tensors=tensors_of(file),
+        tokenizer=vocabulary,
+        tokenizer_data=data,
+        notes=notes,
+    )
+
+
+def tensors_of(file: ModelFile) -> dict[str, Rows]:
+    """Return a model file's tensors, float32 on demand."""
+    return {name: BinTensor(tensor) for name, tensor in file.tensors.items()}
+
+
+def write(
+    path: str | Path,
+    version: int,
+    config: ModelConfig,
+    tensors: Mapping[str, Rows],
+    vocabulary: Tokenizer | None,
+    tokenizer_data: bytes,
+    *,
+    chat_template: str | None = None,
+    keep: Path | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> ModelFile:
+    """Write a model file and its tokenizer.
+
+    Version 3 has the tokenizer inside. With the others it goes beside them as it is, into NAME.tokenizer.SUFFIX, and
+    for llama2.c, which reads them, into NAME.tokenizer.bin in its layout, where that can hold it.
+
+    Args:
+        path: NAME.bin, the file to make or replace.
+        version: 0 to 3.
+        config: the model's shape.
+        tensors: the weights by name; each is read once, in blocks.
+        vocabulary: the tokenizer that the model was trained with; None where it is not known.
+        tokenizer_data: its file, as it is.
+        chat_template: how a conversation becomes a prompt; it goes into NAME.chat_template.jinja.
+        keep: a file that is never removed: the tokenizer that the user named.
+        dtype: see `llamalet.model_file.format.write`.
+        force: see `llamalet.model_file.format.write`.
+
+    Raises:
+        ConfigError: if the version cannot carry the model.
+        TokenizerError: if llama2.c's layout cannot carry the tokenizer.
+        NonFiniteError: if a weight is NaN or infinite.
+    """
+    path = Path(path)
+    sha256 = None if vocabulary is None else vocabulary.sha256
+    inside = (vocabulary.suffix, tokenizer_data) if vocabulary is not None and version == 3 else None
+    written = format.write(
+        path, version, config, tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside, force=force
+    )
+    beside = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in tokenizer.SUFFIXES}
+    if vocabulary is not None and version < 3:
+        if not isinstance(vocabulary, tokenizer.JsonTokenizer):
+            tokenizer.write_bin(beside["bin"], vocabulary)
+        if vocabulary.suffix != "bin":
+            with replacing(beside[vocabulary.suffix]) as file:
+                file.write(tokenizer_data)
+        earlier = tokenizer.SUFFIXES[: tokenizer.SUFFIXES.index(vocabulary.suffix)]
+        remove_stale([beside[suffix] for suffix in earlier], keep)
+    if chat_template is not None:
+        with replacing(path.with_suffix(TEMPLATE_SUFFIX)) as file:
+            file.write(chat_template.encode())
+    return written

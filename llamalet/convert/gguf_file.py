@@ -1,0 +1,489 @@
+"""GGUF files of Llama models, as llama.cpp reads them, through its own `gguf` package.
+
+The order of queries and keys is ours. llama3's RoPE scaling is a tensor there, rope_freqs: what each pair's frequency
+is divided by. Quantized rows come in blocks of 32 weights; a matrix whose rows do not is float16.
+
+Source: llama.cpp, docs/gguf.md and gguf-py; conversion of Llama models: convert_hf_to_gguf.py.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
+from llamalet.convert import byte_level
+from llamalet.convert.source import (
+    DECODERS,
+    ITEM_BYTES,
+    FileTensor,
+    Floats,
+    Source,
+    build_config,
+    check_shapes,
+    expand,
+    llama3_scaling,
+)
+from llamalet.convert.tokenizer_json import CONTROLS, FIRST_TEXT_ID
+from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
+from llamalet.files import replacing
+from llamalet.model_file.format import Rows, row_blocks, tensor_specs
+from llamalet.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    SPACE_MARK,
+    BinTokenizer,
+    JsonTokenizer,
+    Llama3Tokenizer,
+    Tokenizer,
+    pack,
+)
+
+if TYPE_CHECKING:
+    import gguf
+
+NAMES = {
+    "tok_embeddings": "token_embd.weight",
+    "layers.*.attention_norm": "blk.*.attn_norm.weight",
+    "layers.*.attention.wq": "blk.*.attn_q.weight",
+    "layers.*.attention.wk": "blk.*.attn_k.weight",
+    "layers.*.attention.wv": "blk.*.attn_v.weight",
+    "layers.*.attention.wo": "blk.*.attn_output.weight",
+    "layers.*.ffn_norm": "blk.*.ffn_norm.weight",
+    "layers.*.feed_forward.w1": "blk.*.ffn_gate.weight",
+    "layers.*.feed_forward.w2": "blk.*.ffn_down.weight",
+    "layers.*.feed_forward.w3": "blk.*.ffn_up.weight",
+    "norm": "output_norm.weight",
+    "output": "output.weight",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+MAGIC = b"GGUF"
+ARCHITECTURE = "llama"
+FIELDS = {
+    "dim": "embedding_length", "hidden_dim": "feed_forward_length", "n_layers": "block_count",
+    "n_heads": "attention.head_count", "max_seq_len": "context_length", "norm_eps": "attention.layer_norm_rms_epsilon",
+}  # fmt: skip
+# Ours -> the package's names of tensor types and of files that mostly have them.
+DTYPES = {
+    "f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
+}  # fmt: skip
+BLOCK = 32
+END_OF_TURN = "<|eot_id|>"
+DEFAULT_ROPE_THETA = 10000.0
+# The kinds of tokens, and where none is set.
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+# What llama.cpp calls the way in which Llama 3 cuts a text into words.
+LLAMA3_WORDS = ("llama-bpe", "llama3", "llama-v3")
+
+
+def _package() -> Any:
+    """Return the gguf package.
+
+    Raises:
+        UsageError: if it is not installed.
+    """
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError:
+        raise UsageError("GGUF files need the gguf package: pip install gguf") from None
+    return gguf
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(name: str) -> Source:
+    """Open a file of any type that the package can turn into float32.
+
+    Raises:
+        FormatError: if it is no Llama model, or damaged.
+        UsageError: if the gguf package is not installed.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise FormatError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    try:
+        reader = _strict_reader(path)
+        fields = _Fields(path, reader)
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise FormatError(f"{path}: not a GGUF file, damaged or truncated: {error}") from None
+    config = _read_config(path, fields, stored)
+    names = expand(NAMES, config.n_layers)
+    ours = {theirs: our for our, theirs in names.items()}
+    found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if theirs != ROPE_FACTORS}
+    check_shapes(str(path), config, {our: _shape(tensor) for our, tensor in found.items()}, names)
+    tensors = {our: _opened(path, tensor) for our, tensor in found.items()}
+    vocabulary: Tokenizer | None = None
+    notes = []
+    if rounded := sorted({tensor.tensor_type.name for tensor in stored.values()} - DECODERS.keys()):
+        notes.append(f"its weights have been rounded to {', '.join(rounded)} before: what is written holds those")
+    try:
+        vocabulary = _read_tokenizer(str(path), fields)
+    except (TokenizerError, UsageError) as error:
+        notes.append(f"its tokenizer is not taken: {error}")
+    template = fields.get("tokenizer.chat_template")
+    stops = {fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
+    return Source(
+        name=str(path),
+        config=config,
+        tensors=tensors,
+        tokenizer=vocabulary,
+        tokenizer_data=b"" if vocabulary is None else pack(vocabulary.pieces()),
+        chat_template=template if isinstance(template, str) else None,
+        stop_tokens=tuple(sorted(id for id in stops if isinstance(id, int))),
+        notes=tuple(notes),
+    )
+
+
+def _strict_reader(path: Path) -> "gguf.GGUFReader":
+    """Return the package's reader; on its own it reads on behind the end of a damaged file, until memory ends.
+
+    Raises:
+        ValueError: if the file ends within its metadata, or others of the package's errors.
+    """
+
+    class Reader(_package().GGUFReader):  # type: ignore[misc]
+        def _get(self, offset: Any, *args: Any, **options: Any) -> Any:
+            if offset >= len(self.data):
+                raise ValueError("ends within its metadata")
+            return super()._get(offset, *args, **options)
+
+    return Reader(path)
+
+
+class _Fields:
+    """A file's metadata by key."""
+
+    def __init__(self, path: Path, reader: "gguf.GGUFReader") -> None:
+        self._path, self._reader = path, reader
+
+    def get(self, key: str) -> Any:
+        """Return a value as Python has it; None where there is none."""
+        field = self._reader.get_field(key)
+        try:
+            return None if field is None else field.contents()
+        except (ValueError, IndexError, TypeError) as error:
+            raise FormatError(f"{self._path}: {key} is damaged: {error}") from None
+
+    def needed(self, key: str) -> Any:
+        """Return a value that a file must have."""
+        value = self.get(key)
+        if value is None:
+            raise FormatError(f"{self._path}: has no {key}")
+        return value
+
+
+def _shape(tensor: "gguf.ReaderTensor") -> tuple[int, ...]:
+    """Return the shape, which GGUF writes with the columns first."""
+    return tuple(int(size) for size in tensor.shape[::-1])
+
+
+def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
+    """Return a tensor whose rows are read and turned into float32 when they are asked for.
+
+    Raises:
+        FormatError: if the package cannot do that with its type.
+    """
+    gguf, kind, shape = _package(), tensor.tensor_type, _shape(tensor)
+    row_bytes = int(tensor.n_bytes) // shape[0]
+    if kind.name in DECODERS:
+        assert row_bytes == math.prod(shape[1:]) * ITEM_BYTES[kind.name]
+        return FileTensor(path, int(tensor.data_offset), shape, row_bytes, DECODERS[kind.name])
+    try:
+        gguf.quants.dequantize(np.zeros((1, row_bytes), np.uint8), kind)
+    except NotImplementedError:
+        raise FormatError(f"{path}: {tensor.name} is {kind.name}, which cannot be turned into float32") from None
+
+    def decode(raw: NDArray[np.uint8]) -> Floats:
+        with np.errstate(invalid="ignore", over="ignore"):  # damaged scales: NaN is refused later, with a name
+            return gguf.quants.dequantize(raw, kind)
+
+    return FileTensor(path, int(tensor.data_offset), shape, row_bytes, decode)
+
+
+def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
+    """Make a config of the metadata.
+
+    Raises:
+        FormatError: if it is another architecture, or has what a Llama here has no place for.
+    """
+    if (architecture := fields.needed("general.architecture")) != ARCHITECTURE:
+        raise FormatError(f"{path}: is a {architecture!r} model: only {ARCHITECTURE!r} ones can be read")
+    of = functools.partial("{}.{}".format, ARCHITECTURE)
+    if fields.get(of("expert_count")):
+        raise FormatError(f"{path}: is a mixture of {fields.get(of('expert_count'))} experts, which is no plain Llama")
+    if fields.get(of("rope.scaling.type")) not in (None, "none") and fields.get(of("rope.scaling.factor")) not in (
+        None,
+        1.0,
+    ):
+        raise FormatError(
+            f"{path}: RoPE is scaled the {fields.get(of('rope.scaling.type'))!r} way, which is not llama3's"
+        )
+    values = {ours: fields.needed(of(theirs)) for ours, theirs in FIELDS.items()}
+    n_heads = values["n_heads"]
+    n_kv_heads, key_length = fields.get(of("attention.head_count_kv")), fields.get(of("attention.key_length"))
+    dim = values["dim"]
+    if (
+        not isinstance(n_heads, int)
+        or not isinstance(dim, int)
+        or n_heads < 1
+        or (key_length is None and dim % n_heads)
+    ):
+        raise FormatError(
+            f"{path}: {of('attention.head_count')} is {n_heads!r}: must be one number that divides the width"
+        )
+    head_dim = dim // n_heads if key_length is None else key_length
+    for other in ("attention.value_length", "rope.dimension_count"):
+        if fields.get(of(other)) not in (None, head_dim):
+            raise FormatError(
+                f"{path}: {of(other)} is {fields.get(of(other))}: must be the width of a head, {head_dim}"
+            )
+    if NAMES["tok_embeddings"] not in stored:
+        raise FormatError(f"{path}: {NAMES['tok_embeddings']} is missing")
+    theta = fields.get(of("rope.freq_base"))
+    config = build_config(
+        str(path),
+        values
+        | {
+            "n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads,
+            "head_dim": head_dim,
+            "vocab_size": _shape(stored[NAMES["tok_embeddings"]])[0],
+            "norm_eps": _shortest(values["norm_eps"]),
+            "rope_theta": DEFAULT_ROPE_THETA if theta is None else _shortest(theta),
+            "rope_scaling": None,
+            "tied": NAMES["output"] not in stored,
+        },
+    )
+    if ROPE_FACTORS not in stored:
+        return config
+    factors = np.asarray(stored[ROPE_FACTORS].data, np.float64)
+    return dataclasses.replace(config, rope_scaling=_scaling_of(path, config, factors))
+
+
+def _shortest(value: Any) -> Any:
+    """Return the number that a float32 stands for: 1e-5, not 9.999999747378752e-06; anything else as it is."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _factors(config: ModelConfig) -> Floats:
+    """Return what llama3's scaling divides each frequency by, float32 (D / 2,)."""
+    plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+    return (plain / rope_frequencies(config)).astype(np.float32)
+
+
+def _scaling_of(path: Path, config: ModelConfig, factors: NDArray[np.float64]) -> RopeScaling:
+    """Return llama3's scaling that divides the frequencies by these factors.
+
+    Raises:
+        FormatError: if no factor with Llama 3.1's constants does.
+    """
+    scaling = llama3_scaling(max(1.0, round(float(factors.max()), 4)))
+    expected = _factors(dataclasses.replace(config, rope_scaling=scaling))
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise FormatError(f"{path}: {ROPE_FACTORS} is not what Llama 3.1's RoPE scaling gives with any factor")
+    return scaling
+
+
+def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
+    """Return the vocabulary of a file.
+
+    Raises:
+        TokenizerError: if it is neither Llama 3's, nor SentencePiece's BPE with byte fallback and a space put before
+            each text.
+    """
+    kind, words = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if kind == "gpt2" and words in LLAMA3_WORDS:
+        tokens, merges, kinds = (
+            fields.get(f"tokenizer.ggml.{part}") or [] for part in ("tokens", "merges", "token_type")
+        )
+        special = [id for id, kind in enumerate(kinds) if kind == CONTROL]
+        return byte_level.from_table(tokens, merges, special, name)
+    if kind != "llama":
+        raise TokenizerError(
+            f"{name}: is of the kind {kind!r} with {words!r}: only Llama 2's and Llama 3's can be read"
+        )
+    if fields.get("tokenizer.ggml.add_space_prefix") is False:
+        raise TokenizerError(f"{name}: puts no space before a text")
+    tokens, scores, kinds = (fields.get(f"tokenizer.ggml.{part}") or [] for part in ("tokens", "scores", "token_type"))
+    ids = fields.get("tokenizer.ggml.bos_token_id"), fields.get("tokenizer.ggml.eos_token_id")
+    if not len(tokens) == len(scores) == len(kinds) or ids not in ((BOS_ID, EOS_ID), (None, None)):
+        raise TokenizerError(
+            f"{name}: has {len(tokens)} tokens, {len(scores)} scores, {len(kinds)} kinds, BOS, EOS {ids}"
+        )
+    pieces = [
+        (token.replace(SPACE_MARK, " ").encode(), _score(score)) for token, score in zip(tokens, scores, strict=True)
+    ]
+    if any(kind != NORMAL for kind in kinds[FIRST_TEXT_ID:]):
+        raise TokenizerError(f"{name}: has tokens of its own beside the text's, the control tokens and the bytes")
+    if tuple(tokens[: len(CONTROLS)]) != CONTROLS:
+        raise TokenizerError(f"{name}: its first tokens are {tokens[: len(CONTROLS)]}, not {', '.join(CONTROLS)}")
+    for id, row in ((BOS_ID, b"\n<s>\n"), (EOS_ID, b"\n</s>\n")):
+        pieces[id] = (row, pieces[id][1])
+    return BinTokenizer(pieces, name)
+
+
+def _score(score: Any) -> float:
+    """Return a score as tokenizer.bin has it."""
+    return float(np.float32(score))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def check_can_carry(source: Source, dtype: str) -> None:
+    """Raise an error if GGUF, or llama.cpp, cannot hold the model."""
+    _package()
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype}: GGUF has {', '.join(DTYPES)}")
+    if source.tokenizer is None:
+        raise TokenizerError(
+            f"{source.name}: llama.cpp needs the tokenizer inside a GGUF file; name it with --tokenizer"
+        )
+    if isinstance(source.tokenizer, JsonTokenizer):
+        byte_level.table(source.tokenizer, source.tokenizer_data)
+    elif not isinstance(source.tokenizer, Llama3Tokenizer):
+        BinTokenizer(source.tokenizer.pieces(), source.name)
+    scaling = source.config.rope_scaling
+    if scaling is not None and scaling != llama3_scaling(scaling.factor):
+        raise ConfigError(f"{scaling}: only Llama 3.1's constants, with any factor, can be told from a GGUF file")
+
+
+def write(path: Path, source: Source, dtype: str = "f32") -> list[str]:
+    """Write a model and its tokenizer as one file, which llama.cpp runs.
+
+    Args:
+        path: the file to make or replace.
+        source: the model; its tensors are read once, in blocks.
+        dtype: f32, f16, q8_0 or q4_0; norms are float32 whatever it is.
+
+    Returns:
+        The names of the matrices that are float16 instead, because their rows are no multiple of BLOCK.
+
+    Raises:
+        ConfigError: on another dtype.
+        TokenizerError: if llama.cpp would cut texts differently.
+        NonFiniteError: if a weight is NaN or infinite.
+        UsageError: if the gguf package is not installed.
+    """
+    check_can_carry(source, dtype)
+    gguf, config = _package(), source.config
+    kinds = gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(None, ARCHITECTURE)
+    _add_fields(writer, source, path.stem, gguf.LlamaFileType[DTYPES[dtype][1]])
+    names, others = expand(NAMES, config.n_layers), []
+    plan: list[tuple[str, str, Any]] = []
+    if config.rope_scaling is not None:
+        plan.append((ROPE_FACTORS, ROPE_FACTORS, kinds.F32))
+        _add_info(writer, ROPE_FACTORS, (config.head_dim // 2,), kinds.F32)
+    for spec in tensor_specs(1, config):
+        kind = kinds.F32 if len(spec.shape) == 1 else kinds[DTYPES[dtype][0]]
+        if kind in (kinds.Q8_0, kinds.Q4_0) and spec.shape[-1] % BLOCK:
+            kind = kinds.F16
+            others.append(spec.name)
+        plan.append((spec.name, names[spec.name], kind))
+        _add_info(writer, names[spec.name], spec.shape, kind)
+    with replacing(path) as file:
+        # The writer's own way to a file opens it by name: here it is given one, as its state machine allows.
+        writer.fout, writer.state = [file], type(writer.state).EMPTY
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for ours, _, kind in plan:
+            tensor = _factors(config) if ours == ROPE_FACTORS else source.tensors[ours]
+            writer.write_padding(file, file.tell())
+            for data in _encoded(ours, tensor, kind):
+                file.write(data)
+        writer.write_padding(file, file.tell())
+    return others
+
+
+def _add_info(writer: "gguf.GGUFWriter", name: str, shape: tuple[int, ...], kind: Any) -> None:
+    """Announce a tensor."""
+    block, block_bytes = _package().GGML_QUANT_SIZES[kind]
+    n_bytes = math.prod(shape) // block * block_bytes
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
+
+
+def _encoded(name: str, tensor: Rows, kind: Any) -> Iterator[memoryview]:
+    """Yield a tensor's bytes in a file, a block of rows at a time."""
+    quants = _package().quants
+    for block in row_blocks(name, tensor):
+        if kind.name == "F16" and np.abs(block).max() > np.finfo(np.float16).max:
+            raise ConfigError(f"{name}: has a weight beyond what float16 holds; take --dtype f32")
+        yield np.ascontiguousarray(quants.quantize(block, kind)).data.cast("B")
+
+
+def _add_fields(writer: "gguf.GGUFWriter", source: Source, name: str, file_type: Any) -> None:
+    """Put the model's shape and its tokenizer into the metadata."""
+    c = source.config
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(_package().GGML_QUANT_VERSION)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_context_length(c.max_seq_len)
+    writer.add_embedding_length(c.dim)
+    writer.add_block_count(c.n_layers)
+    writer.add_feed_forward_length(c.hidden_dim)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    assert source.tokenizer is not None  # check_can_carry
+    if _is_llama3(source.tokenizer):
+        _add_llama3(writer, byte_level.table(source.tokenizer, source.tokenizer_data))
+    else:
+        _add_llama2(writer, source.tokenizer)
+    writer.add_bos_token_id(source.tokenizer.bos_id)
+    writer.add_eos_token_id(source.tokenizer.eos_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    if source.chat_template is not None:
+        writer.add_chat_template(source.chat_template)
+
+
+def _is_llama3(vocabulary: Tokenizer) -> bool:
+    """Return whether a vocabulary is to be written as Llama 3's kind."""
+    return isinstance(vocabulary, Llama3Tokenizer | JsonTokenizer)
+
+
+def _add_llama3(writer: "gguf.GGUFWriter", table: byte_level.Table) -> None:
+    """Put a vocabulary of Llama 3's kind into the metadata."""
+    special = set(table.special.values())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(LLAMA3_WORDS[0])
+    writer.add_token_list(table.tokens)
+    writer.add_token_types([CONTROL if id in special else NORMAL for id in range(len(table.tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in table.merges])
+    if END_OF_TURN in table.special:
+        writer.add_eot_token_id(table.special[END_OF_TURN])
+
+
+def _add_llama2(writer: "gguf.GGUFWriter", vocabulary: Tokenizer) -> None:
+    """Put a vocabulary of Llama 2's kind into the metadata.
+
+    Raises:
+        TokenizerError: if llama.cpp would cut texts differently.
+    """
+    copy = BinTokenizer(vocabulary.pieces(), "the tokenizer")  # refuses what is not of this kind
+    tokens = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in copy.pieces()]
+    tokens[: len(CONTROLS)] = CONTROLS
+    kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * (FIRST_TEXT_ID - len(CONTROLS))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([score for _, score in copy.pieces()])
+    writer.add_token_types(kinds + [NORMAL] * (len(tokens) - FIRST_TEXT_ID))
+    writer.add_unk_token_id(0)
+    writer.add_add_space_prefix(vocabulary.adds_space)
+    writer.add_remove_extra_whitespaces(False)

@@ -1,0 +1,381 @@
+"""Hugging Face folders of Llama models: config.json, safetensors (one file or several), the tokenizer's files.
+
+Their queries and keys have another order within a head: the first values of all RoPE pairs, then the second ones; ours
+(and Meta's) has each pair side by side. Everything else is a matter of names.
+
+Source: transformers, models/llama: configuration_llama.py, modeling_llama.py, convert_llama_weights_to_hf.py.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet import tokenizer
+from llamalet.chat import read_template
+from llamalet.config import ModelConfig, RopeScaling
+from llamalet.convert import safetensors_file, tokenizer_json
+from llamalet.convert.source import (
+    FileTensor,
+    Reordered,
+    Source,
+    build_config,
+    check_shapes,
+    expand,
+    find_tokenizer,
+    read_json,
+    remove_stale,
+)
+from llamalet.errors import ConfigError, FormatError, UsageError
+from llamalet.files import replacing
+from llamalet.model_file.format import Rows, tensor_specs
+
+NAMES = {
+    "tok_embeddings": "model.embed_tokens.weight",
+    "layers.*.attention_norm": "model.layers.*.input_layernorm.weight",
+    "layers.*.attention.wq": "model.layers.*.self_attn.q_proj.weight",
+    "layers.*.attention.wk": "model.layers.*.self_attn.k_proj.weight",
+    "layers.*.attention.wv": "model.layers.*.self_attn.v_proj.weight",
+    "layers.*.attention.wo": "model.layers.*.self_attn.o_proj.weight",
+    "layers.*.ffn_norm": "model.layers.*.post_attention_layernorm.weight",
+    "layers.*.feed_forward.w1": "model.layers.*.mlp.gate_proj.weight",
+    "layers.*.feed_forward.w2": "model.layers.*.mlp.down_proj.weight",
+    "layers.*.feed_forward.w3": "model.layers.*.mlp.up_proj.weight",
+    "norm": "model.norm.weight",
+    "output": "lm_head.weight",
+}
+# Our fields -> theirs, with their defaults; those that change the arithmetic to what a Llama has no place for.
+FIELDS = {
+    "dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
+}  # fmt: skip
+PLAIN = {
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "quantization_config": None, "sliding_window": None, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+SCALING_FIELDS = {
+    "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+}  # fmt: skip
+DEFAULT_ROPE_THETA = 10000.0
+DEFAULT_NORM_EPS = 1e-6
+DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+SENTENCEPIECE, TEMPLATE = "tokenizer.model", "chat_template.jinja"
+WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+UNWANTED = ("original/*", "onnx/*")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+IGNORED = re.compile(r".*rotary_emb\.inv_freq")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(name: str) -> Source:
+    """Open a folder, or a repository of the Hub, which is fetched first.
+
+    Args:
+        name: the folder, or the repository's ID, ORGANIZATION/NAME.
+
+    Raises:
+        FormatError: if it is no Llama model in safetensors, or damaged.
+        UsageError: if the repository is not there, needs a login, or the Hub cannot be reached; or if the chat template
+            cannot be read.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(name) or folder.exists():
+            raise FormatError(f"{name}: neither a folder nor the ID of a repository on the Hub (ORGANIZATION/NAME)")
+        folder = fetch(name)
+    fields = read_json(folder / CONFIG)
+    stored = _stored_tensors(folder)
+    notes: tuple[str, ...] = ()
+    tied = bool(fields.get("tie_word_embeddings", False))
+    if not tied and NAMES["output"] not in stored:
+        tied, notes = True, ("lm_head.weight is not there: the output is tied to the embeddings",)
+    config = _read_config(str(folder / CONFIG), fields, tied)
+    names = expand(NAMES, config.n_layers)
+    ours = {theirs: our for our, theirs in names.items()}
+    found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if not IGNORED.fullmatch(theirs)}
+    if tied:  # whatever a file has there is not used
+        found.pop("output", None)
+    check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
+    tensors = {
+        our: Reordered(tensor, _pairs(tensor.shape[0], heads[our[-2:]])) if our[-2:] in heads else tensor
+        for our, tensor in found.items()
+    }
+    vocabulary, data, problems = find_tokenizer([folder / SENTENCEPIECE, folder / TOKENIZER], config.vocab_size)
+    return Source(
+        name=str(folder),
+        config=config,
+        tensors=tensors,
+        tokenizer=vocabulary,
+        tokenizer_data=data,
+        chat_template=_chat_template(folder),
+        stop_tokens=_stop_tokens(folder, fields),
+        notes=notes + problems,
+    )
+
+
+def fetch(repository: str) -> Path:
+    """Bring a repository's files here, into the Hub library's own cache, and return their folder.
+
+    Raises:
+        UsageError: if that fails: one line with what to do.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise UsageError(
+            f"{repository}: no such folder; fetching it from the Hub needs: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(repository, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+        )
+    except errors.GatedRepoError:
+        raise UsageError(
+            f"{repository}: is gated: accept its licence at https://huggingface.co/{repository}, then log in: "
+            f"hf auth login (older versions: huggingface-cli login)"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UsageError(
+            f"{repository}: no such folder here, and no such repository on the Hub that you may see; if it is private: "
+            f"hf auth login (older versions: huggingface-cli login)"
+        ) from None
+    except Exception as error:  # the library raises its HTTP client's, the system's and its own
+        what = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(
+            f"{repository}: no such folder here, and the Hub cannot be reached: {what}; type the command again with a "
+            f"network (if it asks for a login: hf auth login, or huggingface-cli login)"
+        ) from None
+
+
+def _read_config(name: str, fields: Mapping[str, Any], tied: bool) -> ModelConfig:
+    """Make a config of config.json's fields, with the RoPE parameters in the old spelling or the new one.
+
+    Raises:
+        FormatError: if it is another architecture, or has what a Llama here has no place for.
+    """
+    for key, plain in PLAIN.items():
+        if (value := fields.get(key, plain)) != plain:
+            raise FormatError(f"{name}: {key} is {value!r}: only Llama models with {plain!r} can be read")
+    if missing := [theirs for theirs in FIELDS.values() if fields.get(theirs) is None]:
+        raise FormatError(f"{name}: has no {', '.join(missing)}")
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise FormatError(f"{name}: rope_parameters is {rope!r}: must be an object")
+    values = {ours: fields[theirs] for ours, theirs in FIELDS.items()}
+    n_heads, head_dim = values["n_heads"], fields.get("head_dim")
+    if head_dim is None:
+        if not isinstance(n_heads, int) or n_heads < 1 or not isinstance(values["dim"], int) or values["dim"] % n_heads:
+            raise FormatError(f"{name}: hidden_size={values['dim']} is no multiple of num_attention_heads={n_heads}")
+        head_dim = values["dim"] // n_heads
+    n_kv_heads = fields.get("num_key_value_heads")
+    theta = rope.get("rope_theta", fields.get("rope_theta"))
+    return build_config(
+        name,
+        values
+        | {
+            "n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads,
+            "head_dim": head_dim,
+            "norm_eps": fields.get("rms_norm_eps", DEFAULT_NORM_EPS),
+            "rope_theta": DEFAULT_ROPE_THETA if theta is None else theta,
+            "rope_scaling": _read_scaling(name, rope),
+            "tied": tied,
+        },
+    )
+
+
+def _read_scaling(name: str, rope: Mapping[str, Any]) -> RopeScaling | None:
+    """Return how RoPE is scaled; llama3's way alone is known."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", None):
+        return None
+    if kind != "llama3":
+        raise FormatError(f"{name}: RoPE is scaled the {kind!r} way: only 'llama3' and 'default' can be read")
+    try:
+        values = {ours: float(rope[theirs]) for ours, theirs in SCALING_FIELDS.items()}
+        return RopeScaling(**values | {"original_max_seq_len": int(values["original_max_seq_len"])})  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # a ConfigError is a ValueError
+        raise FormatError(f"{name}: the llama3 RoPE scaling is damaged: {error}") from None
+
+
+def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
+    """Return the tensors of model.safetensors, or of all the files that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return safetensors_file.read(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        advice = f"; {others[0]} is PyTorch's format: save it again as safetensors with transformers" if others else ""
+        raise FormatError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{advice}")
+    table = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(table, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in table.values()
+    ):
+        raise FormatError(f"{folder / INDEX}: its weight_map is no table of tensors and files")
+    tensors: dict[str, FileTensor] = {}
+    for file in sorted(set(table.values())):
+        if not (folder / file).is_file():
+            raise FormatError(f"{folder / file}: is missing; {INDEX} names it")
+        tensors |= safetensors_file.read(folder / file)
+    if lost := table.keys() - tensors.keys():
+        raise FormatError(f"{folder}: {min(lost)} is in none of its files; {INDEX} names it")
+    return tensors
+
+
+def _pairs(rows: int, n_heads: int) -> NDArray[np.int64]:
+    """Return where, among their queries or keys, each row of ours is: the halves of a RoPE pair side by side."""
+    return np.arange(rows).reshape(n_heads, 2, -1).swapaxes(1, 2).ravel()
+
+
+def _halves(rows: int, n_heads: int) -> NDArray[np.int64]:
+    """Return where, among our queries or keys, each row of theirs is: all first halves of a head, then all second."""
+    return np.arange(rows).reshape(n_heads, -1, 2).swapaxes(1, 2).ravel()
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Return the chat template: a file of its own, or a field of tokenizer_config.json."""
+    files = (folder / name for name in (TEMPLATE, TOKENIZER_CONFIG))
+    return next((found[0] for path in files if path.is_file() and (found := read_template(path))), None)
+
+
+def _stop_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that end a text: generation_config.json's, else config.json's."""
+    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    found = generation.get("eos_token_id", fields.get("eos_token_id"))
+    ids = found if isinstance(found, list) else [found]
+    return tuple(id for id in ids if isinstance(id, int))
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def check_can_carry(source: Source, dtype: str) -> None:
+    """Raise a ConfigError if the folder cannot hold the model in this dtype, or transformers would refuse it."""
+    c = source.config
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"dtype={dtype}: a Hugging Face folder has {' or '.join(DTYPE_NAMES)}")
+    if c.dim % c.n_heads:
+        raise ConfigError(f"dim={c.dim}: transformers wants a multiple of n_heads={c.n_heads}, whatever head_dim is")
+
+
+def write(folder: Path, source: Source, dtype: str = "f32", *, keep: Path | None = None) -> None:
+    """Write a model and its tokenizer as a folder that transformers' Auto classes load.
+
+    Args:
+        folder: made where missing, and then whole or not at all; files of the same names are replaced, one by one.
+        source: the model; its tensors are read once, in blocks.
+        dtype: f32, or bf16, rounded to nearest.
+        keep: a file that is never removed: the tokenizer that the user named.
+
+    Raises:
+        ConfigError: if the folder holds another model's files, or on another dtype.
+        TokenizerError: if transformers would cut texts differently.
+        NonFiniteError: if a weight is NaN or infinite.
+    """
+    check_can_carry(source, dtype)
+    _check_folder(folder)
+    config = source.config
+    files = _tokenizer_files(source)
+    names = expand(NAMES, config.n_layers)
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
+    shapes = {names[spec.name]: spec.shape for spec in tensor_specs(1, config)}
+
+    def tensors() -> Iterator[tuple[str, Rows]]:
+        for spec in tensor_specs(1, config):
+            tensor = source.tensors[spec.name]
+            if spec.name[-2:] in heads:
+                tensor = Reordered(tensor, _halves(tensor.shape[0], heads[spec.name[-2:]]))
+            yield names[spec.name], tensor
+
+    files[CONFIG] = _json(config_fields(source, dtype))
+    files[GENERATION] = _json({"_from_model_config": False, **_special_ids(source), "do_sample": True, "top_p": 0.9})
+    is_new = not folder.exists()
+    try:
+        safetensors_file.write(folder / WEIGHTS, shapes, tensors(), dtype)
+        for name, data in files.items():
+            with replacing(folder / name) as file:
+                file.write(data)
+        if source.tokenizer is not None and SENTENCEPIECE not in files:
+            remove_stale([folder / SENTENCEPIECE], keep)
+        if source.tokenizer is not None and source.chat_template is not None:
+            remove_stale([folder / TEMPLATE], keep)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else, which would be spoilt, or mixed with what is written."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; a Hugging Face model is a folder")
+    foreign = ("checkpoints", "state.json", INDEX, "params.json")
+    others = [path.name for path in folder.glob("*") if path.name in foreign or path.suffix in (".bin", ".gguf", ".pt")]
+    if others:
+        advice = "name another folder for the export, and a run to export with"
+        raise ConfigError(f"{folder}: holds {others[0]}, another model's; {advice} --checkpoint={folder}")
+
+
+def config_fields(source: Source, dtype: str) -> dict[str, Any]:
+    """Return config.json's fields, the RoPE parameters in both spellings: transformers before 5 reads the old one."""
+    c, s = source.config, source.config.rope_scaling
+    scaling = None
+    if s is not None:
+        scaling = {"rope_type": "llama3"} | {theirs: getattr(s, ours) for ours, theirs in SCALING_FIELDS.items()}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(c, ours) for ours, theirs in FIELDS.items()},
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
+        "tie_word_embeddings": c.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        **_special_ids(source),
+        "dtype": DTYPE_NAMES[dtype],
+        "torch_dtype": DTYPE_NAMES[dtype],
+    }
+
+
+def _special_ids(source: Source) -> dict[str, Any]:
+    """Return the ids that begin and end texts, where they are known."""
+    if source.tokenizer is None:
+        return {}
+    eos_id = source.tokenizer.eos_id
+    stops = source.stop_tokens or (eos_id, *sorted(source.tokenizer.stop_ids - {eos_id}))
+    return {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
+
+
+def _tokenizer_files(source: Source) -> dict[str, bytes]:
+    """Return the tokenizer's files by name; none where the source has no tokenizer."""
+    vocabulary, data = source.tokenizer, source.tokenizer_data
+    if vocabulary is None:
+        return {}
+    files = {
+        TOKENIZER: tokenizer_json.build(vocabulary, data),
+        TOKENIZER_CONFIG: _json(tokenizer_json.config(vocabulary, source.config.max_seq_len, source.chat_template)),
+    }
+    if isinstance(vocabulary, tokenizer.SentencePieceTokenizer):
+        files[SENTENCEPIECE] = data
+    return files
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    """Return a JSON file's bytes."""
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()

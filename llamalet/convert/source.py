@@ -1,0 +1,273 @@
+"""A model from somewhere else, under the names that this project has for everything.
+
+Every format is read into a `Source`: the shape of the model, its tensors, which are read when they are asked for, and
+its tokenizer. What writes a model takes a Source, so any format becomes any other in memory for one block of rows.
+"""
+
+import json
+import math
+import reprlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet import tokenizer
+from llamalet.config import ModelConfig, RopeScaling
+from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
+from llamalet.model_file.format import Rows, row_blocks, tensor_specs
+from llamalet.model_file.header import CAPS
+from llamalet.model_file.quantize import from_bfloat16
+from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
+
+Floats = NDArray[np.float32]
+
+# What Llama 3.1 and its successors stretch RoPE's waves with; the factor alone differs: 8, and 32 in 3.2's 1B and 3B.
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+
+REPORT_AFTER_S = 2.0
+MAX_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model that was found somewhere.
+
+    Attributes:
+        name: where, for messages.
+        config: its shape.
+        tensors: its weights by our names, read from where they are when their rows are asked for.
+        tokenizer: its vocabulary, where there is one that this project reads.
+        tokenizer_data: the tokenizer's file, as it is; empty where there is none.
+        chat_template: how a conversation becomes a prompt, in Jinja, where the source says.
+        stop_tokens: the ids that end a text, where the source says.
+        notes: what the user should know, a line each.
+    """
+
+    name: str
+    config: ModelConfig
+    tensors: Mapping[str, Rows]
+    tokenizer: Tokenizer | None = None
+    tokenizer_data: bytes = b""
+    chat_template: str | None = None
+    stop_tokens: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Reported(Mapping[str, Rows]):
+    """Tensors that are written one after the other; how far that is goes to stderr every other second."""
+
+    def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
+        self._tensors = tensors
+        self._sizes = {spec.name: math.prod(spec.shape) for spec in tensor_specs(1, config)}
+        self._done, self._reported = 0, time.perf_counter()
+
+    def __getitem__(self, name: str) -> Rows:
+        if time.perf_counter() - self._reported > REPORT_AFTER_S:
+            self._reported = time.perf_counter()
+            print(f"  {self._done / sum(self._sizes.values()):.0%} ({name})", file=sys.stderr, flush=True)
+        self._done += self._sizes[name]
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own would ask for the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of a file, whose rows are read and decoded when they are asked for.
+
+    Attributes:
+        path: the file.
+        offset: where the tensor begins in it.
+        shape: (rows, cols) or (cols,), of weights.
+        row_bytes: bytes of a row.
+        decode: makes uint8 (n, row_bytes) into float32 (n, cols).
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    row_bytes: int
+    decode: Callable[[NDArray[np.uint8]], Floats]
+
+    def __getitem__(self, rows: slice) -> Floats:
+        start, stop, _ = rows.indices(self.shape[0])
+        n_bytes = max(0, stop - start) * self.row_bytes
+        raw = np.fromfile(self.path, np.uint8, n_bytes, offset=self.offset + start * self.row_bytes)
+        if len(raw) != n_bytes:
+            raise FormatError(f"{self.path}: ends within a tensor: truncated")
+        return self.decode(raw.reshape(-1, self.row_bytes)).reshape(-1, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """A tensor with its rows in another order: row i is row order[i] of `tensor`."""
+
+    tensor: Rows
+    order: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of both."""
+        return self.tensor.shape
+
+    def __getitem__(self, rows: slice) -> Floats:
+        wanted = self.order[rows]
+        first, last = int(wanted.min()), int(wanted.max())
+        return self.tensor[first : last + 1][wanted - first]
+
+
+# How the plain types of other formats become float32.
+DECODERS: Mapping[str, Callable[[NDArray[np.uint8]], Floats]] = {
+    "F32": lambda raw: raw.view("<f4"),
+    "F16": lambda raw: raw.view("<f2").astype(np.float32),
+    "BF16": lambda raw: from_bfloat16(raw.view("<u2")),
+}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def difference(tensors: Mapping[str, Rows], others: Mapping[str, Rows]) -> float:
+    """Return how far two models' weights are apart; infinity if their names are not the same.
+
+    That is the root mean square of a tensor's difference as a share of the tensor's own, the largest of all.
+    """
+    worst = 0.0 if tensors.keys() == others.keys() else math.inf
+    for name in tensors if not worst else ():
+        error = total = 0.0
+        start, other = 0, others[name]
+        for block in row_blocks(name, tensors[name]):
+            gap = block - other[start : start + len(block)]
+            error, total = error + float(np.vdot(gap, gap)), total + float(np.vdot(block, block))
+            start += len(block)
+        worst = max(worst, math.sqrt(error / total) if total else math.inf * error if error else 0.0)
+    return worst
+
+
+def expand(table: Mapping[str, str], n_layers: int) -> dict[str, str]:
+    """Return a format's table of names, ours -> theirs, with a row per layer for each that has a *."""
+    return {
+        ours.replace("*", str(layer)): theirs.replace("*", str(layer))
+        for ours, theirs in table.items()
+        for layer in (range(n_layers) if "*" in ours else (0,))
+    }
+
+
+def check_shapes(name: str, config: ModelConfig, found: Mapping[str, Sequence[int]], names: Mapping[str, str]) -> None:
+    """Refuse a model whose tensors are not those that its config asks for.
+
+    Args:
+        name: the model, for the message.
+        config: its shape.
+        found: the shapes of its tensors by our names; tensors without one of our names by theirs.
+        names: ours -> theirs, for the message.
+
+    Raises:
+        FormatError: naming the first tensors that are missing, of another shape, or unknown.
+    """
+    expected = {spec.name: spec.shape for spec in tensor_specs(1, config)}
+    problems = [f"{names[ours]} is missing" for ours in expected if ours not in found]
+    problems += [
+        f"{names[ours]} has shape {tuple(found[ours])} where the config asks for {shape}"
+        for ours, shape in expected.items()
+        if ours in found and tuple(found[ours]) != shape
+    ]
+    problems += [f"{names.get(ours, ours)} is not part of a Llama model" for ours in found if ours not in expected]
+    if problems:
+        rest = f"; and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
+        raise FormatError(f"{name}: {'; '.join(problems[:MAX_SHOWN])}{rest}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        FormatError: if it is missing, or no JSON object.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FormatError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep
+        raise FormatError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise FormatError(f"{path}: must hold a JSON object")
+    return fields
+
+
+def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
+    """Return the config with these fields of a file; whole numbers may be written as 2.0, nothing else is converted.
+
+    Raises:
+        FormatError: naming the file and every value that is missing, of another type or out of range.
+    """
+    values, problems = dict(fields), []
+    for key, value in fields.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in CAPS:
+            if not (is_number and value % 1 == 0):
+                problems.append(f"{key}={reprlib.repr(value)}: must be a whole number")
+            elif value > CAPS[key]:
+                problems.append(f"{key}={reprlib.repr(value)}: must be at most {CAPS[key]}")
+            else:
+                values[key] = int(value)
+        elif key in ("norm_eps", "rope_theta"):
+            if not (is_number and abs(value) <= sys.float_info.max):
+                problems.append(f"{key}={reprlib.repr(value)}: must be a number")
+            else:
+                values[key] = float(value)
+    try:
+        if problems:
+            raise ConfigError.from_problems(problems)
+        return ModelConfig(**values)
+    except ConfigError as error:
+        raise FormatError(f"{name}: {error}") from None
+
+
+def llama3_scaling(factor: float) -> RopeScaling:
+    """Return the RoPE scaling of Llama 3.1 and later with this factor."""
+    return RopeScaling(factor=factor, **LLAMA3_SCALING)  # type: ignore[arg-type]
+
+
+def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
+    """Return the first of some files that is a tokenizer for a model, its bytes, and notes where none is.
+
+    Args:
+        paths: where one may lie, the best first.
+        vocab_size: the model's vocabulary.
+    """
+    notes = []
+    for path in paths:
+        if path.is_file():
+            try:
+                return *compact(tokenizer.load(path, vocab_size), path.read_bytes()), ()
+            except (TokenizerError, UsageError) as error:
+                notes.append(f"not taken as its tokenizer: {error}")
+    return None, b"", tuple(notes)
+
+
+def remove_stale(paths: Iterable[Path], keep: Path | None) -> None:
+    """Remove what would be read in place of what has just been written, but for `keep`, and say so."""
+    for path in paths:
+        if path.is_file() and not (keep is not None and keep.exists() and path.samefile(keep)):
+            path.unlink()
+            print(f"note: removed {path}, which would be read in place of what was written")
+
+
+def compact(vocabulary: Tokenizer, data: bytes) -> tuple[Tokenizer, bytes]:
+    """Return a vocabulary and its file; Llama 3's tokenizer.json of 17 MB as a rank table, which is a tenth of it."""
+    if not isinstance(vocabulary, Llama3Tokenizer) or vocabulary.suffix != "json":
+        return vocabulary, data
+    rows = vocabulary.pieces()
+    return Llama3Tokenizer(rows, "tokenizer.json", suffix="bin"), tokenizer.pack(rows)

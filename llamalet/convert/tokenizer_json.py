@@ -1,0 +1,185 @@
+"""A vocabulary as tokenizer.json, the file of Hugging Face's tokenizers library, with the ids that it has here.
+
+Llama 3's kind is byte_level.py's. SentencePiece joins neighbours by the score of what they become; the library joins
+pairs by their place in a list. So each piece gives one pair for every way to cut it in two, those with the highest
+score first.
+"""
+
+import json
+from typing import Any
+
+from llamalet.convert import byte_level
+from llamalet.errors import TokenizerError, UsageError
+from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
+from llamalet.tokenizer.llama3 import WORDS
+
+UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
+CONTROLS = (UNKNOWN, BOS, EOS)
+FIRST_TEXT_ID = len(CONTROLS) + 256  # behind the bytes
+
+# Texts on which both must agree: spaces, tabs, line ends, emoji and joiners, digits, what the vocabulary cannot spell.
+PROBES = (
+    "", " ", "  ", "Once upon a time", " leading and trailing ", "a\tb\n\nc\r\n", "1234567890 3.14", "\u00e9\u4e2d",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "zero\u200bwidth", "a" * 21, "x" + " " * 33 + "y",
+    "\x00\x01\x7f", "e\u0301", "<0x41> [INST]",
+)  # fmt: skip
+
+
+def build(vocabulary: Tokenizer, data: bytes) -> bytes:
+    """Return the tokenizer.json of a vocabulary.
+
+    Args:
+        vocabulary: any.
+        data: its file; a tokenizer.json is passed on as it is.
+
+    Raises:
+        TokenizerError: if the library would cut texts differently.
+        UsageError: if the library is not installed.
+    """
+    if isinstance(vocabulary, JsonTokenizer):
+        return data
+    try:
+        import tokenizers
+    except ImportError:
+        raise UsageError("a tokenizer.json needs the tokenizers library: pip install tokenizers") from None
+    found = tokenizers.Tokenizer.from_str(
+        json.dumps(_llama3_fields(vocabulary) if isinstance(vocabulary, Llama3Tokenizer) else _fields(vocabulary))
+    )
+    for probe in PROBES:
+        if found.encode(probe, add_special_tokens=False).ids != vocabulary.encode(probe):
+            raise TokenizerError(
+                f"the tokenizers library would cut {probe!r} differently: of SentencePiece's, only BPE with byte "
+                "fallback, a space put in front and no folding of spaces becomes a tokenizer.json"
+            )
+    return (found.to_str(pretty=True) + "\n").encode()
+
+
+def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -> dict[str, Any]:
+    """Return tokenizer_config.json's fields.
+
+    The class is the one that takes tokenizer.json as it is; LlamaTokenizer would change how spaces are treated.
+    """
+    names = {id: name for name, id in vocabulary.special.items()}
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": names[vocabulary.bos_id],
+        "eos_token": names[vocabulary.eos_id],
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_len,
+    }
+    if UNKNOWN in vocabulary.special:
+        fields["unk_token"] = UNKNOWN
+    return fields if chat_template is None else fields | {"chat_template": chat_template}
+
+
+def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
+    """Return tokenizer.json's contents.
+
+    Source: tokenizers, https://huggingface.co/docs/tokenizers/components; transformers, convert_slow_tokenizer.py.
+    """
+    names, scores = _names(vocabulary), [score for _, score in vocabulary.pieces()]
+    ids = {name: id for id, name in enumerate(names)}
+    cuts = [
+        (-scores[id], id, ids[name[:at]], ids[name[at:]])
+        for id, name in enumerate(names)
+        if id >= FIRST_TEXT_ID
+        for at in range(1, len(name))
+        if ids.get(name[:at], 0) >= FIRST_TEXT_ID and ids.get(name[at:], 0) >= FIRST_TEXT_ID
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_special(name, ids[name]) for name in CONTROLS],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": SPACE_MARK},
+                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": _puts_in_front(BOS, ids[BOS]),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": UNKNOWN,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": [[names[left], names[right]] for _, _, left, right in sorted(cuts)],
+        },
+    }
+
+
+def _llama3_fields(vocabulary: Llama3Tokenizer) -> dict[str, Any]:
+    """Return tokenizer.json's contents for Llama 3's kind.
+
+    Source: tokenizers, https://huggingface.co/docs/tokenizers/components; transformers, convert_llama_weights_to_hf.py.
+    """
+    tokens, merges, special = byte_level.table(vocabulary, b"")
+    names = {id: name for name, id in special.items()}
+    bytes_in_words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    words = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_special(name, id) for id, name in sorted(names.items())],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, bytes_in_words]},
+        "post_processor": _puts_in_front(names[vocabulary.bos_id], vocabulary.bos_id),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a word that is a token is that token, whatever the pairs would make of it
+            "vocab": {token: id for id, token in enumerate(tokens) if id not in names},
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+
+
+def _special(name: str, id: int) -> dict[str, Any]:
+    """Return the entry of a special token."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": id, "content": name, **flags}
+
+
+def _puts_in_front(name: str, id: int) -> dict[str, Any]:
+    """Return the processor that puts BOS in front of each text."""
+    bos = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": text, "type_id": number}} for number, text in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, bos, second],
+        "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]}},
+    }
+
+
+def _names(vocabulary: Tokenizer) -> list[str]:
+    """Return how the library writes each token: with a mark for spaces, the control tokens by their usual names."""
+    names = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in vocabulary.pieces()]
+    if names[0] != UNKNOWN or (vocabulary.bos_id, vocabulary.eos_id) != (1, 2):
+        raise TokenizerError("the vocabulary's first tokens are not <unk>, <s> and </s>")
+    return [*CONTROLS, *names[len(CONTROLS) :]]

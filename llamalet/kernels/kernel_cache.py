@@ -1,0 +1,165 @@
+"""Where compiled kernels are kept, so that only the first start on a machine has to compile.
+
+Numba stores the machine code, but notices a change only in the file of the function that it stores: after an edit of
+simd.py it would run the old kernels. So the name of the folder says what the code was made from: a hash of the
+environment (numba, llvmlite, the processor, the instruction path, bounds checks) and one of our sources.
+What lies there is run without a question. The folder must therefore belong to the user and nobody else may write to it.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+
+from llamalet.kernels import simd
+
+# The files that machine code is made from.
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("simd.py", "team.py", "kernels.py", "kernel_cache.py"))
+
+PRIVATE = 0o700
+
+# Several checkouts and settings may be in use; what they left behind goes.
+KEPT_FOLDERS = 8
+
+
+def enable(kernel: Any) -> None:
+    """Keep a compiled function on disk and find it there; without a usable folder it is compiled in every process."""
+    folder = open_folder(roots(), folder_name(SOURCES))
+    if folder is not None:
+        kernel._cache = KernelCache(kernel.py_func, folder)
+
+
+def roots() -> Iterator[Path]:
+    """Yield the folders that may hold the cache, the best first."""
+    if sys.platform == "win32":
+        yield Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "llamalet" / "kernels"
+    elif sys.platform == "darwin":
+        yield Path.home() / "Library" / "Caches" / "llamalet"
+    else:
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamalet"
+    yield Path(tempfile.gettempdir()) / f"llamalet-{os.getuid() if hasattr(os, 'getuid') else 'kernels'}"
+
+
+def folder_name(sources: Iterable[Path]) -> str:
+    """Return ENVIRONMENT-SOURCES, the hashes of what decides the machine code."""
+    config = numba.config
+    features = llvmlite.binding.get_host_cpu_features().flatten()
+    environment = (
+        numba.__version__, llvmlite.__version__, config.CPU_NAME or llvmlite.binding.get_host_cpu_name(),
+        config.CPU_FEATURES or features, simd.instruction_path(), config.BOUNDSCHECK, config.OPT,
+    )  # fmt: skip
+    code = hashlib.sha256()
+    for source in sources:
+        code.update(hashlib.sha256(source.read_bytes()).digest())
+    return f"{hashlib.sha256(repr(environment).encode()).hexdigest()[:16]}-{code.hexdigest()[:16]}"
+
+
+def open_folder(candidates: Iterable[Path], name: str) -> Path | None:
+    """Make the folder `name` in the first candidate that is safe; only the KEPT_FOLDERS used last stay there.
+
+    Args:
+        candidates: folders to hold it.
+        name: as from folder_name.
+
+    Returns:
+        The folder; None, and a line on stderr for each reason, if no candidate can be used.
+    """
+    for root in candidates:
+        folder = root / name
+        try:
+            for path in (root, folder):
+                path.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+                check_private(path)
+            os.utime(folder)
+        except OSError as error:
+            _say(f"kernel cache: {error.filename}: {error.strerror}; not used")
+            continue
+        with contextlib.suppress(OSError):  # another process may be tidying up too
+            used = sorted((path.stat().st_mtime, path) for path in root.iterdir() if path.is_dir())
+            for _, old in used[:-KEPT_FOLDERS]:
+                shutil.rmtree(old, ignore_errors=True)
+        return folder
+    return None
+
+
+def check_private(folder: Path) -> None:
+    """Check that only this user could have put something into a folder.
+
+    Raises:
+        PermissionError: if it is a link, another user's, or writable by others.
+    """
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(0, "not a folder", str(folder))
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        raise PermissionError(0, f"belongs to another user ({status.st_uid})", str(folder))
+    if os.name != "nt" and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(0, "others may write to it (chmod go-w)", str(folder))
+
+
+class KernelCache(FunctionCache):
+    """Numba's cache in our folder; it says when there is something to compile, and gets by with a broken disk."""
+
+    def __init__(self, py_func: Any, folder: Path) -> None:
+        self._impl_class = functools.partial(_Impl, folder=folder)
+        super().__init__(py_func)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return the stored code for a signature, or None."""
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception as error:  # a damaged file may fail in any way
+            _say(f"kernel cache: {self.cache_path}: damaged ({error or type(error).__name__})")
+            found = None
+            with contextlib.suppress(OSError):
+                self.flush()
+        if found is None:
+            _say("compiling the kernels for this processor (about 10 s; later starts find them done)")
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Store the code for a signature."""
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _say(f"kernel cache: {error.filename}: {error.strerror}; the kernels will be compiled again next time")
+
+
+class _Impl(CompileResultCacheImpl):
+    """What numba asks about the place of the files: the folder is all there is to know, its name is their version."""
+
+    def __init__(self, py_func: Any, folder: Path) -> None:
+        self._folder = folder
+        self._locator_classes = [self]
+        super().__init__(py_func)
+
+    def from_function(self, py_func: Any, py_file: str) -> Any:
+        return self
+
+    def ensure_cache_path(self) -> None:
+        self._folder.mkdir(mode=PRIVATE, exist_ok=True)
+
+    def get_cache_path(self) -> str:
+        return str(self._folder)
+
+    def get_source_stamp(self) -> str:
+        return self._folder.name
+
+    def get_disambiguator(self) -> str:
+        return "kernels"
+
+
+def _say(message: str) -> None:
+    """Print a line on stderr."""
+    print(f"llamalet: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,262 @@
+"""The header of a model file, byte by byte. All numbers are little-endian.
+
+    v0      0  7 int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len; a negative vocab_size
+               says that the output layer is not tied to the embeddings
+    v1-v3   0  uint32 magic 0x616b3432 and int32 version
+            8  the 7 int32, vocab_size positive
+           36  uint8 tied
+           37  int32 group_size: columns that share a scale, 0 where nothing is quantized
+           41  MARKER, float64 norm_eps and rope_theta
+           61  uint8 whether RoPE is scaled; its float64 factor, low_freq_factor, high_freq_factor and int32
+               original_max_seq_len
+           90  the tokenizer's sha256, zeros where unknown
+          122  CRC32 of the payload: of every byte from 256 to the end of the tensors
+    v3    126  int32 head_dim, uint8 dtype: its place in DTYPES
+    v1-v3      then the CRC32 of all bytes before it
+    v3    135  zeros, or of the tokenizer's file inside, after the tensors: uint64 offset, uint32 length, uint32 CRC32,
+               uint8 kind: its place in TOKENIZER_KINDS, from 1; and again the CRC32 of all bytes before it
+    v1-v3      then zeros up to 256: reserved for later fields. Readers insist on them, so that none passes over a field
+               that it does not know
+
+llama2.c's v1 and v2 end at byte 41 and skip the rest, which may be all zero in a file of theirs: then norm_eps and
+rope_theta are what its programs hard-code. Source of v0-v2: llama2.c, export.py, run.c and runq.c.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamalet.config import ModelConfig, RopeScaling
+from llamalet.errors import ConfigError, FormatError
+from llamalet.model_file.quantize import Q4_GROUP_SIZE, Q8_GROUP_SIZE
+
+MAGIC = 0x616B3432
+SHAPE = struct.Struct("<7i")
+PREFIX = struct.Struct("<Ii7iBi")  # magic, version, the shape, tied, group_size
+MARKER = b"LLMT"
+EXTRAS = struct.Struct("<4s2dB3dI32sI")  # MARKER .. CRC32 of the payload
+V3_FIELDS = struct.Struct("<iB")  # head_dim, dtype
+CHECKSUM = struct.Struct("<I")
+TOKENIZER = struct.Struct("<QIIB")  # offset, length, CRC32, kind
+HEADER_BYTES = 256
+
+# What the matrices of a file are made of. v0 and v1 are f32, v2 is q8 with float32 scales.
+DTYPES = ("f32", "bf16", "q8", "q4")
+# What a tokenizer's file inside can be, by the ending that it would have beside the model.
+TOKENIZER_KINDS = ("model", "bin", "json", "tiktoken")
+V3_GROUP_SIZES = {"f32": None, "bf16": None, "q8": Q8_GROUP_SIZE, "q4": Q4_GROUP_SIZE}
+
+# llama2.c's constants, and so the meaning of a header without extras.
+LLAMA2C_NORM_EPS = 1e-5
+LLAMA2C_ROPE_THETA = 10000.0
+
+# Caps on what a file may claim, far above every model this project is for.
+MAX_WIDTH, MAX_LAYERS, MAX_VOCAB, MAX_CONTEXT = 1 << 18, 1 << 10, 1 << 20, 1 << 20
+CAPS = {
+    "dim": MAX_WIDTH, "hidden_dim": MAX_WIDTH, "n_layers": MAX_LAYERS, "n_heads": MAX_WIDTH, "n_kv_heads": MAX_WIDTH,
+    "vocab_size": MAX_VOCAB, "max_seq_len": MAX_CONTEXT, "head_dim": MAX_WIDTH,
+}  # fmt: skip
+MAX_TOKENIZER_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class TokenizerSection:
+    """Where in a file its tokenizer's file lies, and of what kind it is, one of TOKENIZER_KINDS."""
+
+    offset: int
+    n_bytes: int
+    crc32: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before its tensors.
+
+    group_size is None where nothing is quantized, the last two where the file does not say.
+    """
+
+    version: int
+    config: ModelConfig
+    dtype: str = "f32"
+    group_size: int | None = None
+    tokenizer_sha256: str | None = None
+    payload_crc32: int | None = None
+    tokenizer: TokenizerSection | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Offset of the first tensor."""
+        return SHAPE.size if self.version == 0 else HEADER_BYTES
+
+
+def pack_header(header: Header) -> bytes:
+    """Return the header's bytes."""
+    c = header.config
+    shape = (c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads)
+    if header.version == 0:
+        return SHAPE.pack(*shape, c.vocab_size if c.tied else -c.vocab_size, c.max_seq_len)
+    packed = PREFIX.pack(MAGIC, header.version, *shape, c.vocab_size, c.max_seq_len, c.tied, header.group_size or 0)
+    s = c.rope_scaling
+    scaling = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_seq_len) if s else (0.0, 0.0, 0.0, 0)
+    sha256 = bytes.fromhex(header.tokenizer_sha256 or "")
+    packed += EXTRAS.pack(MARKER, c.norm_eps, c.rope_theta, s is not None, *scaling, sha256, header.payload_crc32 or 0)
+    if header.version == 3:
+        packed += V3_FIELDS.pack(c.head_dim, DTYPES.index(header.dtype))
+    packed += CHECKSUM.pack(zlib.crc32(packed))
+    if (t := header.tokenizer) is not None:
+        packed += TOKENIZER.pack(t.offset, t.n_bytes, t.crc32, TOKENIZER_KINDS.index(t.kind) + 1)
+        packed += CHECKSUM.pack(zlib.crc32(packed))
+    return packed.ljust(HEADER_BYTES, b"\0")
+
+
+def read_header(path: Path, head: bytes) -> Header:
+    """Decode and check a header; nothing in it is trusted before its range is known.
+
+    Args:
+        path: where it is from, for the messages.
+        head: the file's first HEADER_BYTES bytes, or all where it has fewer.
+
+    Raises:
+        FormatError: naming the file, the field, its value and the rule that it breaks.
+    """
+    if len(head) < SHAPE.size:
+        raise FormatError(f"{path}: {len(head)} bytes are too few for a model file")
+    magic = int.from_bytes(head[:4], "little")
+    if magic == int.from_bytes(MAGIC.to_bytes(4, "big"), "little"):
+        raise FormatError(f"{path}: the magic number is byte-swapped: written on a big-endian machine")
+    if magic != MAGIC:
+        return _read_v0(path, head)
+    if len(head) < HEADER_BYTES:
+        raise FormatError(f"{path}: {len(head)} bytes are too few for the {HEADER_BYTES}-byte header")
+    _, version, *shape, tied, group_size = PREFIX.unpack_from(head)
+    if version not in (1, 2, 3):
+        raise FormatError(f"{path}: version {version} is unknown; this program reads versions 0, 1, 2 and 3")
+    if tied not in (0, 1):
+        raise FormatError(f"{path}: tied flag is {tied}: must be 0 or 1")
+    extras = _read_extras(path, head, version)
+    config = _checked_config(path, shape, bool(tied), extras)
+    dtype = {1: "f32", 2: "q8", 3: extras.dtype}[version]
+    _check_group_size(path, version, dtype, group_size, config)
+    return Header(
+        version, config, dtype, group_size or None, extras.tokenizer_sha256, extras.payload_crc32, extras.tokenizer
+    )
+
+
+def _read_v0(path: Path, head: bytes) -> Header:
+    """Decode a header that has no magic number: any file could be meant, so every message says what was tried."""
+    *shape, vocab_size, max_seq_len = SHAPE.unpack_from(head)
+    try:
+        config = _checked_config(path, [*shape, abs(vocab_size), max_seq_len], vocab_size > 0, _Extras())
+    except FormatError as error:
+        raise FormatError(f"{error} (no magic number, so read as version 0: is this a model file?)") from None
+    return Header(0, config)
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """The header's facts that llama2.c does not know, with llama2.c's values as defaults."""
+
+    norm_eps: float = LLAMA2C_NORM_EPS
+    rope_theta: float = LLAMA2C_ROPE_THETA
+    rope_scaling: RopeScaling | None = None
+    tokenizer_sha256: str | None = None
+    payload_crc32: int | None = None
+    head_dim: int | None = None  # dim / n_heads
+    dtype: str = "f32"
+    tokenizer: TokenizerSection | None = None
+
+
+def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
+    """Decode the bytes from 41 on: marked and checksummed fields, then zeros; in v1 and v2 all may be zero."""
+    if version < 3 and not any(head[PREFIX.size :]):
+        return _Extras()
+    marker, eps, theta, scaled, factor, low, high, original, sha256, payload_crc = EXTRAS.unpack_from(head, PREFIX.size)
+    end = PREFIX.size + EXTRAS.size
+    if marker != MARKER:
+        raise FormatError(f"{path}: bytes {PREFIX.size}..{HEADER_BYTES - 1} are neither zero nor llamalet's fields")
+    head_dim, code = None, 0
+    if version == 3:
+        head_dim, code = V3_FIELDS.unpack_from(head, end)
+        end += V3_FIELDS.size
+    if CHECKSUM.unpack_from(head, end)[0] != zlib.crc32(head[:end]):
+        raise FormatError(f"{path}: the header's checksum does not match: the file is damaged")
+    end += CHECKSUM.size
+    section = None
+    if version == 3 and any(head[end : end + TOKENIZER.size]):
+        section, end = _read_section(path, head, end)
+    if any(head[end:]) or scaled not in (0, 1):
+        raise FormatError(f"{path}: the header has bytes set that must be zero")
+    if code >= len(DTYPES):
+        raise FormatError(f"{path}: dtype {code}: must be one of 0..{len(DTYPES) - 1} ({', '.join(DTYPES)})")
+    try:
+        rope_scaling = (
+            RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_seq_len=original)
+            if scaled
+            else None
+        )
+    except ConfigError as error:
+        raise FormatError(f"{path}: {error}") from None
+    sha256_hex = sha256.hex() if any(sha256) else None
+    return _Extras(eps, theta, rope_scaling, sha256_hex, payload_crc, head_dim, DTYPES[code], section)
+
+
+def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection, int]:
+    """Decode where the tokenizer lies; return it and the end of its fields."""
+    offset, n_bytes, crc, kind = TOKENIZER.unpack_from(head, at)
+    end = at + TOKENIZER.size
+    if CHECKSUM.unpack_from(head, end)[0] != zlib.crc32(head[:end]):
+        raise FormatError(f"{path}: the checksum of the tokenizer's fields does not match: the file is damaged")
+    if not 1 <= kind <= len(TOKENIZER_KINDS):
+        raise FormatError(f"{path}: tokenizer kind {kind}: must be one of 1..{len(TOKENIZER_KINDS)}")
+    if not 1 <= n_bytes <= MAX_TOKENIZER_BYTES:
+        raise FormatError(f"{path}: tokenizer length {n_bytes}: must lie in 1..{MAX_TOKENIZER_BYTES}")
+    return TokenizerSection(offset, n_bytes, crc, TOKENIZER_KINDS[kind - 1]), end + CHECKSUM.size
+
+
+def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extras) -> ModelConfig:
+    """Build the config of a header's integers, refusing what no sane model has before anything is computed."""
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = shape
+    head_dim = extras.head_dim
+    values = [
+        dim,
+        hidden_dim,
+        n_layers,
+        n_heads,
+        n_kv_heads,
+        vocab_size,
+        max_seq_len,
+        1 if head_dim is None else head_dim,
+    ]
+    for (name, cap), value in zip(CAPS.items(), values, strict=True):
+        if not 1 <= value <= cap:
+            raise FormatError(f"{path}: {name} is {value}: must lie in 1..{cap}")
+    if head_dim is None:
+        if dim % n_heads:
+            raise FormatError(f"{path}: dim {dim} is no multiple of n_heads {n_heads}")
+        head_dim = dim // n_heads
+    try:
+        return ModelConfig(
+            dim=dim, hidden_dim=hidden_dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
+            head_dim=head_dim, vocab_size=vocab_size, max_seq_len=max_seq_len, tied=tied,
+            norm_eps=extras.norm_eps, rope_theta=extras.rope_theta, rope_scaling=extras.rope_scaling,
+        )  # fmt: skip
+    except ConfigError as error:
+        raise FormatError(f"{path}: {error}") from None
+
+
+def _check_group_size(path: Path, version: int, dtype: str, group_size: int, config: ModelConfig) -> None:
+    """Refuse a group size that is not the version's, or in v2 does not divide the rows."""
+    if version != 2:
+        expected = V3_GROUP_SIZES[dtype] or 0
+        if group_size != expected:
+            raise FormatError(f"{path}: group_size {group_size}: must be {expected} in version {version} with {dtype}")
+        return
+    power_of_two = group_size >= 4 and group_size & (group_size - 1) == 0
+    if not power_of_two or config.dim % group_size or config.hidden_dim % group_size:
+        raise FormatError(
+            f"{path}: group_size {group_size} must be a power of two from 4 up that divides dim {config.dim} and "
+            f"hidden_dim {config.hidden_dim}"
+        )

@@ -1,0 +1,116 @@
+"""The last step of `make demo`: export the model in every version, prove each, hold it against the floor, tell a story.
+
+python -m parity.demo out/demo
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import parse
+from corpus.story_grammar import log_prob
+from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, run
+from llamalet.evaluate import NOTHING, Evaluation, evaluate_documents, read_documents, report
+from llamalet.runtime import Model
+from llamalet.shards import Shards
+from parity.proof import Proof, prove
+from training import weights
+from training.run import checkpoint
+
+# The version, what v3's matrices are made of, and the name of each file.
+FILES = (
+    (0, None, "model_v0.bin"),
+    (1, None, "model.bin"),
+    (2, None, "model_q8.bin"),
+    (3, "q8", "model_v3_q8.bin"),
+    (3, "q4", "model_v3_q4.bin"),
+)
+FLOAT_FILE, TOLD_WITH = "model.bin", "model_v3_q8.bin"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """The options of benchmarks/demo.py."""
+
+    run: str = "out/demo"
+    """The folder of the trained run, also as the first word."""
+    stories: int = 100
+    """How many stories to sample and put before the grammar."""
+    seed: int = 1
+    """Seed of the first sampled story."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.stories < 1:
+            raise ConfigError(f"stories={self.stories}: must be positive")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Report on a run; return 0, or FormatError's code if a file is not proved."""
+    config = parse(DemoConfig, argv, program="python -m parity.demo", description=__doc__ or "", positional=("run",))
+    folder = Path(config.run)
+    best = checkpoint.find_best(folder)
+    if best is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint; train one first: python train.py configs/demo.toml")
+    source = checkpoint.load(best)
+    data = Shards.open(source.state["data"])
+    if data.meta.entropy is None:
+        raise DataError(f"{data.folder}: has no known entropy; only data from `tinystories.py synthesize` has")
+    proofs = [_export(folder / name, version, dtype, source, data) for version, dtype, name in FILES]
+    print("\nParity of PyTorch and the runtime\n" + _parity_table(proofs))
+    model = Model.load(folder / FLOAT_FILE)
+    found = _evaluate(model, data)
+    print("\nValidation loss beside the corpus entropy, on held-out stories, each whole and up to its closing BOS")
+    if found.documents != data.meta.entropy.stories:
+        raise DataError(f"{data.folder}: its entropy is that of {data.meta.entropy.stories} stories; prepare it again")
+    print(report(found, data.meta.entropy))
+    texts = list(_stories(model, config.stories, config.seed))
+    recognised = [text for text in texts if log_prob(text) > -math.inf]
+    share = f"{len(recognised)} of {len(texts)}"
+    print(f"\nThe grammar recognises {share} stories that the model told at temperature 1.0. One of them:\n")
+    print((recognised or texts)[0])
+    print(f"\nTell more: .venv/bin/python sample.py {folder / TOLD_WITH} -t 0.8")
+    return 0 if all(proof.ok for proof in proofs) else FormatError.exit_code
+
+
+def _export(path: Path, version: int, dtype: str | None, source: checkpoint.Checkpoint, data: Shards) -> Proof:
+    """Write one version and prove it."""
+    print(f"exporting and proving {path} ...", flush=True)
+    weights.write_bin(path, version, source.model_config, source.model_state, source.tokenizer_path, dtype=dtype)
+    return prove(path, originals=weights.to_arrays(source.model_state), data=data)
+
+
+def _parity_table(proofs: list[Proof]) -> str:
+    """Return one line per version: size, the largest logit difference, the text, the bits per byte of both."""
+    lines = ["  version           bytes   logits differ by   PyTorch   runtime bits/byte   verdict"]
+    for proof in proofs:
+        size = proof.path.stat().st_size
+        difference = f"{proof.logit_difference:.1e} of {proof.largest_logit:.0f}"
+        bits = f"{proof.torch_bits_per_byte:7.4f}   {proof.runtime_bits_per_byte:17.4f}"
+        verdict = "proved" if proof.ok else "NOT proved: " + "; ".join(proof.problems)
+        name = f"v{proof.version} {proof.dtype}"
+        lines.append(f"  {name:9} {size:13,}   {difference:>16}   {bits}   {verdict}; {proof.text}")
+    return "\n".join(lines)
+
+
+def _evaluate(model: Model, data: Shards) -> Evaluation:
+    """Score every validation story whole, from its BOS up to and including the closing BOS."""
+    documents = read_documents(data.split("val"), data.meta.bos_id)
+    return sum(evaluate_documents(model.transformer, model.tokenizer, documents), start=NOTHING)
+
+
+def _stories(model: Model, count: int, seed: int) -> Iterator[str]:
+    """Yield `count` stories told from BOS at temperature 1.0, nothing cut off the distribution."""
+    told = time.monotonic()
+    for i in range(count):
+        yield "".join(model.generate(temperature=1.0, top_p=1.0, seed=seed + i))
+        if time.monotonic() - told > 2:
+            told = time.monotonic()
+            print(f"{i + 1} of {count} stories told", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

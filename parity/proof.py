@@ -1,0 +1,285 @@
+"""The proof of an export: the PyTorch model and the torch-free runtime compute the same thing from one file.
+
+Four comparisons, from the bytes to the text: the file's weights with the checkpoint's, the logits of both programs, the
+text that both find most likely, and the bits per byte that both need for validation data. Of a large model, PyTorch has
+one layer in memory at a time; then the texts are shorter, and no validation data is computed.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from llamalet import shards, tokenizer
+from llamalet.config import ModelConfig, rope_tables
+from llamalet.convert.bin_file import tensors_of
+from llamalet.evaluate import NOTHING, evaluate_windows
+from llamalet.generate import Tokens
+from llamalet.kernels.transformer import Transformer
+from llamalet.model_file import format
+from llamalet.model_file.format import Rows, row_blocks
+from llamalet.model_file.quantize import Packed, Quantized, to_bfloat16, unpack
+from model import Block, Llama
+from training import weights
+
+LOGIT_TOKENS = 256
+GREEDY_TOKENS = 128
+LARGE_PARAMS = 250_000_000  # a gigabyte in float32
+LARGE_TOKENS = 32
+EVALUATION_TOKENS = 20_000
+
+# How far the two programs may differ on the file's weights. f32, bf16: rounding in another order, far above what was
+# seen (1e-5 of the largest logit) and far below what a wrong table or a swapped tensor gives. q8, q4: the runtime
+# rounds the activations too.
+LOGIT_BOUND = {"f32": 1e-4, "bf16": 1e-4, "q8": 0.1, "q4": 0.1}  # of the largest logit
+# What the file may cost against the checkpoint's weights. 4 bits cost the smallest models most: 8 % were seen on
+# 0.26 M parameters, 0.3 % on 0.8 M.
+BITS_BOUND = {"f32": 1e-4, "bf16": 2e-3, "q8": 0.01, "q4": 0.2}  # of the bits per byte
+# How far rounded weights may be off. q8: half a step, and a little from float32 arithmetic. q4: root mean square, as a
+# share of the matrix's; trained weights have 0.1, and one with its columns in disorder more than 1.
+WEIGHT_BOUND = {"q8": 0.501, "q4": 0.3}
+
+
+@dataclass(kw_only=True)
+class Proof:
+    """What the comparisons found; an empty list of problems is the verdict "proved"."""
+
+    path: Path
+    version: int
+    dtype: str
+    weights: str = "not compared (nothing to compare with)"
+    logit_difference: float = 0.0
+    largest_logit: float = 0.0
+    text: str = ""
+    no_bits: str = "no prepared data with this tokenizer; name some with --data"
+    torch_bits_per_byte: float | None = None
+    runtime_bits_per_byte: float | None = None
+    evaluated_tokens: int = 0
+    duration_s: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every comparison is within its bound."""
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        """Return the proof as lines to print, the verdict last."""
+        bits = f"not compared ({self.no_bits})"
+        if self.torch_bits_per_byte is not None and self.runtime_bits_per_byte is not None:
+            bits = (
+                f"PyTorch {self.torch_bits_per_byte:.4f}, runtime {self.runtime_bits_per_byte:.4f} bits per byte over "
+                f"{self.evaluated_tokens} validation tokens"
+            )
+        verdict = "proved" if self.ok else "NOT proved: " + "; ".join(self.problems)
+        return [
+            f"  weights  {self.weights}",
+            f"  logits   differ by at most {self.logit_difference:.2g} (the largest is {self.largest_logit:.1f})",
+            f"  text     {self.text}",
+            f"  bits     {bits}",
+            f"  verdict  {self.path} is {verdict} ({self.duration_s:.1f} s)",
+        ]
+
+
+class TorchLogits:
+    """The training model behind the runtime's interface, so that one evaluation serves both."""
+
+    def __init__(self, model: Llama, config: ModelConfig) -> None:
+        self.model = model
+        self.config = config
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Return float32 (T, V) logits of int64 (T,) ids."""
+        return self.model(torch.from_numpy(np.asarray(tokens, np.int64))[None])[0].float().numpy()
+
+
+class LayeredLogits:
+    """The same for a large model: its layers are computed one after the other, each read when its turn comes."""
+
+    def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
+        self.tensors = tensors
+        self.config = config
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Return float32 (T, V) logits of int64 (T,) ids."""
+        c = self.config
+        cos, sin = (torch.from_numpy(table)[:, None] for table in rope_tables(c, len(tokens)))
+        table = self.tensors["tok_embeddings"]
+        x = torch.from_numpy(np.concatenate([table[id : id + 1] for id in map(int, tokens)]))[None]  # (1, T, C)
+        block = Block(c, 0.0).eval()
+        for layer in range(c.n_layers):
+            prefix = f"layers.{layer}."
+            names = [name for name in self.tensors if name.startswith(prefix)]
+            state = weights.read_state({name.removeprefix(prefix): self.tensors[name] for name in names})
+            block.load_state_dict(state, assign=True)
+            x = block(x, cos, sin)
+        norm = torch.from_numpy(np.array(self.tensors["norm"][0 : c.dim]))
+        x = F.rms_norm(x[0], (c.dim,), norm, c.norm_eps)
+        output = "tok_embeddings" if c.tied else "output"
+        columns = [F.linear(x, torch.from_numpy(rows)) for rows in row_blocks(output, self.tensors[output])]
+        return torch.cat(columns, dim=1).numpy()
+
+
+def prove(
+    path: Path,
+    *,
+    originals: Mapping[str, Rows] | None = None,
+    data: shards.Shards | None = None,
+) -> Proof:
+    """Compare the PyTorch model and the runtime on one model file.
+
+    Args:
+        path: the .bin; it is read with its checksum verified.
+        originals: the weights it was made from by name: they are compared, and PyTorch's bits per byte are theirs.
+        data: prepared data with the model's tokenizer; without it the logits are compared on random ids.
+
+    Returns:
+        The proof, with every bound that was exceeded among its problems.
+
+    Raises:
+        FormatError: if the file breaks a rule of its format.
+    """
+    start = time.perf_counter()
+    file = format.read(path, verify=True)
+    config = file.config
+    proof = Proof(path=path, version=file.version, dtype=file.dtype)
+    large = config.n_params > LARGE_PARAMS
+    from_file = _in_torch(tensors_of(file), config)
+    runtime = Transformer(file)
+    if originals is not None:
+        _compare_weights(proof, file, originals)
+    tokens = _some_tokens(config, data, LARGE_TOKENS if large else LOGIT_TOKENS)
+    _compare_logits(proof, from_file.logits(tokens), runtime.logits(tokens), LOGIT_BOUND[file.dtype])
+    _compare_text(proof, from_file, runtime, data, LARGE_TOKENS if large else GREEDY_TOKENS)
+    if large:
+        proof.no_bits = "the model is large"
+    elif data is not None:
+        original = from_file if originals is None else _in_torch(originals, config)
+        _compare_bits(proof, original, runtime, data, BITS_BOUND[file.dtype])
+    proof.duration_s = time.perf_counter() - start
+    return proof
+
+
+def _in_torch(tensors: Mapping[str, Rows], config: ModelConfig) -> TorchLogits | LayeredLogits:
+    """Return the training model with these weights; of a large one, a layer at a time."""
+    if config.n_params > LARGE_PARAMS:
+        return LayeredLogits(tensors, config)
+    return TorchLogits(weights.load_model(config, weights.read_state(tensors)), config)
+
+
+def _compare_weights(proof: Proof, file: format.ModelFile, originals: Mapping[str, Rows]) -> None:
+    """Check that the weights are the checkpoint's, or what these are when rounded."""
+    errors = []
+    for name, found in file.tensors.items():
+        if isinstance(found, Quantized | Packed):
+            errors.append(_error(name, found, originals[name], file.dtype))
+            continue
+        start = 0
+        for block in row_blocks(name, originals[name]):
+            rows = found[start : start + len(block)]
+            if not np.array_equal(rows, block if found.dtype == np.float32 else to_bfloat16(block)):
+                proof.problems.append(f"{name} is not the checkpoint's")
+                break
+            start += len(block)
+    if file.group_size is None:
+        rounded = "" if file.dtype == "f32" else " in bfloat16"
+        proof.weights = f"every one equal to the checkpoint's{rounded}" if proof.ok else "differ from the checkpoint's"
+        return
+    worst, bound = float(np.max(errors)), WEIGHT_BOUND[file.dtype]
+    off = f"{worst:.3f} steps" if file.dtype == "q8" else f"{worst:.1%} of a matrix's root mean square"
+    proof.weights = f"{file.dtype} in groups of {file.group_size}, off by at most {off}"
+    if not worst <= bound:
+        proof.problems.append(f"{file.dtype} weights are off by {worst:.3f} (at most {bound})")
+
+
+def _error(name: str, found: Quantized | Packed, original: Rows, dtype: str) -> float:
+    """Return how far a rounded matrix is off, in the unit of WEIGHT_BOUND."""
+    tiny = np.finfo(np.float32).tiny
+    start, steps, squares, total = 0, 0.0, 0.0, 0.0
+    for block in row_blocks(name, original):
+        rows = np.arange(start, start + len(block))
+        values, scales = unpack(found, rows) if isinstance(found, Packed) else (found.values[rows], found.scales[rows])
+        widths = np.repeat(scales, found.group_size, axis=1)[:, : block.shape[1]]
+        gap = values * widths - block
+        steps = float(np.maximum(steps, np.max(np.abs(gap) / np.maximum(widths, tiny))))  # NaN stays
+        squares, total = squares + float(np.vdot(gap, gap)), total + float(np.vdot(block, block))
+        start += len(block)
+    return float(np.sqrt(squares / max(total, float(tiny)))) if dtype == "q4" else steps
+
+
+def _some_tokens(config: ModelConfig, data: shards.Shards | None, n: int) -> NDArray[np.int64]:
+    """Return n ids, fewer where the context is shorter: validation data, else seeded random ids."""
+    n = min(n, config.max_seq_len)
+    if data is not None and len(data.split("val")) >= n:
+        return data.split("val")[:n]
+    return np.random.default_rng(0).integers(0, config.vocab_size, n)
+
+
+def _compare_logits(
+    proof: Proof, expected: NDArray[np.float32], found: NDArray[np.float32], relative_bound: float
+) -> None:
+    """Check the largest difference of any logit against a bound relative to the largest logit."""
+    proof.logit_difference = float(np.abs(found - expected).max())
+    proof.largest_logit = float(np.abs(expected).max())
+    if not proof.logit_difference <= relative_bound * proof.largest_logit:
+        proof.problems.append(
+            f"logits differ by {proof.logit_difference:.3g}, more than {relative_bound:g} of {proof.largest_logit:.3g}"
+        )
+
+
+def _compare_text(
+    proof: Proof, expected: TorchLogits | LayeredLogits, runtime: Transformer, data: shards.Shards | None, n: int
+) -> None:
+    """Let the runtime write its most likely text and check that PyTorch finds each of its tokens most likely too.
+
+    Where they part, the two logits must be closer than the programs' difference there: a tie that rounding decides.
+    """
+    bos = data.meta.bos_id if data is not None else tokenizer.BOS_ID
+    cache = runtime.new_cache()
+    ids, logits = [bos], [runtime.decode(cache, bos).copy()]
+    while len(ids) < min(n, runtime.config.max_seq_len):
+        ids.append(int(logits[-1].argmax()))
+        logits.append(runtime.decode(cache, ids[-1]).copy())
+    torch_logits = expected.logits(np.array(ids))
+    choices = torch_logits.argmax(axis=1)
+    parted = np.flatnonzero(choices[:-1] != np.array(ids[1:]))
+    if not len(parted):
+        proof.text = f"the same {len(ids)} most likely tokens"
+        return
+    at = int(parted[0])
+    ours, theirs = ids[at + 1], int(choices[at])
+    gap = float(torch_logits[at, theirs] - torch_logits[at, ours])
+    difference = float(np.abs(torch_logits[at] - logits[at]).max())
+    proof.text = (
+        f"parts at token {at + 1}: PyTorch has {torch_logits[at, theirs]:.5f} against {torch_logits[at, ours]:.5f}, "
+        f"the runtime {logits[at][theirs]:.5f} against {logits[at][ours]:.5f}"
+    )
+    if gap > 2 * difference:
+        proof.problems.append(f"the texts part at token {at + 1} by more than rounding explains")
+
+
+def _compare_bits(
+    proof: Proof,
+    original: TorchLogits | LayeredLogits,
+    runtime: Transformer,
+    data: shards.Shards,
+    relative_bound: float,
+) -> None:
+    """Check that both programs need the same bits for the same validation tokens."""
+    vocabulary = tokenizer.load(data.tokenizer_path, data.meta.vocab_size)
+    tokens = data.split("val")[: EVALUATION_TOKENS + 1]
+    expected = sum(evaluate_windows(original, vocabulary, tokens), start=NOTHING)
+    found = sum(evaluate_windows(runtime, vocabulary, tokens), start=NOTHING)
+    proof.torch_bits_per_byte, proof.runtime_bits_per_byte = expected.bits_per_byte, found.bits_per_byte
+    proof.evaluated_tokens = found.tokens
+    if not abs(found.bits_per_byte - expected.bits_per_byte) <= relative_bound * expected.bits_per_byte:
+        proof.problems.append(
+            f"{found.bits_per_byte:.4f} bits per byte where PyTorch needs {expected.bits_per_byte:.4f}"
+        )

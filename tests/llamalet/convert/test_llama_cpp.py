@@ -1,0 +1,106 @@
+"""What llama.cpp makes of our GGUF files; needs llama-cpp-python, which is in the extra [peers]."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import random_tensors, toy_llama3, toy_tokenizer
+from vocabularies import HARD
+
+from llamalet import Model, tokenizer
+from llamalet.config import ModelConfig
+from llamalet.convert import bin_file, gguf_file
+from llamalet.convert.source import Source, llama3_scaling
+from llamalet.tokenizer import Tokenizer
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is in the extra [peers]")
+
+ROOT = Path(__file__).parents[3]
+SHARED = ROOT.parent / "shared" / "data"
+FLOAT32 = 0  # of GGML's types
+N_TOKENS = 100
+LLAMA2 = ModelConfig.create(
+    dim=64, n_layers=2, n_heads=4, hidden_dim=176, vocab_size=300, max_seq_len=256, tied=False
+)  # fmt: skip
+LLAMA3 = ModelConfig.create(
+    dim=128, n_layers=2, n_heads=32, n_kv_heads=8, head_dim=8, hidden_dim=256, vocab_size=toy_llama3().vocab_size,
+    max_seq_len=256, rope_theta=5e5, rope_scaling=dataclasses.replace(llama3_scaling(32.0), original_max_seq_len=8192),
+)  # fmt: skip
+OTHER_HEADS = dataclasses.replace(LLAMA3, n_heads=6, n_kv_heads=2, head_dim=32)
+TEXTS = (*HARD, "Once upon a time", "a band  of\n\n\nbandits' 12345 \U0001f600\u200d", " leading", "x" * 3000)
+
+
+def source_of(config: ModelConfig, vocabulary: Tokenizer, seed: int = 0) -> Source:
+    tensors = random_tensors(config, seed, 0.4)
+    return Source(
+        name="toy",
+        config=config,
+        tensors=tensors,
+        tokenizer=vocabulary,
+        tokenizer_data=tokenizer.pack(vocabulary.pieces()),
+    )
+
+
+def theirs(path: Path, **options: object) -> "llama_cpp.Llama":
+    return llama_cpp.Llama(str(path), verbose=False, **options)
+
+
+def check_greedy(tmp_path: Path, source: Source, prompt: str) -> None:
+    """The most likely tokens after a prompt are llama.cpp's, and so is their text."""
+    gguf_file.write(tmp_path / "m.gguf", source)
+    bin_file.write(
+        tmp_path / "m.bin", 3, source.config, source.tensors, source.tokenizer, source.tokenizer_data, dtype="f32"
+    )
+    peer = theirs(
+        tmp_path / "m.gguf", n_ctx=source.config.max_seq_len, n_threads=1, type_k=FLOAT32, type_v=FLOAT32,
+        flash_attn=False,
+    )  # fmt: skip
+    model = Model.load(tmp_path / "m.bin", threads=1)
+    ids = model.tokenizer.encode(prompt, bos=True)
+    assert peer.tokenize(prompt.encode(), add_bos=True) == ids
+    generated = peer.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
+    expected = [next(generated) for _ in range(N_TOKENS)]
+    ours = "".join(model.generate(prompt, temperature=0.0, max_new_tokens=N_TOKENS, ignore_eos=True))
+    assert ours == model.tokenizer.decode(ids + expected)[len(model.tokenizer.decode(ids)) :]
+    for at in range(len(ids), len(ids) + N_TOKENS, 9):  # text can hide ids: the tokens too
+        assert int(np.argmax(model.logits((ids + expected)[:at])[-1])) == (ids + expected)[at]
+
+
+@pytest.mark.parametrize(
+    ("config", "vocabulary"),
+    [(LLAMA2, toy_tokenizer(300)), (LLAMA3, toy_llama3()), (OTHER_HEADS, toy_llama3())],
+    ids=["llama 2", "llama 3", "another head_dim"],
+)
+def test_the_most_likely_tokens_are_the_same(tmp_path, config, vocabulary):
+    check_greedy(tmp_path, source_of(config, vocabulary), "a band")
+
+
+def test_the_demo_model_tells_the_same_story(tmp_path):
+    check_greedy(tmp_path, bin_file.read(str(ROOT / "assets" / "demo.bin")), "Once upon a time")
+
+
+def vocabularies() -> list[object]:
+    files = ["llama2-tokenizer.model", "llama2-tokenizer.bin", "llama3-tokenizer.bin", "tok512.bin"]
+    return [
+        toy_tokenizer(300),
+        toy_llama3(),
+        ROOT / "assets" / "demo.tokenizer.model",
+        *(SHARED / name for name in files),
+    ]
+
+
+@pytest.mark.parametrize(
+    "vocabulary", vocabularies(), ids=lambda v: v.name if isinstance(v, Path) else type(v).__name__
+)
+def test_the_ids_are_the_same(tmp_path, vocabulary):
+    if isinstance(vocabulary, Path):
+        if not vocabulary.is_file():
+            pytest.skip(f"needs {vocabulary.name}")
+        vocabulary = tokenizer.load(vocabulary)
+    config = dataclasses.replace(LLAMA2, vocab_size=vocabulary.vocab_size)
+    gguf_file.write(tmp_path / "m.gguf", source_of(config, vocabulary))
+    peer = theirs(tmp_path / "m.gguf", vocab_only=True)
+    assert (peer.token_bos(), peer.token_eos()) == (vocabulary.bos_id, vocabulary.eos_id)
+    for text in TEXTS:
+        assert peer.tokenize(text.encode(), add_bos=True) == vocabulary.encode(text, bos=True), text

@@ -1,0 +1,360 @@
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from llamalet import reference
+from llamalet.errors import ConfigError
+from llamalet.kernels import kernels, simd
+from llamalet.kernels.transformer import as_matrix, bits_of, new_quantized_rows
+from llamalet.model_file.quantize import Packed, Quantized, pack, pack_q4, pack_q8, quantize, to_bfloat16
+
+# Two orders of summing n float32 products differ by a few roundings of the sum of their absolute values.
+SUM_ROUNDINGS = 1e-6
+# The kernels' exp is within two units in the last place.
+EXP_ULPS = 2
+EXP_ROUNDINGS = 1e-6
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def floats(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(params=simd.available_paths())
+def path(request, monkeypatch):
+    monkeypatch.setenv(simd.PATH_VARIABLE, request.param)
+    return request.param
+
+
+def at_the_end_of_memory(array: np.ndarray) -> np.ndarray:
+    """Return a copy that ends where the next page must not be touched."""
+    if sys.platform == "win32":
+        pytest.skip("needs mprotect")
+    page, size = mmap.PAGESIZE, array.nbytes
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + pages), ctypes.c_size_t(page), 0) == 0
+    copy = np.frombuffer(memory, array.dtype, array.size, pages - size).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+KINDS = ("float32", "bfloat16", "q8", "q4", "int8 in groups of 16", "int8 in groups of 32")
+
+
+def weight_of(weight: np.ndarray, kind: str) -> Any:
+    """Return a matrix in one of its forms; int8 needs columns that are whole groups."""
+    if kind.startswith("int8"):
+        return pack(quantize(weight, int(kind.split()[-1])))
+    return {"float32": np.asarray, "bfloat16": to_bfloat16, "q8": pack_q8, "q4": pack_q4}[kind](weight)
+
+
+def operand_of(x: np.ndarray, weight: Any) -> Any:
+    """Return x (T, cols) as the kernels prepare it for a weight."""
+    if not isinstance(weight, Packed):
+        return x
+    rows = new_quantized_rows(*x.shape, weight.group_size, bits_of(weight))
+    kernels.quantize_rows(x, rows, 0, len(x))
+    return rows
+
+
+@njit
+def matmul_of_layer(matrix, operand, first_t, count, out, first, last, scratch):
+    kernels.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last, scratch)
+
+
+def scratch_for(cols: int, one_sequence: bool) -> np.ndarray:
+    """Return the memory that a matrix of floats needs for the positions of one sequence."""
+    return at_the_end_of_memory(np.full((cols if one_sequence else 0, simd.BLOCK_ROWS), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("group", [8, 16, 64, 128])
+def test_products_of_8_bits_are_summed_exactly_on_every_path(path, group):
+    """Over the whole range: -128, which only a foreign file can hold, and sums that saturating instructions lose."""
+
+    @njit
+    def multiply(matrix, operand, out):
+        matrix = simd.layer_of(matrix, 0)
+        for i in range(0, len(matrix.values), 2):
+            for t in range(0, len(out), 4):
+                simd.multiply_blocks(matrix, (i, i + 1), operand, (t, t + 1, t + 2, t + 3), out, 0)
+
+    rng = np.random.default_rng(group)
+    w, x = rng.integers(-128, 128, (32, group), dtype=np.int8), rng.integers(-127, 128, (32, group), dtype=np.int8)
+    extremes = np.array([(-128, -127), (-128, 127), (127, 127), (127, -127), (0, 127), (-128, 0)], np.int8)
+    w[: len(extremes)], x[: len(extremes)] = extremes[:, :1], extremes[:, 1:]
+    ones, out = np.ones((32, 1), np.float32), np.zeros((32, 32), np.float32)
+    rows = kernels.QuantizedRows(
+        x.view(simd.group_dtype(group)), ones, -128 * x.sum(axis=1, dtype=np.int32, keepdims=True), 128
+    )
+    multiply(as_matrix([pack(Quantized(w, ones))]), rows, out)
+    # Sums of up to 128 products fit into the 24 bits of a float32.
+    np.testing.assert_array_equal(out, x.astype(np.int32) @ w.astype(np.int32).T)
+
+
+@pytest.mark.parametrize("target", [None, "generic"])
+def test_a_path_that_is_not_there_is_refused(monkeypatch, target):
+    monkeypatch.setattr(numba.config, "CPU_NAME", target)
+    monkeypatch.setenv(simd.PATH_VARIABLE, "mmx" if target is None else "avx512vnni")
+    with pytest.raises(ConfigError, match="LLAMALET_SIMD=(mmx|avx512vnni).*portable"):
+        simd.instruction_path()
+    monkeypatch.delenv(simd.PATH_VARIABLE)
+    assert simd.instruction_path() == ("portable" if target else simd.available_paths()[0])
+
+
+@given(st.integers(1, 6), st.integers(1, 300), st.sampled_from([16, 32, 64]), seeds)
+@settings(deadline=None, max_examples=50)
+def test_quantize_rows(n, cols, group, seed):
+    x = floats(seed, n, cols)
+    x[0, :group] = 0
+    rows, expected = new_quantized_rows(n, cols, group, 8), reference.quantize_rows(x, group)
+    kernels.quantize_rows(x, rows, 0, n)
+    values = rows.values.view(np.int8).reshape(n, -1)
+    np.testing.assert_array_equal(values[:, :cols], expected.values)
+    assert not values[:, cols:].any()
+    np.testing.assert_array_equal(rows.scales, expected.scales)
+    np.testing.assert_array_equal(rows.starts, -128 * values.reshape(n, -1, group).sum(axis=-1, dtype=np.int32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e-45])
+def test_quantize_rows_keeps_what_is_not_finite(bad):
+    x, rows = np.ones((1, 64), np.float32), new_quantized_rows(1, 64, 32, 8)
+    x[0, 40] = bad
+    x[0, 32:40] = x[0, 41:] = 0
+    kernels.quantize_rows(x, rows, 0, 1)
+    found, expected = rows.scales, reference.quantize_rows(x, 32).scales
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
+    assert np.isfinite(found[0, 1]) == np.isfinite(bad)
+
+
+@given(
+    st.sampled_from(KINDS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), st.booleans(), seeds, st.data()
+)
+@settings(deadline=None, max_examples=200)
+def test_matmul(kind, n_rows, cols, n_vectors, one_sequence, seed, data):
+    if kind.startswith("int8"):
+        cols = (cols + 31) // 32 * 32
+    floating, x = floats(seed, n_rows, cols), floats(seed + 1, n_vectors, cols)
+    weight, n_blocks = weight_of(floating, kind), -(-n_rows // simd.BLOCK_ROWS)
+    first = data.draw(st.integers(0, n_blocks - 1))
+    last = data.draw(st.integers(first + 1, n_blocks))
+    first_t = data.draw(st.integers(0, n_vectors - 1))
+    out = np.full((n_vectors, n_rows), 7, np.float32)
+    expected, product, count = out.copy(), reference.matmul(x, weight), n_vectors - first_t
+    rows = slice(first * simd.BLOCK_ROWS, last * simd.BLOCK_ROWS)
+    expected[:count, rows] = product[first_t:, rows]
+    scratch = scratch_for(cols, one_sequence)
+    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), first_t, count, out, first, last, scratch)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=SUM_ROUNDINGS * (np.abs(x) @ np.abs(floating).T).max())
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 5), st.integers(2, 12), seeds)
+@settings(deadline=None, max_examples=100)
+def test_a_vector_gets_the_same_products_whatever_is_multiplied_beside_it(kind, n_rows, n_groups, n_vectors, seed):
+    """In a batch of sequences."""
+    x, weight = floats(seed, n_vectors, 32 * n_groups), weight_of(floats(seed + 1, n_rows, 32 * n_groups), kind)
+    together, alone = np.zeros((2, n_vectors, n_rows), np.float32)
+    n_blocks, scratch = -(-n_rows // simd.BLOCK_ROWS), scratch_for(0, False)
+    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), 0, n_vectors, together, 0, n_blocks, scratch)
+    for t in range(n_vectors):
+        matmul_of_layer(as_matrix([weight]), operand_of(x, weight), t, 1, alone[t:], 0, n_blocks, scratch)
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cols", [192, 200, 5])
+def test_matmul_reads_nothing_beyond_its_operands(kind, cols):
+    if kind.startswith("int8"):
+        cols = 192
+    x, weight = floats(1, 5, cols), weight_of(floats(0, 23, cols), kind)
+    operand, guarded, guarded_operand = operand_of(x, weight), weight, at_the_end_of_memory(x)
+    if isinstance(weight, Packed):
+        guarded = weight._replace(
+            values=at_the_end_of_memory(weight.values), scales=at_the_end_of_memory(weight.scales)
+        )
+        guarded_operand = operand._replace(
+            values=at_the_end_of_memory(operand.values), scales=at_the_end_of_memory(operand.scales),
+            starts=at_the_end_of_memory(operand.starts),
+        )  # fmt: skip
+    else:
+        guarded = at_the_end_of_memory(weight)
+    for count, one_sequence in ((1, False), (5, False), (5, True)):
+        expected, out = np.zeros((count, 23), np.float32), at_the_end_of_memory(np.zeros((count, 23), np.float32))
+        scratch = scratch_for(cols, one_sequence)
+        matmul_of_layer(as_matrix([weight]), operand, 0, count, expected, 0, 2, scratch)
+        matmul_of_layer(as_matrix([guarded]), guarded_operand, 0, count, out, 0, 2, scratch)
+        np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embed(kind):
+    @njit
+    def embed_all(table, out, group_size):
+        for token in range(len(out)):
+            kernels.embed(simd.layer_of(table, 0), token, out[token], group_size)
+
+    cols = 96 if kind.startswith("int8") else 89
+    weight, out = weight_of(floats(0, 37, cols), kind), np.zeros((37, cols), np.float32)
+    embed_all(as_matrix([weight]), out, getattr(weight, "group_size", 0))
+    np.testing.assert_array_equal(out, reference.embed(weight, np.arange(37)))
+
+
+OUT_OF_RANGE = """
+import numpy as np
+from llamalet import kernels
+kernels.rmsnorm(np.ones(8, np.float32), np.ones(8, np.float32), np.float32(1e-5), np.ones(7, np.float32))
+"""
+
+
+def test_bounds_checking_would_see_an_index_out_of_range(tmp_path):
+    """`make test-bounds` runs these tests with it; here is what it finds in a kernel whose output is too short."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    root = Path(__file__).parents[3]
+    result = subprocess.run(
+        [sys.executable, "-c", OUT_OF_RANGE], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert result.returncode and "IndexError" in result.stderr
+
+
+@given(st.integers(1, 300), seeds)
+@settings(deadline=None, max_examples=50)
+def test_rmsnorm(dim, seed):
+    x, weight = 3 * floats(seed, dim), floats(seed + 1, dim)
+    out = np.empty(dim, np.float32)
+    kernels.rmsnorm(x, weight, np.float32(1e-5), out)
+    np.testing.assert_allclose(out, reference.rmsnorm(x, weight, 1e-5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [0, 4, 13, 64])
+def test_arrays_that_nearly_touch_round_alike(gap):
+    """LLVM compiles loops twice, for arrays far apart and close together; another order of sums made them differ."""
+    memory, far = np.zeros(200, np.float32), np.zeros(48, np.float32)
+    x, near = memory[:48], memory[48 + gap : 96 + gap]
+    x[:] = floats(0, 48)
+    weight = floats(1, 48)
+    kernels.rmsnorm(x, weight, np.float32(1e-5), far)
+    kernels.rmsnorm(x, weight, np.float32(1e-5), near)
+    np.testing.assert_array_equal(near, far)
+    for values in (near, far):
+        kernels.add(values, x)
+    np.testing.assert_array_equal(near, far)
+
+
+@given(st.integers(1, 5), st.integers(1, 40), seeds)
+@settings(deadline=None, max_examples=50)
+def test_rope(n_heads, half, seed):
+    x, angles = floats(seed, n_heads, 1, 2 * half), floats(seed + 1, half)
+    out = x.flatten()
+    kernels.rope(out, np.cos(angles), np.sin(angles))
+    expected = reference.rope(x, np.cos(angles)[None], np.sin(angles)[None])
+    np.testing.assert_allclose(out, expected.flatten(), atol=1e-6)
+
+
+@given(st.integers(1, 70), st.integers(1, 50), st.floats(0.1, 30), seeds)
+@settings(deadline=None, max_examples=50)
+def test_attention(head_dim, length, spread, seed):
+    q, keys = spread * floats(seed, head_dim), floats(seed + 1, length + 3, head_dim)
+    values, out = floats(seed + 2, length + 3, head_dim), np.empty(head_dim, np.float32)
+    queries = np.stack([np.zeros_like(q), q])
+    kernels.attention(queries, 1, keys, values, length, np.empty(length + 3, np.float32), out)
+    expected = reference.attention(q[None, None, None], keys[None, None, :length], values[None, None, :length])
+    scores = np.abs(keys[:length]) @ np.abs(q)
+    # A score's rounding becomes a relative error of its weight.
+    bound = (EXP_ROUNDINGS + SUM_ROUNDINGS * scores.max()) * np.abs(values).max()
+    np.testing.assert_allclose(out, expected[0, 0], rtol=0, atol=bound)
+
+
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 16), st.integers(0, 40), st.floats(0.1, 30), seeds)
+@settings(deadline=None, max_examples=50)
+def test_attention_of_lanes(n_heads, head_dim, count, start, spread, seed):
+    """The last head of several, whose queries lie between the others'."""
+    length = start + count
+    queries = spread * floats(seed, count, n_heads, head_dim)
+    keys, values = floats(seed + 1, length + 3, head_dim), floats(seed + 2, length + 3, head_dim)
+    keys[length:] = values[length:] = np.nan  # which nobody may look at
+    out = np.full((count, n_heads * head_dim), 7, np.float32)
+    scores, lanes = np.empty((length, 16), np.float32), np.empty((head_dim, 16), np.float32)
+    kernels.attention_of_lanes(
+        queries.reshape(-1, head_dim), n_heads - 1, n_heads, count, start, at_the_end_of_memory(keys),
+        at_the_end_of_memory(values), at_the_end_of_memory(scores), at_the_end_of_memory(lanes), out,
+        (n_heads - 1) * head_dim,
+    )  # fmt: skip
+    q = queries[None, :, -1:].swapaxes(1, 2)  # (1, 1, count, D)
+    expected = reference.attention(q, keys[None, None, :length], values[None, None, :length])[0]
+    reach = np.abs(queries[:, -1]) @ np.abs(keys[:length]).T
+    bound = (EXP_ROUNDINGS + SUM_ROUNDINGS * reach.max()) * np.abs(values[:length]).max()
+    np.testing.assert_allclose(out[:, (n_heads - 1) * head_dim :], expected, rtol=0, atol=bound)
+    assert (out[:, : (n_heads - 1) * head_dim] == 7).all()
+
+
+def test_exp():
+    @njit
+    def exps(x, out):
+        for i in range(len(x)):
+            out[i] = simd.exp(x[i])
+
+    largest, smallest = np.float32(127 * np.log(2)), np.float32(-126 * np.log(2))
+    x = np.concatenate([np.linspace(smallest, largest, 200_001), floats(0, 1000), [0]]).astype(np.float32)
+    found, expected = np.empty_like(x), np.exp(x.astype(np.float64))
+    exps(x, found)
+    assert np.max(np.abs(found - expected) / np.spacing(expected.astype(np.float32))) <= EXP_ULPS
+    special = np.array([np.inf, 1e30, 89, -88, -1e30, -np.inf, np.nan], np.float32)
+    out = np.empty_like(special)
+    exps(special, out)
+    np.testing.assert_array_equal(out, [np.inf, np.inf, np.inf, 0, 0, 0, np.nan])
+
+
+@given(st.integers(1, 100), st.floats(0.1, 20), seeds)
+@settings(deadline=None, max_examples=50)
+def test_softmax(n, spread, seed):
+    x = spread * floats(seed, n)
+    expected = reference.softmax(x * np.float32(0.3))
+    kernels.softmax(x, np.float32(0.3))
+    np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-30)
+
+
+@given(st.integers(1, 100), st.floats(0.1, 200), seeds)
+@settings(deadline=None, max_examples=50)
+def test_swiglu(width, spread, seed):
+    gate, up = spread * floats(seed, width), floats(seed + 1, width)
+    expected = reference.swiglu(gate, up)
+    kernels.swiglu(gate, up)
+    np.testing.assert_allclose(gate, expected, rtol=1e-5, atol=1e-34)
+
+
+def test_no_kernel_hides_a_nan():
+    nan = np.float32(np.nan)
+    x = floats(0, 64)
+    x[50] = nan
+    out = np.zeros(64, np.float32)
+    kernels.rmsnorm(x, np.ones(64, np.float32), np.float32(1e-5), out)
+    assert np.isnan(out).all()
+    gate = x.copy()
+    kernels.swiglu(gate, np.ones(64, np.float32))
+    assert np.isnan(gate[50]) and np.isfinite(gate[49])
+    keys = floats(1, 5, 64)
+    keys[3, 9] = nan
+    kernels.attention(floats(2, 1, 64), 0, keys, floats(3, 5, 64), 5, np.zeros(5, np.float32), out)
+    assert np.isnan(out).all()
+    lanes, scores = np.zeros((64, 16), np.float32), np.zeros((5, 16), np.float32)
+    both = np.zeros((2, 64), np.float32)
+    kernels.attention_of_lanes(floats(2, 2, 64), 0, 1, 2, 3, keys, floats(3, 5, 64), scores, lanes, both, 0)
+    assert np.isnan(both).all()
+    for kind in KINDS:
+        weight, result = weight_of(floats(4, 3, 64), kind), np.zeros((1, 3), np.float32)
+        matmul_of_layer(as_matrix([weight]), operand_of(x[None], weight), 0, 1, result, 0, 1, scratch_for(0, False))
+        assert np.isnan(result).all()

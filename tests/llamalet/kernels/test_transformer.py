@@ -1,0 +1,347 @@
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import SMALL_MODELS, in_memory, random_tensors
+
+from llamalet import reference, tokenizer
+from llamalet.config import ModelConfig
+from llamalet.cores import physical_cores
+from llamalet.errors import ConfigError, UsageError
+from llamalet.kernels import kernels, simd, team
+from llamalet.kernels.transformer import CHUNK, Transformer, stack_weights
+from llamalet.kv_cache import KVCache
+from llamalet.model_file import format, quantize
+
+DTYPES = ("f32", "bf16", "q8", "q4", "v2")
+
+# Floats differ by the order of the sums alone. With integers the activations are rounded to 1/127 of a group's largest
+# after every step, so that a last bit may become a whole step.
+BOUND = {"f32": 1e-5, "bf16": 1e-5, "q8": 0.05, "q4": 0.05, "v2": 0.05}  # of the largest logit
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return request.param
+
+
+# No width is a multiple of a vector's.
+ODD_MODEL = ModelConfig.create(
+    dim=36, n_layers=2, n_heads=6, n_kv_heads=1, hidden_dim=50, vocab_size=301, max_seq_len=40
+)
+
+
+@pytest.fixture(params=[*SMALL_MODELS, "odd"])
+def file(dtype, request):
+    """Each small model in each kind of weights; v2 where its widths allow."""
+    small_config = SMALL_MODELS.get(request.param, ODD_MODEL)
+    if dtype == "v2" and small_config.dim % 16 + small_config.hidden_dim % 16:
+        pytest.skip("v2 needs groups of 16 at least")
+    return in_memory(small_config, dtype)
+
+
+def write(path: Path, version: int, config: ModelConfig, **changes: np.ndarray) -> format.ModelFile:
+    format.write(path, version, config, random_tensors(config) | changes, tokenizer_sha256=None)
+    return format.read(path)
+
+
+def some_tokens(config: ModelConfig, n: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, config.vocab_size, n)
+
+
+def test_equals_the_reference(file, dtype):
+    tokens = some_tokens(file.config, file.config.max_seq_len)
+    expected = reference.forward(file.tensors, file.config, tokens[None])[0]
+    bound = BOUND[dtype] * np.abs(expected).max()
+    model = Transformer(file)
+    np.testing.assert_allclose(model.logits(tokens), expected, rtol=0, atol=bound)
+    cache = model.new_cache()
+    decoded = [model.decode(cache, token) for token in tokens]
+    np.testing.assert_allclose(decoded, expected, rtol=0, atol=bound)
+
+
+def test_a_prompt_in_pieces_equals_the_whole(file):
+    """Bit for bit, as long as no piece is a single token: that one is decoded, with its sums in another order."""
+    tokens = some_tokens(file.config, file.config.max_seq_len)
+    model, whole = Transformer(file), KVCache(file.config, len(tokens))
+    expected = model.prefill(whole, tokens)
+    for cut in range(2, len(tokens) - 2, 3):
+        pieces = model.new_cache()
+        model.prefill(pieces, tokens[:cut])
+        np.testing.assert_array_equal(model.prefill(pieces, tokens[cut:]), expected)
+        for name in ("keys", "values"):
+            np.testing.assert_array_equal(getattr(pieces, name)[:, :, : len(tokens)], getattr(whole, name))
+
+
+def test_a_sequence_gets_the_same_logits_in_a_batch_as_alone(file):
+    """Bit for bit: a row's products are summed in one order, whatever is computed beside it."""
+    model, rng = Transformer(file), np.random.default_rng(0)
+    tokens = some_tokens(file.config, file.config.max_seq_len)
+    for size in (1, 2, 3, 7, CHUNK + 2):
+        lengths = rng.integers(0, file.config.max_seq_len - 3, size)
+        batch, alone = [[model.new_cache() for _ in range(size)] for _ in range(2)]
+        for caches in (batch, alone):
+            for cache, length in zip(caches, lengths, strict=True):
+                if length:
+                    model.prefill(cache, tokens[:length])
+        n_steps = 3
+        for _ in range(n_steps):
+            ids = rng.integers(0, file.config.vocab_size, size)
+            found = model.decode_batch(batch, ids)
+            assert found.shape == (size, file.config.vocab_size)
+            np.testing.assert_array_equal(found, [model.decode(c, i) for c, i in zip(alone, ids, strict=True)])
+        assert [cache.length for cache in batch] == [length + n_steps for length in lengths]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(threads, dtype):
+    file = in_memory(SMALL_MODELS["gqa-tied"], dtype)
+    tokens = some_tokens(file.config, 20)
+    models = [Transformer(file, threads=n) for n in (3, threads)]
+    np.testing.assert_array_equal(models[0].logits(tokens), models[1].logits(tokens))
+    caches = [model.new_cache() for model in models]
+    for token in tokens:
+        expected, found = (model.decode(cache, token) for model, cache in zip(models, caches, strict=True))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_caches_take_turns_grow_and_forget(file):
+    model, tokens = Transformer(file), some_tokens(file.config, file.config.max_seq_len)
+    expected = [model.decode(cache, token) for cache in [model.new_cache()] for token in tokens]
+    first, second = model.new_cache(), model.new_cache(file.config.max_seq_len)
+    for position, token in enumerate(tokens):
+        np.testing.assert_array_equal(model.decode(first, token), expected[position])
+        np.testing.assert_array_equal(model.decode(second, token), expected[position])
+    first.truncate(3)
+    np.testing.assert_array_equal(model.decode(first, tokens[3]), expected[3])
+
+
+def test_a_prompt_longer_than_a_chunk():
+    config = ModelConfig.create(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100, max_seq_len=3 * CHUNK)
+    model, tokens = Transformer(in_memory(config, "q8")), some_tokens(config, 2 * CHUNK + 7)
+    logits, cache = model.logits(tokens), model.new_cache()
+    np.testing.assert_array_equal(model.prefill(cache, tokens[:5]), logits[4])
+    np.testing.assert_array_equal(model.prefill(cache, tokens[5:]), logits[-1])
+    assert cache.length == len(tokens)
+
+
+@pytest.mark.parametrize(("version", "dtype"), [(0, None), (1, None), (3, "f32"), (3, "bf16"), (3, "q8"), (3, "q4")])
+def test_weights_stay_where_the_file_is_mapped(tmp_path, version, dtype):
+    config = SMALL_MODELS["gqa-untied"]
+    file = format.write(tmp_path / "model.bin", version, config, random_tensors(config), dtype=dtype)
+    matrices = dict(zip(kernels.MATRICES, stack_weights(file).matrices, strict=True))
+    for name, tensor in file.tensors.items():
+        *layer, matrix = name.replace("layers.", "").split(".")
+        if matrix in matrices:
+            packed = isinstance(tensor, quantize.Packed)
+            stacks = matrices[matrix] if packed else [matrices[matrix]]
+            for stack, part in zip(stacks, tensor[:2] if packed else [tensor], strict=True):
+                address = stack.first.__array_interface__["data"][0] + stack.distance * int(layer[0] if layer else 0)
+                assert address == part.__array_interface__["data"][0] and stack.first.nbytes == part.nbytes
+
+
+def test_weights_that_are_not_of_a_file_may_lie_anywhere():
+    config = ModelConfig.create(dim=32, n_layers=3, n_heads=2, vocab_size=50, max_seq_len=8)
+    tensors = {name: np.asfortranarray(tensor) for name, tensor in random_tensors(config).items()}
+    model = Transformer(format.ModelFile(Path("memory"), format.Header(1, config), tensors))
+    expected = reference.forward(tensors, config, np.arange(8)[None])[0]
+    found = [model.decode(cache, token) for cache in [model.new_cache()] for token in range(8)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND["f32"] * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings", "layers.1.feed_forward.w2", "layers.0.attention_norm", "norm"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_weights_reach_the_logits(name, bad, tmp_path):
+    config = SMALL_MODELS["gqa-untied"]
+    file = write(tmp_path / "model.bin", 1, config)
+    tensors = {key: tensor.copy() for key, tensor in file.tensors.items()}
+    tensors[name][5 % len(tensors[name])] = bad
+    model = Transformer(format.ModelFile(file.path, file.header, tensors))
+    with np.errstate(all="ignore"):
+        assert not np.isfinite(model.decode(model.new_cache(), 5)).all()
+        assert not np.isfinite(model.prefill(model.new_cache(), [5] * 9)).all()
+
+
+@pytest.mark.parametrize("dtype", ["q8", "q4", "v2"])
+def test_a_bad_scale_reaches_the_logits(dtype):
+    file = in_memory(SMALL_MODELS["gqa-tied"], dtype)
+    for name in ("tok_embeddings", "layers.1.attention.wv"):
+        weight = file.tensors[name]
+        scales = weight.scales.copy()
+        scales.reshape(-1)[5] = np.nan if dtype == "v2" else 0x7FC0
+        model = Transformer(
+            format.ModelFile(file.path, file.header, file.tensors | {name: weight._replace(scales=scales)})
+        )
+        assert np.isnan(model.logits(np.arange(20))).any()
+
+
+def test_what_a_caller_can_get_wrong_is_named(file):
+    model, context = Transformer(file), file.config.max_seq_len
+    for wrong in (-1, file.config.vocab_size):
+        with pytest.raises(UsageError, match=f"token {wrong}"):
+            model.decode(model.new_cache(), wrong)
+        with pytest.raises(UsageError, match=f"token {wrong}"):
+            model.prefill(model.new_cache(), [1, wrong])
+    cache = model.new_cache()
+    model.prefill(cache, [1] * context)
+    with pytest.raises(UsageError, match=f"context is {context}"):
+        model.decode(cache, 1)
+    with pytest.raises(UsageError, match=f"context is {context}"):
+        model.logits([1] * (context + 1))
+    with pytest.raises(UsageError, match=f"context is {context}"):
+        model.decode_batch([other := model.new_cache(), cache], [1, 1])
+    assert other.length == 0
+    for caches in ([other], [other, other]):
+        with pytest.raises(UsageError, match="2 tokens for"):
+            model.decode_batch(caches, [1, 1])
+    with pytest.raises(ConfigError, match="threads=0"):
+        Transformer(file, threads=0)
+
+
+def test_callers_on_several_threads_do_not_disturb_each_other(tmp_path):
+    config = SMALL_MODELS["gqa-tied"]
+    model, tokens = Transformer(write(tmp_path / "model.bin", 1, config), threads=3), some_tokens(config, 30)
+    expected = [model.decode(cache, token) for cache in [model.new_cache()] for token in tokens]
+    found: list[list[np.ndarray]] = [[] for _ in range(4)]
+
+    def decode(logits: list[np.ndarray]) -> None:
+        cache = model.new_cache()
+        logits.extend(model.decode(cache, token) for token in tokens)
+
+    threads = [threading.Thread(target=decode, args=(logits,)) for logits in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for logits in found:
+        np.testing.assert_array_equal(logits, expected)
+
+
+def test_the_cache_of_another_model_is_refused():
+    model = Transformer(in_memory(ODD_MODEL, "f32"))
+    cache = KVCache(SMALL_MODELS["gqa-tied"])
+    with pytest.raises(UsageError, match="another model's"):
+        model.decode(cache, 1)
+    with pytest.raises(UsageError, match="another model's"):
+        model.decode_batch([model.new_cache(), cache], [1, 1])
+
+
+def test_helpers_end_with_the_model(tmp_path):
+    config = SMALL_MODELS["gqa-tied"]
+    model = Transformer(write(tmp_path / "model.bin", 1, config), threads=3)
+    model.decode(model.new_cache(), 1)
+    helpers = list(model._team._threads)
+    assert len(helpers) == 2 and all(helper.is_alive() for helper in helpers)
+    del model
+    for helper in helpers:
+        helper.join(timeout=30)
+        assert not helper.is_alive()
+
+
+def test_a_helper_that_fails_does_not_hang_the_caller():
+    class PlantedError(Exception):
+        pass
+
+    first_job_done, waiting = threading.Event(), threading.Event()
+
+    def work(shared: np.ndarray, binding: int, member: int) -> None:
+        if member:
+            waiting.wait()
+            raise PlantedError
+        if first_job_done.is_set():
+            waiting.set()
+            while shared[team.BINDING] == binding:
+                pass
+
+    crew = team.Team(work, 2)
+    crew.run(())  # the helpers start after it
+    first_job_done.set()
+    with pytest.raises(PlantedError):
+        crew.run(())
+
+
+def test_a_job_that_comes_while_a_helper_turns_away_wakes_it():
+    second_job, came_back = threading.Event(), threading.Event()
+    looks = []
+
+    def work(shared: np.ndarray, binding: int, member: int) -> None:
+        if member:
+            looks.append(member)
+            (came_back.set if len(looks) > 1 else second_job.wait)()
+        elif crew._threads:  # the helpers start after the first job
+            second_job.set()
+            came_back.wait(timeout=30)
+
+    crew = team.Team(work, 2)
+    crew.run(())
+    crew.run(())
+    assert came_back.is_set()
+    crew.stop()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({"NUMBA_NUM_THREADS": "3", "OMP_NUM_THREADS": "4"}, 3), ({"OMP_NUM_THREADS": "4,2"}, 4), ({}, None)],
+)
+def test_thread_count(environment, expected, monkeypatch):
+    for variable in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert team.thread_count() == (expected or physical_cores())
+    assert team.thread_count(7) == 7
+    assert 1 <= physical_cores() <= os.cpu_count()
+
+
+def test_a_bad_thread_count_is_refused(monkeypatch):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "many")
+    with pytest.raises(ConfigError, match="NUMBA_NUM_THREADS=many"):
+        team.thread_count()
+    with pytest.raises(ConfigError, match="threads=40000"):
+        team.thread_count(40_000)
+
+
+def test_tells_llama2_c_story(shared_data):
+    """Greedy, 200 steps: the text that llama2.c's run prints for its own model."""
+    file = format.read(shared_data / "stories260K.bin")
+    vocabulary = tokenizer.load(shared_data / "tok512.bin", file.config.vocab_size)
+    model = Transformer(file)
+    cache, ids = model.new_cache(), [vocabulary.bos_id]
+    while len(ids) < 200:
+        ids.append(int(model.decode(cache, ids[-1]).argmax()))
+    beginning = (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball."
+    )
+    assert vocabulary.decode(ids).strip().startswith(beginning)
+
+
+SCRIPT = """
+import sys, numpy
+sys.path.insert(0, "tests")
+from toy import SMALL_MODELS
+from llamalet.kernels.transformer import Transformer
+from toy import in_memory
+model = Transformer(in_memory(SMALL_MODELS["gqa-tied"], sys.argv[1]))
+numpy.save(sys.argv[2], numpy.stack([model.logits(numpy.arange(20))[-1], model.decode(model.new_cache(), 3)]))
+"""
+
+
+@pytest.mark.parametrize("path", ["portable", "avxvnni"])
+@pytest.mark.parametrize("dtype", ["q8", "q4"])
+def test_another_instruction_path_gives_the_same_logits(dtype, path, tmp_path):
+    """Bit for bit: each sums the products of a group exactly, and the groups in one order."""
+    if path not in simd.available_paths():
+        pytest.skip(f"this processor has no {path}")
+    environment = os.environ | {"LLAMALET_SIMD": path, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", SCRIPT, dtype, str(tmp_path / "logits.npy")]
+    root = Path(__file__).parents[3]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
+    assert result.stderr.count("\n") == 1 and "compiling the kernels" in result.stderr
+    model = Transformer(in_memory(SMALL_MODELS["gqa-tied"], dtype))
+    expected = np.stack([model.logits(np.arange(20))[-1], model.decode(model.new_cache(), 3)])
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)

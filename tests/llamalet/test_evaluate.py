@@ -1,0 +1,229 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import SMALL_MODELS, Counting, random_tensors, toy_model, toy_tokenizer
+
+from llamalet import evaluate, reference
+from llamalet.errors import DataError, FormatError, NonFiniteError, TokenizerError, UsageError
+from llamalet.evaluate import NOTHING, Evaluation, evaluate_documents, evaluate_streams, evaluate_windows
+from llamalet.model_file import format
+from llamalet.shards import Block, Entropy, Meta, Shards, Split, write_meta, write_shard
+from llamalet.tokenizer import write_bin
+
+CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
+TEXTS = ["a band and a ban", "", "dent \u00e9\U0001f600", "ban. " * 9, "and  the end", "  a b"]
+
+
+def encode(text: str) -> np.ndarray:
+    """A document as evaluation wants it: closed by the BOS of the next."""
+    return np.array([*toy_tokenizer().encode(text, bos=True), 1])
+
+
+def exact_losses(tokens: np.ndarray) -> np.ndarray:
+    """-log p of every token but the first, in float64, from the reference forward pass."""
+    logits = reference.forward(random_tensors(CONFIG), CONFIG, tokens[None, :-1])[0].astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return -log_p[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+@pytest.fixture
+def transformer(tmp_path) -> reference.NumpyTransformer:
+    return reference.NumpyTransformer(format.read(toy_model(tmp_path, CONFIG)))
+
+
+def test_documents_are_scored_whole_and_alone(transformer):
+    documents = [encode(text) for text in TEXTS if text != TEXTS[3]]
+    scores = list(evaluate_documents(transformer, toy_tokenizer(), documents))
+    for document, score in zip(documents, scores, strict=True):
+        assert score.nats == pytest.approx(exact_losses(document).sum(), abs=1e-3)
+        assert (score.tokens, score.documents) == (len(document) - 1, 1)
+
+
+def test_bytes_are_those_of_the_text():
+    texts = [*TEXTS, " ", "  two", "end "]
+    scores = evaluate_documents(Counting(CONFIG), toy_tokenizer(), map(encode, texts))
+    assert [score.text_bytes for score in scores] == [len(text.encode()) for text in texts]
+
+
+@pytest.mark.parametrize("length", [2, 31, 32, 33, 34, 48, 49, 50, 65, 200])
+def test_every_token_of_a_long_document_is_scored_once_with_half_a_context_before_it(transformer, length):
+    document = np.append(np.random.default_rng(length).integers(3, 300, length), 1)
+    document[0] = 1
+    expected = exact_losses(document[:33]).sum()
+    for position in range(33, len(document)):
+        begin = (position - 17) // 16 * 16  # windows begin at every half context, and score what none did before
+        expected += exact_losses(document[begin : position + 1])[-1]
+        assert position - begin > 16
+    (score,) = evaluate_documents(transformer, toy_tokenizer(), [document])
+    assert score.tokens == len(document) - 1
+    assert score.nats == pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 40, 999])
+@pytest.mark.parametrize("length", [2, 32, 33, 34, 100])
+def test_windows_score_every_token_but_the_first(transformer, length, limit):
+    tokens = np.random.default_rng(length).integers(1, 300, length)
+    end = length if limit is None else min(length, limit + 1)
+    expected = sum(exact_losses(tokens[start : min(start + 33, end)]).sum() for start in range(0, end - 1, 32))
+    score = sum(evaluate_windows(transformer, toy_tokenizer(), tokens, limit), NOTHING)
+    assert score.tokens == end - 1
+    assert score.nats == pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 31])
+def test_streams_are_scored_with_what_a_rolling_cache_has_left(keep):
+    """In a model of one layer the cache after a roll is that of the tokens which are left."""
+    config = dataclasses.replace(CONFIG, n_layers=1)
+    header, tensors = format.Header(1, config), random_tensors(config, scale=0.3)
+    model = reference.NumpyTransformer(format.ModelFile(Path("memory"), header, tensors))
+    streams = np.random.default_rng(keep).integers(0, 300, (3, 101))
+    scores = np.array(list(evaluate_streams(model, streams, [model.new_cache() for _ in streams], keep)))
+    assert scores.shape == (100, 3)
+    for stream, found in zip(streams, scores.T, strict=True):
+        left: list[int] = []
+        for position, score in enumerate(found):
+            if len(left) == 32:
+                del left[keep : keep + max(1, (32 - keep) // 2)]
+            left.append(stream[position])
+            logits = model.logits(left)[-1:]
+            assert score == pytest.approx(float(evaluate.losses(logits, stream[[position + 1]])[0]), abs=1e-3)
+
+
+def test_a_uniform_model_costs_the_logarithm_of_its_vocabulary(monkeypatch):
+    uniform = Counting(CONFIG)
+    monkeypatch.setattr(uniform, "logits", lambda tokens: np.full((len(tokens), 300), 4.0, dtype=np.float32))
+    score = sum(evaluate_windows(uniform, toy_tokenizer(), np.arange(1, 300)), NOTHING)
+    assert score.nats_per_token == pytest.approx(math.log(300), abs=1e-5)
+
+
+def test_units():
+    score = Evaluation(nats=80 * math.log(2), tokens=10, text_bytes=40, documents=2)
+    assert score.nats_per_token == pytest.approx(8 * math.log(2))
+    assert score.bits_per_byte == pytest.approx(2)
+    assert score.bits_per_document == pytest.approx(40)
+    assert score + score == Evaluation(160 * math.log(2), 20, 80, 4)
+
+
+def test_weights_that_are_no_numbers_are_refused(transformer, monkeypatch):
+    monkeypatch.setattr(transformer, "logits", lambda tokens: np.full((len(tokens), 300), np.nan, dtype=np.float32))
+    with pytest.raises(NonFiniteError):
+        list(evaluate_windows(transformer, toy_tokenizer(), np.arange(1, 50)))
+
+
+# --- the command ---
+
+
+def prepare(folder, texts=TEXTS, vocab_size: int = 300, entropy: Entropy | None = None) -> None:
+    vocabulary = toy_tokenizer(vocab_size)
+    write_bin(folder / "tokenizer.model", vocabulary)
+    blocks = [Block(np.array(vocabulary.encode(text, bos=True)), 1, len(text.encode())) for text in texts]
+    shards = {name: write_shard(folder / f"{name}_00000.bin", blocks, vocab_size) for name in ("train", "val")}
+    meta = Meta(
+        source="test",
+        recipe={},
+        bos_id=1,
+        eos_id=2,
+        vocab_size=vocab_size,
+        tokenizer="tokenizer.model",
+        tokenizer_sha256=vocabulary.sha256,
+        splits={name: Split((shard,)) for name, shard in shards.items()},
+        entropy=entropy,
+    )
+    write_meta(folder / "meta.json", meta)
+
+
+@pytest.fixture
+def data(tmp_path):
+    prepare(tmp_path / "data" / "toy" / "tok300")
+    return tmp_path / "data" / "toy" / "tok300"
+
+
+def run(*argv: object) -> int:
+    return evaluate.main([str(word) for word in argv] + ["--backend=numpy"])
+
+
+def numbers(text: str, name: str) -> list[float]:
+    return next([float(word) for word in line.split()[-3:]] for line in text.splitlines() if line.startswith(name))
+
+
+def test_the_command_scores_the_validation_documents(tmp_path, data, capsys):
+    assert run(toy_model(tmp_path, CONFIG), data) == 0
+    out = capsys.readouterr().out
+    n_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert f"6 stories, {sum(len(encode(text)) - 1 for text in TEXTS)} tokens, {n_bytes} bytes" in out
+    per_token, per_byte, per_story = numbers(out, "model")
+    assert 5 < per_token < 8
+    assert per_byte * n_bytes == pytest.approx(per_story * 6, rel=1e-3)
+    assert "entropy" not in out
+
+
+def test_the_newest_data_are_taken(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(toy_model(tmp_path, CONFIG), "--windows", "--split=train", "--max_tokens", 20) == 0
+    captured = capsys.readouterr()
+    assert "20 tokens" in captured.out and "on the train split of data/toy/tok300" in captured.out
+
+
+def test_the_distance_to_the_entropy(tmp_path, capsys):
+    entropy = Entropy(stories=6, nats_per_token=2.5, bits_per_byte=1.5, bits_per_story=30.0)
+    prepare(tmp_path / "data", entropy=entropy)
+    model = toy_model(tmp_path, CONFIG)
+    run(model, tmp_path / "data")
+    out = capsys.readouterr().out
+    scored, floor, distance = (numbers(out, name) for name in ("model", "corpus entropy", "distance"))
+    assert floor == [2.5, 1.5, 30.0]
+    assert distance == pytest.approx(np.subtract(scored, floor), abs=2e-4)
+    assert f"{100 * distance[0] / 2.5:.1f}"[:4] in out.splitlines()[-1]
+    # Of some stories, or of windows, the entropy is not known.
+    run(model, tmp_path / "data", "--max-tokens=30")
+    run(model, tmp_path / "data", "--windows")
+    run(model, tmp_path / "data", "--split=train")
+    assert "\ndistance" not in capsys.readouterr().out
+
+
+def test_a_number_of_tokens_ends_at_a_document(tmp_path, data, capsys):
+    first, second = len(encode(TEXTS[0])) - 1, len(encode(TEXTS[1])) - 1
+    model = toy_model(tmp_path, CONFIG)
+    for limit, stories in ((1, 1), (first, 1), (first + second - 1, 1), (first + second, 2)):
+        run(model, data, f"--max-tokens={limit}")
+        assert f"{stories} stories" in capsys.readouterr().out
+
+
+def test_progress_is_told_on_long_runs(tmp_path, data, monkeypatch, capsys):
+    clock = iter(range(1000))
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
+    run(toy_model(tmp_path, CONFIG), data)
+    captured = capsys.readouterr()
+    assert captured.err.count("tokens/s") == 2 and "tokens/s" not in captured.out
+
+
+def test_wrong_input_is_told(tmp_path, data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = toy_model(tmp_path, CONFIG)
+    with pytest.raises(DataError, match="meta.json"):
+        run(model, tmp_path)
+    with pytest.raises(FormatError, match="no such model file"):
+        run(tmp_path / "missing.bin", data)
+    prepare(tmp_path / "other", vocab_size=301)
+    with pytest.raises(TokenizerError, match="301 entries where the model has vocab_size=300"):
+        run(model, tmp_path / "other")
+    prepare(tmp_path / "silent", texts=["", ""])
+    with pytest.raises(DataError, match="no text to score"):
+        run(model, tmp_path / "silent")
+    for words in ([], [model, data, "more"], [model, "--split=test"], [model, "--max-tokens=0"], [model, "--frob"]):
+        with pytest.raises(UsageError, match="--help"):
+            run(*words)
+    (tmp_path / "data").rename(tmp_path / "away")
+    (tmp_path / "other").rename(tmp_path / "away2")
+    with pytest.raises(DataError, match="no prepared data below data/"):
+        run(model)
+
+
+def test_shards_and_documents_agree(data):
+    shards = Shards.open(data)
+    documents = list(evaluate.read_documents(shards.split("val"), 1))
+    assert [document.tolist() for document in documents] == [encode(text).tolist() for text in TEXTS]

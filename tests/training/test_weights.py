@@ -1,0 +1,95 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from toy import SMALL_MODELS, random_tensors
+
+from llamalet import tokenizer
+from llamalet.errors import NonFiniteError, TokenizerError
+from llamalet.model_file import format
+from llamalet.model_file.quantize import dequantize
+from model import Llama
+from training import weights
+
+LETTERS = [" ", *(chr(97 + i % 26) * (1 + i // 26) for i in range(40))]
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """A tokenizer.bin of 300 entries, the size of the small models'."""
+    entries = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{i:02X}>" for i in range(256)), *LETTERS]
+    path = tmp_path / "letters.bin"
+    path.write_bytes(tokenizer.pack([(entry.encode(), float(-i)) for i, entry in enumerate(entries)]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype"), [(0, None), (1, None), (2, None), (3, "f32"), (3, "bf16"), (3, "q8"), (3, "q4")]
+)
+def test_the_training_model_loads_every_version(tmp_path, version, dtype, small_config, vocabulary):
+    torch.manual_seed(0)
+    model = Llama(small_config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights.write_bin(tmp_path / "m.bin", version, small_config, model.state_dict(), vocabulary, dtype=dtype)
+    loaded = weights.load_bin(tmp_path / "m.bin")
+    assert loaded.config == small_config and not loaded.training
+    file = format.read(tmp_path / "m.bin")
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(model.state_dict()[name], before[name])  # exporting changed nothing
+        np.testing.assert_array_equal(tensor.numpy(), dequantize(file.tensors[name.removesuffix(".weight")]))
+        if file.dtype == "f32" or tensor.dim() == 1:
+            assert torch.equal(tensor, before[name])
+        elif file.dtype == "bf16":
+            assert torch.equal(tensor, before[name].to(torch.bfloat16).float())
+        else:
+            share = {"q8": 0.51 / 127, "q4": 0.15}[file.dtype]
+            assert (tensor - before[name]).abs().max() <= share * before[name].abs().max()
+
+
+def test_the_tokenizer_goes_beside_the_file(tmp_path, vocabulary):
+    config = SMALL_MODELS["gqa-tied"]
+    state = weights.to_state(random_tensors(config))
+    written = weights.write_bin(tmp_path / "story.bin", 1, config, state, vocabulary)
+    assert tokenizer.beside(tmp_path / "story.bin") == tmp_path / "story.tokenizer.bin"
+    assert (tmp_path / "story.tokenizer.bin").read_bytes() == vocabulary.read_bytes()
+    assert written.tokenizer_sha256 == tokenizer.load(vocabulary).sha256
+
+
+def test_llama2c_s_layout_of_the_tokenizer_is_for_its_versions(tmp_path, shared_data):
+    config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=32000)
+    state = weights.to_state(random_tensors(config))
+    for version, expected in ((1, {".bin", ".model"}), (3, set())):
+        folder = tmp_path / str(version)
+        weights.write_bin(folder / "m.bin", version, config, state, shared_data / "llama2-tokenizer.model")
+        assert {path.suffix for path in folder.glob("m.tokenizer.*")} == expected
+
+
+def test_a_tokenizer_of_another_size_is_refused_before_anything_is_written(tmp_path, vocabulary):
+    config = SMALL_MODELS["gqa-tied"]
+    vocabulary.write_bytes(tokenizer.pack(tokenizer.load(vocabulary).pieces()[:-1]))
+    with pytest.raises(TokenizerError, match="299"):
+        weights.write_bin(tmp_path / "m.bin", 1, config, weights.to_state(random_tensors(config)), vocabulary)
+    assert not (tmp_path / "m.bin").exists()
+
+
+def test_a_non_finite_model_is_not_exported(tmp_path, vocabulary):
+    config = SMALL_MODELS["gqa-tied"]
+    state = weights.to_state(random_tensors(config))
+    state["layers.1.feed_forward.w2.weight"][3, 4] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.feed_forward\.w2"):
+        weights.write_bin(tmp_path / "m.bin", 1, config, state, vocabulary)
+
+
+def test_unknown_and_missing_names_are_refused():
+    config = SMALL_MODELS["gqa-tied"]
+    state = weights.to_state(random_tensors(config))
+    state["_orig_mod.norm.weight"] = state.pop("norm.weight")
+    with pytest.raises(RuntimeError, match="norm.weight"):
+        weights.load_model(config, state)
+
+
+def test_an_earlier_exports_tokenizer_does_not_stay_beside_the_model(tmp_path, small_config, vocabulary):
+    (tmp_path / "m.tokenizer.model").write_bytes(b"of an earlier export")
+    weights.write_bin(tmp_path / "m.bin", 1, small_config, Llama(small_config).state_dict(), vocabulary)
+    assert tokenizer.beside(tmp_path / "m.bin") == tmp_path / "m.tokenizer.bin"
