@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import parse
-from llamalet import shards, tokenizer
+from llamalet import model_file, shards, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
-from llamalet.convert.source import Reported, Source, compact, difference
+from llamalet.convert.imported_model import Reported, Source, compact, difference
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
-from llamalet.model_file import format
-from llamalet.model_file.format import Rows
 from llamalet.model_file.header import DTYPES
+from llamalet.model_file.tensors import Rows
 
 VERSIONS = (0, 1, 2, 3)
 DEFAULT_NAMES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
@@ -226,7 +225,7 @@ def _export(config: ExportConfig, source: Source, path: Path, trained_on: str | 
     size, duration = path.stat().st_size, time.perf_counter() - start
     kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
     print(f"wrote {path}: version {version}, {kind}, {size:,} bytes in {duration:.2f} s, read back and compared")
-    if version < 3 and (lost := format.llama2c_differences(source.config)):
+    if version < 3 and (lost := model_file.llama2c_differences(source.config)):
         print(f"note: llama2.c's programs will compute something else from this file: {', '.join(lost)}")
     code = 0
     if config.check:
@@ -265,7 +264,7 @@ def _export_elsewhere(config: ExportConfig, source: Source, path: Path) -> int:
 
 def _verify(path: Path, named_data: str | None) -> int:
     """Prove an existing model file."""
-    file = format.read(path)
+    file = model_file.read(path)
     print(f"{path}: version {file.version}, {file.dtype}, {file.config.n_params:,} parameters")
     return _prove(path, _find_data(named_data, None, file.tokenizer_sha256), None)
 

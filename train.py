@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         if is_main:
             print(f"{'run':8} {config.out_dir}", flush=True)
         # A signal now ends the run in order, so it is time for what takes seconds: torch.
-        from training import starting_point
+        from training import init_from
         from training.machine.distributed import processes
         from training.machine.hardware import memory_errors
         from training.run import run_folder
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         config, resumed = resume(config, argv, group)
         start = None
         if resumed is None and config.init_from != "scratch":
-            start = starting_point.read(config.init_from)
+            start = init_from.read(config.init_from)
             config = read_options(with_shape(start.config), argv)
         trainer = Trainer(config, group.on(config.device), resumed, start, signals)
         del resumed, start  # their tensors have been copied
@@ -156,7 +156,7 @@ def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tupl
 
 def finish(trainer: "Trainer") -> None:
     """Draw the loss, export the best checkpoint and let it tell a story."""
-    from llamalet.model_file import format
+    from llamalet import model_file
     from training.run import checkpoint, plot
     from training.weights import write_bin
 
@@ -167,7 +167,7 @@ def finish(trainer: "Trainer") -> None:
     if best_path is None:
         raise CheckpointError(f"{run_dir}: no sound checkpoint to export")
     best, target = checkpoint.load(best_path), run_dir / "model.bin"
-    version = format.float_version(best.model_config)
+    version = model_file.float_version(best.model_config)
     dtype = "f32" if version == 3 else None
     write_bin(target, version, best.model_config, best.model_state, best.tokenizer_path, dtype=dtype)
     print(f"best checkpoint: {best_path}, exported to {target}")

@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report import LLAMA_CPP, LLAMA_CPP_FLASH
-from llamalet import tokenizer
+from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import ConfigError, UsageError
-from llamalet.model_file import format
 from llamalet.model_file.header import HEADER_BYTES, V3_GROUP_SIZES, Header, pack_header
 from llamalet.model_file.quantize import to_bfloat16
 
@@ -76,7 +75,7 @@ def write_llamalet(path: Path, config: ModelConfig, dtype: str, rng: np.random.G
     group_size, crc = V3_GROUP_SIZES[dtype], 0
     with open(path, "wb") as file:
         file.write(bytes(HEADER_BYTES))
-        for spec in format.tensor_specs(3, config, dtype, group_size):
+        for spec in model_file.tensor_specs(3, config, dtype, group_size):
             for index, part in enumerate(spec.parts):
                 if len(spec.shape) == 1:
                     array: NDArray[Any] = np.ones(part.shape, np.float32)
@@ -148,7 +147,7 @@ def write_gguf(path: Path, config: ModelConfig, dtype: str, rng: np.random.Gener
 
 def _gguf_specs(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield GGUF's names and our shapes of the tensors."""
-    for spec in format.tensor_specs(1, config):
+    for spec in model_file.tensor_specs(1, config):
         name = GGUF_NAMES[spec.name.rpartition(".")[2]]
         layer = f"blk.{spec.name.split('.')[1]}." if spec.name.startswith("layers.") else ""
         yield f"{layer}{name}.weight", spec.shape
@@ -269,9 +268,9 @@ def write_llama2c(path: Path, config: ModelConfig, dtype: str, rng: np.random.Ge
     """Write a file for llama2.c's run (f32) or runq (q8), with random weights."""
     tensors = {
         spec.name: random_floats(rng, spec.shape) if len(spec.shape) == 2 else np.ones(spec.shape, np.float32)
-        for spec in format.tensor_specs(1, config)
+        for spec in model_file.tensor_specs(1, config)
     }
-    format.write(path, LLAMA2C_VERSIONS[dtype], config, tensors)
+    model_file.write(path, LLAMA2C_VERSIONS[dtype], config, tensors)
 
 
 def write_vocabulary(path: Path, vocab_size: int) -> None:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from configurator import parse
 from corpus import story_grammar
+from llamalet import model_file
 from llamalet.errors import ConfigError, DataError, run
 from llamalet.evaluate import NOTHING, Ids, evaluate_documents
-from llamalet.model_file import format
 from llamalet.model_file.quantize import Floats, Packed, Quantized, Weight, dequantize, pack_q4, pack_q8, to_bfloat16
 from llamalet.reference import NumpyTransformer
 from llamalet.runtime import load_tokenizer
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__ or "",
         positional=("model",),
     )
-    file = format.read(config.model)
+    file = model_file.read(config.model)
     named = Path(config.tokenizer) if config.tokenizer is not None else beside(file.path)
     tokenizer = load_tokenizer(file, named)
     documents = list(_documents(config, tokenizer))
@@ -103,12 +103,12 @@ def _texts(config: QuantizationConfig) -> Iterator[str]:
         raise DataError(f'{config.text}: must be lines of {{"text": ...}}: {error!r}') from None
 
 
-def _rows(file: format.ModelFile, tokenizer: Tokenizer, documents: Sequence[Ids]) -> Iterator[Row]:
+def _rows(file: model_file.ModelFile, tokenizer: Tokenizer, documents: Sequence[Ids]) -> Iterator[Row]:
     """Measure one dtype after the other."""
     originals = {name: dequantize(tensor) for name, tensor in file.tensors.items()}
 
     def bits_per_byte(tensors: Mapping[str, Weight]) -> float:
-        model = NumpyTransformer(format.ModelFile(file.path, file.header, tensors))
+        model = NumpyTransformer(model_file.ModelFile(file.path, file.header, tensors))
         return sum(evaluate_documents(model, tokenizer, documents), start=NOTHING).bits_per_byte
 
     for form, rounding in forms().items():

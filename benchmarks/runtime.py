@@ -31,13 +31,12 @@ import numpy as np
 from benchmarks import peers, report
 from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
-from llamalet import tokenizer
+from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError, UsageError, run
-from llamalet.kernels import team
+from llamalet.kernels.threads import thread_count
 from llamalet.kernels.transformer import Transformer
 from llamalet.kv_cache import KVCache
-from llamalet.model_file import format
 from llamalet.model_file.header import DTYPES
 
 CONTEXT = 1024
@@ -184,7 +183,7 @@ class Contest:
 def main(argv: Sequence[str]) -> int:
     """Measure and print; return 0."""
     config = parse(BenchConfig, argv, program="python -m benchmarks.runtime", description=__doc__ or "")
-    threads = team.thread_count(config.threads)
+    threads = thread_count(config.threads)
     builds = machine(threads) | peer_builds(config)
     for name, text in builds.items():
         print(f"{name}: {text}", flush=True)
@@ -265,7 +264,7 @@ def make_contest(config: BenchConfig, name: str, dtype: str, folder: Path, threa
         peers.write_llama2c(contest.file("llama2c"), shape.config, dtype, rng)
     try:
         peers.write_llamalet(contest.file("bin"), shape.config, dtype, rng)
-        transformer = Transformer(format.read(contest.file("bin")), threads=threads)
+        transformer = Transformer(model_file.read(contest.file("bin")), threads=threads)
         # Everything once: what is compiled or allocated at its first use is not to count.
         transformer.decode(transformer.new_cache(), tokenizer.BOS_ID)
         transformer.prefill(transformer.new_cache(), range(1, PROMPTS[0] + 1))

@@ -1,6 +1,6 @@
 """The forward pass in plain numpy: the lesson, and the oracle of every kernel.
 
-Read `forward` first: it is the whole model. Each function above it is one step, and kernels.py has the fast version of
+Read `forward` first: it is the whole model. Each function above it is one step, and kernels/ops.py has the fast version of
 each under the same name. Shape letters: B batch, T new positions, S cached positions (the new ones included), C dim,
 H query heads, G kv heads, D head_dim, F hidden_dim, V vocab, L layers. Everything is float32 unless said otherwise.
 
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import UsageError
 from llamalet.kv_cache import KVCache
-from llamalet.model_file.format import ModelFile
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows, unpack
+from llamalet.model_file.tensors import ModelFile
 
 Array = NDArray[np.float32]
 Tokens = Sequence[int] | NDArray[np.integer[Any]]

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet import tokenizer
+from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, TokenizerError, UsageError
 from llamalet.generate import KEEP, ForwardPass, Overflow, Tokens, generate_batch, stream
-from llamalet.model_file import format
 from llamalet.sampler import MASK, Sampler, random_seed
 from llamalet.tokenizer import StreamDecoder, Tokenizer, beside
 
@@ -69,7 +68,7 @@ class Model:
         if backend not in BACKENDS:
             raise ConfigError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
         path = Path(path)
-        file, found = read_checkpoint(path) if path.is_dir() else (format.read(path, verify=verify), beside(path))
+        file, found = read_checkpoint(path) if path.is_dir() else (model_file.read(path, verify=verify), beside(path))
         if tokenizer is not None:
             found = Path(tokenizer)
         elif file.tokenizer_data is not None:
@@ -238,7 +237,7 @@ class Model:
         return self.tokenizer.stop_ids
 
 
-def load_tokenizer(file: format.ModelFile, path: Path | None) -> Tokenizer:
+def load_tokenizer(file: model_file.ModelFile, path: Path | None) -> Tokenizer:
     """Read a model's tokenizer, from `path` or from inside the file, and check that it is the model's.
 
     Raises:
@@ -296,7 +295,7 @@ def _val_loss(folder: Path) -> float:
     return loss if isinstance(loss, float) else math.inf
 
 
-def read_checkpoint(folder: Path) -> tuple[format.ModelFile, Path | None]:
+def read_checkpoint(folder: Path) -> tuple[model_file.ModelFile, Path | None]:
     """Read the weights of a training checkpoint, without torch.
 
     Args:
@@ -325,9 +324,9 @@ def read_checkpoint(folder: Path) -> tuple[format.ModelFile, Path | None]:
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
     tensors = {name.removesuffix(".weight"): tensor for name, tensor in loaded.items()}
-    shapes = {spec.name: spec.shape for spec in format.tensor_specs(1, config)}
+    shapes = {spec.name: spec.shape for spec in model_file.tensor_specs(1, config)}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
         raise CheckpointError(f"{folder / CHECKPOINT_MODEL}: its tensors are not those of the config in state.json")
-    arrays: dict[str, format.Tensor] = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
-    header = format.Header(1, config, tokenizer_sha256=state.get("tokenizer_sha256"))
-    return format.ModelFile(folder, header, arrays), tokenizer_path
+    arrays: dict[str, model_file.Tensor] = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    header = model_file.Header(1, config, tokenizer_sha256=state.get("tokenizer_sha256"))
+    return model_file.ModelFile(folder, header, arrays), tokenizer_path

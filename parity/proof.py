@@ -15,15 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from llamalet import shards, tokenizer
+from llamalet import model_file, shards, tokenizer
 from llamalet.config import ModelConfig, rope_tables
 from llamalet.convert.bin_file import tensors_of
 from llamalet.evaluate import NOTHING, evaluate_windows
 from llamalet.generate import Tokens
 from llamalet.kernels.transformer import Transformer
-from llamalet.model_file import format
-from llamalet.model_file.format import Rows, row_blocks
 from llamalet.model_file.quantize import Packed, Quantized, to_bfloat16, unpack
+from llamalet.model_file.tensors import Rows, row_blocks
 from model import Block, Llama
 from training import weights
 
@@ -147,7 +146,7 @@ def prove(
         FormatError: if the file breaks a rule of its format.
     """
     start = time.perf_counter()
-    file = format.read(path, verify=True)
+    file = model_file.read(path, verify=True)
     config = file.config
     proof = Proof(path=path, version=file.version, dtype=file.dtype)
     large = config.n_params > LARGE_PARAMS
@@ -174,7 +173,7 @@ def _in_torch(tensors: Mapping[str, Rows], config: ModelConfig) -> TorchLogits |
     return TorchLogits(weights.load_model(config, weights.read_state(tensors)), config)
 
 
-def _compare_weights(proof: Proof, file: format.ModelFile, originals: Mapping[str, Rows]) -> None:
+def _compare_weights(proof: Proof, file: model_file.ModelFile, originals: Mapping[str, Rows]) -> None:
     """Check that the weights are the checkpoint's, or what these are when rounded."""
     errors = []
     for name, found in file.tensors.items():

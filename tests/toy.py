@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llamalet import shards
+from llamalet import model_file, shards
 from llamalet.config import ModelConfig
-from llamalet.model_file import format, quantize
-from llamalet.model_file.format import tensor_specs
+from llamalet.model_file import quantize
+from llamalet.model_file.tensors import tensor_specs
 from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, write_bin
 from llamalet.tokenizer.llama3 import special_names
 from llamalet.tokenizer.rows import Piece
@@ -90,7 +90,7 @@ def toy_model(
     tokenizer = toy_tokenizer(config.vocab_size)
     path = folder / f"{name}.bin"
     tensors = random_tensors(config, seed, scale)
-    format.write(path, version, config, tensors, dtype=dtype, tokenizer_sha256=tokenizer.sha256)
+    model_file.write(path, version, config, tensors, dtype=dtype, tokenizer_sha256=tokenizer.sha256)
     write_bin(folder / f"{name}.tokenizer.bin", tokenizer)
     return path
 
@@ -164,7 +164,7 @@ class Counting:
         return logits
 
 
-def in_memory(config: ModelConfig, dtype: str, **changes: np.ndarray) -> format.ModelFile:
+def in_memory(config: ModelConfig, dtype: str, **changes: np.ndarray) -> model_file.ModelFile:
     """Return a model of random weights as a file of this kind would give it."""
     convert = {
         "f32": np.asarray,
@@ -175,4 +175,4 @@ def in_memory(config: ModelConfig, dtype: str, **changes: np.ndarray) -> format.
     }[dtype]
     tensors = random_tensors(config) | changes
     weights = {name: convert(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
-    return format.ModelFile(Path("memory"), format.Header(1, config), weights)
+    return model_file.ModelFile(Path("memory"), model_file.Header(1, config), weights)

@@ -10,7 +10,7 @@ from llamalet.shards import Shards, find_newest
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from training.starting_point import StartingPoint
+    from training.init_from import StartingPoint
 
 
 def open_data(config: TrainConfig, start: "StartingPoint | None" = None) -> Shards:

@@ -13,11 +13,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from llamalet.errors import DataError, NonFiniteError
 from model import Llama
-from training import continuity
+from training import resume_check
 from training.batches import IGNORED, Batch, Prefetcher, Windows
 from training.config import TrainConfig
 from training.data import fingerprint, open_data, read_tokenizer
 from training.guard import Guard
+from training.init_from import StartingPoint
 from training.machine.cpu import use_cpu_kernels
 from training.machine.distributed import Processes, parallelize, sum_gradients, whole_weights
 from training.machine.hardware import (
@@ -33,8 +34,7 @@ from training.run import checkpoint, metrics, run_folder
 from training.run.checkpoint import Checkpoint
 from training.run.interrupts import Interrupted, Interrupts
 from training.run.progress import Timer, evaluation_line, opening, progress_line, say, training_flops
-from training.starting_point import StartingPoint
-from training.storyteller import Storyteller
+from training.samples import Storyteller
 
 
 class Trainer:
@@ -73,7 +73,7 @@ class Trainer:
             config, total_batch_tokens=self.tokens_per_step, data=str(self.data.folder)
         )
         if resumed:
-            continuity.check(resumed, config, self.model_config, self.data)
+            resume_check.check(resumed, config, self.model_config, self.data)
         if start:
             start.check(self.model_config, self.data)
         self.train_windows, self.val_windows = self.open_windows("train"), self.open_windows("val")
@@ -84,7 +84,7 @@ class Trainer:
         set_precision(group.device, config.deterministic)
         tune_allocator(group.device)
         self.not_compiled = self.find_compiler()
-        self.machine = continuity.machine(config, group, self.dtype, compiled=self.not_compiled is None)
+        self.machine = resume_check.machine(config, group, self.dtype, compiled=self.not_compiled is None)
         torch.manual_seed(config.seed)
         self.model = Llama(self.model_config, config.dropout)
         if config.init == "copying":
@@ -399,5 +399,5 @@ class Trainer:
         if self.resumed_from:
             path, state = self.resumed_from
             say(f"{'resume':8} after step {self.step} of {config.max_iters}, from {path}")
-            if changes := continuity.changes(state, config, self.machine):
+            if changes := resume_check.changes(state, config, self.machine):
                 say(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changes)}")

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llamalet import tokenizer
+from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert import bin_file
-from llamalet.model_file import format
-from llamalet.model_file.format import ModelFile, Rows
 from llamalet.model_file.quantize import dequantize
+from llamalet.model_file.tensors import ModelFile, Rows
 from model import Llama
 
 SUFFIX = ".weight"
@@ -26,13 +25,13 @@ def to_arrays(state: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32
     return {name.removesuffix(SUFFIX): tensor.detach().float().cpu().numpy() for name, tensor in state.items()}
 
 
-def to_state(tensors: Mapping[str, format.Tensor]) -> dict[str, torch.Tensor]:
+def to_state(tensors: Mapping[str, model_file.Tensor]) -> dict[str, torch.Tensor]:
     """Return a file's tensors, in whatever form, as a state dict of float32 copies."""
     return {name + SUFFIX: torch.tensor(dequantize(tensor)) for name, tensor in tensors.items()}
 
 
 def read_state(tensors: Mapping[str, Rows]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model from anywhere (interchange/source.py) as a state dict of float32 copies."""
+    """Return the tensors of a model from anywhere (llamalet/convert) as a state dict of float32 copies."""
     return {name + SUFFIX: torch.tensor(tensor[0 : tensor.shape[0]]) for name, tensor in tensors.items()}
 
 
@@ -49,7 +48,7 @@ def load_bin(path: str | Path) -> Llama:
     Raises:
         FormatError: if the file breaks a rule of its format.
     """
-    file = format.read(path)
+    file = model_file.read(path)
     return load_model(file.config, to_state(file.tensors))
 
 
@@ -71,8 +70,8 @@ def write_bin(
         config: the model's shape.
         state: the model's state dict; not changed.
         tokenizer_path: the tokenizer the model was trained with.
-        dtype: see `llamalet.model_file.format.write`.
-        force: see `llamalet.model_file.format.write`.
+        dtype: see `llamalet.model_file.tensors.write`.
+        force: see `llamalet.model_file.tensors.write`.
 
     Raises:
         ConfigError: if the version cannot carry the model.

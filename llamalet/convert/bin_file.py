@@ -1,4 +1,4 @@
-"""The raw binary (llamalet/format.py) and the tokenizer beside it, as one more format to read and write."""
+"""The raw binary (llamalet/model_file) and the tokenizer beside it, as one more format to read and write."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from llamalet import tokenizer
+from llamalet import model_file, tokenizer
 from llamalet.chat import read_template
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.convert.source import Floats, Source, remove_stale
+from llamalet.convert.imported_model import Floats, Source, remove_stale
 from llamalet.errors import ConfigError
 from llamalet.files import replacing
-from llamalet.model_file import format
-from llamalet.model_file.format import ModelFile, Rows
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
+from llamalet.model_file.tensors import ModelFile, Rows
 from llamalet.runtime import load_tokenizer
 from llamalet.tokenizer import Tokenizer
 
@@ -48,7 +47,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
 
     Args:
         name: its path.
-        rope_theta: see `llamalet.model_file.format.read`.
+        rope_theta: see `llamalet.model_file.tensors.read`.
         rope_scaling: how RoPE is scaled, for a file that does not say.
 
     Raises:
@@ -56,7 +55,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
         ConfigError: if either is given for a file that says it.
         UsageError: if the chat template beside it cannot be read.
     """
-    file = format.read(name, rope_theta=rope_theta)
+    file = model_file.read(name, rope_theta=rope_theta)
     config = file.config
     if rope_scaling is not None:
         if file.header.payload_crc32 is not None:
@@ -117,8 +116,8 @@ def write(
         tokenizer_data: its file, as it is.
         chat_template: how a conversation becomes a prompt; it goes into NAME.chat_template.jinja.
         keep: a file that is never removed: the tokenizer that the user named.
-        dtype: see `llamalet.model_file.format.write`.
-        force: see `llamalet.model_file.format.write`.
+        dtype: see `llamalet.model_file.tensors.write`.
+        force: see `llamalet.model_file.tensors.write`.
 
     Raises:
         ConfigError: if the version cannot carry the model.
@@ -128,7 +127,7 @@ def write(
     path = Path(path)
     sha256 = None if vocabulary is None else vocabulary.sha256
     inside = (vocabulary.suffix, tokenizer_data) if vocabulary is not None and version == 3 else None
-    written = format.write(
+    written = model_file.write(
         path, version, config, tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside, force=force
     )
     beside = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in tokenizer.SUFFIXES}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llamalet import tokenizer
 from llamalet.convert import bin_file, gguf_file, huggingface, llama2c, meta_llama
-from llamalet.convert.source import Source, compact, llama3_scaling
+from llamalet.convert.imported_model import Source, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
 from llamalet.tokenizer import Tokenizer
 

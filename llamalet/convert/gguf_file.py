@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
 from llamalet.convert import byte_level
-from llamalet.convert.source import (
+from llamalet.convert.imported_model import (
     DECODERS,
     ITEM_BYTES,
     FileTensor,
@@ -32,7 +32,7 @@ from llamalet.convert.source import (
 from llamalet.convert.tokenizer_json import CONTROLS, FIRST_TEXT_ID
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
-from llamalet.model_file.format import Rows, row_blocks, tensor_specs
+from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
 from llamalet.tokenizer import (
     BOS_ID,
     EOS_ID,

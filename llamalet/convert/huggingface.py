@@ -20,7 +20,7 @@ from llamalet import tokenizer
 from llamalet.chat import read_template
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert import safetensors_file, tokenizer_json
-from llamalet.convert.source import (
+from llamalet.convert.imported_model import (
     FileTensor,
     Reordered,
     Source,
@@ -33,7 +33,7 @@ from llamalet.convert.source import (
 )
 from llamalet.errors import ConfigError, FormatError, UsageError
 from llamalet.files import replacing
-from llamalet.model_file.format import Rows, tensor_specs
+from llamalet.model_file.tensors import Rows, tensor_specs
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens.weight",

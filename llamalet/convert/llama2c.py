@@ -6,11 +6,11 @@ Source: llama2.c, model.py and train.py.
 from pathlib import Path
 
 from llamalet.config import RopeScaling
+from llamalet.convert.imported_model import Source, build_config, check_shapes, find_tokenizer
 from llamalet.convert.pytorch_file import MATRICES, TorchTensor, check_weights, load, same
-from llamalet.convert.source import Source, build_config, check_shapes, find_tokenizer
 from llamalet.errors import FormatError
-from llamalet.model_file.format import LLAMA3_VOCAB, tensor_specs
 from llamalet.model_file.header import LLAMA2C_NORM_EPS, LLAMA2C_ROPE_THETA
+from llamalet.model_file.tensors import LLAMA3_VOCAB, tensor_specs
 
 SUFFIX = ".weight"
 PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DDP's

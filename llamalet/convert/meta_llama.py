@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from llamalet.config import RopeScaling
+from llamalet.convert.imported_model import (
+    Source,
+    build_config,
+    check_shapes,
+    find_tokenizer,
+    llama3_scaling,
+    read_json,
+)
 from llamalet.convert.pytorch_file import MATRICES, TorchTensor, check_weights, load, same
-from llamalet.convert.source import Source, build_config, check_shapes, find_tokenizer, llama3_scaling, read_json
 from llamalet.errors import FormatError
-from llamalet.model_file.format import LLAMA3_VOCAB, tensor_specs
+from llamalet.model_file.tensors import LLAMA3_VOCAB, tensor_specs
 
 PARAMS = "params.json"
 SUFFIX = ".weight"

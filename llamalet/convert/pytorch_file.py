@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamalet.convert.source import Floats
+from llamalet.convert.imported_model import Floats
 from llamalet.errors import FormatError, UsageError
-from llamalet.model_file.format import BLOCK_WEIGHTS
+from llamalet.model_file.tensors import BLOCK_WEIGHTS
 
 if TYPE_CHECKING:
     import torch

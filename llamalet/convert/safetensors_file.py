@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from llamalet.convert.source import DECODERS, ITEM_BYTES, FileTensor
+from llamalet.convert.imported_model import DECODERS, ITEM_BYTES, FileTensor
 from llamalet.errors import FormatError
 from llamalet.files import replacing
-from llamalet.model_file.format import Rows, row_blocks
 from llamalet.model_file.quantize import to_bfloat16
+from llamalet.model_file.tensors import Rows, row_blocks
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from llamalet.config import rope_tables
 from llamalet.errors import UsageError
-from llamalet.kernels import kernel_cache, kernels
-from llamalet.kernels.kernels import Angles, PackedMatrix, QuantizedRows, Weights, Workspace
+from llamalet.kernels import cache as kernel_cache
+from llamalet.kernels import ops
+from llamalet.kernels.ops import Angles, PackedMatrix, QuantizedRows, Weights, Workspace
 from llamalet.kernels.simd import BLOCK_ROWS, Stack, chunk_dtype, group_dtype, scales_dtype
-from llamalet.kernels.team import Team, new_words, thread_count
+from llamalet.kernels.threads import Team, new_words, thread_count
 from llamalet.kv_cache import KVCache
-from llamalet.model_file.format import ModelFile
 from llamalet.model_file.quantize import Packed, Quantized, pack
+from llamalet.model_file.tensors import ModelFile
 from llamalet.reference import Array, Tokens, check_tokens
 
 # Positions that the kernels take through the layers at once.
@@ -138,10 +139,10 @@ class Transformer:
             space.tokens[:count] = ids
             if one_sequence:
                 space.places[:count] = _place(caches[0])
-                space.places[:count, kernels.POSITION] += np.arange(count)
+                space.places[:count, ops.POSITION] += np.arange(count)
             else:
                 space.places[:count] = [_place(cache) for cache in caches]
-            space.job[: kernels.N_BLOCKS] = count, one_sequence, len(logits), _address(logits)
+            space.job[: ops.N_BLOCKS] = count, one_sequence, len(logits), _address(logits)
             self._team.run(arguments)
             for cache in caches:
                 cache.length += count // len(caches)
@@ -175,22 +176,22 @@ class Transformer:
         q, k, v, gate, up = (array(width) for width in (q_dim, c.kv_dim, c.kv_dim, c.hidden_dim, c.hidden_dim))
         normed, attended, projected = array(c.dim), array(q_dim), array(c.dim)
         from_normed = operand(normed)
-        operands = {kernels.PROJECTION: operand(attended), kernels.DOWN: operand(gate)}
+        operands = {ops.PROJECTION: operand(attended), ops.DOWN: operand(gate)}
         scratch_cols = 0 if self._weights.group_size else max(c.dim, q_dim, c.hidden_dim)
-        job = np.zeros(kernels.JOB_WORDS, np.int64)
-        job[kernels.N_BLOCKS :] = self._count_blocks(n_positions)
+        job = np.zeros(ops.JOB_WORDS, np.int64)
+        job[ops.N_BLOCKS :] = self._count_blocks(n_positions)
         return Workspace(
             tokens=np.zeros(n_positions, np.int64),
-            places=np.zeros((n_positions, kernels.PLACE_WORDS), np.int64),
+            places=np.zeros((n_positions, ops.PLACE_WORDS), np.int64),
             x=array(c.dim),
             normed=normed,
             queries=q.reshape(-1, c.head_dim),
             attended=attended,
             scores=np.zeros((c.n_heads, capacity), np.float32),
-            lane_scores=np.zeros((c.n_heads, capacity, kernels.QUERY_LANES), np.float32),
-            lane_queries=np.zeros((c.n_heads, c.head_dim, kernels.QUERY_LANES), np.float32),
+            lane_scores=np.zeros((c.n_heads, capacity, ops.QUERY_LANES), np.float32),
+            lane_queries=np.zeros((c.n_heads, c.head_dim, ops.QUERY_LANES), np.float32),
             scratch=np.zeros((self._n_threads, scratch_cols, BLOCK_ROWS), np.float32),
-            operands=tuple(operands.get(kind, from_normed) for kind in range(kernels.LOGITS + 1)),
+            operands=tuple(operands.get(kind, from_normed) for kind in range(ops.LOGITS + 1)),
             outputs=(q, k, v, projected, gate, up, projected, array(c.vocab_size)[:0]),
             job=job,
         )
@@ -205,16 +206,16 @@ class Transformer:
             return max(BLOCKS_PER_THREAD * self._n_threads, -(-n_bytes // BLOCK_BYTES))
 
         n_blocks = {
-            kernels.QKV: 3 * blocks(q_dim, c.dim),
-            kernels.ATTENTION: c.n_heads,
-            kernels.PROJECTION: blocks(c.dim, q_dim),
-            kernels.GATE: blocks(2 * c.hidden_dim, c.dim),
-            kernels.DOWN: blocks(c.dim, c.hidden_dim),
-            kernels.LOGITS: blocks(c.vocab_size, c.dim),
+            ops.QKV: 3 * blocks(q_dim, c.dim),
+            ops.ATTENTION: c.n_heads,
+            ops.PROJECTION: blocks(c.dim, q_dim),
+            ops.GATE: blocks(2 * c.hidden_dim, c.dim),
+            ops.DOWN: blocks(c.dim, c.hidden_dim),
+            ops.LOGITS: blocks(c.vocab_size, c.dim),
         }
         # One position is dealt with by the thread that is there already.
         pieces = 1 if n_positions == 1 else BLOCKS_PER_THREAD * self._n_threads
-        return [n_blocks.get(kind, pieces) for kind in range(kernels.LOGITS + 1)]
+        return [n_blocks.get(kind, pieces) for kind in range(ops.LOGITS + 1)]
 
 
 def _place(cache: KVCache) -> tuple[int, int, int, int]:
@@ -234,9 +235,9 @@ def compile_work(arguments: tuple[Weights, Workspace, Angles]) -> Callable[..., 
     What is returned takes nothing else and does not look: to find out the types of so many arrays takes numba longer
     than a small model takes for a token.
     """
-    if not kernels.work.signatures:
-        kernel_cache.enable(kernels.work)
-    return kernels.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
+    if not ops.work.signatures:
+        kernel_cache.enable(ops.work)
+    return ops.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
 
 
 def bits_of(weight: Any) -> int:
@@ -260,8 +261,8 @@ def stack_weights(file: ModelFile) -> Weights:
     def layers(name: str) -> list[Any]:
         return [tensors[f"layers.{layer}.{name}"] for layer in range(file.config.n_layers)]
 
-    matrices = [layers(f"attention.{name}") for name in kernels.MATRICES[:4]]
-    matrices += [layers(f"feed_forward.{name}") for name in kernels.MATRICES[4:7]]
+    matrices = [layers(f"attention.{name}") for name in ops.MATRICES[:4]]
+    matrices += [layers(f"feed_forward.{name}") for name in ops.MATRICES[4:7]]
     matrices += [[tensors.get("output", tensors["tok_embeddings"])], [tensors["tok_embeddings"]]]
     return Weights(
         matrices=tuple(as_matrix(matrix) for matrix in matrices),

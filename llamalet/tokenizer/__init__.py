@@ -1,7 +1,7 @@
 """Text to token ids and back, with the vocabularies that Llama models come with.
 
 base.py         what they all can do; decoding one token at a time
-merging.py      byte-pair encoding
+bpe.py          byte-pair encoding
 rows.py         the layout of tokenizer.bin
 llama2.py       SentencePiece .model | llama2.c's tokenizer.bin
 llama3.py       merge ranks in a tokenizer.bin | Meta's tiktoken file

@@ -11,7 +11,7 @@ import re
 
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer.base import Tokenizer
-from llamalet.tokenizer.merging import MergingTokenizer, merge
+from llamalet.tokenizer.bpe import MergingTokenizer, merge
 from llamalet.tokenizer.rows import Piece
 
 # SentencePiece writes a space inside a piece as this character.

@@ -16,7 +16,7 @@ import re
 from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
-from llamalet.tokenizer.merging import MergingTokenizer, merge
+from llamalet.tokenizer.bpe import MergingTokenizer, merge
 from llamalet.tokenizer.rows import MAX_VOCAB, Piece
 
 # Words: a contraction's end; letters with one other character before them; up to three digits; other characters with

@@ -8,9 +8,9 @@ import torch
 
 from benchmarks import peers, report, runtime, training
 from benchmarks.report import LLAMA2C, LLAMA_CPP, LLAMA_CPP_FLASH, OURS, Key, Results
+from llamalet import model_file
 from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
 from llamalet.errors import ConfigError, UsageError
-from llamalet.model_file import format
 from llamalet.model_file.header import DTYPES
 from llamalet.model_file.quantize import dequantize
 from llamalet.reference import NumpyTransformer
@@ -107,7 +107,7 @@ def test_a_peer_that_fails_says_why(tmp_path: Path) -> None:
 def test_our_files_are_sound(tmp_path: Path, rng: np.random.Generator, dtype: str) -> None:
     path = tmp_path / "model.bin"
     peers.write_llamalet(path, CONFIG, dtype, rng)
-    file = format.read(path, verify=True)
+    file = model_file.read(path, verify=True)
     assert (file.version, file.dtype, file.config) == (3, dtype, CONFIG)
     weights = dequantize(file.tensors["layers.1.feed_forward.w2"])
     # As large in every type: uniform between +-2 ** -7 and +-2 ** -5, or about it.
@@ -118,7 +118,7 @@ def test_our_files_are_sound(tmp_path: Path, rng: np.random.Generator, dtype: st
 @pytest.mark.parametrize("dtype", ["f32", "q8"])
 def test_llama2c_files_have_its_versions(tmp_path: Path, rng: np.random.Generator, dtype: str) -> None:
     peers.write_llama2c(tmp_path / "model.bin", CONFIG, dtype, rng)
-    file = format.read(tmp_path / "model.bin")
+    file = model_file.read(tmp_path / "model.bin")
     assert (file.version, file.config) == (peers.LLAMA2C_VERSIONS[dtype], CONFIG)
 
 
@@ -129,7 +129,7 @@ def test_gguf_files_hold_the_same_tensors(tmp_path: Path, rng: np.random.Generat
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert reader.get_field("llama.attention.head_count_kv").contents() == CONFIG.n_kv_heads
     found = {tensor.name: tensor for tensor in reader.tensors}
-    assert len(found) == len(list(format.tensor_specs(1, CONFIG)))
+    assert len(found) == len(list(model_file.tensor_specs(1, CONFIG)))
     w2 = found["blk.1.ffn_down.weight"]
     assert (list(w2.shape), w2.tensor_type.name) == ([160, 96], peers.GGUF_TYPES[dtype])  # the row's length first
     assert found["blk.1.ffn_norm.weight"].tensor_type.name == "F32"

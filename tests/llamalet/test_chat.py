@@ -14,11 +14,10 @@ from toy import random_tensors, toy_llama3, toy_model
 from vocabularies import LOSSLESS, byte_level, from_sentencepiece, train
 
 import sample
-from llamalet import Chat, Model, chat, errors
+from llamalet import Chat, Model, chat, errors, model_file
 from llamalet.chat import JinjaTemplate, Message, find_template
 from llamalet.config import ModelConfig
 from llamalet.convert import huggingface
-from llamalet.model_file import format
 from llamalet.tokenizer import Tokenizer, pack, parse
 
 LLAMA3 = (
@@ -75,7 +74,7 @@ def model_path(tmp_path_factory) -> Path:
     )
     tensors = random_tensors(config, seed=3, scale=0.3)
     inside = ("bin", pack(vocabulary.pieces()))
-    format.write(path, 3, config, tensors, dtype="f32", tokenizer_sha256=vocabulary.sha256, tokenizer=inside)
+    model_file.write(path, 3, config, tensors, dtype="f32", tokenizer_sha256=vocabulary.sha256, tokenizer=inside)
     return path
 
 

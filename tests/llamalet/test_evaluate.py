@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from toy import SMALL_MODELS, Counting, random_tensors, toy_model, toy_tokenizer
 
-from llamalet import evaluate, reference
+from llamalet import evaluate, model_file, reference
 from llamalet.errors import DataError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.evaluate import NOTHING, Evaluation, evaluate_documents, evaluate_streams, evaluate_windows
-from llamalet.model_file import format
 from llamalet.shards import Block, Entropy, Meta, Shards, Split, write_meta, write_shard
 from llamalet.tokenizer import write_bin
 
@@ -32,7 +31,7 @@ def exact_losses(tokens: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def transformer(tmp_path) -> reference.NumpyTransformer:
-    return reference.NumpyTransformer(format.read(toy_model(tmp_path, CONFIG)))
+    return reference.NumpyTransformer(model_file.read(toy_model(tmp_path, CONFIG)))
 
 
 def test_documents_are_scored_whole_and_alone(transformer):
@@ -78,8 +77,8 @@ def test_windows_score_every_token_but_the_first(transformer, length, limit):
 def test_streams_are_scored_with_what_a_rolling_cache_has_left(keep):
     """In a model of one layer the cache after a roll is that of the tokens which are left."""
     config = dataclasses.replace(CONFIG, n_layers=1)
-    header, tensors = format.Header(1, config), random_tensors(config, scale=0.3)
-    model = reference.NumpyTransformer(format.ModelFile(Path("memory"), header, tensors))
+    header, tensors = model_file.Header(1, config), random_tensors(config, scale=0.3)
+    model = reference.NumpyTransformer(model_file.ModelFile(Path("memory"), header, tensors))
     streams = np.random.default_rng(keep).integers(0, 300, (3, 101))
     scores = np.array(list(evaluate_streams(model, streams, [model.new_cache() for _ in streams], keep)))
     assert scores.shape == (100, 3)

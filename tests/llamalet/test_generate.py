@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import SMALL_MODELS, Counting, ListCache, random_tensors, toy_model, toy_tokenizer
 
-from llamalet import Model, reference
+from llamalet import Model, model_file, reference
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.generate import MAX_BATCH, generate, generate_batch, stream
 from llamalet.kv_cache import KVCache, cache_bytes
-from llamalet.model_file import format
 from llamalet.sampler import MASK, Sampler
 from llamalet.tokenizer import StreamDecoder, pack
 
@@ -81,8 +80,8 @@ def test_streamed_pieces_are_the_texts_and_never_empty(texts, random):
 
 def random_model(config: ModelConfig = CONFIG, scale: float = 0.1) -> reference.NumpyTransformer:
     """A model in memory; with a larger scale it has clear preferences."""
-    header = format.Header(1, config)
-    file = format.ModelFile(Path("memory"), header, random_tensors(config, scale=scale))
+    header = model_file.Header(1, config)
+    file = model_file.ModelFile(Path("memory"), header, random_tensors(config, scale=scale))
     return reference.NumpyTransformer(file)
 
 
@@ -125,7 +124,7 @@ def any_model(request, tmp_path_factory):
 
     version, dtype = request.param
     folder = tmp_path_factory.mktemp("model")
-    return Transformer(format.read(toy_model(folder, CONFIG, version=version, dtype=dtype, scale=0.3)))
+    return Transformer(model_file.read(toy_model(folder, CONFIG, version=version, dtype=dtype, scale=0.3)))
 
 
 def test_each_of_many_texts_is_the_one_it_is_alone(any_model):
@@ -390,7 +389,7 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
     path = toy_model(tmp_path, CONFIG)
     model = Model.load(path, backend="numpy")
     broken = dict(random_tensors(CONFIG), norm=np.full(CONFIG.dim, np.nan, np.float32))
-    model.transformer = reference.NumpyTransformer(format.ModelFile(path, format.read(path).header, broken))
+    model.transformer = reference.NumpyTransformer(model_file.ModelFile(path, model_file.read(path).header, broken))
     with pytest.raises(NonFiniteError, match="300 of 300 logits"):
         list(model.generate("a"))
 

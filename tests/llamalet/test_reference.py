@@ -4,9 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import SMALL_MODELS, random_tensors
 
-from llamalet import reference
+from llamalet import model_file, reference
 from llamalet.errors import UsageError
-from llamalet.model_file import format
 from llamalet.model_file.quantize import Packed, dequantize, pack_q4, pack_q8, quantize, to_bfloat16
 from llamalet.reference import KVCache, NumpyTransformer
 
@@ -14,13 +13,13 @@ from llamalet.reference import KVCache, NumpyTransformer
 SUM_ROUNDINGS = 1e-5
 
 
-def model_file(config, version=1, seed=0):
-    """A model in memory, as format.read would return it."""
+def file_in_memory(config, version=1, seed=0):
+    """A model in memory, as model_file.read would return it."""
     tensors = random_tensors(config, seed)
     if version == 2:
         tensors = {name: quantize(t, 32) if t.ndim == 2 and t.shape[1] % 32 == 0 else t for name, t in tensors.items()}
     kind = ("q8", 32) if version == 2 else ("f32", None)
-    return format.ModelFile(None, format.Header(version, config, *kind), tensors)
+    return model_file.ModelFile(None, model_file.Header(version, config, *kind), tensors)
 
 
 def test_rmsnorm_gives_unit_mean_square():
@@ -107,7 +106,7 @@ def test_bfloat16_weights_multiply_float32_activations():
 
 
 def test_a_batch_is_decoded_as_each_alone(small_config):
-    model = NumpyTransformer(model_file(small_config))
+    model = NumpyTransformer(file_in_memory(small_config))
     prompts = [[1], [2, 3, 4], [5, 6]]
     alone, together = ([model.new_cache() for _ in prompts] for _ in range(2))
     for caches in (alone, together):
@@ -137,9 +136,9 @@ def test_quantize_rows_lets_no_bad_value_vanish(bad):
 
 
 def test_cached_equals_uncached_for_every_prefix_and_split(small_config):
-    model = NumpyTransformer(model_file(small_config))
+    model = NumpyTransformer(file_in_memory(small_config))
     tokens = np.random.default_rng(1).integers(0, small_config.vocab_size, 20)
-    expected = reference.forward(model_file(small_config).tensors, small_config, tokens[None])[0]
+    expected = reference.forward(file_in_memory(small_config).tensors, small_config, tokens[None])[0]
     bound = SUM_ROUNDINGS * np.abs(expected).max()
     np.testing.assert_allclose(model.logits(tokens), expected, atol=bound)
     cache = model.new_cache()
@@ -151,7 +150,7 @@ def test_cached_equals_uncached_for_every_prefix_and_split(small_config):
 
 
 def test_forward_takes_batches(small_config):
-    weights = model_file(small_config).tensors
+    weights = file_in_memory(small_config).tensors
     tokens = np.random.default_rng(1).integers(0, small_config.vocab_size, (3, 9))
     together = reference.forward(weights, small_config, tokens)
     for row, logits in zip(tokens, together, strict=True):
@@ -161,7 +160,7 @@ def test_forward_takes_batches(small_config):
 
 def test_long_prompts_are_taken_in_chunks(monkeypatch):
     config = SMALL_MODELS["gqa-tied"]
-    model = NumpyTransformer(model_file(config))
+    model = NumpyTransformer(file_in_memory(config))
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, 30)
     expected = model.logits(tokens)
     monkeypatch.setattr(reference, "CHUNK", 7)
@@ -183,7 +182,7 @@ def test_cache_grows_with_use_and_keeps_what_it_holds():
 
 def test_what_a_caller_can_get_wrong_is_named():
     config = SMALL_MODELS["gqa-tied"]
-    model = NumpyTransformer(model_file(config))
+    model = NumpyTransformer(file_in_memory(config))
     cache = model.new_cache()
     with pytest.raises(UsageError, match="token 300"):
         model.prefill(cache, [1, 300])

@@ -9,10 +9,9 @@ import pytest
 from toy import SMALL_MODELS, random_tensors, toy_data
 
 import export
-from llamalet import shards, tokenizer
+from llamalet import model_file, shards, tokenizer
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
 from llamalet.kernels.transformer import Transformer
-from llamalet.model_file import format
 from llamalet.runtime import Model
 from parity import proof
 from training import weights
@@ -65,7 +64,7 @@ def test_export_alone_takes_the_best_checkpoint_and_proves_the_file(project, cap
     assert export.main(argv) == 0
     shown = capsys.readouterr().out
     assert f"wrote out/{name}: {kind}," in shown and "is proved" in shown and f"python sample.py out/{name}" in shown
-    file = format.read(project / "out" / name)
+    file = model_file.read(project / "out" / name)
     expected = random_tensors(CONFIG, seed=10, scale=0.05)
     np.testing.assert_array_equal(file.tensors["norm"], expected["norm"])
     assert Model.load(project / "out" / name, backend="numpy").logits([1, 2]).shape == (2, CONFIG.vocab_size)
@@ -75,7 +74,7 @@ def test_export_alone_takes_the_best_checkpoint_and_proves_the_file(project, cap
 def test_a_checkpoint_can_be_named(project):
     export.main(["there/last.bin", "--checkpoint=out/checkpoints/step-00000020", "--no-check"])
     expected = random_tensors(CONFIG, seed=20, scale=0.05)
-    np.testing.assert_array_equal(format.read(project / "there" / "last.bin").tensors["norm"], expected["norm"])
+    np.testing.assert_array_equal(model_file.read(project / "there" / "last.bin").tensors["norm"], expected["norm"])
 
 
 def test_another_run_is_exported_into_its_own_folder(project, capsys):
@@ -93,7 +92,7 @@ def test_damaged_checkpoints_are_not_exported(project, capsys):
     assert export.main(["--no-check"]) == 0
     assert "step-00000010 is skipped" in capsys.readouterr().err
     expected = random_tensors(CONFIG, seed=20, scale=0.05)
-    np.testing.assert_array_equal(format.read(project / "out" / "model.bin").tensors["norm"], expected["norm"])
+    np.testing.assert_array_equal(model_file.read(project / "out" / "model.bin").tensors["norm"], expected["norm"])
     last.write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="out: none of its checkpoints is sound"):
         export.main(["--checkpoint=out"])
@@ -106,7 +105,7 @@ def test_another_runtime_is_not_proved(project, capsys, monkeypatch):
     export.main(["--version=1", "--no-check"])
 
     class Wrong(Transformer):
-        def __init__(self, file: format.ModelFile) -> None:
+        def __init__(self, file: model_file.ModelFile) -> None:
             tensors = dict(file.tensors)
             tensors["layers.1.attention.wo"] = tensors["layers.1.attention.wo"] * np.float32(1.01)
             super().__init__(dataclasses.replace(file, tensors=tensors))

@@ -5,9 +5,8 @@ import pytest
 import torch
 from toy import SMALL_MODELS, random_tensors
 
-from llamalet import tokenizer
+from llamalet import model_file, tokenizer
 from llamalet.errors import NonFiniteError, TokenizerError
-from llamalet.model_file import format
 from llamalet.model_file.quantize import dequantize
 from model import Llama
 from training import weights
@@ -34,7 +33,7 @@ def test_the_training_model_loads_every_version(tmp_path, version, dtype, small_
     weights.write_bin(tmp_path / "m.bin", version, small_config, model.state_dict(), vocabulary, dtype=dtype)
     loaded = weights.load_bin(tmp_path / "m.bin")
     assert loaded.config == small_config and not loaded.training
-    file = format.read(tmp_path / "m.bin")
+    file = model_file.read(tmp_path / "m.bin")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(model.state_dict()[name], before[name])  # exporting changed nothing
         np.testing.assert_array_equal(tensor.numpy(), dequantize(file.tensors[name.removesuffix(".weight")]))

@@ -11,7 +11,7 @@ from vocabularies import HARD
 from llamalet import Model, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert import bin_file, gguf_file
-from llamalet.convert.source import Source, llama3_scaling
+from llamalet.convert.imported_model import Source, llama3_scaling
 from llamalet.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is in the extra [peers]")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from toy import SMALL_MODELS, in_memory, random_tensors
 
-from llamalet import reference, tokenizer
+from llamalet import model_file, reference, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError, UsageError
-from llamalet.kernels import kernels, simd, team
+from llamalet.kernels import ops, simd, threads
 from llamalet.kernels.transformer import CHUNK, Transformer, stack_weights
 from llamalet.kv_cache import KVCache
-from llamalet.model_file import format, quantize
+from llamalet.model_file import quantize
 
 DTYPES = ("f32", "bf16", "q8", "q4", "v2")
 
@@ -44,9 +44,9 @@ def file(dtype, request):
     return in_memory(small_config, dtype)
 
 
-def write(path: Path, version: int, config: ModelConfig, **changes: np.ndarray) -> format.ModelFile:
-    format.write(path, version, config, random_tensors(config) | changes, tokenizer_sha256=None)
-    return format.read(path)
+def write(path: Path, version: int, config: ModelConfig, **changes: np.ndarray) -> model_file.ModelFile:
+    model_file.write(path, version, config, random_tensors(config) | changes, tokenizer_sha256=None)
+    return model_file.read(path)
 
 
 def some_tokens(config: ModelConfig, n: int) -> np.ndarray:
@@ -132,8 +132,8 @@ def test_a_prompt_longer_than_a_chunk():
 @pytest.mark.parametrize(("version", "dtype"), [(0, None), (1, None), (3, "f32"), (3, "bf16"), (3, "q8"), (3, "q4")])
 def test_weights_stay_where_the_file_is_mapped(tmp_path, version, dtype):
     config = SMALL_MODELS["gqa-untied"]
-    file = format.write(tmp_path / "model.bin", version, config, random_tensors(config), dtype=dtype)
-    matrices = dict(zip(kernels.MATRICES, stack_weights(file).matrices, strict=True))
+    file = model_file.write(tmp_path / "model.bin", version, config, random_tensors(config), dtype=dtype)
+    matrices = dict(zip(ops.MATRICES, stack_weights(file).matrices, strict=True))
     for name, tensor in file.tensors.items():
         *layer, matrix = name.replace("layers.", "").split(".")
         if matrix in matrices:
@@ -147,7 +147,7 @@ def test_weights_stay_where_the_file_is_mapped(tmp_path, version, dtype):
 def test_weights_that_are_not_of_a_file_may_lie_anywhere():
     config = ModelConfig.create(dim=32, n_layers=3, n_heads=2, vocab_size=50, max_seq_len=8)
     tensors = {name: np.asfortranarray(tensor) for name, tensor in random_tensors(config).items()}
-    model = Transformer(format.ModelFile(Path("memory"), format.Header(1, config), tensors))
+    model = Transformer(model_file.ModelFile(Path("memory"), model_file.Header(1, config), tensors))
     expected = reference.forward(tensors, config, np.arange(8)[None])[0]
     found = [model.decode(cache, token) for cache in [model.new_cache()] for token in range(8)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND["f32"] * np.abs(expected).max())
@@ -160,7 +160,7 @@ def test_bad_weights_reach_the_logits(name, bad, tmp_path):
     file = write(tmp_path / "model.bin", 1, config)
     tensors = {key: tensor.copy() for key, tensor in file.tensors.items()}
     tensors[name][5 % len(tensors[name])] = bad
-    model = Transformer(format.ModelFile(file.path, file.header, tensors))
+    model = Transformer(model_file.ModelFile(file.path, file.header, tensors))
     with np.errstate(all="ignore"):
         assert not np.isfinite(model.decode(model.new_cache(), 5)).all()
         assert not np.isfinite(model.prefill(model.new_cache(), [5] * 9)).all()
@@ -174,7 +174,7 @@ def test_a_bad_scale_reaches_the_logits(dtype):
         scales = weight.scales.copy()
         scales.reshape(-1)[5] = np.nan if dtype == "v2" else 0x7FC0
         model = Transformer(
-            format.ModelFile(file.path, file.header, file.tensors | {name: weight._replace(scales=scales)})
+            model_file.ModelFile(file.path, file.header, file.tensors | {name: weight._replace(scales=scales)})
         )
         assert np.isnan(model.logits(np.arange(20))).any()
 
@@ -254,10 +254,10 @@ def test_a_helper_that_fails_does_not_hang_the_caller():
             raise PlantedError
         if first_job_done.is_set():
             waiting.set()
-            while shared[team.BINDING] == binding:
+            while shared[threads.BINDING] == binding:
                 pass
 
-    crew = team.Team(work, 2)
+    crew = threads.Team(work, 2)
     crew.run(())  # the helpers start after it
     first_job_done.set()
     with pytest.raises(PlantedError):
@@ -276,7 +276,7 @@ def test_a_job_that_comes_while_a_helper_turns_away_wakes_it():
             second_job.set()
             came_back.wait(timeout=30)
 
-    crew = team.Team(work, 2)
+    crew = threads.Team(work, 2)
     crew.run(())
     crew.run(())
     assert came_back.is_set()
@@ -292,22 +292,22 @@ def test_thread_count(environment, expected, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    assert team.thread_count() == (expected or physical_cores())
-    assert team.thread_count(7) == 7
+    assert threads.thread_count() == (expected or physical_cores())
+    assert threads.thread_count(7) == 7
     assert 1 <= physical_cores() <= os.cpu_count()
 
 
 def test_a_bad_thread_count_is_refused(monkeypatch):
     monkeypatch.setenv("NUMBA_NUM_THREADS", "many")
     with pytest.raises(ConfigError, match="NUMBA_NUM_THREADS=many"):
-        team.thread_count()
+        threads.thread_count()
     with pytest.raises(ConfigError, match="threads=40000"):
-        team.thread_count(40_000)
+        threads.thread_count(40_000)
 
 
 def test_tells_llama2_c_story(shared_data):
     """Greedy, 200 steps: the text that llama2.c's run prints for its own model."""
-    file = format.read(shared_data / "stories260K.bin")
+    file = model_file.read(shared_data / "stories260K.bin")
     vocabulary = tokenizer.load(shared_data / "tok512.bin", file.config.vocab_size)
     model = Transformer(file)
     cache, ids = model.new_cache(), [vocabulary.bos_id]

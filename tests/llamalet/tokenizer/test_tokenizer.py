@@ -9,7 +9,7 @@ from vocabularies import NASTY, train
 
 from llamalet import tokenizer
 from llamalet.errors import TokenizerError
-from llamalet.tokenizer import BinTokenizer, StreamDecoder, Tokenizer, load, merging, rows, write_bin
+from llamalet.tokenizer import BinTokenizer, StreamDecoder, Tokenizer, bpe, load, rows, write_bin
 
 # Text of ordinary words, odd spaces and any character at all. A lone surrogate is no text.
 texts = st.lists(
@@ -148,7 +148,7 @@ def spell_out(scores: dict[str, float], text: str) -> list[str]:
 @example(joined={"  ": -2, "    ": -3, "  a ": 0, " b ba": -3}, text="b  a     a", single=(-2, 0, -1, 0))
 def test_any_scores_are_merged_best_first_leftmost_first(long_word, joined, text, single):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "LONG_WORD", long_word)
+        patch.setattr(bpe, "LONG_WORD", long_word)
         check_merging(joined, text, single)
 
 
@@ -171,9 +171,9 @@ def check_merging(joined, text, single):
     ],
 )
 def test_joining_what_is_repeated_keeps_the_order(monkeypatch, ranks, text):
-    monkeypatch.setattr(merging, "LONG_WORD", 1)
+    monkeypatch.setattr(bpe, "LONG_WORD", 1)
     expected = spell_out({piece: -float(rank) for piece, rank in ranks.items()}, text)
-    assert merging.merge(text, ranks) == expected
+    assert bpe.merge(text, ranks) == expected
 
 
 @pytest.mark.parametrize("word", ["a", "den", " ", "a ", "\u00e9"])

@@ -15,7 +15,7 @@ from numba import njit
 
 from llamalet import reference
 from llamalet.errors import ConfigError
-from llamalet.kernels import kernels, simd
+from llamalet.kernels import ops, simd
 from llamalet.kernels.transformer import as_matrix, bits_of, new_quantized_rows
 from llamalet.model_file.quantize import Packed, Quantized, pack, pack_q4, pack_q8, quantize, to_bfloat16
 
@@ -68,13 +68,13 @@ def operand_of(x: np.ndarray, weight: Any) -> Any:
     if not isinstance(weight, Packed):
         return x
     rows = new_quantized_rows(*x.shape, weight.group_size, bits_of(weight))
-    kernels.quantize_rows(x, rows, 0, len(x))
+    ops.quantize_rows(x, rows, 0, len(x))
     return rows
 
 
 @njit
 def matmul_of_layer(matrix, operand, first_t, count, out, first, last, scratch):
-    kernels.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last, scratch)
+    ops.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last, scratch)
 
 
 def scratch_for(cols: int, one_sequence: bool) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_products_of_8_bits_are_summed_exactly_on_every_path(path, group):
     extremes = np.array([(-128, -127), (-128, 127), (127, 127), (127, -127), (0, 127), (-128, 0)], np.int8)
     w[: len(extremes)], x[: len(extremes)] = extremes[:, :1], extremes[:, 1:]
     ones, out = np.ones((32, 1), np.float32), np.zeros((32, 32), np.float32)
-    rows = kernels.QuantizedRows(
+    rows = ops.QuantizedRows(
         x.view(simd.group_dtype(group)), ones, -128 * x.sum(axis=1, dtype=np.int32, keepdims=True), 128
     )
     multiply(as_matrix([pack(Quantized(w, ones))]), rows, out)
@@ -122,7 +122,7 @@ def test_quantize_rows(n, cols, group, seed):
     x = floats(seed, n, cols)
     x[0, :group] = 0
     rows, expected = new_quantized_rows(n, cols, group, 8), reference.quantize_rows(x, group)
-    kernels.quantize_rows(x, rows, 0, n)
+    ops.quantize_rows(x, rows, 0, n)
     values = rows.values.view(np.int8).reshape(n, -1)
     np.testing.assert_array_equal(values[:, :cols], expected.values)
     assert not values[:, cols:].any()
@@ -135,7 +135,7 @@ def test_quantize_rows_keeps_what_is_not_finite(bad):
     x, rows = np.ones((1, 64), np.float32), new_quantized_rows(1, 64, 32, 8)
     x[0, 40] = bad
     x[0, 32:40] = x[0, 41:] = 0
-    kernels.quantize_rows(x, rows, 0, 1)
+    ops.quantize_rows(x, rows, 0, 1)
     found, expected = rows.scales, reference.quantize_rows(x, 32).scales
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
     assert np.isfinite(found[0, 1]) == np.isfinite(bad)
@@ -205,7 +205,7 @@ def test_embed(kind):
     @njit
     def embed_all(table, out, group_size):
         for token in range(len(out)):
-            kernels.embed(simd.layer_of(table, 0), token, out[token], group_size)
+            ops.embed(simd.layer_of(table, 0), token, out[token], group_size)
 
     cols = 96 if kind.startswith("int8") else 89
     weight, out = weight_of(floats(0, 37, cols), kind), np.zeros((37, cols), np.float32)
@@ -235,7 +235,7 @@ def test_bounds_checking_would_see_an_index_out_of_range(tmp_path):
 def test_rmsnorm(dim, seed):
     x, weight = 3 * floats(seed, dim), floats(seed + 1, dim)
     out = np.empty(dim, np.float32)
-    kernels.rmsnorm(x, weight, np.float32(1e-5), out)
+    ops.rmsnorm(x, weight, np.float32(1e-5), out)
     np.testing.assert_allclose(out, reference.rmsnorm(x, weight, 1e-5), rtol=1e-5)
 
 
@@ -246,11 +246,11 @@ def test_arrays_that_nearly_touch_round_alike(gap):
     x, near = memory[:48], memory[48 + gap : 96 + gap]
     x[:] = floats(0, 48)
     weight = floats(1, 48)
-    kernels.rmsnorm(x, weight, np.float32(1e-5), far)
-    kernels.rmsnorm(x, weight, np.float32(1e-5), near)
+    ops.rmsnorm(x, weight, np.float32(1e-5), far)
+    ops.rmsnorm(x, weight, np.float32(1e-5), near)
     np.testing.assert_array_equal(near, far)
     for values in (near, far):
-        kernels.add(values, x)
+        ops.add(values, x)
     np.testing.assert_array_equal(near, far)
 
 
@@ -259,7 +259,7 @@ def test_arrays_that_nearly_touch_round_alike(gap):
 def test_rope(n_heads, half, seed):
     x, angles = floats(seed, n_heads, 1, 2 * half), floats(seed + 1, half)
     out = x.flatten()
-    kernels.rope(out, np.cos(angles), np.sin(angles))
+    ops.rope(out, np.cos(angles), np.sin(angles))
     expected = reference.rope(x, np.cos(angles)[None], np.sin(angles)[None])
     np.testing.assert_allclose(out, expected.flatten(), atol=1e-6)
 
@@ -270,7 +270,7 @@ def test_attention(head_dim, length, spread, seed):
     q, keys = spread * floats(seed, head_dim), floats(seed + 1, length + 3, head_dim)
     values, out = floats(seed + 2, length + 3, head_dim), np.empty(head_dim, np.float32)
     queries = np.stack([np.zeros_like(q), q])
-    kernels.attention(queries, 1, keys, values, length, np.empty(length + 3, np.float32), out)
+    ops.attention(queries, 1, keys, values, length, np.empty(length + 3, np.float32), out)
     expected = reference.attention(q[None, None, None], keys[None, None, :length], values[None, None, :length])
     scores = np.abs(keys[:length]) @ np.abs(q)
     # A score's rounding becomes a relative error of its weight.
@@ -288,7 +288,7 @@ def test_attention_of_lanes(n_heads, head_dim, count, start, spread, seed):
     keys[length:] = values[length:] = np.nan  # which nobody may look at
     out = np.full((count, n_heads * head_dim), 7, np.float32)
     scores, lanes = np.empty((length, 16), np.float32), np.empty((head_dim, 16), np.float32)
-    kernels.attention_of_lanes(
+    ops.attention_of_lanes(
         queries.reshape(-1, head_dim), n_heads - 1, n_heads, count, start, at_the_end_of_memory(keys),
         at_the_end_of_memory(values), at_the_end_of_memory(scores), at_the_end_of_memory(lanes), out,
         (n_heads - 1) * head_dim,
@@ -323,7 +323,7 @@ def test_exp():
 def test_softmax(n, spread, seed):
     x = spread * floats(seed, n)
     expected = reference.softmax(x * np.float32(0.3))
-    kernels.softmax(x, np.float32(0.3))
+    ops.softmax(x, np.float32(0.3))
     np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-30)
 
 
@@ -332,7 +332,7 @@ def test_softmax(n, spread, seed):
 def test_swiglu(width, spread, seed):
     gate, up = spread * floats(seed, width), floats(seed + 1, width)
     expected = reference.swiglu(gate, up)
-    kernels.swiglu(gate, up)
+    ops.swiglu(gate, up)
     np.testing.assert_allclose(gate, expected, rtol=1e-5, atol=1e-34)
 
 
@@ -341,18 +341,18 @@ def test_no_kernel_hides_a_nan():
     x = floats(0, 64)
     x[50] = nan
     out = np.zeros(64, np.float32)
-    kernels.rmsnorm(x, np.ones(64, np.float32), np.float32(1e-5), out)
+    ops.rmsnorm(x, np.ones(64, np.float32), np.float32(1e-5), out)
     assert np.isnan(out).all()
     gate = x.copy()
-    kernels.swiglu(gate, np.ones(64, np.float32))
+    ops.swiglu(gate, np.ones(64, np.float32))
     assert np.isnan(gate[50]) and np.isfinite(gate[49])
     keys = floats(1, 5, 64)
     keys[3, 9] = nan
-    kernels.attention(floats(2, 1, 64), 0, keys, floats(3, 5, 64), 5, np.zeros(5, np.float32), out)
+    ops.attention(floats(2, 1, 64), 0, keys, floats(3, 5, 64), 5, np.zeros(5, np.float32), out)
     assert np.isnan(out).all()
     lanes, scores = np.zeros((64, 16), np.float32), np.zeros((5, 16), np.float32)
     both = np.zeros((2, 64), np.float32)
-    kernels.attention_of_lanes(floats(2, 2, 64), 0, 1, 2, 3, keys, floats(3, 5, 64), scores, lanes, both, 0)
+    ops.attention_of_lanes(floats(2, 2, 64), 0, 1, 2, 3, keys, floats(3, 5, 64), scores, lanes, both, 0)
     assert np.isnan(both).all()
     for kind in KINDS:
         weight, result = weight_of(floats(4, 3, 64), kind), np.zeros((1, 3), np.float32)

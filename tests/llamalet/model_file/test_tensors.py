@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import SMALL_MODELS, random_tensors
 
+from llamalet import model_file
 from llamalet.config import ModelConfig, RopeScaling, rope_tables
 from llamalet.errors import ConfigError, FormatError, NonFiniteError
-from llamalet.model_file import format
 from llamalet.model_file.header import DTYPES, MAGIC
 from llamalet.model_file.quantize import pack_q4, pack_q8, quantize, to_bfloat16
+from llamalet.model_file.tensors import FEED_FORWARD, MATRICES
 
 SHA = "5e" * 32
 STORIES15M = ModelConfig.create(dim=288, n_layers=6, n_heads=6, vocab_size=32000, max_seq_len=256)
@@ -32,7 +33,7 @@ ODD = ModelConfig.create(dim=44, n_layers=3, n_heads=5, n_kv_heads=1, head_dim=6
 
 
 def write(path, version, config, **kwargs):
-    return format.write(path, version, config, random_tensors(config), **kwargs)
+    return model_file.write(path, version, config, random_tensors(config), **kwargs)
 
 
 def encoded(tensor, file):
@@ -58,8 +59,8 @@ def assert_same(found, expected):
 def test_what_was_written_is_read(tmp_path, version, dtype, small_config):
     tensors = random_tensors(small_config)
     before = {name: tensor.copy() for name, tensor in tensors.items()}
-    format.write(tmp_path / "m.bin", version, small_config, tensors, dtype=dtype, tokenizer_sha256=SHA)
-    got = format.read(tmp_path / "m.bin", verify=True)
+    model_file.write(tmp_path / "m.bin", version, small_config, tensors, dtype=dtype, tokenizer_sha256=SHA)
+    got = model_file.read(tmp_path / "m.bin", verify=True)
     assert (got.version, got.config) == (version, small_config)
     assert got.dtype == (dtype or ("q8" if version == 2 else "f32"))
     assert got.tokenizer_sha256 == (None if version == 0 else SHA)
@@ -96,7 +97,7 @@ def test_v3_carries_every_model(tmp_path, dtype):
 def test_v3_layers_are_aligned_and_equally_far_apart(tmp_path, dtype):
     """So the layers of a matrix are one strided array, without a copy."""
     got = write(tmp_path / "m.bin", 3, ODD, dtype=dtype)
-    for name in format.MATRICES + format.FEED_FORWARD:
+    for name in MATRICES + FEED_FORWARD:
         layers = [got.tensors[name.replace("*", str(layer))] for layer in range(3)]
         for arrays in zip(*map(arrays_of, layers), strict=True):
             addresses = [array.__array_interface__["data"][0] for array in arrays]
@@ -134,9 +135,9 @@ def test_sizes_and_offsets_of_stories15m():
     """The check vectors of llama2.c's formats, measured on its own files."""
     offsets = {}
     for version, kind in ((0, ("f32", None)), (2, ("q8", 32))):
-        header = format.Header(version, STORIES15M, *kind)
+        header = model_file.Header(version, STORIES15M, *kind)
         offset = header.n_bytes
-        for spec in format.tensor_specs(version, STORIES15M, *kind):
+        for spec in model_file.tensor_specs(version, STORIES15M, *kind):
             offsets[version, spec.name] = offset
             offset += spec.n_bytes
         offsets[version, "end"] = offset
@@ -168,7 +169,7 @@ def test_v0_flags_an_untied_output_by_its_sign(tmp_path):
 
 
 def test_real_file(shared_data):
-    got = format.read(shared_data / "stories260K.bin")
+    got = model_file.read(shared_data / "stories260K.bin")
     assert (got.config.dim, got.config.n_layers, got.config.n_kv_heads) == (64, 5, 4)
     assert (got.config.hidden_dim, got.config.vocab_size, got.config.max_seq_len) == (172, 512, 512)
     assert got.config.tied and got.config.norm_eps == 1e-5
@@ -181,8 +182,8 @@ SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, or
 def test_facts_that_llama2c_lacks_travel_in_the_header(tmp_path, version):
     config = dataclasses.replace(TINY, norm_eps=1e-6, rope_theta=500000.0, rope_scaling=SCALING)
     write(tmp_path / "m.bin", version, config)
-    assert format.read(tmp_path / "m.bin").config == config
-    assert len(format.llama2c_differences(config)) == 3 and not format.llama2c_differences(TINY)
+    assert model_file.read(tmp_path / "m.bin").config == config
+    assert len(model_file.llama2c_differences(config)) == 3 and not model_file.llama2c_differences(TINY)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -191,7 +192,7 @@ def test_a_header_without_the_marker_has_llama2c_s_values(tmp_path, version):
     data = bytearray((tmp_path / "m.bin").read_bytes())
     data[41:256] = bytes(215)
     (tmp_path / "m.bin").write_bytes(data)
-    got = format.read(tmp_path / "m.bin")
+    got = model_file.read(tmp_path / "m.bin")
     assert got.config == TINY and got.tokenizer_sha256 is None
 
 
@@ -204,7 +205,7 @@ def test_every_other_length_is_refused(tmp_path, version, dtype):
     for n in (n_bytes + 4096, n_bytes + 64, n_bytes + 4, n_bytes + 1, *range(n_bytes - 1, -1, -1)):
         os.truncate(path, n)
         with pytest.raises(FormatError, match=r"m\.bin"):
-            format.read(path)
+            model_file.read(path)
 
 
 @pytest.mark.parametrize(("version", "dtype"), MARKED)
@@ -218,9 +219,9 @@ def test_every_flipped_bit_is_refused(tmp_path, version, dtype):
             (before,) = os.pread(file.fileno(), 1, bit // 8)
             os.pwrite(file.fileno(), bytes([before ^ 1 << bit % 8]), bit // 8)
             with pytest.raises(FormatError):
-                format.read(path)
+                model_file.read(path)
             os.pwrite(file.fileno(), bytes([before]), bit // 8)
-    assert format.read(path).tokenizer_sha256 == SHA
+    assert model_file.read(path).tokenizer_sha256 == SHA
 
 
 def test_v0_bit_flips_in_the_header_are_refused(tmp_path):
@@ -231,7 +232,7 @@ def test_v0_bit_flips_in_the_header_are_refused(tmp_path):
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         with pytest.raises(FormatError):
-            format.read(path)
+            model_file.read(path)
         data[bit // 8] ^= 1 << bit % 8
 
 
@@ -241,7 +242,7 @@ def test_foreign_bytes_are_refused(tmp_path_factory, data, prefix):
     path = tmp_path_factory.getbasetemp() / "foreign.bin"
     path.write_bytes(prefix + data)
     with pytest.raises(FormatError):
-        format.read(path)
+        model_file.read(path)
 
 
 def _patched(path: Path, offset: int, code: str, value: int) -> Path:
@@ -271,7 +272,7 @@ def test_refusals_name_the_field_and_the_value(tmp_path, offset, code, value, wo
     path = tmp_path / "m.bin"
     write(path, 2, TINY)
     with pytest.raises(FormatError, match=words):
-        format.read(_patched(path, offset, code, value))
+        model_file.read(_patched(path, offset, code, value))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_v3_refusals_name_the_field_and_the_value(tmp_path, offset, code, value,
     struct.pack_into("<I", data, 131, zlib.crc32(data[:131]))
     path.write_bytes(data)
     with pytest.raises(FormatError, match=words):
-        format.read(path)
+        model_file.read(path)
 
 
 def test_nothing_hides_between_v3_s_tensors(tmp_path):
@@ -314,7 +315,7 @@ def test_nothing_hides_between_v3_s_tensors(tmp_path):
     struct.pack_into("<I", data, 131, zlib.crc32(data[:131]))
     path.write_bytes(data)
     with pytest.raises(FormatError, match=r"after layers\.0\.attention_norm.*must be zero"):
-        format.read(path)
+        model_file.read(path)
 
 
 def test_hostile_context_is_refused_before_anything_is_allocated(tmp_path):
@@ -322,7 +323,7 @@ def test_hostile_context_is_refused_before_anything_is_allocated(tmp_path):
     path = tmp_path / "m.bin"
     write(path, 2, TINY)
     with pytest.raises(FormatError, match="max_seq_len"):
-        format.read(_patched(path, 32, "<i", (1 << 20) + 1))
+        model_file.read(_patched(path, 32, "<i", (1 << 20) + 1))
 
 
 def test_v0_carries_rope_theta_in_its_tables_alone(tmp_path):
@@ -348,7 +349,7 @@ def test_v0_with_meaningless_rope_tables_is_refused(tmp_path):
     struct.pack_into("<f", data, len(data) - 8 * 4 * 4 + 4 * 4, 0.25)  # row 1 of the cosines
     path.write_bytes(data)
     with pytest.raises(FormatError, match="RoPE tables"):
-        format.read(path)
+        model_file.read(path)
 
 
 def test_models_that_a_version_cannot_carry(tmp_path):
@@ -379,7 +380,7 @@ def test_non_finite_weights_are_never_written(tmp_path, bad, name):
     tensors[name].flat[-1] = bad
     (tmp_path / "m.bin").write_bytes(b"old")
     with pytest.raises(NonFiniteError, match=name):
-        format.write(tmp_path / "m.bin", 2, TINY, tensors)
+        model_file.write(tmp_path / "m.bin", 2, TINY, tensors)
     assert (tmp_path / "m.bin").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -388,25 +389,27 @@ def test_wrong_tensors_are_named(tmp_path):
     tensors = random_tensors(TINY)
     tensors["output"] = tensors.pop("norm")
     with pytest.raises(FormatError, match="norm is missing; output is not part"):
-        format.write(tmp_path / "m.bin", 1, TINY, tensors)
+        model_file.write(tmp_path / "m.bin", 1, TINY, tensors)
     tensors = random_tensors(TINY)
     tensors["norm"] = tensors["norm"][1:]
     with pytest.raises(FormatError, match=r"norm has shape \(15,\)"):
-        format.write(tmp_path / "m.bin", 1, TINY, tensors)
+        model_file.write(tmp_path / "m.bin", 1, TINY, tensors)
 
 
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(FormatError, match="no such model file"):
-        format.read(tmp_path / "gone.bin")
+        model_file.read(tmp_path / "gone.bin")
     with pytest.raises(FormatError, match="is a folder"):
-        format.read(tmp_path)
+        model_file.read(tmp_path)
 
 
 def test_refusals_do_not_depend_on_assert(tmp_path):
     path = tmp_path / "m.bin"
     write(path, 2, TINY)
     path.write_bytes(path.read_bytes()[:-1])
-    code = "import sys; from llamalet import errors, format\nerrors.run(lambda argv: format.read(argv[0]) and 0)"
+    code = (
+        "import sys; from llamalet import errors, model_file\nerrors.run(lambda argv: model_file.read(argv[0]) and 0)"
+    )
     root = Path(__file__).parents[3]
     command = [sys.executable, "-O", "-c", code, str(path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)

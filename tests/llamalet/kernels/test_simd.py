@@ -24,7 +24,7 @@ def test_the_kernels_equal_the_reference(path, tmp_path):
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/llamalet/kernels/test_kernels.py",
+        "tests/llamalet/kernels/test_ops.py",
         "-k",
         TESTS,
     ]

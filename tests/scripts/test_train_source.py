@@ -15,9 +15,8 @@ import export
 import tinystories
 import train
 from corpus import documents, tinyshakespeare
-from llamalet import Model
+from llamalet import Model, model_file
 from llamalet.errors import ConfigError, DataError
-from llamalet.model_file import format
 from llamalet.shards import Shards
 from llamalet.tokenizer import load, pack, write_bin
 from llamalet.tokenizer.llama3 import special_names
@@ -149,7 +148,7 @@ def test_a_large_vocabulary_has_ids_of_four_bytes(tmp_path):
     shape = ["--dim=16", "--n_layers=1", "--n_heads=2", "--max_seq_len=16", "--batch_size=2"]
     steps = ["--max_iters=2", "--warmup_iters=1", "--eval_iters=1", "--threads=1", "--compile=False", "--no-sample"]
     assert train.main([*shape, *steps]) == 0
-    assert format.read("out/model.bin").config.vocab_size == 66048
+    assert model_file.read("out/model.bin").config.vocab_size == 66048
     told = "".join(Model.load("out/model.bin", backend="numpy").generate("Story", max_new_tokens=8, seed=1))
     assert len(told) >= 8
     assert export.main(["one.bin", "--dtype=q8", "--no-check"]) == 0

@@ -30,9 +30,8 @@ from torture import cases
 from toy import SMALL_MODELS, random_tensors, toy_data, toy_tokenizer
 
 import train
-from llamalet import errors
+from llamalet import errors, model_file
 from llamalet.errors import CheckpointError, DiskError, LockedError, NonFiniteError
-from llamalet.model_file import format
 from llamalet.tokenizer import write_bin as write_tokenizer
 from training import weights
 from training.run import checkpoint, run_folder
@@ -568,7 +567,7 @@ def test_a_killed_export_leaves_the_old_model_or_the_new_one(tmp_path, earlier, 
         assert target.exists() or not earlier
         if target.exists():
             assert hashlib.sha256(target.read_bytes()).hexdigest() in whole
-            format.read(target, verify=True)
+            model_file.read(target, verify=True)
         if code == 0:
             break
     assert at > 3

@@ -7,9 +7,8 @@ import pytest
 from toy import random_tensors, toy_llama3, toy_model
 
 import llamalet
-from llamalet import Model, Tokenizer, errors
+from llamalet import Model, Tokenizer, errors, model_file
 from llamalet.config import ModelConfig
-from llamalet.model_file import format
 from llamalet.tokenizer import pack
 
 CONFIG = ModelConfig.create(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=300, max_seq_len=16)
@@ -23,7 +22,7 @@ def model(request, tmp_path) -> Model:
     config = ModelConfig.create(**{**CONFIG.to_dict(), "vocab_size": vocabulary.vocab_size})
     inside, sha256 = ("bin", pack(vocabulary.pieces())), vocabulary.sha256
     path = tmp_path / "model.bin"
-    format.write(path, 3, config, random_tensors(config), dtype="f32", tokenizer_sha256=sha256, tokenizer=inside)
+    model_file.write(path, 3, config, random_tensors(config), dtype="f32", tokenizer_sha256=sha256, tokenizer=inside)
     return Model.load(path, backend="numpy")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numba import float32, njit, types
 from numba.extending import overload
 
-from llamalet.kernels import team
+from llamalet.kernels import threads
 from llamalet.kernels.simd import (
     BLOCK_ROWS,
     BYTES_OF_8_BITS,
@@ -467,7 +467,7 @@ def swiglu(gate: Any, up: Any) -> None:
 
 @kernel
 def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, member: int) -> None:
-    """Run the model over the new positions of space.job, together with other threads; see team.py.
+    """Run the model over the new positions of space.job, together with other threads; see threads.py.
 
     Args:
         weights: Weights.
@@ -479,21 +479,21 @@ def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, membe
     """
     helping = member > 0
     if not helping:
-        team.open_job(shared)
+        threads.open_job(shared)
     last_stage = STAGES_PER_LAYER * weights.attention_norm.shape[0] + 1
     stage = looks = 0
-    while not helping or stage <= last_stage or looks < team.LOOKS:
-        ticket = team.atomic_load(shared, team.TICKET)
-        if team.atomic_load(shared, team.BINDING) != binding:
+    while not helping or stage <= last_stage or looks < threads.LOOKS:
+        ticket = threads.atomic_load(shared, threads.TICKET)
+        if threads.atomic_load(shared, threads.BINDING) != binding:
             return
-        stage, block = team.stage_of(ticket), team.block_of(ticket)
+        stage, block = threads.stage_of(ticket), threads.block_of(ticket)
         if stage > last_stage and not helping:
             return
         n_blocks = count_blocks(space.job, stage, last_stage)
         if block >= n_blocks:
-            team.wait(looks)
+            threads.wait(looks)
             looks += 1
-        elif team.take(shared, ticket):
+        elif threads.take(shared, ticket):
             looks, goes_on = 0, True
             while goes_on:
                 if stage % 2:
@@ -501,12 +501,12 @@ def work(weights: Any, space: Any, angles: Any, shared: Any, binding: int, membe
                 else:
                     run_positions(weights, space, angles, stage, block)
                 goes_on = False
-                if team.complete(shared, n_blocks):
+                if threads.complete(shared, n_blocks):
                     stage, block = stage + 1, 0
                     n_blocks = count_blocks(space.job, stage, last_stage)
                     goes_on = n_blocks == 1
                     if not goes_on:
-                        team.open_stage(shared, stage)
+                        threads.open_stage(shared, stage)
 
 
 @kernel

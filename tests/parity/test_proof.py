@@ -9,9 +9,9 @@ import pytest
 import torch
 from toy import SMALL_MODELS, random_tensors
 
+from llamalet import model_file
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.kernels.transformer import Transformer
-from llamalet.model_file import format
 from llamalet.reference import NumpyTransformer
 from training import weights
 
@@ -51,7 +51,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "version", "dtype"), CASES)
 def test_torch_numpy_and_kernels_agree(tmp_path, name, version, dtype):
     config = MODELS[name]
-    file = format.write(tmp_path / "m.bin", version, config, random_tensors(config, scale=0.05), dtype=dtype)
+    file = model_file.write(tmp_path / "m.bin", version, config, random_tensors(config, scale=0.05), dtype=dtype)
     rounds = file.dtype in ("q8", "q4")
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, config.max_seq_len)
     with torch.inference_mode():
@@ -75,6 +75,6 @@ def test_torch_numpy_and_kernels_agree(tmp_path, name, version, dtype):
 def test_stories42m_needs_groups_of_32_and_stories260k_none(tmp_path):
     config = PRESETS["stories42M"]
     assert config.hidden_dim == 1376
-    assert format.write(tmp_path / "m.bin", 2, config, random_tensors(config)).group_size == 32
+    assert model_file.write(tmp_path / "m.bin", 2, config, random_tensors(config)).group_size == 32
     with pytest.raises(ValueError, match="hidden_dim=172"):
-        format.write(tmp_path / "m.bin", 2, PRESETS["stories260K"], random_tensors(PRESETS["stories260K"]))
+        model_file.write(tmp_path / "m.bin", 2, PRESETS["stories260K"], random_tensors(PRESETS["stories260K"]))

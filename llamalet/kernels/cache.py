@@ -25,7 +25,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from llamalet.kernels import simd
 
 # The files that machine code is made from.
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("simd.py", "team.py", "kernels.py", "kernel_cache.py"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("simd.py", "threads.py", "ops.py", "cache.py"))
 
 PRIVATE = 0o700
 

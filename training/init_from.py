@@ -1,4 +1,4 @@
-"""The model that a run trains further: another run's, or one in any format that interchange/ reads."""
+"""The model that a run trains further: another run's, or one in any format that llamalet/convert reads."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ def read(path: str) -> StartingPoint:
     """Open the model to train further.
 
     Args:
-        path: a run's folder (its best checkpoint is taken), a checkpoint, or a model in one of interchange's formats.
+        path: a run's folder (its best checkpoint is taken), a checkpoint, or a model in one of the formats of llamalet/convert.
 
     Raises:
         CheckpointError: if the run has no sound checkpoint, or the checkpoint is damaged.

@@ -12,10 +12,10 @@ from toy import SMALL_MODELS, toy_data, toy_model
 
 import tinystories
 import train
+from llamalet import model_file
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, TokenizerError
-from llamalet.model_file import format
 from training.run import checkpoint
 
 VOCAB = 300
@@ -44,7 +44,7 @@ def train_further(path: object, *argv: str, out: str = "further") -> checkpoint.
 
 
 def check_same(state: dict[str, torch.Tensor], path: Path) -> None:
-    tensors = format.read(path).tensors
+    tensors = model_file.read(path).tensors
     assert {name + ".weight" for name in tensors} == state.keys()
     for name, tensor in tensors.items():
         assert torch.equal(state[name + ".weight"], torch.tensor(tensor)), name
@@ -67,7 +67,7 @@ def test_what_no_option_says_comes_with_the_model_and_stays(project):
     assert (before.model_config.rope_theta, before.model_config.head_dim) == (5e5, 12)
     assert before.model_config.max_seq_len == 32, "as typed"
     assert train.main(["--resume", "--out_dir=further", "--max_iters=3", "--schedule=cosine"]) == 0
-    assert format.read("further/model.bin").config.rope_scaling == SCALED.rope_scaling
+    assert model_file.read("further/model.bin").config.rope_scaling == SCALED.rope_scaling
 
 
 def test_large_contexts_are_not_trained_unless_asked_for(project):

@@ -13,7 +13,7 @@ import torch
 from toy import SMALL_MODELS, random_tensors, toy_llama3, toy_model, toy_tokenizer
 
 import export
-from llamalet import tokenizer
+from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert import (
     bin_file,
@@ -25,10 +25,10 @@ from llamalet.convert import (
     safetensors_file,
     tokenizer_json,
 )
-from llamalet.convert.source import Source, difference, llama3_scaling
+from llamalet.convert.imported_model import Source, difference, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.kernels.transformer import Transformer
-from llamalet.model_file import format
+from llamalet.model_file import tensors
 from llamalet.reference import NumpyTransformer
 from parity import proof
 from training import weights
@@ -120,7 +120,7 @@ def test_a_model_of_transformers_gives_its_logits_here_and_goes_back(tmp_path, k
     expected = their_logits(theirs, ids())
     assert run_main(tmp_path / "m.bin", "--version=3", "--dtype=f32", "--hf", tmp_path / "hf") == 0
     assert "is proved" in capsys.readouterr().out
-    file = format.read(tmp_path / "m.bin")
+    file = model_file.read(tmp_path / "m.bin")
     assert file.config.max_seq_len == LIKE[kind]["max_position_embeddings"]
     np.testing.assert_allclose(Transformer(file).logits(ids()), expected, atol=TOLERANCE)
     model = weights.load_bin(tmp_path / "m.bin")
@@ -171,7 +171,7 @@ def test_rows_come_in_blocks_of_any_size(tmp_path, monkeypatch):
     for dtype in ("f32", "bf16", "q8", "q4"):
         bin_file.write(tmp_path / "a.bin", 3, whole.config, whole.tensors, None, b"", dtype=dtype)
         with monkeypatch.context() as small:
-            small.setattr(format, "BLOCK_WEIGHTS", 1000)
+            small.setattr(tensors, "BLOCK_WEIGHTS", 1000)
             bin_file.write(tmp_path / "b.bin", 3, whole.config, whole.tensors, None, b"", dtype=dtype)
         assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
@@ -404,7 +404,7 @@ def test_the_tokenizer_goes_where_its_readers_look(tmp_path):
 @pytest.mark.parametrize("words", [["--dtype=q8"], ["--version=2"]])
 def test_an_export_leaves_the_users_files(tmp_path, words, shared_data):
     config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=32000)
-    format.write(tmp_path / "src.bin", 1, config, random_tensors(config))
+    model_file.write(tmp_path / "src.bin", 1, config, random_tensors(config))
     named = tmp_path / "m.tokenizer.tiktoken"  # content tells the kind, not the name
     named.write_bytes((shared_data / "llama2-tokenizer.bin").read_bytes())
     (tmp_path / "m.chat_template.jinja").write_text("mine")
@@ -455,7 +455,7 @@ def test_gguf_goes_out_and_comes_back(tmp_path, kind, dtype, capsys):
     if dtype == "f32":
         run_main(tmp_path / "m.bin", "--version=3", "--dtype=f32", "--no-check", "--gguf", tmp_path / "m.gguf")
         expected = their_logits(transformer_of(kind), ids(50))
-        logits = NumpyTransformer(format.read(tmp_path / "m.bin")).logits(ids(50))
+        logits = NumpyTransformer(model_file.read(tmp_path / "m.bin")).logits(ids(50))
         np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
 
 
@@ -680,23 +680,23 @@ def without_marker(path: Path) -> None:
 def test_the_rope_theta_of_llama3_2_c_s_files_is_never_guessed(tmp_path, capsys):
     config = dataclasses.replace(SMALL_MODELS["gqa-tied"], rope_theta=500000.0, vocab_size=128256)
     tensors = random_tensors(config, scale=0.05)
-    format.write(tmp_path / "v2.bin", 2, config, tensors)
+    model_file.write(tmp_path / "v2.bin", 2, config, tensors)
     without_marker(tmp_path / "v2.bin")
     with pytest.raises(FormatError, match="does not say its rope_theta, .* --bin .*v2.bin --rope_theta 500000"):
-        format.read(tmp_path / "v2.bin")
+        model_file.read(tmp_path / "v2.bin")
     with pytest.raises(FormatError, match="--rope_theta 500000"):
         run_main(tmp_path / "new.bin", "--llama2c", tmp_path / "v2.bin")
     words = ("--rope_theta=500000", "--rope_scaling=32", "--no-check")
     run_main(tmp_path / "new.bin", "--version=2", "--llama2c", tmp_path / "v2.bin", *words)
-    found = format.read(tmp_path / "new.bin").config
+    found = model_file.read(tmp_path / "new.bin").config
     assert found.rope_theta == 500000.0 and found.rope_scaling == llama3_scaling(32)
     with pytest.raises(ConfigError, match="says that it is 500000; leave it out"):
         run_main(tmp_path / "other.bin", "--bin", tmp_path / "new.bin", "--rope_theta=10000")
-    format.write(tmp_path / "v0.bin", 0, config, tensors, force=True)
+    model_file.write(tmp_path / "v0.bin", 0, config, tensors, force=True)
     capsys.readouterr()
     run_main(tmp_path / "from0.bin", "--bin", tmp_path / "v0.bin", "--no-check")
     assert "rope_theta 500000" in capsys.readouterr().out
-    assert format.read(tmp_path / "from0.bin").config.rope_theta == 500000.0
+    assert model_file.read(tmp_path / "from0.bin").config.rope_theta == 500000.0
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -709,7 +709,7 @@ def test_every_version_is_an_input(tmp_path, version):
     found = formats.read(formats.kind_of(tmp_path / "model.bin"), str(tmp_path / "model.bin"))
     bin_file.write(tmp_path / "copy.bin", 1, config, found.tensors, found.tokenizer, found.tokenizer_data)
     assert tokenizer.beside(tmp_path / "copy.bin") == tmp_path / "copy.tokenizer.bin"
-    copy, file = format.read(tmp_path / "copy.bin"), format.read(tmp_path / "model.bin")
+    copy, file = model_file.read(tmp_path / "copy.bin"), model_file.read(tmp_path / "model.bin")
     for name, tensor in bin_file.tensors_of(file).items():
         np.testing.assert_array_equal(copy.tensors[name], tensor[0 : tensor.shape[0]])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamalet.kernels import kernel_cache
+from llamalet.kernels import cache
 
 posix = pytest.mark.skipif(os.name == "nt", reason="owners and modes are POSIX's")
 
@@ -15,13 +15,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numba
-from llamalet import kernel_cache, simd
+from llamalet.kernels import cache, simd
 
 @numba.njit
 def power(x):
     return simd.exp(x)
 
-kernel_cache.enable(power)
+cache.enable(power)
 print(round(power(numba.float32(1)), 3), power.stats.cache_hits.total(), power._cache.cache_path)
 """
 
@@ -40,7 +40,7 @@ def run(package: Path, cache: Path, **environment: str) -> tuple[str, int, Path,
 @pytest.fixture
 def package(tmp_path):
     """A folder with a copy of the runtime in it."""
-    source = Path(kernel_cache.__file__).parents[1]
+    source = Path(cache.__file__).parents[1]
     shutil.copytree(source, tmp_path / "copy" / "llamalet", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "copy"
 
@@ -69,15 +69,15 @@ def test_compiles_once_and_again_after_an_edit_of_the_intrinsics(package, tmp_pa
 
 def test_the_folders_that_were_used_longest_ago_are_removed(tmp_path):
     (tmp_path / "notes.txt").write_text("not ours to remove")
-    names = [f"environment-{number}" for number in range(kernel_cache.KEPT_FOLDERS + 3)]
+    names = [f"environment-{number}" for number in range(cache.KEPT_FOLDERS + 3)]
     for age, name in enumerate(names):
-        folder = kernel_cache.open_folder([tmp_path], name)
+        folder = cache.open_folder([tmp_path], name)
         assert folder is not None
         os.utime(folder, (1e9 + age, 1e9 + age))
-    kernel_cache.open_folder([tmp_path], names[4])  # in use, however old
-    kernel_cache.open_folder([tmp_path], "environment-new")
+    cache.open_folder([tmp_path], names[4])  # in use, however old
+    cache.open_folder([tmp_path], "environment-new")
     kept = {path.name for path in tmp_path.iterdir() if path.is_dir()}
-    assert kept == {"environment-new", names[4], *names[-(kernel_cache.KEPT_FOLDERS - 2) :]}
+    assert kept == {"environment-new", names[4], *names[-(cache.KEPT_FOLDERS - 2) :]}
     assert (tmp_path / "notes.txt").exists()
 
 
@@ -87,10 +87,10 @@ def test_the_name_depends_on_every_source(tmp_path):
     for texts in (("x", "y"), ("x", "z"), ("xy", ""), ("", "xy")):
         for source, text in zip(sources, texts, strict=True):
             source.write_text(text)
-        names.add(kernel_cache.folder_name(sources))
+        names.add(cache.folder_name(sources))
     assert len(names) == 4
-    assert {source.name for source in kernel_cache.SOURCES} >= {"simd.py", "kernels.py", "team.py"}
-    assert all(source.is_file() for source in kernel_cache.SOURCES)
+    assert {source.name for source in cache.SOURCES} >= {"simd.py", "ops.py", "threads.py"}
+    assert all(source.is_file() for source in cache.SOURCES)
 
 
 @posix
@@ -114,7 +114,7 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path, capsys, mode, le
     folder.mkdir(parents=True)
     root.chmod(0o700)
     (root if level == "root" else folder).chmod(mode)
-    assert kernel_cache.open_folder([root, other], folder.name) == other / folder.name
+    assert cache.open_folder([root, other], folder.name) == other / folder.name
     assert "others may write" in capsys.readouterr().err
 
 
@@ -122,7 +122,7 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path, capsys, mode, le
 def test_a_link_is_refused(tmp_path, capsys):
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "root").symlink_to(tmp_path / "target")
-    assert kernel_cache.open_folder([tmp_path / "root"], "environment-sources") is None
+    assert cache.open_folder([tmp_path / "root"], "environment-sources") is None
     assert "not a folder" in capsys.readouterr().err
 
 
@@ -130,12 +130,12 @@ def test_a_link_is_refused(tmp_path, capsys):
 def test_another_users_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
     with pytest.raises(PermissionError, match="another user"):
-        kernel_cache.check_private(tmp_path)
+        cache.check_private(tmp_path)
 
 
 def test_without_a_usable_folder_kernels_are_compiled_all_the_same(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
-    assert kernel_cache.open_folder([file / "root"], "environment-sources") is None
+    assert cache.open_folder([file / "root"], "environment-sources") is None
     assert str(file) in capsys.readouterr().err
-    assert kernel_cache.open_folder([], "environment-sources") is None
+    assert cache.open_folder([], "environment-sources") is None

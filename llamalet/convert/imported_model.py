@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from llamalet import tokenizer
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
-from llamalet.model_file.format import Rows, row_blocks, tensor_specs
 from llamalet.model_file.header import CAPS
 from llamalet.model_file.quantize import from_bfloat16
+from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
 from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
 
 Floats = NDArray[np.float32]

@@ -35,11 +35,11 @@ from llamalet.model_file.header import (
     LLAMA2C_NORM_EPS,
     LLAMA2C_ROPE_THETA,
     V3_GROUP_SIZES,
+    Header,
     TokenizerSection,
     pack_header,
     read_header,
 )
-from llamalet.model_file.header import Header as Header
 from llamalet.model_file.quantize import (
     MAX_GROUP_SIZE,
     MIN_GROUP_SIZE,

@@ -11,7 +11,7 @@ whole job, helpers only take blocks from it. So a busy machine, a missing thread
 no more, where a pool with barriers waits for its slowest member at every one of them. A helper that comes late finds no
 block of an old job, because a ticket is never the same twice.
 
-The compiled side (`take`, `complete`, ...) is used by kernels.py, the Python side (`Team`) by transformer.py.
+The compiled side (`take`, `complete`, ...) is used by ops.py, the Python side (`Team`) by transformer.py.
 """
 
 import os

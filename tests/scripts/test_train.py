@@ -16,8 +16,8 @@ from toy import SMALL_MODELS, toy_data, toy_tokenizer
 
 import train
 from configurator import parse
+from llamalet import model_file
 from llamalet.errors import CheckpointError, ConfigError, DataError, UsageError
-from llamalet.model_file import format
 from llamalet.shards import Shards
 from llamalet.tokenizer import BOS_ID, write_bin
 from model import Llama
@@ -153,7 +153,7 @@ def test_compile_ddp_wandb_evaluation_save_and_resume_together(project):
     assert list(project.glob("**/offline-run-*"))
     for step in (2, 4):
         assert (project / "parts" / "checkpoints" / f"step-{step:08d}").is_dir()
-    file = format.read(project / "parts" / "model.bin", verify=True)
+    file = model_file.read(project / "parts" / "model.bin", verify=True)
     assert file.config.dim == 32 and not any("_orig_mod" in name or "module" in name for name in file.tensors)
     assert (project / "parts" / "loss.png").read_bytes().startswith(b"\x89PNG")
 

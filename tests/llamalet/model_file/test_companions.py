@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from toy import SMALL_MODELS, random_tensors, toy_llama3, toy_tokenizer
 
-from llamalet import Model
+from llamalet import Model, model_file
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, FormatError, TokenizerError
-from llamalet.model_file import format
 from llamalet.tokenizer import pack
 
 CONFIG = SMALL_MODELS["gqa-tied"]
@@ -19,13 +18,13 @@ TINY = ModelConfig.create(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_si
 ROWS = pack(toy_tokenizer().pieces())
 
 
-def write(path: Path, config: ModelConfig = TINY, *, kind: str = "bin", data: bytes = ROWS) -> format.ModelFile:
+def write(path: Path, config: ModelConfig = TINY, *, kind: str = "bin", data: bytes = ROWS) -> model_file.ModelFile:
     sha256 = toy_tokenizer().sha256
-    return format.write(path, 3, config, random_tensors(config), tokenizer_sha256=sha256, tokenizer=(kind, data))
+    return model_file.write(path, 3, config, random_tensors(config), tokenizer_sha256=sha256, tokenizer=(kind, data))
 
 
 def test_one_file_is_enough(tmp_path):
-    plain = format.write(tmp_path / "plain.bin", 3, CONFIG, random_tensors(CONFIG))
+    plain = model_file.write(tmp_path / "plain.bin", 3, CONFIG, random_tensors(CONFIG))
     file = write(tmp_path / "m.bin", CONFIG)
     assert file.tokenizer_data == ROWS and plain.tokenizer_data is None
     before, after = (tmp_path / "plain.bin").read_bytes(), (tmp_path / "m.bin").read_bytes()
@@ -39,7 +38,7 @@ def test_a_rank_table_inside(tmp_path):
     ours = toy_llama3()
     config = ModelConfig.create(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=ours.vocab_size, max_seq_len=8)
     data = pack(ours.pieces())
-    format.write(
+    model_file.write(
         tmp_path / "m.bin", 3, config, random_tensors(config), tokenizer_sha256=ours.sha256, tokenizer=("bin", data)
     )
     model = Model.load(tmp_path / "m.bin", backend="numpy")
@@ -58,7 +57,7 @@ def test_what_is_named_comes_before_what_is_inside_and_that_before_what_lies_bes
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_other_versions_have_no_place_for_it(tmp_path, version):
     with pytest.raises(ConfigError, match=f"version {version} has no place for a tokenizer"):
-        format.write(tmp_path / "m.bin", version, TINY, random_tensors(TINY), tokenizer=("bin", ROWS))
+        model_file.write(tmp_path / "m.bin", version, TINY, random_tensors(TINY), tokenizer=("bin", ROWS))
     assert not (tmp_path / "m.bin").exists()
 
 
@@ -72,11 +71,11 @@ def test_every_flipped_bit_and_every_other_length_is_refused(tmp_path):
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with pytest.raises(FormatError, match=r"m\.bin"):
-            format.read(path)
+            model_file.read(path)
     for changed in (data[:-1], data + b"\0", data[: -len(ROWS)], data[:200]):
         path.write_bytes(changed)
         with pytest.raises(FormatError, match=r"m\.bin"):
-            format.read(path)
+            model_file.read(path)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_refusals_name_the_field_and_the_value(tmp_path, at, code, value, words)
     struct.pack_into("<I", data, 152, zlib.crc32(data[:152]))
     path.write_bytes(data)
     with pytest.raises(FormatError, match=words):
-        format.read(path)
+        model_file.read(path)
 
 
 def test_another_kind_than_the_header_says_is_refused(tmp_path):

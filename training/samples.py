@@ -47,7 +47,7 @@ class Storyteller:
         try:
             # The runtime and its compiler are imported by the first story.
             from llamalet.kernels.transformer import Transformer
-            from llamalet.model_file.format import Header, ModelFile
+            from llamalet.model_file import Header, ModelFile
             from llamalet.runtime import Model
 
             file = ModelFile(Path("memory"), Header(1, self.config), to_arrays(state))

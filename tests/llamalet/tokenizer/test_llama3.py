@@ -10,7 +10,7 @@ from vocabularies import HARD, by_library, texts
 
 from llamalet import tokenizer
 from llamalet.errors import TokenizerError, UsageError
-from llamalet.tokenizer import Llama3Tokenizer, StreamDecoder, Tokenizer, load, merging, pack, write_bin
+from llamalet.tokenizer import Llama3Tokenizer, StreamDecoder, Tokenizer, bpe, load, pack, write_bin
 from llamalet.tokenizer.llama3 import WORDS
 
 
@@ -50,8 +50,8 @@ def test_special_tokens_are_sought_only_when_asked(toy):
 def test_repeated_words_are_joined_in_the_same_order(toy, long_word, text):
     ranks = {piece.decode("latin-1"): id for id, (piece, _) in enumerate(toy_ranks())}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "LONG_WORD", long_word)
-        found = merging.merge(text, ranks)
+        patch.setattr(bpe, "LONG_WORD", long_word)
+        found = bpe.merge(text, ranks)
     parts = list(text)
     while pairs := [
         (ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks
