@@ -1,8 +1,9 @@
 """The forward pass in plain numpy: the lesson, and the oracle of every kernel.
 
-Read `forward` first: it is the whole model. Each function above it is one step, and kernels/ops.py has the fast version of
-each under the same name. Shape letters: B batch, T new positions, S cached positions (the new ones included), C dim,
-H query heads, G kv heads, D head_dim, F hidden_dim, V vocab, L layers. Everything is float32 unless said otherwise.
+Read `forward` first: it is the whole model. Each function above it is one step, and kernels/ops.py has the fast
+version of each under the same name. Shape letters: B batch, T new positions, S cached positions (the new ones
+included), C dim, H query heads, G kv heads, D head_dim, F hidden_dim, V vocab, L layers. Everything is float32 unless
+said otherwise.
 
 A weight is a matrix (rows, cols) in any form of quantize.py: float32, the bits of bfloat16, or small integers in groups
 with a scale each (`Quantized`, `Packed`). For the last two the vector that it multiplies is quantized too, group by

@@ -54,7 +54,7 @@ def read(path: str) -> StartingPoint:
     """Open the model to train further.
 
     Args:
-        path: a run's folder (its best checkpoint is taken), a checkpoint, or a model in one of the formats of llamalet/convert.
+        path: a run (its best checkpoint is taken), a checkpoint, or a model in a format that llamalet/convert reads.
 
     Raises:
         CheckpointError: if the run has no sound checkpoint, or the checkpoint is damaged.
