@@ -81,7 +81,7 @@ def prepare(config: TrainConfig) -> Path:
         ConfigError: if there is no text to prepare, or several processes that would.
         DataError: if there is no such source.
     """
-    from tinystories import PretokenizeConfig, prepare_shards
+    from corpus.prepare import PretokenizeConfig, prepare_shards
 
     if config.data is not None:
         raise ConfigError(f"source={config.source}: goes to a folder of its own; leave --data={config.data} out")

@@ -40,7 +40,7 @@ from configurator import parse
 from llamalet import shards, tokenizer
 from llamalet.errors import ConfigError, UsageError, run
 from llamalet.files import replacing
-from llamalet.shards import Block, Meta, Split
+from llamalet.shards import Meta, Split, TokenBlock
 from training.config import TrainConfig
 from training.machine.distributed import Processes, find_device
 from training.machine.hardware import choose_dtype, count_threads, peak_tflops
@@ -252,7 +252,7 @@ def write_data(folder: Path, tokens: np.ndarray) -> None:
     folder.mkdir()
     vocabulary = folder / "tokenizer.bin"
     peers.write_vocabulary(vocabulary, VOCABULARY)
-    block = Block(tokens, documents=1, text_bytes=len(tokens))
+    block = TokenBlock(tokens, documents=1, text_bytes=len(tokens))
     splits = {
         name: Split((shards.write_shard(folder / f"{name}_00000.bin", [block], VOCABULARY),)) for name in shards.SPLITS
     }

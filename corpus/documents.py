@@ -1,9 +1,9 @@
-"""Files become one stream of documents, in pieces of text.
+"""Read files as one stream of documents, each in one or more pieces of text.
 
-A long document comes in pieces, so that memory stays flat and workers share it. A piece ends at a single space, and
-that space is left out: Llama 2's tokenizers put one before every text (SentencePiece's dummy prefix), for the others
-pretokenize does, and no token of a vocabulary has a space behind a letter. So the ids of the pieces, joined, are the
-ids of the whole document.
+Long documents are cut into pieces so that memory stays flat and several workers can encode one document. A cut replaces
+a single space. Llama 2's tokenizers put a space before every text (SentencePiece's dummy prefix); for others
+pretokenize.py does. No token continues past a letter with a space, so the ids of the pieces, joined, are the ids of the
+whole document.
 """
 
 import itertools
@@ -29,18 +29,18 @@ VAL_FRACTION = 0.05
 
 
 class Piece(NamedTuple):
-    """Some text of a document, and where the document stands."""
+    """Part of a document's text, and where the document was found."""
 
     text: str
     starts: bool
-    """Whether this is the document's beginning; if not, a space was left out before it."""
+    """Whether the document starts here; if not, a space was left out before this piece."""
     path: str
     line: int
-    """Line, or row of a parquet file, in which the document begins, from 1."""
+    """Line, or row of a parquet file, at which the document starts, from 1."""
 
     @property
     def where(self) -> str:
-        """The place of the document, for messages."""
+        """The document's location, for messages."""
         return f"{self.path}, {'row' if self.path.endswith('.parquet') else 'line'} {self.line}"
 
 
@@ -49,19 +49,18 @@ def pieces(
 ) -> Iterator[Piece]:
     """Yield the documents of a split, in pieces, in the same order every time.
 
-    Where there are no files for "val", every n-th document, n = 1 / val_fraction, goes to validation. If there are
-    fewer documents than that, as with one long text, the end of each goes there.
+    Without files for "val", every n-th document is a validation document, n = 1 / val_fraction. With fewer than n
+    documents, such as one long text, the end of each document is.
 
     Args:
-        files: the files of train and, perhaps, val.
+        files: the files of train and, optionally, val.
         split: train or val.
-        document: what a document is in a .txt file: the whole file (or what stands between lines END_OF_TEXT), what
-            stands between blank lines, or each line.
+        document: how a .txt file is divided: not at all (except at lines END_OF_TEXT), at blank lines, or at each line.
         column: key (.jsonl) or column (.parquet) of the text.
-        val_fraction: share of the validation documents, where they have no files of their own.
+        val_fraction: share of validation documents if they have no files of their own.
 
     Raises:
-        DataError: on a file that is not what its name says, with the line.
+        DataError: naming file and line, if a file's content does not match its suffix.
     """
     if "val" in files:
         return _read(files[split], document, column)
@@ -74,12 +73,12 @@ def pieces(
 
 
 def expected_chars(files: Mapping[str, Sequence[Path]], column: str) -> int:
-    """Return about how many characters of text the files hold, for progress bars and sampling."""
+    """Estimate the characters of text in some files, for progress bars and sampling."""
     return sum(_expected_chars(path, column) for paths in files.values() for path in paths)
 
 
 def with_text(stream: Iterable[Piece], empty: list[str]) -> Iterator[Piece]:
-    """Yield the pieces that have text, and note the places of the documents that have none in `empty`."""
+    """Yield the pieces that have text; append the locations of documents without any to `empty`."""
     for piece in stream:
         if piece.text:
             yield piece
@@ -121,15 +120,12 @@ def _cut(parts: Iterable[str], path: str, line: int) -> Iterator[Piece]:
 
 
 def _plain(path: Path, document: DocumentRule) -> Iterator[tuple[int, str]]:
-    """Yield a text file line by line, each with the line in which its document begins.
+    """Yield each line of a text file after the number of the line at which its document starts.
 
     Blank lines around a document and the end of its last line do not belong to it.
     """
-    found, begin, between = (
-        False,
-        0,
-        "",
-    )  # between: line ends and blank lines, which count only if more of the document follows
+    found, begin = False, 0
+    between = ""  # line ends and blank lines, which count only if more of the document follows
     for line, text in _lines(path):
         blank = not text.strip()
         if text == END_OF_TEXT or (blank and document != "file"):
@@ -191,7 +187,7 @@ def _open_parquet(path: Path, column: str) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a sound parquet file: {error}") from None
+        raise DataError(f"{path}: not a valid parquet file: {error}") from None
     kinds = {field.name: str(field.type) for field in file.schema_arrow}
     if kinds.get(column) not in ("string", "large_string", "string_view"):
         file.close()
@@ -200,7 +196,7 @@ def _open_parquet(path: Path, column: str) -> Any:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number, line without its end) of a UTF-8 file, whatever the line ends are."""
+    """Yield (line number, line without its end) of a UTF-8 file, with any kind of line end."""
     with path.open("rb") as file:
         for line in itertools.count(1):
             raw = file.readline(MAX_LINE_BYTES + 1)
@@ -208,7 +204,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 return
             if len(raw) > MAX_LINE_BYTES:
                 raise DataError(
-                    f"{path}, line {line}: longer than {MAX_LINE_BYTES >> 20} MiB; is it one object a line?"
+                    f"{path}, line {line}: longer than {MAX_LINE_BYTES >> 20} MiB; is it one object per line?"
                 )
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -221,7 +217,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _expected_chars(path: Path, column: str) -> int:
-    """Return about how many characters of text a file holds."""
+    """Estimate the characters of text in a file."""
     if path.suffix.lower() != ".parquet":
         return path.stat().st_size
     with _open_parquet(path, column) as file:
@@ -231,7 +227,7 @@ def _expected_chars(path: Path, column: str) -> int:
 
 
 def _lengths(stream: Iterable[Piece], limit: int) -> list[int]:
-    """Return the characters of each document, of the first `limit` at most."""
+    """Return the number of characters of each document, at most the first `limit`."""
     lengths: list[int] = []
     for piece in stream:
         if piece.starts:
@@ -276,5 +272,5 @@ def _heads_or_tails(stream: Iterable[Piece], heads: list[int], split: str) -> It
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Return some names for a message."""
+    """Return the first few names, quoted, for a message."""
     return ", ".join(map(repr, itertools.islice(names, 8))) or "nothing"

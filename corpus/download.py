@@ -1,47 +1,47 @@
-"""A dataset of the Hugging Face Hub becomes local files that are complete and checked.
+"""Download a dataset of the Hugging Face Hub: complete, checked, and resumable.
 
-The `datasets` library says which files make up the splits. huggingface_hub fetches each into NAME.part and goes on
-where an earlier command was cut off. Then size and digest are compared here: only a file that equals the Hub's gets its
-name, and only when all are there does source.json say so. Both libraries obey HF_ENDPOINT and HF_TOKEN.
+The `datasets` library says which files make up the splits. huggingface_hub fetches each into NAME.part, continuing
+where an earlier command stopped. A file gets its name only when its size and digest equal the Hub's, and source.json is
+written only when all files are there. Both libraries obey HF_ENDPOINT and HF_TOKEN.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corpus.sources import HUB_ID, RECORD_FILE, SUFFIXES, Record, RecordedFile, folder_of, sha256_of
-from llamalet.errors import DataError, DiskError
+from corpus.record import RECORD_FILE, Record, RecordedFile
+from corpus.sources import HUB_ID, SUFFIXES, check_label, folder_of
+from llamalet.errors import DISK_FULL, DataError, DiskError
+from llamalet.files import sha256_of
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
-FILES_FOLDER = "download"  # beside source.json; the files keep their names on the Hub
+FILES_FOLDER = "download"  # next to source.json; the files keep their names on the Hub
 HUB_URL = re.compile(r"hf://datasets/(?P<repo>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
-ATTEMPTS = 2  # the second one starts the file anew
+ATTEMPTS = 2  # the second one starts from an empty file
 
 
-def download(label: str, data_dir: Path, *, max_files: int | None, report: Callable[[str], None]) -> Record:
-    """Bring the training and validation files of a Hub dataset into data_dir/NAME, as far as they are not there.
+def download(label: str, data_dir: Path, *, max_files: int | None) -> Record:
+    """Download the training and validation files of a Hub dataset into data_dir/NAME; files already there are kept.
 
     Args:
         label: the dataset's ID, or ID:CONFIG.
-        data_dir: where sources lie.
-        max_files: how many of the training files to take, from the first; all when None.
-        report: called with a line about each file.
+        data_dir: the folder of all sources.
+        max_files: take only the first N training files; None takes all.
 
     Raises:
-        DataError: if the Hub cannot be reached or refuses, or a file is not what it should be.
+        DataError: if the Hub cannot be reached or refuses, or a file differs from the Hub's.
     """
     folder = folder_of(label, data_dir)
     known = Record.read(folder)
-    if known is not None and known.source != label:
-        raise DataError(f"{folder}: holds {known.source}, not {label}; delete it or choose another --data-dir")
+    if known is not None:
+        check_label(folder, known, label)
     with _in_one_line(label):
         splits = _resolve(label)
         splits["train"] = splits["train"][:max_files]
@@ -53,10 +53,9 @@ def download(label: str, data_dir: Path, *, max_files: int | None, report: Calla
         for entry in entries:
             target = folder / FILES_FOLDER / entry.path
             with _in_one_line(label):
-                news = _fetch(repo, revision, entry, folder / FILES_FOLDER)
-            report(f"{target}: {entry.size / 1e6:.1f} MB, {news}, checked")
-            recorded = RecordedFile(target.relative_to(folder).as_posix(), entry.size, sha256_of(target))
-            files[split] = (*files.get(split, ()), recorded)
+                outcome = _fetch(repo, revision, entry, folder / FILES_FOLDER)
+            print(f"{target}: {entry.size / 1e6:.1f} MB, {outcome}, checked")
+            files[split] = (*files.get(split, ()), RecordedFile.of(target, folder))
     record = Record(source=label, revision=revision, files=files)
     record.write(folder)
     return record
@@ -89,7 +88,7 @@ def _parse(url: str) -> tuple[str, str, str]:
 
 
 def _describe(urls: Sequence[str]) -> "list[RepoFile]":
-    """Return what the Hub says of some files: path, size, digest."""
+    """Return the Hub's entries for some files: path, size, digest."""
     from huggingface_hub import HfApi, RepoFile
 
     repo, revision, _ = _parse(urls[0])
@@ -103,8 +102,8 @@ def _describe(urls: Sequence[str]) -> "list[RepoFile]":
 
 
 def _fetch(repo: str, revision: str, entry: "RepoFile", folder: Path) -> str:
-    """See to it that a file lies in `folder` and equals the Hub's; return how that came about."""
-    # hf_hub_download starts an interrupted file anew, and takes any file of the right name for the right one.
+    """Make sure that `folder` has a file equal to the Hub's; return whether it was downloaded or already there."""
+    # hf_hub_download restarts an interrupted file and trusts any file of the right name, hence http_get.
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -125,7 +124,7 @@ def _fetch(repo: str, revision: str, entry: "RepoFile", folder: Path) -> str:
             except OSError as error:
                 if type(error) is not OSError or error.errno is not None:
                     raise
-                # It complains about the size, of which the comparison below says more.
+                # A wrong size; the comparison below says more about it.
             file.flush()
             os.fsync(file.fileno())
         problem = _difference(part, entry)
@@ -133,14 +132,14 @@ def _fetch(repo: str, revision: str, entry: "RepoFile", folder: Path) -> str:
             os.replace(part, target)
             return "downloaded"
         part.unlink()
-    raise DataError(f"{target}: {problem}, {ATTEMPTS} times: something on the way changes the data")
+    raise DataError(f"{target}: {problem}, {ATTEMPTS} times: something between here and the Hub changes the data")
 
 
 def _difference(path: Path, entry: "RepoFile") -> str | None:
     """Return how a file differs from the Hub's, or None.
 
-    The Hub knows the sha256 of large files; of small ones it has git's digest, the sha1 of "blob SIZE", a zero and the
-    bytes.
+    The Hub lists the sha256 of large files, and git's digest of small ones: the sha1 of "blob SIZE", a zero byte and
+    the content.
     """
     if not path.is_file():
         return "missing"
@@ -155,16 +154,16 @@ def _difference(path: Path, entry: "RepoFile") -> str | None:
 
 @contextlib.contextmanager
 def _in_one_line(label: str) -> Iterator[None]:
-    """Turn whatever the libraries raise over network, Hub or disk into one line that says how to go on."""
+    """Turn any exception of the libraries into one line that says what to do next."""
     try:
         yield
     except DataError as error:
         raise DataError(f"{label}: {error}") from None
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise DiskError(f"{label}: {error.strerror}; free some space and type the command again") from None
         what = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"{label}: {what}; type the command again to go on, what is complete is kept. "
+            f"{label}: {what}; type the command again to continue; complete files are kept. "
             "Without a network: python tinystories.py synthesize"
         ) from error

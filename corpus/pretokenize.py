@@ -1,8 +1,8 @@
-"""Documents become token shards: read and written in order by this process, encoded by workers.
+"""Documents to token shards: this process reads and writes them in order, worker processes encode.
 
-What goes into which shard depends on the text alone, so the bytes are the same whatever the number of workers. Only a
-few batches are under way at a time, so memory stays flat. Every finished shard is noted in unfinished.json, which is a
-meta.json in the making: an interrupted command goes on where it stopped.
+The text alone decides which shard a document goes into, so the bytes do not depend on the number of workers. Only a few
+tasks are in flight at a time, so memory stays flat. Each finished shard is listed in unfinished.json, a preliminary
+meta.json: an interrupted command continues from there.
 """
 
 import dataclasses
@@ -10,29 +10,28 @@ import functools
 import itertools
 import math
 import operator
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus.documents import DEFAULT_COLUMN, DEFAULT_DOCUMENT, VAL_FRACTION, Piece
+from corpus.documents import Piece
 from corpus.workers import Workers
 from llamalet import shards
 from llamalet.errors import DataError, TokenizerError
 from llamalet.files import replacing
-from llamalet.shards import META_FILE, SPLITS, Block, Entropy, Meta, Shard, Shards, Split
+from llamalet.shards import META_FILE, SPLITS, Entropy, Meta, Shard, Split, TokenBlock
 from llamalet.tokenizer import Tokenizer
 from llamalet.tokenizer import load as load_tokenizer
 
 UNFINISHED_FILE = "unfinished.json"
 SHARD_CHARS = 32_000_000
-BATCH_CHARS = 200_000
+TASK_CHARS = 200_000
 
 
-class Batch(NamedTuple):
-    """What a worker encodes at a time."""
+class EncodeTask(NamedTuple):
+    """The text that a worker encodes in one call, and the file of its vocabulary."""
 
     tokenizer: Path
     pieces: tuple[Piece, ...]
@@ -50,24 +49,24 @@ def pretokenize(
     workers: Workers,
     advance: Callable[[int], object],
 ) -> tuple[Meta, int]:
-    """Make a folder of prepared data.
+    """Write a folder of prepared data.
 
     Args:
         streams: the documents of train and val, in pieces.
-        folder: where to; shards of the same source, recipe and vocabulary that lie there, and are sound, are kept.
-        source: what meta.json calls the source.
-        recipe: what else determines the documents and their cut into shards.
+        folder: the folder; valid shards in it of the same source, recipe and vocabulary are kept.
+        source: the source's name in meta.json.
+        recipe: everything else that determines the documents and where they are cut into shards.
         tokenizer: the vocabulary, checked (check_tokenizer).
-        tokenizer_data: its file, which goes into the folder as it is.
-        entropy_nats: -log probability of all validation documents, where it is known.
-        workers: who encodes.
+        tokenizer_data: the bytes of its file, copied into the folder.
+        entropy_nats: total -log probability of all validation documents, if known.
+        workers: the processes that encode.
         advance: called with the number of characters done.
 
     Returns:
-        The new meta.json, and how many of its shards were kept.
+        The new meta.json, and the number of shards that were kept.
 
     Raises:
-        DataError: if the documents or a worker fail (the message names the shard), or a split comes out empty.
+        DataError: if the documents or a worker fail (the message names the shard), or a split is empty.
     """
     meta = Meta(
         source=source,
@@ -79,12 +78,14 @@ def pretokenize(
         tokenizer_sha256=tokenizer.sha256,
         splits={name: Split(()) for name in SPLITS},
     )
-    sound = sound_shards(folder, meta)
-    kept = set(sound)
-    _note(folder, meta, sound)
+    finished = valid_shards(folder, meta)
+    kept = set(finished)
+    _write_unfinished(folder, meta, finished)
     (folder / META_FILE).unlink(missing_ok=True)
     copy = folder / meta.tokenizer
-    _keep(tokenizer_data, copy)
+    if not copy.is_file() or copy.read_bytes() != tokenizer_data:
+        with replacing(copy) as file:
+            file.write(tokenizer_data)
     for split in SPLITS:
         done: list[Shard] = []
         for number, group in itertools.groupby(_numbered(streams[split]), key=operator.itemgetter(0)):
@@ -94,9 +95,9 @@ def pretokenize(
                 advance(sum(len(piece.text) for piece in pieces))
             else:
                 blocks = _encoded(path, pieces, copy, workers, advance)
-                sound[path.name] = shards.write_shard(path, blocks, meta.vocab_size)
-                _note(folder, meta, sound)
-            done.append(sound[path.name])
+                finished[path.name] = shards.write_shard(path, blocks, meta.vocab_size)
+                _write_unfinished(folder, meta, finished)
+            done.append(finished[path.name])
         if not done:
             raise DataError(f"{source}: there is no text for the {split} split")
         meta = dataclasses.replace(meta, splits={**meta.splits, split: Split(tuple(done))})
@@ -117,33 +118,15 @@ def check_tokenizer(tokenizer: Tokenizer, name: str) -> None:
         raise TokenizerError(f"{name}: the vocabulary must have spaces only where a token begins")
 
 
-def command(data: Shards, vocab: str) -> str:
-    """Return what to type to prepare the same documents with another vocabulary.
-
-    Args:
-        data: the prepared data.
-        vocab: the vocabulary's file, or a model with it.
-    """
-    usual = {"document": DEFAULT_DOCUMENT, "text_column": DEFAULT_COLUMN, "val_fraction": VAL_FRACTION}
-    options = {"source": data.meta.source}
-    for name in (*usual, "max_documents"):
-        if (value := data.meta.recipe.get(name)) not in (None, usual.get(name)):
-            options[name] = value
-    if (root := data.folder.parent.parent) != Path(shards.DATA_ROOT):
-        options["data_dir"] = str(root)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in (options | {"vocab": vocab}).items()]
-    return shlex.join(["python", "tinystories.py", "pretokenize", *words])
-
-
 def check_source(folder: Path, source: str) -> None:
     """Refuse to mix the vocabularies and prepared data of two sources whose files have the same name.
 
     Args:
-        folder: where those of the source go.
-        source: what meta.json calls it.
+        folder: the folder for this source's vocabularies and prepared data.
+        source: the source's name in meta.json.
 
     Raises:
-        DataError: if data of another source lie there.
+        DataError: if the folder holds data of another source.
     """
     for record in [*folder.glob(f"*/{META_FILE}"), *folder.glob(f"*/{UNFINISHED_FILE}")]:
         try:
@@ -156,14 +139,14 @@ def check_source(folder: Path, source: str) -> None:
             )
 
 
-def sound_shards(folder: Path, meta: Meta) -> dict[str, Shard]:
-    """Return, by file name, the shards in `folder` that were made as `meta` says and are undamaged."""
-    sound = {}
+def valid_shards(folder: Path, meta: Meta) -> dict[str, Shard]:
+    """Return, by file name, the undamaged shards in `folder` that were made with the settings of `meta`."""
+    valid = {}
     for record in (folder / META_FILE, folder / UNFINISHED_FILE):
         try:
             old = shards.read_meta(record)
         except DataError:
-            continue  # missing, or unusable: then there is nothing to keep
+            continue  # missing or unusable: nothing to keep
         if (old.source, old.recipe, old.tokenizer_sha256) != (meta.source, meta.recipe, meta.tokenizer_sha256):
             continue
         for shard in itertools.chain.from_iterable(split.shards for split in old.splits.values()):
@@ -171,34 +154,34 @@ def sound_shards(folder: Path, meta: Meta) -> dict[str, Shard]:
                 shards.check_shard(folder, shard, old.dtype, verify=True)
             except DataError:
                 continue  # missing or damaged: it is written again
-            sound[shard.file] = shard
-    return sound
+            valid[shard.file] = shard
+    return valid
 
 
-def encode(batch: Batch) -> Block:
-    """Encode pieces of documents; this is what the workers run.
+def encode_pieces(task: EncodeTask) -> TokenBlock:
+    """Encode pieces of documents; runs in the workers.
 
     Raises:
         DataError: if a piece cannot be encoded, with its file and line.
     """
-    tokenizer = _worker_tokenizer(batch.tokenizer)
+    tokenizer = _worker_tokenizer(task.tokenizer)
     ids: list[int] = []
-    for piece in batch.pieces:
+    for piece in task.pieces:
         try:
             text = piece.text if piece.starts else _with_its_space(piece.text, tokenizer)
             ids += tokenizer.encode(text, bos=piece.starts)
         except Exception as error:
             raise DataError(f"{piece.where}: cannot be encoded: {type(error).__name__}: {error}") from None
-    return Block(
+    return TokenBlock(
         np.array(ids, dtype=shards.id_dtype(tokenizer.vocab_size)),
-        documents=sum(piece.starts for piece in batch.pieces),
-        # A piece that starts no document had a space before it.
-        text_bytes=sum(len(piece.text.encode()) + (not piece.starts) for piece in batch.pieces),
+        documents=sum(piece.starts for piece in task.pieces),
+        # A space was left out before a piece that starts no document.
+        text_bytes=sum(len(piece.text.encode()) + (not piece.starts) for piece in task.pieces),
     )
 
 
 def _with_its_space(text: str, tokenizer: Tokenizer) -> str:
-    """Return a text that had a space before it as the tokenizer needs it: some put one before every text."""
+    """Return a text with the space before it, unless the tokenizer itself puts one before every text."""
     return text if tokenizer.adds_space else " " + text
 
 
@@ -210,28 +193,28 @@ def _worker_tokenizer(path: Path) -> Tokenizer:
 
 def _encoded(
     path: Path, pieces: Iterable[Piece], tokenizer: Path, workers: Workers, advance: Callable[[int], object]
-) -> Iterator[Block]:
+) -> Iterator[TokenBlock]:
     """Yield the encoded pieces of the shard `path`."""
     try:
-        for block in workers.map(encode, _batches(pieces, tokenizer)):
+        for block in workers.map(encode_pieces, _tasks(pieces, tokenizer)):
             advance(block.text_bytes)
             yield block
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
 
-def _batches(pieces: Iterable[Piece], tokenizer: Path) -> Iterator[Batch]:
-    """Gather pieces into batches of about BATCH_CHARS."""
-    batch: list[Piece] = []
+def _tasks(pieces: Iterable[Piece], tokenizer: Path) -> Iterator[EncodeTask]:
+    """Group pieces into tasks of about TASK_CHARS."""
+    group: list[Piece] = []
     chars = 0
     for piece in pieces:
-        batch.append(piece)
+        group.append(piece)
         chars += len(piece.text)
-        if chars >= BATCH_CHARS:
-            yield Batch(tokenizer, tuple(batch))
-            batch, chars = [], 0
-    if batch:
-        yield Batch(tokenizer, tuple(batch))
+        if chars >= TASK_CHARS:
+            yield EncodeTask(tokenizer, tuple(group))
+            group, chars = [], 0
+    if group:
+        yield EncodeTask(tokenizer, tuple(group))
 
 
 def _numbered(stream: Iterable[Piece]) -> Iterator[tuple[int, Piece]]:
@@ -256,21 +239,14 @@ def _entropy(nats: float, val: Split) -> Entropy:
     )
 
 
-def _note(folder: Path, meta: Meta, sound: Mapping[str, Shard]) -> None:
-    """Write down which shards need not be made again."""
-    splits = {name: Split(tuple(s for s in sound.values() if s.file.startswith(name))) for name in SPLITS}
+def _write_unfinished(folder: Path, meta: Meta, finished: Mapping[str, Shard]) -> None:
+    """Record in unfinished.json which shards need not be made again."""
+    splits = {name: Split(tuple(s for s in finished.values() if s.file.startswith(name))) for name in SPLITS}
     shards.write_meta(folder / UNFINISHED_FILE, dataclasses.replace(meta, splits=splits))
 
 
-def _keep(data: bytes, target: Path) -> None:
-    """Let a small file hold these bytes, all or none of them."""
-    if not target.is_file() or target.read_bytes() != data:
-        with replacing(target) as file:
-            file.write(data)
-
-
 def _remove_leftovers(folder: Path, meta: Meta) -> None:
-    """Delete what an earlier run with other settings, or one that was killed, left behind."""
+    """Delete the files of an earlier run with other settings or of a killed one."""
     named = {shard.file for split in meta.splits.values() for shard in split.shards} | {meta.tokenizer}
     patterns = ["train_*.bin", "val_*.bin", "tokenizer.*", ".*.tmp-*", UNFINISHED_FILE]
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:

@@ -1,76 +1,31 @@
-"""Where text comes from: files of the user's, or a folder below data/ that one of this project's commands filled.
+"""Where text comes from: the user's own files, a source with a name, or a folder filled by a command.
 
-A source is a .txt, .jsonl or .parquet file, a folder of them, or a folder that `tinystories.py download` or
-`synthesize` declared complete in its source.json. From here on they are all the same: files for training and, perhaps,
-for validation.
+A source is a .txt, .jsonl or .parquet file, a folder of them, a name in NAMED_SOURCES, or a folder below data/ that
+`tinystories.py download` or `synthesize` completed and described in source.json. All become a Source: files for
+training and, if there are any, for validation.
 """
 
-import dataclasses
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
 
+from corpus import tinyshakespeare
+from corpus.record import RECORD_FILE, Record
 from llamalet.errors import DataError
-from llamalet.files import replacing
+from llamalet.files import sha256_of
 
+# To add a source: write a file like tinyshakespeare.py, whose function puts the text into data_dir/NAME and describes
+# it in source.json unless that is done already, and enter it here under NAME.
+NAMED_SOURCES: Mapping[str, Callable[[Path], Record]] = {
+    "tinyshakespeare": tinyshakespeare.fetch,
+}
 DEFAULT_SOURCE = "roneneldan/TinyStories"
 SYNTHETIC = "synthetic"
-RECORD_FILE = "source.json"
-RECORD_FORMAT = "llamalet source"
-RECORD_VERSION = 1
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 VALIDATION_NAME = re.compile(r"(^|[^a-z])(val|valid|validation)([^a-z]|$)", re.IGNORECASE)
 HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
-
-
-class RecordedFile(NamedTuple):
-    """A file as source.json lists it."""
-
-    file: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """The contents of source.json: the source is complete, and these are its files."""
-
-    source: str
-    revision: str | None = None
-    files: Mapping[str, tuple[RecordedFile, ...]]
-    """Files per split, relative to the folder of source.json."""
-    entropy: Mapping[str, Any] | None = None
-    """For the synthetic source, of the validation stories: how many there are, and their -log probability in nats."""
-
-    def write(self, folder: Path) -> None:
-        """Declare the source in `folder` complete."""
-        files = {split: [entry._asdict() for entry in entries] for split, entries in self.files.items()}
-        table = {"format": RECORD_FORMAT, "version": RECORD_VERSION, **dataclasses.asdict(self), "files": files}
-        with replacing(folder / RECORD_FILE) as file:
-            file.write((json.dumps(table, indent=2) + "\n").encode())
-
-    @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """Return the record in `folder`, None where there is none.
-
-        Raises:
-            DataError: if it cannot be understood.
-        """
-        path = folder / RECORD_FILE
-        try:
-            table = json.loads(path.read_bytes())
-            files = {name: tuple(RecordedFile(**entry) for entry in table["files"][name]) for name in table["files"]}
-            if table["format"] != RECORD_FORMAT or table["version"] != RECORD_VERSION or not files["train"]:
-                raise ValueError("another format or version, or no training files")
-            return cls(source=table["source"], revision=table["revision"], files=files, entropy=table["entropy"])
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not readable ({error}); delete it and make the source again") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +33,10 @@ class Source:
     """Files to read documents from.
 
     Attributes:
-        label: what the user calls it.
+        label: the user's name for it.
         folder: data_dir/NAME, where its vocabularies and prepared data go.
-        files: the files per split; without "val", validation documents are taken from the training files.
-        record: what source.json says, for a source that has one.
+        files: the files of each split; without "val", validation documents are taken from the training files.
+        record: its source.json, if it has one.
     """
 
     label: str
@@ -96,14 +51,14 @@ class Source:
 
     @property
     def entropy_nats(self) -> float | None:
-        """The -log probability of all validation documents, where it is known."""
+        """Total -log probability of all validation documents, if known."""
         return self.record.entropy["nats"] if self.record and self.record.entropy else None
 
     def digest(self) -> str:
         """Return a sha256 over the names and contents of all files.
 
         Raises:
-            DataError: if a file is not the one that source.json tells of.
+            DataError: if a file differs from what source.json says.
         """
         whole = hashlib.sha256()
         for split in sorted(self.files):
@@ -112,7 +67,7 @@ class Source:
                 found = sha256_of(path)
                 if entry is not None and found != entry.sha256:
                     raise DataError(
-                        f"{path}: sha256 is {found}, must be {entry.sha256}; delete {RECORD_FILE} beside it"
+                        f"{path}: sha256 is {found}, must be {entry.sha256}; delete the {RECORD_FILE} next to it"
                         " and make the source again"
                     )
                 whole.update(f"{split} {path.name} {found}\n".encode())
@@ -120,22 +75,24 @@ class Source:
 
 
 def open_source(label: str | None, data_dir: Path) -> Source:
-    """Find a source.
+    """Find a source; one of NAMED_SOURCES is downloaded if necessary.
 
     Args:
-        label: a file, a folder, a Hub ID that was downloaded, or the name of a folder of data_dir with a source.json;
-            None takes TinyStories, or the synthetic stories where only these are there.
-        data_dir: where downloaded, synthetic and prepared data lie.
+        label: a file, a folder, a name in NAMED_SOURCES, the ID of a downloaded Hub dataset, or a folder of data_dir
+            with a source.json. None is TinyStories, or the synthetic stories if only they exist.
+        data_dir: the folder of downloaded, synthetic and prepared data.
 
     Raises:
-        DataError: if there is no such source, or it is not complete.
+        DataError: if there is no such source, or it is incomplete.
     """
     if label is None:
         tinystories, synthetic = folder_of(DEFAULT_SOURCE, data_dir), data_dir / SYNTHETIC
         only_synthetic = (synthetic / RECORD_FILE).is_file() and not (tinystories / RECORD_FILE).is_file()
         label = SYNTHETIC if only_synthetic else DEFAULT_SOURCE
     if not label:
-        raise DataError("--source=: names nothing; give a file, a folder or the ID of a Hub dataset")
+        raise DataError("--source=: is empty; give a file, a folder or the ID of a Hub dataset")
+    if label in NAMED_SOURCES:
+        NAMED_SOURCES[label](data_dir)
     path = Path(label)
     for folder in (data_dir / label, path):
         if (record := Record.read(folder)) is not None:
@@ -152,9 +109,14 @@ def open_source(label: str | None, data_dir: Path) -> Source:
             f"{label}: not downloaded yet; type: python tinystories.py download{option}"
             "  (without a network: python tinystories.py synthesize)"
         )
+    check_label(folder, record, label)
+    return _recorded(record, folder, folder)
+
+
+def check_label(folder: Path, record: Record, label: str) -> None:
+    """Raise a DataError if `folder` holds another source of the same name."""
     if record.source != label:
         raise DataError(f"{folder}: holds {record.source}, not {label}; delete it or choose another --data-dir")
-    return _recorded(record, folder, folder)
 
 
 def folder_of(hub_id: str, data_dir: Path) -> Path:
@@ -162,14 +124,8 @@ def folder_of(hub_id: str, data_dir: Path) -> Path:
     return data_dir / hub_id.rpartition("/")[2].replace(":", "-")
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _recorded(record: Record, files_in: Path, folder: Path) -> Source:
-    """Return the source whose source.json lies in `files_in`."""
+    """Return the source described by the source.json in `files_in`."""
     files: dict[str, tuple[Path, ...]] = {}
     for split, entries in record.files.items():
         files[split] = tuple(files_in / entry.file for entry in entries)
@@ -181,7 +137,7 @@ def _recorded(record: Record, files_in: Path, folder: Path) -> Source:
 
 
 def _local(path: Path, data_dir: Path) -> Source:
-    """Return the source of a file, or of all files of the known kinds in a folder and its subfolders."""
+    """Return the source of a file, or of all files with a known suffix in a folder and its subfolders."""
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: a source must be {', '.join(SUFFIXES)}, or a folder of such files")

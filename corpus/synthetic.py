@@ -1,4 +1,4 @@
-"""A corpus of stories from the grammar, whose entropy is known and which needs no network."""
+"""A corpus of stories from the grammar: it needs no network, and its entropy is known."""
 
 import json
 import math
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from corpus import story_grammar
-from corpus.sources import RECORD_FILE, SYNTHETIC, Record, RecordedFile, sha256_of
+from corpus.record import RECORD_FILE, Record, RecordedFile
+from corpus.sources import SYNTHETIC
 from corpus.workers import Workers
 from llamalet.files import replacing
 from llamalet.shards import SPLITS
@@ -18,19 +19,19 @@ from llamalet.shards import SPLITS
 STORIES_PER_TASK = 200
 
 
-class Task(NamedTuple):
-    """A run of stories; its random numbers depend on nothing else."""
+class StoryTask(NamedTuple):
+    """STORIES_PER_TASK consecutive stories; these three numbers alone seed them."""
 
     seed: int
     split: int
     number: int
 
 
-def tell(task: Task) -> list[tuple[bytes, float]]:
-    """Draw STORIES_PER_TASK stories; this is what the workers run.
+def draw_stories(task: StoryTask) -> list[tuple[bytes, float]]:
+    """Draw STORIES_PER_TASK stories; runs in the workers.
 
     Returns:
-        For each story its line of .jsonl, and its log-probability in nats.
+        The .jsonl line of each story and its log-probability in nats.
     """
     rng = np.random.default_rng(task)
     stories = []
@@ -53,12 +54,12 @@ def synthesize(
     """Write data_dir/synthetic: train.jsonl, val.jsonl, and source.json with the entropy of the validation stories.
 
     Args:
-        data_dir: where sources lie.
+        data_dir: the folder of all sources.
         seed: the same seed gives the same files, on every machine and with any number of workers.
         train_bytes: the size at which train.jsonl is complete, or
-        train_stories: the number of its stories.
-        val_stories: the number of stories in val.jsonl; each has its log-probability beside it.
-        workers: who draws.
+        train_stories: its number of stories.
+        val_stories: the number of stories in val.jsonl, each with its log-probability.
+        workers: the processes that draw.
         advance: called with the number of bytes written.
 
     Raises:
@@ -82,7 +83,7 @@ def synthesize(
                     log_probs.append(log_prob)
                 elif train_bytes is not None and size >= train_bytes:
                     break
-        files[name] = (RecordedFile(path.name, size, sha256_of(path)),)
+        files[name] = (RecordedFile.of(path, folder),)
     entropy = {"stories": len(log_probs), "nats": -math.fsum(log_probs)}
     record = Record(source=SYNTHETIC, files=files, entropy=entropy)
     record.write(folder)
@@ -90,6 +91,6 @@ def synthesize(
 
 
 def _stories(seed: int, split: int, workers: Workers) -> Iterator[tuple[bytes, float]]:
-    """Yield stories without end, drawn by the workers."""
-    for stories in workers.map(tell, (Task(seed, split, number) for number in count())):
+    """Yield stories endlessly, drawn by the workers."""
+    for stories in workers.map(draw_stories, (StoryTask(seed, split, number) for number in count())):
         yield from stories

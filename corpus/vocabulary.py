@@ -1,7 +1,7 @@
 """A SentencePiece vocabulary, trained the way Llama 2's was.
 
-Byte pairs with byte fallback, no normalisation, every space kept, every digit a token of its own: the text that comes
-back is the text that went in, except that U+2581, SentencePiece's own mark for a space, comes back as a space.
+Byte pairs with byte fallback, no normalisation, every space kept, every digit its own token. Decoding returns the text
+that was encoded, except that U+2581, SentencePiece's mark for a space, comes back as a space.
 """
 
 import io
@@ -14,16 +14,16 @@ from llamalet.errors import DataError
 
 DEFAULT_SIZE = 4096
 SAMPLE_CHARS = 64_000_000  # more text hardly changes a vocabulary, and costs memory
-# The rarest characters are left to the byte tokens, or a thousand one-off characters of a large corpus fill a small
-# vocabulary.
+# The rarest characters are left to the byte tokens; otherwise thousands of one-off characters of a large corpus would
+# fill a small vocabulary.
 CHARACTER_COVERAGE = 0.99999
-N_THREADS = 8  # fixed, because the number is written into the model file; the pieces do not depend on it
+N_THREADS = 8  # fixed: the number is written into the model file, though the pieces do not depend on it
 TOO_LARGE = re.compile(r"Vocabulary size too high .*<= (\d+)")
 TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
 
 
 def sample_lines(stream: Iterable[Piece], every: int) -> Iterator[str]:
-    """Yield the lines of every n-th piece. Without line ends in it, a vocabulary spells them as the byte token."""
+    """Yield the lines of every n-th piece; a vocabulary that sees no line ends leaves them to the byte token."""
     for piece in itertools.islice(stream, 0, None, every):
         yield from filter(None, piece.text.split("\n"))
 
@@ -33,11 +33,11 @@ def train(lines: Sequence[str], vocab_size: int, *, at_most: bool = False) -> tu
 
     Args:
         lines: the text.
-        vocab_size: number of tokens, with the 3 control and 256 byte tokens.
-        at_most: whether to train the largest possible vocabulary where the text is too small for this one.
+        vocab_size: number of tokens, including the 3 control and 256 byte tokens.
+        at_most: if the text is too small for this vocabulary, train the largest possible one.
 
     Returns:
-        A SentencePiece .model (unknown 0, BOS 1, EOS 2, the bytes 3..258, then pieces and characters), and its size.
+        A SentencePiece .model (unknown 0, BOS 1, EOS 2, the bytes 3..258, then pieces and characters) and its size.
 
     Raises:
         DataError: if the text is too small or too varied for a vocabulary of this size.
@@ -71,11 +71,11 @@ def train(lines: Sequence[str], vocab_size: int, *, at_most: bool = False) -> tu
             if at_most:
                 return train(lines, largest)
             raise DataError(
-                f"--vocab-size={vocab_size}: the text is too small for it; the largest possible is {largest}"
+                f"--vocab-size={vocab_size}: the text is too small; the largest possible is {largest}"
             ) from None
         if too_small := TOO_SMALL.search(str(error)):
             raise DataError(
-                f"--vocab-size={vocab_size}: the text's characters alone need {too_small[1]}; give at least that"
+                f"--vocab-size={vocab_size}: the text's characters alone need {too_small[1]}; choose at least that"
             ) from None
         raise DataError(f"--vocab-size={vocab_size}: SentencePiece cannot train it: {error}") from None
     return model.getvalue(), vocab_size

@@ -1,4 +1,4 @@
-"""Worker processes: results come in the order of the tasks, and a worker that fails or dies is never overlooked."""
+"""Worker processes: results come in the order of the tasks, and a worker that fails or dies is always reported."""
 
 import contextlib
 import multiprocessing
@@ -17,20 +17,20 @@ from llamalet.errors import DataError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-TASKS_PER_WORKER = 4  # under way at a time: enough that none waits for work, few enough that memory stays flat
+TASKS_PER_WORKER = 4  # in flight at a time: enough to keep all busy, few enough that memory stays flat
 
 
 class Workers:
-    """A pool of processes, started by spawn and so the same on every platform; use it in a `with` block.
+    """A pool of processes, spawned and so the same on every platform; use it in a `with` block.
 
     Args:
-        count: how many processes; one per available core when None.
+        count: number of processes; None is one per available core.
     """
 
     def __init__(self, count: int | None = None) -> None:
         self.count = count or available_cores()
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin)
+        self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_initialize)
 
     def __enter__(self) -> Self:
         return self
@@ -45,10 +45,10 @@ class Workers:
 
         Args:
             function: a function at the top level of a module.
-            tasks: what pickle can carry.
+            tasks: values that can be pickled.
 
         Raises:
-            DataError: if a worker process died. What `function` raises is raised here.
+            DataError: if a worker process died. An exception of `function` is raised here as it is.
         """
         waiting: deque[Future[Result]] = deque()
         try:
@@ -61,7 +61,7 @@ class Workers:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                "a worker process died, perhaps for want of memory (fewer --workers need less); type the command again"
+                "a worker process died, perhaps out of memory (fewer --workers need less); type the command again"
             ) from None
 
 
@@ -72,12 +72,12 @@ def available_cores() -> int:
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait until the block ends. A process started within holds it back for good: it is the parent's.
+    """Delay Ctrl-C until the block ends. A process started inside never gets it: Ctrl-C is the parent's affair.
 
-    Blocking the signal is not enough: another thread may take it, and Python then interrupts the main one all the same,
-    perhaps between making the pool's manager thread and starting it, which leaves a pool that cannot be shut down.
+    Blocking the signal is not enough: another thread may receive it, and Python then interrupts the main thread anyway,
+    perhaps between creating and starting the pool's manager thread, which leaves a pool that cannot be shut down.
     """
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set, none interrupts
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
         yield
         return
     held_back: list[int] = []
@@ -93,14 +93,14 @@ def _interrupts_held_back() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _begin() -> None:
-    """Prepare a worker: it leaves Ctrl-C to its parent, and has no more work when that is gone."""
+def _initialize() -> None:
+    """Prepare a worker: it ignores Ctrl-C, which its parent handles, and ends when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    """Wait for the parent's end; without this a worker whose parent was killed would wait for tasks for ever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent does; a worker whose parent was killed would otherwise wait for tasks forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

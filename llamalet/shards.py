@@ -28,7 +28,7 @@ SPLITS = ("train", "val")
 Ids = NDArray[np.integer[Any]]
 
 
-class Block(NamedTuple):
+class TokenBlock(NamedTuple):
     """Encoded documents on their way into a shard."""
 
     ids: Ids
@@ -330,7 +330,7 @@ def check_shard(folder: Path, shard: Shard, dtype: np.dtype[Any], *, verify: boo
             raise DataError(f"{path}: sha256 is {found}, must be {shard.sha256}; prepare the data again")
 
 
-def write_shard(path: Path, blocks: Iterable[Block], vocab_size: int) -> Shard:
+def write_shard(path: Path, blocks: Iterable[TokenBlock], vocab_size: int) -> Shard:
     """Write one token file as its blocks arrive, aside and then renamed.
 
     Args:

@@ -455,7 +455,7 @@ def small_shards(folder: Path, vocab_size: int, *, n_tokens: int = 700, shard_to
     for number, begin in enumerate(range(0, n_tokens, shard_tokens)):
         part = np.asarray(ids[begin : begin + shard_tokens])
         documents = int((part == meta.bos_id).sum())
-        block = shards.Block(ids=part, documents=documents, text_bytes=3 * len(part))
+        block = shards.TokenBlock(ids=part, documents=documents, text_bytes=3 * len(part))
         parts.append(shards.write_shard(folder / f"train_{number:05d}.bin", [block], vocab_size))
     splits = meta.splits | {"train": shards.Split(tuple(parts))}
     shards.write_meta(folder / shards.META_FILE, dataclasses.replace(meta, splits=splits))

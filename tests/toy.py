@@ -11,7 +11,7 @@ from llamalet.model_file import quantize
 from llamalet.model_file.tensors import tensor_specs
 from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, write_bin
 from llamalet.tokenizer.llama3 import special_names
-from llamalet.tokenizer.rows import Piece
+from llamalet.tokenizer.rows import TokenizerRow
 
 # One small model of each kind that Llama files come in.
 SMALL_MODELS = {
@@ -64,7 +64,7 @@ WHOLE_WORD = "zqz"
 N_RANKS = 256 + len(MERGES) + 1
 
 
-def toy_ranks() -> list[Piece]:
+def toy_ranks() -> list[TokenizerRow]:
     """The rows of a small Llama 3 vocabulary: bytes from the last to the first, MERGES, WHOLE_WORD, special tokens."""
     texts = [chr(255 - i) for i in range(256)] + ["".join(pair) for pair in MERGES] + [WHOLE_WORD]
     names = [name.encode() for name in special_names()]
@@ -102,7 +102,7 @@ def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 
     for name in shards.SPLITS:
         ids = rng.integers(259, vocab_size, n_tokens)
         ids[::50] = BOS_ID
-        block = shards.Block(ids=ids, documents=-(-n_tokens // 50), text_bytes=3 * n_tokens)
+        block = shards.TokenBlock(ids=ids, documents=-(-n_tokens // 50), text_bytes=3 * n_tokens)
         splits[name] = shards.Split((shards.write_shard(folder / f"{name}_00000.bin", [block], vocab_size),))
     tokenizer = toy_tokenizer(vocab_size)
     write_bin(folder / "tokenizer.bin", tokenizer)

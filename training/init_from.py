@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from corpus.pretokenize import command
+from corpus.prepare import command_for
 from llamalet.config import ModelConfig
 from llamalet.convert import formats
 from llamalet.errors import CheckpointError, ConfigError
@@ -44,7 +44,7 @@ class StartingPoint:
             problems.append(
                 f"{data.folder}: prepared with another vocabulary ({data.vocab_size} tokens) than that of {self.name} "
                 f"({self.config.vocab_size}); prepare the text with that one: "
-                f"{command(data, self.tokenizer_path or 'ITS_TOKENIZER')}"
+                f"{command_for(data, self.tokenizer_path or 'ITS_TOKENIZER')}"
             )
         if problems:
             raise ConfigError.from_problems(problems)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from llamalet.errors import TokenizerError
-from llamalet.tokenizer.rows import Piece, pack
+from llamalet.tokenizer.rows import TokenizerRow, pack
 
 
 class Tokenizer(abc.ABC):
@@ -72,7 +72,7 @@ class Tokenizer(abc.ABC):
         return hashlib.sha256(pack(self.pieces())).hexdigest()
 
     @abc.abstractmethod
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TokenizerRow]:
         """Return (bytes, score) per id, as they stand in a tokenizer.bin.
 
         Raises:

@@ -14,7 +14,7 @@ from typing import Any
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer.base import Tokenizer
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, WORDS
-from llamalet.tokenizer.rows import Piece
+from llamalet.tokenizer.rows import TokenizerRow
 
 SPACE_MARK = "\u2581"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -83,7 +83,7 @@ class JsonTokenizer(Tokenizer):
         # The older way for Llama 2 puts a space in front of each text between special tokens, the newer one does not.
         self._first_text_is_like_others = self._encode_behind_bos("a") == self._encode("a")
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TokenizerRow]:
         """Raise a TokenizerError: a tokenizer.bin cannot say all that a tokenizer.json does."""
         raise TokenizerError(f"{self._name}: a tokenizer.json cannot be written in the layout of tokenizer.bin")
 
@@ -111,7 +111,7 @@ class JsonTokenizer(Tokenizer):
         yield text
 
 
-def rank_rows(data: bytes) -> list[Piece] | None:
+def rank_rows(data: bytes) -> list[TokenizerRow] | None:
     """Return the rows of the rank table that a tokenizer.json is; None if it is none, or not usable."""
     try:
         fields = json.loads(data)
@@ -139,7 +139,7 @@ def rank_rows(data: bytes) -> list[Piece] | None:
 
 def rows_of_table(
     tokens: Sequence[str], merges: Sequence[Sequence[str]], special: Collection[str]
-) -> list[Piece] | None:
+) -> list[TokenizerRow] | None:
     """Return the rows of a rank table (llama3.py) that joins as a list of pairs does; None if no such table does.
 
     Args:

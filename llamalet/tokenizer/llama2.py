@@ -12,7 +12,7 @@ import re
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer.base import Tokenizer
 from llamalet.tokenizer.bpe import MergingTokenizer, merge
-from llamalet.tokenizer.rows import Piece
+from llamalet.tokenizer.rows import TokenizerRow
 
 # SentencePiece writes a space inside a piece as this character.
 SPACE_MARK = "\u2581"
@@ -68,7 +68,7 @@ class SentencePieceTokenizer(Tokenizer):
         adds_space = bool(first) and first[0].startswith(SPACE_MARK)
         super().__init__(texts, bos_id=bos_id, eos_id=eos_id, special=special, adds_space=adds_space)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TokenizerRow]:
         """Return (bytes, score) per id, as they stand in tokenizer.bin."""
         return self._pieces
 
@@ -86,7 +86,7 @@ class BinTokenizer(MergingTokenizer):
 
     suffix = "bin"
 
-    def __init__(self, pieces: list[Piece], name: str) -> None:
+    def __init__(self, pieces: list[TokenizerRow], name: str) -> None:
         """Take the rows of a tokenizer.bin.
 
         Args:
@@ -103,7 +103,7 @@ class BinTokenizer(MergingTokenizer):
         super().__init__(texts, bos_id=BOS_ID, eos_id=EOS_ID, special=special, adds_space=True)
         self._pieces = pieces
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TokenizerRow]:
         """Return (bytes, score) per id."""
         return self._pieces
 
@@ -152,7 +152,7 @@ def check_for_llama2c(tokenizer: Tokenizer, name: str) -> None:
         )
 
 
-def check_pieces(pieces: list[Piece], name: str) -> None:
+def check_pieces(pieces: list[TokenizerRow], name: str) -> None:
     """Raise a TokenizerError unless llama2.c's readers can rely on these rows."""
     if len(pieces) < FIRST_TEXT_ID:
         raise TokenizerError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer.bpe import MergingTokenizer, merge
-from llamalet.tokenizer.rows import MAX_VOCAB, Piece
+from llamalet.tokenizer.rows import MAX_VOCAB, TokenizerRow
 
 # Words: a contraction's end; letters with one other character before them; up to three digits; other characters with
 # line ends; white space up to a line end, up to the last before a word, or all. Source: llama3, tokenizer.py
@@ -37,7 +37,7 @@ TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")
 class Llama3Tokenizer(MergingTokenizer):
     """Merge ranks over bytes; needs the regex package, since Python's own expressions know no classes of letters."""
 
-    def __init__(self, pieces: list[Piece], name: str, *, suffix: str) -> None:
+    def __init__(self, pieces: list[TokenizerRow], name: str, *, suffix: str) -> None:
         """Take the rows of a rank table.
 
         Args:
@@ -70,7 +70,7 @@ class Llama3Tokenizer(MergingTokenizer):
         self.suffix = suffix  # type: ignore[misc]
         self._pieces = pieces
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TokenizerRow]:
         """Return (bytes, id) per id, the special tokens by their names."""
         return self._pieces
 
@@ -85,7 +85,7 @@ class Llama3Tokenizer(MergingTokenizer):
         return tuple(self._ranks[piece] for piece in merge(parts, self._ranks))
 
 
-def is_rank_table(pieces: list[Piece]) -> bool:
+def is_rank_table(pieces: list[TokenizerRow]) -> bool:
     """Return whether the rows of a tokenizer.bin are Llama 3's: every score is the id."""
     return len(pieces) > 1 and all(score == id for id, (_, score) in enumerate(pieces))
 
@@ -95,13 +95,13 @@ def looks_like_tiktoken(data: bytes) -> bool:
     return TIKTOKEN_LINE.fullmatch(data[:400].partition(b"\n")[0].rstrip()) is not None
 
 
-def parse_tiktoken(data: bytes, name: str) -> list[Piece]:
+def parse_tiktoken(data: bytes, name: str) -> list[TokenizerRow]:
     """Return the rows of a tiktoken file, followed by Llama 3's special tokens.
 
     Raises:
         TokenizerError: naming the line that is none, or that the ranks are not 0, 1, 2, ...
     """
-    pieces: list[Piece] = []
+    pieces: list[TokenizerRow] = []
     for number, line in enumerate(data.splitlines(), start=1):
         match = TIKTOKEN_LINE.fullmatch(line)
         try:
@@ -120,7 +120,7 @@ def special_names() -> list[str]:
     return [known.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(N_SPECIAL)]
 
 
-def _problem(pieces: list[Piece], n_ranks: int, special: dict[str, int], ranks: dict[str, int]) -> str | None:
+def _problem(pieces: list[TokenizerRow], n_ranks: int, special: dict[str, int], ranks: dict[str, int]) -> str | None:
     """Return what is wrong with a rank table."""
     if missing := [name for name in (BOS, EOS) if name not in special]:
         return f"{missing[0]} is missing"

@@ -11,7 +11,7 @@ import struct
 
 from llamalet.errors import TokenizerError
 
-Piece = tuple[bytes, float]  # the entry's bytes, and its score
+TokenizerRow = tuple[bytes, float]  # the entry's bytes, and its score
 
 LONGEST = struct.Struct("<I")
 ENTRY = struct.Struct("<fI")
@@ -24,13 +24,13 @@ def looks_like_rows(data: bytes) -> bool:
     return len(data) >= LONGEST.size and LONGEST.unpack_from(data)[0] <= MAX_PIECE_BYTES
 
 
-def pack(pieces: list[Piece]) -> bytes:
+def pack(pieces: list[TokenizerRow]) -> bytes:
     """Return the bytes of a tokenizer.bin with these rows."""
     rows = [ENTRY.pack(score, len(piece)) + piece for piece, score in pieces]
     return LONGEST.pack(max((len(piece) for piece, _ in pieces), default=0)) + b"".join(rows)
 
 
-def unpack(data: bytes, name: str) -> list[Piece]:
+def unpack(data: bytes, name: str) -> list[TokenizerRow]:
     """Return the rows of a tokenizer.bin.
 
     Args:
@@ -40,7 +40,7 @@ def unpack(data: bytes, name: str) -> list[Piece]:
     Raises:
         TokenizerError: if they do not fill the file exactly, or the longest is not as long as it says.
     """
-    pieces: list[Piece] = []
+    pieces: list[TokenizerRow] = []
     at, longest = LONGEST.size, 0
     while at < len(data):
         if len(data) - at < ENTRY.size:

@@ -135,7 +135,7 @@ def test_bad_parquet(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"<html>not found</html>", whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"a\.parquet: not a sound parquet file"):
+        with pytest.raises(DataError, match=r"a\.parquet: not a valid parquet file"):
             read(path, val=path)
 
 

@@ -9,7 +9,7 @@ from toy import SMALL_MODELS, Counting, random_tensors, toy_model, toy_tokenizer
 from llamalet import evaluate, model_file, reference
 from llamalet.errors import DataError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.evaluate import NOTHING, Evaluation, evaluate_documents, evaluate_streams, evaluate_windows
-from llamalet.shards import Block, Entropy, Meta, Shards, Split, write_meta, write_shard
+from llamalet.shards import Entropy, Meta, Shards, Split, TokenBlock, write_meta, write_shard
 from llamalet.tokenizer import write_bin
 
 CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
@@ -119,7 +119,7 @@ def test_weights_that_are_no_numbers_are_refused(transformer, monkeypatch):
 def prepare(folder, texts=TEXTS, vocab_size: int = 300, entropy: Entropy | None = None) -> None:
     vocabulary = toy_tokenizer(vocab_size)
     write_bin(folder / "tokenizer.model", vocabulary)
-    blocks = [Block(np.array(vocabulary.encode(text, bos=True)), 1, len(text.encode())) for text in texts]
+    blocks = [TokenBlock(np.array(vocabulary.encode(text, bos=True)), 1, len(text.encode())) for text in texts]
     shards = {name: write_shard(folder / f"{name}_00000.bin", blocks, vocab_size) for name in ("train", "val")}
     meta = Meta(
         source="test",

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from llamalet import shards
 from llamalet.errors import DataError, DiskError
-from llamalet.shards import Block, Entropy, Meta, Shards, Split
+from llamalet.shards import Entropy, Meta, Shards, Split, TokenBlock
 
 BOS = 1
 
 
 def block(*documents):
-    return Block(np.array([i for ids in documents for i in ids]), len(documents), 3 * len(documents))
+    return TokenBlock(np.array([i for ids in documents for i in ids]), len(documents), 3 * len(documents))
 
 
 def prepare(folder, train, val, vocab_size=512, **changes):
@@ -78,7 +78,7 @@ def test_a_range_reads_across_shards(tmp_path, start):
 @given(st.lists(st.lists(st.integers(0, 99_999), min_size=1), min_size=1, max_size=5), st.data())
 def test_ids_above_65535_and_any_cut(tmp_path_factory, parts, data):
     folder = tmp_path_factory.mktemp("wide")
-    prepare(folder, [[Block(np.array(part), 1, 1)] for part in parts], VAL, vocab_size=100_000)
+    prepare(folder, [[TokenBlock(np.array(part), 1, 1)] for part in parts], VAL, vocab_size=100_000)
     flat = sum(parts, [])
     tokens = Shards.open(folder).split("train")
     a, b = data.draw(st.integers(0, len(flat))), data.draw(st.integers(0, len(flat)))

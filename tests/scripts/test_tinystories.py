@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 import tinystories
 from corpus import pretokenize, story_grammar, vocabulary
 from corpus.documents import Piece
-from corpus.sources import Record, RecordedFile, open_source
+from corpus.record import Record, RecordedFile
+from corpus.sources import open_source
 from corpus.workers import Workers
 from llamalet import tokenizer
 from llamalet.errors import ConfigError, DataError, LlamaletError, UsageError
@@ -139,7 +140,7 @@ def test_synthesize_then_pretokenize_and_nothing_between(capsys):
 
 def test_the_same_bytes_from_any_format_with_any_number_of_workers(stories, monkeypatch):
     monkeypatch.setattr(pretokenize, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(pretokenize, "BATCH_CHARS", 300)
+    monkeypatch.setattr(pretokenize, "TASK_CHARS", 300)
     write_jsonl(Path("jsonl/train.jsonl"), stories)
     write_jsonl(Path("jsonl/nested/valid.jsonl"), stories[:7])
     for folder, name, texts in (("parquet/deep", "train-0", stories), ("parquet", "validation-0", stories[:7])):
@@ -192,7 +193,7 @@ def test_only_missing_and_damaged_shards_are_made_again(stories, monkeypatch, ca
 @pytest.mark.parametrize("batches_done", [0, 1, 6])
 def test_a_killed_worker_stops_the_command_and_names_the_shard(stories, batches_done, monkeypatch):
     monkeypatch.setattr(pretokenize, "SHARD_CHARS", 1000)
-    monkeypatch.setattr(pretokenize, "BATCH_CHARS", 40)
+    monkeypatch.setattr(pretokenize, "TASK_CHARS", 40)
     run_options = vocabulary_and_options(stories)
     clean, broken = Path("clean"), Path("broken")
     with Workers(2) as workers:
@@ -468,7 +469,7 @@ def test_which_source_is_meant(stories):
         ("gone.txt", "gone.txt: no such file"),
         ("gone/x.jsonl", "gone/x.jsonl: no such file"),
         ("a b", "a b: no such file"),
-        ("", "names nothing"),
+        ("", "--source=: is empty"),
         ("image.png", "image.png: a source must be .txt, .jsonl, .parquet"),
         ("empty", "empty: no .txt, .jsonl, .parquet file"),
     ],

@@ -86,7 +86,7 @@ def test_a_file_put_there_by_hand_will_do(play, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"<html>429</html>"])
 def test_another_text_is_refused(play, content):
     play.write_bytes(content)
-    with pytest.raises(DataError, match=f"{len(content)} bytes came"):
+    with pytest.raises(DataError, match=f"received {len(content)} bytes"):
         run("pretokenize", "tinyshakespeare")
     target = Path("data/tinyshakespeare/input.txt")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +97,9 @@ def test_another_text_is_refused(play, content):
 
 def test_the_real_text(shared_data, monkeypatch):
     path = shared_data / "tinyshakespeare.txt"
-    assert path.stat().st_size == tinyshakespeare.N_BYTES
+    assert path.stat().st_size == tinyshakespeare.TEXT_BYTES
     monkeypatch.setattr(tinyshakespeare, "URL", path.as_uri())
-    record = tinyshakespeare.prepare(Path("data"), print)
+    record = tinyshakespeare.fetch(Path("data"))
     rows = [json.loads(line) for split in ("train", "val") for line in open(f"data/tinyshakespeare/{split}.jsonl")]
     assert "\n\n".join(row["text"] for row in rows) == path.read_text().rstrip("\n")
     sizes = {split: files[0].bytes for split, files in record.files.items()}

@@ -1,0 +1,67 @@
+"""source.json: written last into a source's folder, it says that the source is complete and lists its files."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from llamalet.errors import DataError
+from llamalet.files import replacing, sha256_of
+
+RECORD_FILE = "source.json"
+RECORD_FORMAT = "llamalet source"
+RECORD_VERSION = 1
+
+
+class RecordedFile(NamedTuple):
+    """A file as source.json lists it."""
+
+    file: str
+    """Its path, relative to the folder of source.json."""
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, folder: Path) -> Self:
+        """Describe the file `path`, which is inside `folder`."""
+        return cls(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The contents of source.json."""
+
+    source: str
+    revision: str | None = None
+    files: Mapping[str, tuple[RecordedFile, ...]]
+    """The files of each split."""
+    entropy: Mapping[str, Any] | None = None
+    """Synthetic source only: the number of validation stories and their total -log probability in nats."""
+
+    def write(self, folder: Path) -> None:
+        """Declare the source in `folder` complete."""
+        files = {split: [entry._asdict() for entry in entries] for split, entries in self.files.items()}
+        table = {"format": RECORD_FORMAT, "version": RECORD_VERSION, **dataclasses.asdict(self), "files": files}
+        with replacing(folder / RECORD_FILE) as file:
+            file.write((json.dumps(table, indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Return the record in `folder`, or None if there is none.
+
+        Raises:
+            DataError: if it is damaged or of another version.
+        """
+        path = folder / RECORD_FILE
+        try:
+            table = json.loads(path.read_bytes())
+            files = {name: tuple(RecordedFile(**entry) for entry in table["files"][name]) for name in table["files"]}
+            if table["format"] != RECORD_FORMAT or table["version"] != RECORD_VERSION or not files["train"]:
+                raise ValueError("another format or version, or no training files")
+            return cls(source=table["source"], revision=table["revision"], files=files, entropy=table["entropy"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: not readable ({error}); delete it and make the source again") from None
