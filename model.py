@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llamalet.config import ModelConfig, rope_tables
-
-IGNORED = -1
-"""A target with this value does not count towards the loss."""
+from llamalet.config import IGNORED, ModelConfig, rope_tables
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

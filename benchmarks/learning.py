@@ -39,7 +39,7 @@ from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, UsageError, run
 from llamalet.files import replacing
 from llamalet.shards import Shards
-from model import IGNORED, Llama
+from model import Llama
 from training.batches import Windows
 from training.config import TrainConfig
 from training.machine.hardware import count_threads

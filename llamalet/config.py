@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from llamalet.errors import ConfigError
 
+IGNORED = -1
+"""A training target with this value does not count towards the loss."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:

@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.config import IGNORED
 from llamalet.errors import DataError
 from llamalet.shards import TokenArray
-from model import IGNORED
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Inputs and targets, each int64 (B, T); an IGNORED target does not count."""

@@ -10,11 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from llamalet import tokenizer
+from llamalet.config import IGNORED
 from llamalet.errors import ConfigError, NonFiniteError
 from llamalet.evaluate import NOTHING, Evaluation, Ids, Tally, cut, read_documents, report, with_progress
 from llamalet.shards import Shards
 from llamalet.tokenizer import Tokenizer
-from model import IGNORED, Llama
+from model import Llama
 from training.machine.distributed import Processes
 from training.run.checkpoint import Checkpoint
 from training.weights import load_model

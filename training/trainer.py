@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from llamalet.config import IGNORED
 from llamalet.errors import DataError, NonFiniteError
 from model import Llama
 from training import resume_check
-from training.batches import IGNORED, Batch, Prefetcher, Windows
+from training.batches import Batch, Prefetcher, Windows
 from training.config import TrainConfig
 from training.data import fingerprint, open_data, read_tokenizer
 from training.guard import Guard

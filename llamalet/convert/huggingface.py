@@ -33,7 +33,8 @@ from llamalet.convert.imported_model import (
 )
 from llamalet.errors import ConfigError, FormatError, UsageError
 from llamalet.files import replacing
-from llamalet.model_file.tensors import Rows, tensor_specs
+from llamalet.model_file.quantize import to_bfloat16
+from llamalet.model_file.tensors import row_blocks, tensor_specs
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens.weight",
@@ -64,7 +65,9 @@ SCALING_FIELDS = {
 }  # fmt: skip
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_NORM_EPS = 1e-6
+# Our dtypes -> transformers' names of them, and safetensors'.
 DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
+STORED = {"f32": "F32", "bf16": "BF16"}
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
@@ -289,20 +292,23 @@ def write(folder: Path, source: Source, dtype: str = "f32", *, keep: Path | None
     files = _tokenizer_files(source)
     names = expand(NAMES, config.n_layers)
     heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
-    shapes = {names[spec.name]: spec.shape for spec in tensor_specs(1, config)}
+    ours = {theirs: our for our, theirs in names.items()}
+    layout = {names[spec.name]: (STORED[dtype], spec.shape) for spec in tensor_specs(1, config)}
 
-    def tensors() -> Iterator[tuple[str, Rows]]:
-        for spec in tensor_specs(1, config):
-            tensor = source.tensors[spec.name]
-            if spec.name[-2:] in heads:
-                tensor = Reordered(tensor, _halves(tensor.shape[0], heads[spec.name[-2:]]))
-            yield names[spec.name], tensor
+    def blocks(theirs: str) -> Iterator[NDArray[Any]]:
+        our = ours[theirs]
+        tensor = source.tensors[our]
+        if our[-2:] in heads:
+            tensor = Reordered(tensor, _halves(tensor.shape[0], heads[our[-2:]]))
+        for block in row_blocks(theirs, tensor):
+            yield block if dtype == "f32" else to_bfloat16(block)
 
     files[CONFIG] = _json(config_fields(source, dtype))
     files[GENERATION] = _json({"_from_model_config": False, **_special_ids(source), "do_sample": True, "top_p": 0.9})
     is_new = not folder.exists()
     try:
-        safetensors_file.write(folder / WEIGHTS, shapes, tensors(), dtype)
+        with replacing(folder / WEIGHTS) as file:
+            file.writelines(safetensors_file.encode(layout, blocks, {"format": "pt"}))
         for name, data in files.items():
             with replacing(folder / name) as file:
                 file.write(data)

@@ -135,7 +135,6 @@ DECODERS: Mapping[str, Callable[[NDArray[np.uint8]], Floats]] = {
     "F16": lambda raw: raw.view("<f2").astype(np.float32),
     "BF16": lambda raw: from_bfloat16(raw.view("<u2")),
 }
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def difference(tensors: Mapping[str, Rows], others: Mapping[str, Rows]) -> float:

@@ -1,4 +1,4 @@
-"""safetensors files, a block of rows at a time, in numpy, which has no bfloat16.
+"""safetensors files: written in pieces; read whole, or a block of rows at a time.
 
 Little-endian: uint64 length of the header; the header, a JSON object of tensor name -> dtype, shape and data_offsets,
 which count from the header's end; the data, row-major, without gaps.
@@ -10,30 +10,91 @@ import json
 import math
 import operator
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llamalet.convert.imported_model import DECODERS, ITEM_BYTES, FileTensor
+from llamalet.convert.imported_model import DECODERS, FileTensor
 from llamalet.errors import FormatError
-from llamalet.files import replacing
-from llamalet.model_file.quantize import to_bfloat16
-from llamalet.model_file.tensors import Rows, row_blocks
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 METADATA = "__metadata__"
 ALIGNMENT = 8
-DTYPES = {"f32": "F32", "bf16": "BF16"}
+# The types that are read and written, and numpy's names of them; bfloat16, which numpy lacks, is uint16: its bits.
+DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+class Entry(NamedTuple):
+    """A tensor of a file: its type (one of DTYPES when it can be read), its shape and its bytes' place in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 def read(path: Path) -> dict[str, FileTensor]:
-    """Return the tensors of a file by their names; their rows are read when they are asked for.
+    """Return the tensors of a file by name; their rows are read, as float32, when they are asked for.
 
     Raises:
         FormatError: if the file is damaged, or holds anything but float32, float16 and bfloat16.
+    """
+    tensors = {}
+    for name, (dtype, shape, begin, end) in _read_header(path, DECODERS).items():
+        if min(shape, default=0) < 1:
+            raise FormatError(f"{path}: {name} has shape {shape}, where weights are a matrix or a vector")
+        tensors[name] = FileTensor(path, begin, shape, (end - begin) // shape[0], DECODERS[dtype])
+    return tensors
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the tensors of a file by name, as new arrays of their own types; see DTYPES.
+
+    Raises:
+        FormatError: if the file is damaged, or holds a type that is not in DTYPES.
+    """
+    return {
+        name: np.fromfile(path, DTYPES[dtype], math.prod(shape), offset=begin).reshape(shape)
+        for name, (dtype, shape, begin, _) in _read_header(path, DTYPES).items()
+    }
+
+
+def encode(
+    layout: Mapping[str, tuple[str, Sequence[int]]],
+    pieces: Callable[[str], Iterable[NDArray[Any]]],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file, never holding more than a piece of a tensor.
+
+    Args:
+        layout: the type (one of DTYPES) and shape of each tensor, in their order; but wider types go first, so that
+            every tensor is aligned.
+        pieces: called with each name in turn; returns the tensor's contents as consecutive arrays.
+        metadata: what else the header says.
+    """
+    ordered = sorted(layout.items(), key=lambda item: -np.dtype(DTYPES[item[1][0]]).itemsize)
+    header: dict[str, object] = {METADATA: metadata} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in ordered:
+        begin, end = end, end + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    packed = json.dumps(header, separators=(",", ":")).encode()
+    packed += b" " * (-len(packed) % ALIGNMENT)
+    yield LENGTH.pack(len(packed)) + packed
+    for name, _ in ordered:
+        for piece in pieces(name):
+            yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+
+
+def _read_header(path: Path, dtypes: Collection[str]) -> dict[str, Entry]:
+    """Return what a file's header says of its tensors, after checking it against the file.
+
+    Raises:
+        FormatError: if it is damaged, or a tensor's type is not among `dtypes`.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -42,59 +103,20 @@ def read(path: Path) -> dict[str, FileTensor]:
             raise FormatError(f"{path}: not a safetensors file, or truncated (is it a Git LFS pointer?)")
         try:
             header = json.loads(file.read(length))
-            rows = {name: fields for name, fields in header.items() if name != METADATA}
-            found = {
-                name: (str(fields["dtype"]), tuple(map(operator.index, fields["shape"])), *_offsets(fields))
-                for name, fields in rows.items()
-            }
+            header.pop(METADATA, None)
+            found = {name: _entry(fields, LENGTH.size + length) for name, fields in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path}: its header is damaged: {error!r}") from None
-    data, tensors = LENGTH.size + length, {}
     for name, (dtype, shape, begin, end) in found.items():
-        if dtype not in DECODERS:
-            raise FormatError(f"{path}: {name} is {dtype}: only {', '.join(DECODERS)} weights can be read")
-        n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-        if min(shape, default=0) < 1 or begin < 0 or end - begin != n_bytes or data + end > size:
+        if dtype not in dtypes:
+            raise FormatError(f"{path}: {name} is {dtype}: only {', '.join(dtypes)} can be read")
+        n_bytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        if min(shape, default=0) < 0 or begin < LENGTH.size + length or end - begin != n_bytes or end > size:
             raise FormatError(f"{path}: {name}, {shape} of {dtype}, does not fit bytes {begin}..{end}: damaged")
-        row_bytes = n_bytes // shape[0]
-        tensors[name] = FileTensor(path, data + begin, shape, row_bytes, DECODERS[dtype])
-    return tensors
+    return found
 
 
-def _offsets(fields: Mapping[str, Any]) -> tuple[int, int]:
-    """Return where a tensor begins and ends."""
+def _entry(fields: Mapping[str, Any], data: int) -> Entry:
+    """Return a tensor's entry from its fields in the header, where all tensors begin at `data`."""
     begin, end = map(operator.index, fields["data_offsets"])
-    return begin, end
-
-
-def write(
-    path: Path,
-    shapes: Mapping[str, Sequence[int]],
-    tensors: Iterable[tuple[str, Rows]],
-    dtype: str,
-) -> None:
-    """Write a file.
-
-    Args:
-        path: the file to make or replace.
-        shapes: the tensors' shapes by name, in their order.
-        tensors: the tensors in the same order.
-        dtype: f32 or bf16 (rounded to nearest).
-
-    Raises:
-        NonFiniteError: if a weight is NaN or infinite.
-    """
-    header: dict[str, object] = {METADATA: {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * ITEM_BYTES[DTYPES[dtype]]
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    packed = json.dumps(header, separators=(",", ":")).encode()
-    packed += b" " * (-len(packed) % ALIGNMENT)
-    with replacing(path) as file:
-        file.write(LENGTH.pack(len(packed)) + packed)
-        for (name, tensor), expected in zip(tensors, shapes, strict=True):
-            assert name == expected
-            for block in row_blocks(name, tensor):
-                stored = block.astype("<f4", copy=False) if dtype == "f32" else to_bfloat16(block).astype("<u2")
-                file.write(np.ascontiguousarray(stored).data.cast("B"))
+    return Entry(str(fields["dtype"]), tuple(map(operator.index, fields["shape"])), data + begin, data + end)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import IGNORED, Attention, Llama
+from llamalet.config import IGNORED
+from model import Attention, Llama
 
 BLOCK = 128
 """Queries that share one product with the keys before them."""

@@ -5,6 +5,7 @@ import torch
 
 import model
 from llamalet import cores
+from llamalet.config import IGNORED
 from training.machine import cpu, hardware
 
 
@@ -19,7 +20,7 @@ def test_the_chunked_loss_is_the_plain_one(monkeypatch, ignored, chunk_rows):
         monkeypatch.setattr(cpu, "SLAB_BYTES", 2 * chunk_rows * V * 4)
     hidden, weight = torch.randn(B, T, C), torch.randn(V, C)
     targets = torch.randint(0, V, (B, T))
-    targets.view(-1)[:ignored] = model.IGNORED
+    targets.view(-1)[:ignored] = IGNORED
     results = []
     for head_loss in (model.head_loss, cpu.HeadLoss(compiled=False)):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
