@@ -17,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,9 +26,9 @@ from tyro.conf import arg
 from configurator import parse
 from llamalet.chat import Chat
 from llamalet.errors import ConfigError, FormatError, LlamaletError, UsageError, run
-from llamalet.generate import KEEP, Overflow, generate_batch
+from llamalet.generate import generate_batch
 from llamalet.runtime import Model
-from llamalet.sampler import MASK, Sampler, check_settings, random_seed
+from llamalet.sampler import KEEP, Overflow, SamplingConfig
 from llamalet.tokenizer import StreamDecoder, Tokenizer
 
 OUT = Path("out")
@@ -87,15 +87,15 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
-        problems = check_settings(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p)
-        if not -1 <= self.seed <= MASK:
-            problems.append(f"seed={self.seed}: must be -1 (random) or lie between 0 and 2**64 - 1")
+        problems = []
+        try:
+            self.sampling()
+        except ConfigError as error:
+            problems.append(str(error))
         if self.steps is not None and self.max_new_tokens is not None:
             problems.append("-n counts the prompt and --max-new-tokens does not: give one of them")
         if self.steps is not None and self.steps < 0:
             problems.append(f"steps={self.steps}: must not be negative (0 goes on to the end of the context)")
-        if self.keep < 0:
-            problems.append(f"keep={self.keep}: must not be negative")
         if self.keep != KEEP and self.overflow != "roll":
             problems.append(f"keep={self.keep}: says what a rolling context keeps; give --overflow=roll too")
         chat = self.mode == "chat"
@@ -116,6 +116,10 @@ class SampleConfig:
         if problems:
             raise ConfigError.from_problems(problems)
 
+    def sampling(self) -> SamplingConfig:
+        """Return the options that are the sampler's."""
+        return SamplingConfig(**{field.name: getattr(self, field.name) for field in fields(SamplingConfig)})
+
 
 def main(argv: Sequence[str]) -> int:
     """Tell stories as the command line says."""
@@ -132,11 +136,11 @@ def main(argv: Sequence[str]) -> int:
     )
     load_s = time.perf_counter() - start
     note(f"model {model.path}: {model.config.n_params / 1e6:.2f}M parameters, loaded in {load_s:.2f} s")
-    seed = random_seed() if config.seed == -1 else config.seed
+    configs = config.sampling().for_texts(config.num_samples)
     if config.mode == "chat":
-        converse(model, prompt, config, seed)
+        converse(model, prompt, config, configs[0])
     else:
-        tell(model, prompt, config, [(seed + number) & MASK for number in range(config.num_samples)])
+        tell(model, prompt, config, configs)
     return 0
 
 
@@ -182,23 +186,11 @@ def choose_model() -> Path:
     raise FormatError(f"no model named and no .bin under {OUT}/; train one (make demo) or name a file")
 
 
-def converse(model: Model, first: str, config: SampleConfig, seed: int) -> None:
+def converse(model: Model, first: str, config: SampleConfig, sampling: SamplingConfig) -> None:
     """Answer one message after the other, until Ctrl-C or the end of stdin."""
-    chat = Chat(
-        model,
-        system=config.system_prompt,
-        template=config.chat_template,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        seed=seed,
-        overflow=config.overflow,
-        keep=config.keep,
-    )
+    chat = Chat(model, sampling, system=config.system_prompt, template=config.chat_template)
     interactive = sys.stdin is not None and sys.stdin.isatty()
-    note(f"seed {seed}" + ("; Ctrl-C or Ctrl-D ends the conversation" if interactive else ""))
+    note(f"seed {sampling.seed}" + ("; Ctrl-C or Ctrl-D ends the conversation" if interactive else ""))
     try:
         for message in messages(first, interactive):
             try:
@@ -239,32 +231,14 @@ def messages(first: str, interactive: bool) -> Iterator[str]:
             yield message
 
 
-def tell(model: Model, prompt: str, config: SampleConfig, seeds: Sequence[int]) -> None:
+def tell(model: Model, prompt: str, config: SampleConfig, configs: Sequence[SamplingConfig]) -> None:
     """Print a story for each seed, one after the other though they are made together; then their speed."""
-    ids = model.tokenizer.encode(prompt, bos=True)
-    samplers = [
-        Sampler(
-            model.config.vocab_size,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-            seed=seed,
-        )
-        for seed in seeds
-    ]
+    ids, seeds = model.tokenizer.encode(prompt, bos=True), [one.seed for one in configs]
     limit, room = new_tokens(config, len(ids)), model.config.max_seq_len - len(ids) + 1
     if config.overflow == "stop" and limit is not None and limit > room:
         note(f"the context has room for {room} new tokens; --overflow=roll goes on after them")
-    events = generate_batch(
-        model.transformer,
-        [ids] * len(seeds),
-        samplers,
-        max_new_tokens=limit,
-        stop_tokens=() if config.ignore_eos else model.stop_tokens,
-        overflow=config.overflow,
-        keep=config.keep,
-    )
+    limited = [replace(one, max_new_tokens=limit) for one in configs]
+    events = generate_batch(model.transformer, [ids] * len(seeds), limited, stop_tokens=model.stop_tokens)
     clock, page = Clock(), Page(model.tokenizer, ids, seeds)
     try:
         for number, token in events:

@@ -22,10 +22,10 @@ from configurator import parse
 from corpus import story_grammar
 from llamalet import model_file
 from llamalet.errors import ConfigError, DataError, run
-from llamalet.evaluate import NOTHING, Ids, evaluate_documents
 from llamalet.model_file.quantize import Floats, Packed, Quantized, Weight, dequantize, pack_q4, pack_q8, to_bfloat16
 from llamalet.reference import NumpyTransformer
 from llamalet.runtime import load_tokenizer
+from llamalet.scoring import NOTHING, Ids, evaluate_documents
 from llamalet.tokenizer import Tokenizer, beside
 
 # llama.cpp's block: this many columns with a float16 scale.

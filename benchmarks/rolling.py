@@ -27,11 +27,12 @@ from configurator import parse
 from corpus.documents import pieces
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, DataError, run
-from llamalet.evaluate import evaluate_streams, losses
 from llamalet.files import replacing
-from llamalet.generate import KEEP, MAX_BATCH
+from llamalet.generate import MAX_BATCH
 from llamalet.kv_cache import KVCache
 from llamalet.runtime import BACKENDS, Model
+from llamalet.sampler import KEEP
+from llamalet.scoring import evaluate_streams, losses
 
 # Real files that are no part of the project.
 DATA = Path("../shared/data")

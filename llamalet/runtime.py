@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, TokenizerError, UsageError
-from llamalet.generate import KEEP, ForwardPass, Overflow, Tokens, generate_batch, stream
-from llamalet.sampler import MASK, Sampler, random_seed
+from llamalet.generate import ForwardPass, Tokens, generate_batch, stream
+from llamalet.sampler import SamplingConfig
+from llamalet.scoring import NOTHING, Evaluation, evaluate_documents
 from llamalet.tokenizer import StreamDecoder, Tokenizer, beside
-
-if TYPE_CHECKING:
-    from llamalet.evaluate import Evaluation
 
 BACKENDS = ("numba", "numpy")
 CHECKPOINT_MODEL = "model.safetensors"
@@ -94,141 +92,74 @@ class Model:
         """
         return self.transformer.logits(tokens)
 
-    def score(self, text: str) -> "Evaluation":
-        """Return what the model needs to spell out a text, from its beginning: how well it knows such texts.
+    def score(self, text: str) -> Evaluation:
+        """Return how well the model predicts a text: its loss in nats per token and bits per byte.
 
-        Each token is given those before it, at least half a context of them where there are as many.
+        Each token is predicted from those before it: all of them, or in a long text at least half a context.
 
         Args:
             text: any text that is not empty.
-
-        Returns:
-            With nats_per_token, bits_per_byte, tokens and text_bytes.
 
         Raises:
             UsageError: if the text is empty.
             NonFiniteError: if the model's logits are NaN or infinite.
         """
-        from llamalet.evaluate import NOTHING, evaluate_documents
-
         if not text:
             raise UsageError("there is no text to score")
         ids = np.array(self.tokenizer.encode(text, bos=True))
         return sum(evaluate_documents(self.transformer, self.tokenizer, [ids]), NOTHING)
 
-    def generate(
-        self,
-        prompt: str = "",
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int = -1,
-        ignore_eos: bool = False,
-        overflow: Overflow = "stop",
-        keep: int = KEEP,
-    ) -> Iterator[str]:
-        """Return the text that continues a prompt, piece by piece as it is made.
+    def generate(self, prompt: str = "", sampling: SamplingConfig | None = None, **options: Any) -> Iterator[str]:
+        """Return the text that continues a prompt, piece by piece as it is generated.
+
+        The same seed and settings always give the same text:
+
+            model.generate("Once upon a time", temperature=0.8, seed=7)
 
         Args:
-            prompt: the beginning; empty lets the model begin.
-            max_new_tokens: end after this many tokens; None goes on to the end of the story or of the context.
-            temperature: see Sampler, as for top_p, top_k and min_p.
-            top_p: see Sampler.
-            top_k: see Sampler.
-            min_p: see Sampler.
-            seed: the same seed gives the same text; -1 is another one each time.
-            ignore_eos: go on where the model ends the story.
-            overflow: "stop" ends where the context is full; "roll" forgets the older half of it and goes on.
-            keep: how many of the first tokens a rolling context never forgets.
+            prompt: the beginning; if it is empty, the model begins.
+            sampling: how tokens are chosen and when the text ends.
+            options: fields of SamplingConfig, which replace those of `sampling`.
 
         Raises:
-            ConfigError: listing every setting out of range.
-            UsageError: if the prompt is longer than the context and that does not roll.
+            ConfigError: on an unknown option, or listing every value out of range.
+            UsageError: if the prompt is longer than a context that does not roll.
         """
-        pieces = self.generate_batch(
-            [prompt],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            ignore_eos=ignore_eos,
-            overflow=overflow,
-            keep=keep,
-        )
-        return (text for _, text in pieces)
+        return (text for _, text in self.generate_batch([prompt], sampling, **options))
 
     def generate_batch(
         self,
         prompts: Iterable[str],
+        sampling: SamplingConfig | None = None,
         *,
-        max_new_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int = -1,
-        ignore_eos: bool = False,
-        overflow: Overflow = "stop",
-        keep: int = KEEP,
         batch_size: int | None = None,
+        **options: Any,
     ) -> Iterator[tuple[int, str]]:
-        """Return the texts that continue several prompts, made together: (number of the prompt, piece) as they come.
+        """Return the texts that continue several prompts, generated together, as (number of the prompt, piece).
 
-        That is several times as fast as one after the other, and each text is the one that `generate` makes of it:
+        This is several times as fast as one after the other, and each text is the one that `generate` gives alone:
 
             texts = [""] * len(prompts)
             for number, piece in model.generate_batch(prompts, seed=7):
                 texts[number] += piece
 
         Args:
-            prompts: the beginnings, any number of them.
-            max_new_tokens: see generate, as for everything not named here.
-            temperature: see Sampler, as for top_p, top_k and min_p.
-            top_p: see Sampler.
-            top_k: see Sampler.
-            min_p: see Sampler.
-            seed: that of the first text; each has one more than the last.
-            ignore_eos: see generate.
-            overflow: see generate.
-            keep: see generate.
-            batch_size: texts in the making at once, at most 64; None takes as many as memory has room for.
+            prompts: any number of beginnings.
+            sampling: see generate. Its seed is that of the first text; each has one more than the last.
+            batch_size: number of texts in progress at once, at most 64; None: as many as memory has room for.
+            options: see generate.
 
         Raises:
-            ConfigError: as generate.
-            UsageError: as generate, or on a batch size out of range.
+            ConfigError: see generate.
+            UsageError: see generate, or if the batch size is out of range.
         """
         ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
-        first_seed = random_seed() if seed == -1 else seed
-        samplers = [
-            Sampler(
-                self.config.vocab_size,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                seed=(first_seed + number) & MASK if number else first_seed,  # a first one out of range is refused
-            )
-            for number in range(len(ids))
-        ]
+        configs = SamplingConfig.create(sampling, options).for_texts(len(ids))
         decoders = [StreamDecoder(self.tokenizer) for _ in ids]
         for decoder, prompt_ids in zip(decoders, ids, strict=True):
             for token in prompt_ids:
                 decoder.push(token)
-        events = generate_batch(
-            self.transformer,
-            ids,
-            samplers,
-            max_new_tokens=max_new_tokens,
-            stop_tokens=() if ignore_eos else self.stop_tokens,
-            overflow=overflow,
-            keep=keep,
-            batch_size=batch_size,
-        )
+        events = generate_batch(self.transformer, ids, configs, stop_tokens=self.stop_tokens, batch_size=batch_size)
         return stream(events, decoders)
 
     @property

@@ -5,7 +5,12 @@ one coin per token, then all tokens or the nucleus) and its float32 sums from le
 agrees. Top-k and min-p, which run.c lacks, shorten the same sorted list.
 """
 
+import dataclasses
+import difflib
 import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +21,99 @@ MASK = (1 << 64) - 1
 # A generator of the xorshift family never leaves the state 0, so seed 0 starts from here. (2**64 / golden ratio.)
 STATE_FOR_SEED_0 = 0x9E3779B97F4A7C15
 MAX_TEMPERATURE = 1000.0
+
+# What happens to a text that fills the context: it ends, or the cache rolls.
+Overflow = Literal["stop", "roll"]
+
+# Number of initial positions that a rolling cache keeps. A softmax has to put its weight somewhere, and models learn to
+# put what they do not need on the first tokens, which all others see; without these they fall apart. Four are enough.
+# Source: https://arxiv.org/abs/2309.17453, table 2.
+KEEP = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How a text's tokens are chosen and when it ends. The command line takes its options and their help from here.
+
+    The filters apply after the temperature, in the order top-k, top-p, min-p; each works on what the previous one left.
+    Values out of range are refused together, in one ConfigError.
+    """
+
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "divide the logits by this: 0 takes the most likely token, 1 draws as the model has learnt"},
+    )
+    top_p: float = field(
+        default=0.9,
+        metadata={"help": "draw from the fewest most likely tokens whose probabilities exceed this sum; 0 or 1: off"},
+    )
+    top_k: int = field(default=0, metadata={"help": "draw from this many of the most likely tokens; 0: off"})
+    min_p: float = field(
+        default=0.0, metadata={"help": "drop tokens below this share of the most likely one's probability; 0: off"}
+    )
+    seed: int = field(default=-1, metadata={"help": "the same seed gives the same text; -1 picks one at random"})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "end after this many new tokens; by default the model or the context ends it"}
+    )
+    ignore_eos: bool = field(default=False, metadata={"help": "keep generating past the end-of-text token"})
+    overflow: Overflow = field(
+        default="stop",
+        metadata={
+            "help": "when the context is full: stop, or roll, which forgets its older half, except the --keep first "
+            "tokens, and continues"
+        },
+    )
+    keep: int = field(
+        default=KEEP,
+        metadata={
+            "help": "number of initial tokens that a rolling context always keeps; without a few of them models lose "
+            "the thread"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Raise one ConfigError that lists every value out of range."""
+        problems = []
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            problems.append(
+                f"temperature={self.temperature}: must be between 0 (the most likely token) and {MAX_TEMPERATURE}"
+            )
+        if not 0 <= self.top_p <= 1:
+            problems.append(f"top_p={self.top_p}: must be between 0 and 1 (both switch it off)")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k}: must not be negative (0 switches it off)")
+        if not 0 <= self.min_p <= 1:
+            problems.append(f"min_p={self.min_p}: must be between 0 (off) and 1")
+        if not -1 <= self.seed <= MASK:
+            problems.append(f"seed={self.seed}: must be -1 (random) or between 0 and 2**64 - 1")
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
+            problems.append(f"max_new_tokens={self.max_new_tokens}: must not be negative")
+        if self.overflow not in get_args(Overflow):
+            problems.append(f"overflow={self.overflow!r}: must be one of {', '.join(get_args(Overflow))}")
+        if self.keep < 0:
+            problems.append(f"keep={self.keep}: must not be negative")
+        if problems:
+            raise ConfigError.from_problems(problems)
+
+    @classmethod
+    def create(cls, base: Self | None, options: Mapping[str, Any]) -> Self:
+        """Return `base`, or the defaults, with some fields replaced.
+
+        Raises:
+            ConfigError: if an option is unknown, naming the nearest one, or a value is out of range.
+        """
+        names = [known.name for known in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                raise ConfigError(f"unknown sampling option {name}; {hint}")
+        return dataclasses.replace(cls() if base is None else base, **options)
+
+    def for_texts(self, n: int) -> list[Self]:
+        """Return the settings of n texts: each has its own seed, one more than the last; a random one is drawn here."""
+        first = random_seed() if self.seed == -1 else self.seed
+        return [dataclasses.replace(self, seed=(first + number) & MASK) for number in range(n)]
 
 
 class Generator:
@@ -39,44 +137,16 @@ class Generator:
 
 
 class Sampler:
-    """Chooses tokens. One sampler draws one text: its generator moves on with every token."""
+    """Chooses the tokens of one text: its generator advances with every token."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        *,
-        temperature: float = 1.0,
-        top_p: float = 0.9,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        """Check the settings and seed the generator.
-
-        The filters apply after the temperature, in this order; each works on what the one before has left.
-
-        Args:
-            vocab_size: number of logits (V).
-            temperature: divides the logits; 0 takes the most likely token.
-            top_k: keep this many of the most likely tokens; 0 or V and more keep all.
-            top_p: of these, keep the fewest whose probabilities exceed this share; 0 and 1 keep all.
-            min_p: of these, keep those with at least this share of the most likely token's probability; 0 keeps all.
-            seed: start of the generator, 0 .. 2**64 - 1.
-
-        Raises:
-            ConfigError: listing every setting out of range.
-        """
-        problems = check_settings(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-        if not 0 <= seed <= MASK:
-            problems.append(f"seed={seed}: must lie between 0 and 2**64 - 1")
-        if problems:
-            raise ConfigError.from_problems(problems)
+    def __init__(self, vocab_size: int, config: SamplingConfig) -> None:
+        """Prepare to draw from vocab_size (V) logits; a seed of -1 becomes a random one."""
         self._vocab_size = vocab_size
-        self._temperature = np.float32(temperature)
-        self._top_p = np.float32(top_p) % np.float32(1)
-        self._top_k = top_k if top_k < vocab_size else 0
-        self._min_p = np.float32(min_p)
-        self._generator = Generator(seed)
+        self._temperature = np.float32(config.temperature)
+        self._top_p = np.float32(config.top_p) % np.float32(1)
+        self._top_k = config.top_k if config.top_k < vocab_size else 0
+        self._min_p = np.float32(config.min_p)
+        self._generator = Generator(random_seed() if config.seed == -1 else config.seed)
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Return the next token.
@@ -88,7 +158,7 @@ class Sampler:
             NonFiniteError: if a logit is NaN or infinite.
         """
         if logits.shape != (self._vocab_size,):
-            raise ValueError(f"logits of shape {logits.shape} where the sampler was made for ({self._vocab_size},)")
+            raise ValueError(f"logits of shape {logits.shape}, but the sampler was made for ({self._vocab_size},)")
         if not np.isfinite(logits).all():
             raise NonFiniteError(
                 f"{np.count_nonzero(~np.isfinite(logits))} of {len(logits)} logits are NaN or infinite: "
@@ -109,7 +179,7 @@ class Sampler:
         return _first_above(_running_sum(probabilities), coin)
 
     def _draw_filtered(self, probabilities: NDArray[np.float32], coin: np.float32) -> int:
-        """Draw from the most likely tokens that all filters keep: a prefix of the tokens, sorted by probability."""
+        """Draw from the tokens that all filters keep: a prefix of the tokens sorted by probability."""
         tokens = _sort_descending(probabilities, self._floor(probabilities))
         if not len(tokens):  # a tiny top-p over equal probabilities: none reaches the floor
             return int(np.argmax(probabilities))
@@ -125,7 +195,7 @@ class Sampler:
         return int(tokens[_first_above(sums[: last + 1], coin * sums[last])])
 
     def _floor(self, probabilities: NDArray[np.float32]) -> np.float32:
-        """Return a probability below which no filter keeps a token, so that few need sorting."""
+        """Return a probability below which some filter drops every token, so that few need sorting."""
         if self._top_k:
             return np.float32(np.partition(probabilities, -self._top_k)[-self._top_k])
         if self._top_p and self._vocab_size > 1:
@@ -134,32 +204,18 @@ class Sampler:
         return self._min_p * probabilities.max()
 
 
-def check_settings(*, temperature: float, top_p: float, top_k: int, min_p: float) -> list[str]:
-    """Return one complaint for each sampling setting that is out of range."""
-    problems = []
-    if not 0 <= temperature <= MAX_TEMPERATURE:
-        problems.append(f"temperature={temperature}: must lie between 0 (the most likely token) and {MAX_TEMPERATURE}")
-    if not 0 <= top_p <= 1:
-        problems.append(f"top_p={top_p}: must lie between 0 and 1 (both switch it off)")
-    if top_k < 0:
-        problems.append(f"top_k={top_k}: must not be negative (0 switches it off)")
-    if not 0 <= min_p <= 1:
-        problems.append(f"min_p={min_p}: must lie between 0 (off) and 1")
-    return problems
-
-
 def _running_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the float32 sums of values[: i + 1], added one by one as C does (np.sum adds in pairs)."""
     return np.cumsum(values, dtype=np.float32)
 
 
 def _first_above(sums: NDArray[np.float32], bound: np.float32) -> int:
-    """Return the first index whose sum exceeds `bound`, the last one where rounding leaves none."""
+    """Return the first index whose sum exceeds `bound`, or the last one if rounding leaves none."""
     return min(int(np.searchsorted(sums, bound, side="right")), len(sums) - 1)
 
 
 def _sort_descending(probabilities: NDArray[np.float32], floor: np.float32) -> NDArray[np.int64]:
-    """Return the tokens of at least `floor`, the most likely first, equal ones by their number."""
+    """Return the tokens with a probability of at least `floor`: the most likely first, ties in order of their id."""
     tokens = np.flatnonzero(probabilities >= floor)
     # One integer per token, the inverted bits of its probability above its number: positive floats order as their bits
     # do, and numpy sorts integers with vector instructions.
@@ -169,5 +225,5 @@ def _sort_descending(probabilities: NDArray[np.float32], floor: np.float32) -> N
 
 
 def random_seed() -> int:
-    """Return a seed that nobody chose, small enough for run.c's -s and for typing it again."""
+    """Return a random seed, small enough for run.c's -s and to be typed again."""
     return secrets.randbelow((1 << 31) - 1) + 1

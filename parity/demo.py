@@ -13,8 +13,9 @@ from pathlib import Path
 from configurator import parse
 from corpus.story_grammar import log_prob
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, run
-from llamalet.evaluate import NOTHING, Evaluation, evaluate_documents, read_documents, report
+from llamalet.evaluate import report
 from llamalet.runtime import Model
+from llamalet.scoring import NOTHING, Evaluation, evaluate_documents, read_documents
 from llamalet.shards import Shards
 from parity.proof import Proof, prove
 from training import weights

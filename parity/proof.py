@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from llamalet import model_file, shards, tokenizer
 from llamalet.config import ModelConfig, rope_tables
 from llamalet.convert.bin_file import tensors_of
-from llamalet.evaluate import NOTHING, evaluate_windows
 from llamalet.generate import Tokens
 from llamalet.kernels.transformer import Transformer
 from llamalet.model_file.quantize import Packed, Quantized, to_bfloat16, unpack
 from llamalet.model_file.tensors import Rows, row_blocks
+from llamalet.scoring import NOTHING, evaluate_windows
 from model import Block, Llama
 from training import weights
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from llamalet import tokenizer
 from llamalet.config import IGNORED
 from llamalet.errors import ConfigError, NonFiniteError
-from llamalet.evaluate import NOTHING, Evaluation, Ids, Tally, cut, read_documents, report, with_progress
+from llamalet.evaluate import report, with_progress
+from llamalet.scoring import NOTHING, Evaluation, Ids, Tally, cut, read_documents
 from llamalet.shards import Shards
 from llamalet.tokenizer import Tokenizer
 from model import Llama
@@ -51,7 +52,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, data: Shards, group: Processes) 
 def evaluate_batches(
     model: Llama, vocabulary: Tokenizer, documents: Sequence[Ids], device: torch.device
 ) -> Iterator[Evaluation]:
-    """Yield the scores of documents cut as `llamalet.evaluate.evaluate_documents` cuts them, in batches of like length.
+    """Yield the scores of documents cut as `llamalet.scoring.evaluate_documents` cuts them, in batches of like length.
 
     Args:
         model: in evaluation mode, on `device`.

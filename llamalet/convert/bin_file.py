@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llamalet import model_file, tokenizer
-from llamalet.chat import read_template
+from llamalet.chat_template import read_template
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert.imported_model import Floats, Source, remove_stale
 from llamalet.errors import ConfigError

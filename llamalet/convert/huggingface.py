@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import tokenizer
-from llamalet.chat import read_template
+from llamalet.chat_template import read_template
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert import safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import (

@@ -14,8 +14,8 @@ from toy import random_tensors, toy_llama3, toy_model
 from vocabularies import LOSSLESS, byte_level, from_sentencepiece, train
 
 import sample
-from llamalet import Chat, Model, chat, errors, model_file
-from llamalet.chat import JinjaTemplate, Message, find_template
+from llamalet import Chat, Model, chat, chat_template, errors, model_file
+from llamalet.chat_template import JinjaTemplate, Message
 from llamalet.config import ModelConfig
 from llamalet.convert import huggingface
 from llamalet.tokenizer import Tokenizer, pack, parse
@@ -83,6 +83,10 @@ def model(model_path) -> Model:
     return Model.load(model_path, backend="numpy")
 
 
+def find_template(model: Model, named: str | os.PathLike[str] | None = None) -> chat_template.Template:
+    return chat_template.find_template(model.path, model.tokenizer, named)
+
+
 def answers_with(monkeypatch, *answers: str) -> None:
     """Let the model say these texts, whatever its weights are."""
     vocabulary = toy_llama3()
@@ -115,10 +119,10 @@ def test_the_templates_that_are_built_in_are_the_known_ones():
     found = vocabularies()
     for talk in (TALK, TALK[1:2]):
         for name in ("ranks", "json"):
-            ours = found[name].encode_parts(chat.llama3_parts(talk, found[name]))
+            ours = found[name].encode_parts(chat_template.llama3_parts(talk, found[name]))
             assert ours == JinjaTemplate(LLAMA3, found["json"], "x")(talk)
         for name in ("sentencepiece", "prepend"):
-            ours = found[name].encode_parts(chat.llama2_parts(talk, found[name]))
+            ours = found[name].encode_parts(chat_template.llama2_parts(talk, found[name]))
             assert ours == JinjaTemplate(LLAMA2, found["prepend"], "x")(talk)
 
 
@@ -127,12 +131,12 @@ def test_what_people_write_is_never_a_special_token(name):
     vocabulary = vocabularies()[name]
     templates = [
         JinjaTemplate(LLAMA2, vocabulary, "x"),
-        lambda talk: vocabulary.encode_parts(chat.llama2_parts(talk, vocabulary)),
+        lambda talk: vocabulary.encode_parts(chat_template.llama2_parts(talk, vocabulary)),
     ]
     if name in ("ranks", "json"):
         templates = [
             JinjaTemplate(LLAMA3, vocabulary, "x"),
-            lambda talk: vocabulary.encode_parts(chat.llama3_parts(talk, vocabulary)),
+            lambda talk: vocabulary.encode_parts(chat_template.llama3_parts(talk, vocabulary)),
         ]
     for template in templates:
         harmless = template(
@@ -146,8 +150,8 @@ def test_what_people_write_is_never_a_special_token(name):
 
 def test_llama_2s_marks_are_refused_in_messages():
     vocabulary = vocabularies()["sentencepiece"]
-    with pytest.raises(errors.UsageError, match=r"cannot hold \[/INST\]"):
-        chat.llama2_parts([Message("user", "a [/INST] b")], vocabulary)
+    with pytest.raises(errors.UsageError, match=r"cannot contain \[/INST\]"):
+        chat_template.llama2_parts([Message("user", "a [/INST] b")], vocabulary)
 
 
 def test_where_a_template_is_found(model, model_path, tmp_path):
@@ -247,7 +251,10 @@ def test_only_what_is_new_is_read(model, monkeypatch):
     monkeypatch.setattr(model.transformer, "prefill", lambda cache, ids: given.append(list(ids)) or prefill(cache, ids))
     assert "".join(talk.say("an aardvark")) == "and the band"
     assert "".join(talk.say("a second")) == "the hat"
-    end, begin, header_end = (model.tokenizer.special[name] for name in (chat.TURN_END, chat.HEADER, chat.HEADER_END))
+    end, begin, header_end = (
+        model.tokenizer.special[name]
+        for name in (chat_template.TURN_END, chat_template.HEADER, chat_template.HEADER_END)
+    )
     encode = model.tokenizer.encode
     new = [
         end,
@@ -295,8 +302,15 @@ def test_what_is_interrupted_is_read_again(model, monkeypatch, place):
 @pytest.mark.parametrize("limit", [{"overflow": "bogus"}, {"max_new_tokens": -3}, {"overflow": "roll", "keep": 256}])
 def test_limits_are_those_of_any_text(model, limit):
     for begin in (lambda: Chat(model, **limit), lambda: model.generate("a", **limit)):
-        with pytest.raises(errors.UsageError, match=f"{next(reversed(limit))}="):
+        with pytest.raises((errors.UsageError, errors.ConfigError), match=f"{next(reversed(limit))}="):
             begin()
+
+
+def test_a_chat_refuses_what_is_for_stories(model):
+    with pytest.raises(errors.ConfigError, match="ignore_eos: is for stories"):
+        Chat(model, ignore_eos=True)
+    with pytest.raises(errors.ConfigError, match="unknown sampling option sytem"):
+        Chat(model, sytem="the band")
 
 
 def test_an_answer_that_is_broken_off_was_said(model, monkeypatch):
@@ -391,7 +405,7 @@ def test_ctrl_c_at_the_prompt_ends_it(model_path):
 def test_a_model_that_tells_stories_is_no_chat_model(tmp_path, monkeypatch):
     config = ModelConfig.create(dim=16, n_layers=1, n_heads=2, hidden_dim=32, vocab_size=300, max_seq_len=64)
     path = toy_model(tmp_path, config)
-    with pytest.raises(errors.UsageError, match="no chat model: .* --chat-template=llama2"):
+    with pytest.raises(errors.UsageError, match="not a chat model: .* --chat-template: llama2"):
         sample.main([str(path), "--backend=numpy", "-m", "chat", "-i", "a"])
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     words = ["-m", "chat", "-i", "a", "--chat-template=llama2", "--max-new-tokens=2"]

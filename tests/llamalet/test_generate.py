@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +15,23 @@ from toy import SMALL_MODELS, Counting, ListCache, random_tensors, toy_model, to
 from llamalet import Model, model_file, reference
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
-from llamalet.generate import MAX_BATCH, generate, generate_batch, stream
+from llamalet.generate import MAX_BATCH, generate_batch, stream
 from llamalet.kv_cache import KVCache, cache_bytes
-from llamalet.sampler import MASK, Sampler
+from llamalet.sampler import MASK, Sampler, SamplingConfig
 from llamalet.tokenizer import StreamDecoder, pack
 
 CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
 GREEDY = {"temperature": 0.0}
 
 
+def tokens_of(transformer, prompt: list[int], stop_tokens=(), **options) -> Iterator[int]:
+    """The tokens that continue one prompt."""
+    events = generate_batch(transformer, [prompt], [SamplingConfig(**options)], stop_tokens=stop_tokens)
+    return (token for _, token in events if token is not None)
+
+
 def count_from(start: int, prompt_length: int = 1, **options) -> list[int]:
-    sampler = Sampler(CONFIG.vocab_size, temperature=0.0)
-    return list(generate(Counting(CONFIG), list(range(start, start + prompt_length)), sampler, **options))
+    return list(tokens_of(Counting(CONFIG), list(range(start, start + prompt_length)), **GREEDY, **options))
 
 
 # --- tokens ---
@@ -49,12 +56,12 @@ def test_a_number_of_new_tokens():
 @pytest.mark.parametrize("prompt_length", [0, 33, 1000])
 def test_a_prompt_that_does_not_fit_is_refused_at_once(prompt_length):
     with pytest.raises(UsageError, match=f"the prompt has {prompt_length} tokens; the model takes 1 to 32"):
-        generate(Counting(CONFIG), list(range(prompt_length)), Sampler(CONFIG.vocab_size))
+        tokens_of(Counting(CONFIG), list(range(prompt_length)))
 
 
 def test_no_work_is_done_before_or_after_it_is_needed():
     transformer = Counting(CONFIG)
-    tokens = generate(transformer, [100, 101], Sampler(CONFIG.vocab_size, temperature=0.0), max_new_tokens=3)
+    tokens = tokens_of(transformer, [100, 101], max_new_tokens=3, **GREEDY)
     assert transformer.passes == 0
     assert next(tokens) == 102 and transformer.passes == 1
     assert list(tokens) == [103, 104] and transformer.passes == 3
@@ -101,18 +108,24 @@ def collect(events) -> list[list[int]]:
 
 
 @st.composite
-def requests(draw, longest: int) -> list[tuple[list[int], dict]]:
-    """Prompts and the settings of their samplers; some prompts are alike."""
-    tokens = st.integers(3, 299)
-    prompts = draw(st.lists(st.lists(tokens, min_size=1, max_size=longest), min_size=1, max_size=4))
-    sampler = st.fixed_dictionaries(
-        {
-            "temperature": st.sampled_from([0.0, 0.7, 1.0]),
-            "top_p": st.sampled_from([0.9, 1.0]),
-            "seed": st.integers(0, MASK),
+def requests(draw) -> list[tuple[list[int], dict]]:
+    """Prompts and the settings of their texts, some of which roll; some prompts are alike."""
+    prompts = draw(st.lists(st.lists(st.integers(3, 299), min_size=1, max_size=70), min_size=1, max_size=4))
+    asked = []
+    for _ in range(draw(st.integers(1, 8))):
+        prompt = draw(st.sampled_from(prompts))
+        roll = len(prompt) > CONFIG.max_seq_len or draw(st.booleans())
+        options = {
+            "temperature": draw(st.sampled_from([0.0, 0.7, 1.0])),
+            "top_p": draw(st.sampled_from([0.9, 1.0])),
+            "seed": draw(st.integers(0, MASK)),
+            "max_new_tokens": draw(st.integers(0, 60) if roll else st.none() | st.integers(0, 40)),
+            "ignore_eos": draw(st.booleans()),
+            "overflow": "roll" if roll else "stop",
+            "keep": draw(st.sampled_from([0, 4, 31])),
         }
-    )
-    return draw(st.lists(st.tuples(st.sampled_from(prompts), sampler), min_size=1, max_size=8))
+        asked.append((prompt, options))
+    return asked
 
 
 @pytest.fixture(scope="module", params=["numpy", (1, None), (2, None), (3, "bf16"), (3, "q8"), (3, "q4")], ids=str)
@@ -130,34 +143,29 @@ def any_model(request, tmp_path_factory):
 def test_each_of_many_texts_is_the_one_it_is_alone(any_model):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 300, 1 + n % 23).tolist() for n in range(70)]
-    samplers = [Sampler(300, seed=n, top_p=1.0) for n in range(70)]
-    texts = collect(generate_batch(any_model, prompts, samplers, max_new_tokens=9, stop_tokens=range(20)))
+    configs = [SamplingConfig(seed=n, top_p=1.0, max_new_tokens=9) for n in range(70)]
+    texts = collect(generate_batch(any_model, prompts, configs, stop_tokens=range(20)))
     assert len({len(text) for text in texts}) > 3
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        sampler = Sampler(300, seed=number, top_p=1.0)
-        assert text == list(generate(any_model, prompt, sampler, max_new_tokens=9, stop_tokens=range(20)))
+        alone = tokens_of(any_model, prompt, range(20), seed=number, top_p=1.0, max_new_tokens=9)
+        assert text == list(alone)
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_each_text_of_a_batch_is_the_one_it_is_alone(any_model, data):
-    roll = data.draw(st.booleans())
-    asked = data.draw(requests(longest=70 if roll else 32))
-    options = {
-        "max_new_tokens": data.draw(st.integers(0, 60) if roll else st.none() | st.integers(0, 40)),
-        "stop_tokens": data.draw(st.sets(st.integers(3, 299), max_size=20)),
-        "overflow": "roll" if roll else "stop",
-        "keep": data.draw(st.integers(0, 31)),
-    }
-    alone = [list(generate(any_model, prompt, Sampler(300, **how), **options)) for prompt, how in asked]
+    asked = data.draw(requests())
+    stop_tokens = data.draw(st.sets(st.integers(3, 299), max_size=20))
+    alone = [list(tokens_of(any_model, prompt, stop_tokens, **options)) for prompt, options in asked]
     order = data.draw(st.permutations(range(len(asked))))
-    prompts, samplers = [asked[i][0] for i in order], [Sampler(300, **asked[i][1]) for i in order]
-    events = generate_batch(any_model, prompts, samplers, batch_size=data.draw(st.integers(1, 9)), **options)
+    prompts, configs = [asked[i][0] for i in order], [SamplingConfig(**asked[i][1]) for i in order]
+    batch_size = data.draw(st.integers(1, 9))
+    events = generate_batch(any_model, prompts, configs, stop_tokens=stop_tokens, batch_size=batch_size)
     assert collect(events) == [alone[i] for i in order]
 
 
-def greedy(n: int) -> list[Sampler]:
-    return [Sampler(300, temperature=0.0) for _ in range(n)]
+def greedy(n: int, **options) -> list[SamplingConfig]:
+    return [SamplingConfig(**GREEDY, **options)] * n
 
 
 def test_texts_that_end_leave_and_waiting_ones_take_their_places():
@@ -174,7 +182,7 @@ def test_texts_that_end_leave_and_waiting_ones_take_their_places():
 def test_more_texts_than_a_batch_holds_wait():
     model = Counting(CONFIG)
     prompts = [[100 + n % 7] * (1 + n % 20) for n in range(150)]
-    texts = collect(generate_batch(model, prompts, greedy(150), max_new_tokens=5))
+    texts = collect(generate_batch(model, prompts, greedy(150, max_new_tokens=5)))
     assert texts == [[prompt[-1] + made for made in range(1, 6)] for prompt in prompts]
     assert max(map(len, model.steps)) == MAX_BATCH == 64
 
@@ -184,58 +192,58 @@ def test_a_batch_is_no_larger_than_memory_has_room_for(monkeypatch):
     for n_fit, n_new, largest in ((5.5, None, 3), (0.5, None, 1), (4.6, 7, 7), (1e6, None, 9)):
         monkeypatch.setattr("llamalet.generate.free_memory", lambda n_fit=n_fit: int(n_fit * cache_bytes(CONFIG, 32)))
         model = Counting(CONFIG)
-        collect(generate_batch(model, [[100 + n] for n in range(9)], greedy(9), max_new_tokens=n_new))
+        collect(generate_batch(model, [[100 + n] for n in range(9)], greedy(9, max_new_tokens=n_new)))
         assert max(map(len, model.steps), default=1) == largest
 
 
 def test_neighbours_with_one_prompt_read_it_once():
     model = Counting(CONFIG)
     prompts = [[100, 101]] * 5 + [[7]] + [[100, 101]] * 2
-    assert collect(generate_batch(model, prompts, greedy(8), max_new_tokens=1)) == [[102]] * 5 + [[8]] + [[102]] * 2
+    assert collect(generate_batch(model, prompts, greedy(8, max_new_tokens=1))) == [[102]] * 5 + [[8]] + [[102]] * 2
     assert model.passes == 3
 
 
 def test_a_batch_does_no_work_before_it_is_needed():
     model = Counting(CONFIG)
-    events = generate_batch(model, [[100], [200]], greedy(2), max_new_tokens=2)
+    events = generate_batch(model, [[100], [200]], greedy(2, max_new_tokens=2))
     assert model.passes == 0
     assert [next(events), model.passes, next(events), model.passes] == [(0, 101), 1, (1, 201), 2]
     assert list(events) == [(0, 102), (0, None), (1, 202), (1, None)]
     assert model.passes == 4
     assert list(generate_batch(model, [], [])) == []
-    assert list(generate_batch(model, [[1], [2]], greedy(2), max_new_tokens=0)) == [(0, None), (1, None)]
+    assert list(generate_batch(model, [[1], [2]], greedy(2, max_new_tokens=0))) == [(0, None), (1, None)]
     assert model.passes == 4
 
 
 def test_a_batch_that_cannot_be_made_is_refused_at_once():
     model = Counting(CONFIG)
-    for prompts, samplers, options, message in (
-        ([[1], [2]], 1, {}, "2 prompts and 1 samplers"),
-        ([[1], []], 2, {}, "the prompt has 0 tokens"),
-        ([[1], [1] * 33], 2, {}, "the prompt has 33 tokens; the model takes 1 to 32"),
-        ([[1]], 1, {"batch_size": 0}, "batch_size=0: must lie between 1 and 64"),
-        ([[1]], 1, {"batch_size": 65}, "batch_size=65"),
-        ([[1]], 1, {"overflow": "roll", "keep": 32}, "keep=32: a context of 32 positions can keep 0 to 31"),
-        ([[1]], 1, {"overflow": "roll", "keep": -1}, "keep=-1"),
+    for prompts, options, batch_size, message in (
+        ([[1], []], {}, None, "the prompt has 0 tokens"),
+        ([[1], [1] * 33], {}, None, "the prompt has 33 tokens; the model takes 1 to 32"),
+        ([[1]], {}, 0, "batch_size=0: must be between 1 and 64"),
+        ([[1]], {}, 65, "batch_size=65"),
+        ([[1]], {"overflow": "roll", "keep": 32}, None, "keep=32: a context of 32 positions can keep 0 to 31"),
     ):
         with pytest.raises(UsageError, match=message):
-            generate_batch(model, prompts, greedy(samplers), **options)
+            generate_batch(model, prompts, greedy(len(prompts), **options), batch_size=batch_size)
+    with pytest.raises(ValueError, match="shorter"):
+        generate_batch(model, [[1], [2]], greedy(1))
     assert model.passes == 0
 
 
 def test_ctrl_c_between_two_tokens_leaves_the_model_usable(any_model, monkeypatch):
     expected = collect(generate_batch(any_model, [[5], [6, 7]], greedy(2)))
-    samplers = greedy(2)
-    draws = iter(range(9))
+    draws, sample = iter(range(99)), Sampler.sample
 
-    def interrupted(logits):
-        if next(draws) == 5:
+    def interrupted(self, logits):
+        if next(draws) == 11:
             raise KeyboardInterrupt
-        return int(np.argmax(logits))
+        return sample(self, logits)
 
-    monkeypatch.setattr(samplers[1], "sample", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        list(generate_batch(any_model, [[5], [6, 7]], samplers))
+    with monkeypatch.context() as now:
+        now.setattr(Sampler, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(generate_batch(any_model, [[5], [6, 7]], greedy(2)))
     assert collect(generate_batch(any_model, [[5], [6, 7]], greedy(2))) == expected
 
 
@@ -249,7 +257,7 @@ def test_a_rolling_cache_holds_the_first_tokens_and_the_newest(monkeypatch, keep
     model = Counting(CONFIG)
     monkeypatch.setattr(model, "new_cache", lambda: seen.append(ListCache(32)) or seen[-1])
     prompt = list(range(100, 100 + prompt_length))
-    tokens = generate(model, prompt, *greedy(1), overflow="roll", keep=keep)
+    tokens = tokens_of(model, prompt, overflow="roll", keep=keep, **GREEDY)
     text = list(prompt)
     for token, _ in zip(tokens, range(200), strict=False):
         (cache,) = seen
@@ -265,21 +273,16 @@ def test_a_rolling_cache_holds_the_first_tokens_and_the_newest(monkeypatch, keep
     assert len(text) == prompt_length + 200
 
 
-def test_a_rolled_cache_gives_the_logits_of_the_tokens_that_are_left():
+def test_a_rolled_cache_gives_the_logits_of_the_tokens_that_are_left(monkeypatch):
     """In a model of one layer, keys and values depend on nothing but their token and its place."""
     config = ModelConfig.create(
         dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=300, max_seq_len=32
     )
     model = random_model(config, scale=0.3)
-    seen = []
-
-    class Recording(Sampler):
-        def sample(self, logits):
-            seen.append(logits)
-            return super().sample(logits)
-
+    seen, sample = [], Sampler.sample
+    monkeypatch.setattr(Sampler, "sample", lambda self, logits: seen.append(logits) or sample(self, logits))
     prompt = np.random.default_rng(2).integers(3, 300, 45).tolist()
-    made = list(generate(model, prompt, Recording(300, seed=3), overflow="roll", max_new_tokens=120))
+    made = list(tokens_of(model, prompt, seed=3, overflow="roll", max_new_tokens=120))
     left = [*prompt[:4], *prompt[18:45]]  # 14 were dropped when the 33rd came: 18 and 13 more
     for logits, token in zip(seen, made, strict=True):
         np.testing.assert_allclose(logits, model.logits(left)[-1], atol=2e-4, rtol=1e-4)
@@ -292,7 +295,7 @@ def test_a_text_that_rolls_needs_no_more_memory(monkeypatch):
     model = random_model()
     caches = []
     monkeypatch.setattr(model, "new_cache", lambda: caches.append(KVCache(CONFIG)) or caches[-1])
-    tokens = generate(model, [1], Sampler(300, seed=1), overflow="roll")
+    tokens = tokens_of(model, [1], seed=1, overflow="roll")
     for _ in range(40):
         next(tokens)
     (cache,) = caches
@@ -335,7 +338,7 @@ def test_a_seed_makes_one_text(model):
 )
 def test_text_continues_the_prompt(model, filters):
     ids = model.tokenizer.encode("a ban", bos=True)
-    tokens = list(generate(model.transformer, ids, Sampler(300, seed=3, **filters), max_new_tokens=9))
+    tokens = list(tokens_of(model.transformer, ids, seed=3, max_new_tokens=9, **filters))
     text = model.generate("a ban", max_new_tokens=9, seed=3, ignore_eos=True, **filters)
     assert "a ban" + "".join(text) == model.tokenizer.decode(ids + tokens)
 
@@ -364,7 +367,7 @@ def test_texts_made_together_are_those_made_alone(model):
 def test_text_goes_on_past_the_context(model):
     rolled = model.generate("a ban", max_new_tokens=100, seed=3, ignore_eos=True, overflow="roll", keep=2)
     ids = model.tokenizer.encode("a ban", bos=True)
-    tokens = generate(model.transformer, ids, Sampler(300, seed=3), max_new_tokens=100, overflow="roll", keep=2)
+    tokens = tokens_of(model.transformer, ids, seed=3, max_new_tokens=100, overflow="roll", keep=2)
     assert "a ban" + "".join(rolled) == model.tokenizer.decode([*ids, *tokens])
     assert "".join(model.generate("a band " * 30, overflow="roll", max_new_tokens=5, seed=1))
 
@@ -394,14 +397,24 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
         list(model.generate("a"))
 
 
+def test_settings_come_as_one_object_or_as_options(model):
+    config = SamplingConfig(temperature=0.7, seed=5, max_new_tokens=9)
+    text = "".join(model.generate("a", config))
+    assert text == "".join(model.generate("a", temperature=0.7, seed=5, max_new_tokens=9))
+    assert text == "".join(model.generate("a", dataclasses.replace(config, seed=6), seed=5))
+    assert text == "".join(piece for _, piece in model.generate_batch(["a"], config, batch_size=1))
+
+
 def test_wrong_settings_are_refused_at_once(model):
     with pytest.raises(ConfigError, match="temperature=-1"):
         model.generate("a", temperature=-1)
     with pytest.raises(ConfigError, match="seed=-2"):
         model.generate("a", seed=-2)
+    with pytest.raises(ConfigError, match="unknown sampling option max_tokens; did you mean max_new_tokens"):
+        model.generate_batch(["a"], max_tokens=2)
     with pytest.raises(UsageError, match="the prompt has"):
         model.generate("a band " * 20)
-    with pytest.raises(UsageError, match="overflow='spill': must be one of stop, roll"):
+    with pytest.raises(ConfigError, match="overflow='spill': must be one of stop, roll"):
         model.generate("a", overflow="spill")
     with pytest.raises(ConfigError, match="backend='gpu'"):
         Model.load(model.path, backend="gpu")

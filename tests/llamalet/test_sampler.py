@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from llamalet.errors import ConfigError, NonFiniteError
-from llamalet.sampler import MASK, Generator, Sampler, random_seed
+from llamalet.sampler import MASK, Generator, Sampler, SamplingConfig, random_seed
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -13,7 +13,7 @@ SMALL = arrays(np.float32, st.integers(1, 12), elements=st.floats(-8, 8, width=3
 
 
 def draw(logits: np.ndarray, n: int = 200, **settings) -> list[int]:
-    sampler = Sampler(len(logits), **{"seed": 1, **settings})
+    sampler = Sampler(len(logits), SamplingConfig(**{"seed": 1, **settings}))
     return [sampler.sample(logits) for _ in range(n)]
 
 
@@ -75,7 +75,8 @@ def one_by_one(logits: np.ndarray, coin: np.float32, temperature: float, top_p: 
     st.integers(0, MASK),
 )
 def test_vectors_draw_what_scalars_draw(logits, temperature, top_p, seed):
-    sampler, generator = Sampler(len(logits), temperature=temperature, top_p=top_p, seed=seed), Generator(seed)
+    config = SamplingConfig(temperature=temperature, top_p=top_p, seed=seed)
+    sampler, generator = Sampler(len(logits), config), Generator(seed)
     for _ in range(10):
         assert sampler.sample(logits) == one_by_one(logits, generator.next_float(), temperature, top_p)
 
@@ -84,7 +85,7 @@ def test_sums_run_from_left_to_right():
     # The rounding of each sum shows: added in pairs, as np.sum does, the same coins fall on other tokens.
     logits = np.zeros(40_000, dtype=np.float32)
     logits[0] = 10.0
-    sampler, generator = Sampler(len(logits), top_p=1.0, seed=3), Generator(3)
+    sampler, generator = Sampler(len(logits), SamplingConfig(top_p=1.0, seed=3)), Generator(3)
     for _ in range(5):
         assert sampler.sample(logits) == one_by_one(logits, generator.next_float(), 1.0, 1.0)
 
@@ -212,12 +213,39 @@ def test_random_seeds_differ_and_fit():
 
 
 def test_all_bad_settings_are_named_at_once():
-    with pytest.raises(ConfigError) as caught:
-        Sampler(10, temperature=-1, top_p=1.5, top_k=-2, min_p=float("nan"), seed=-1)
-    for word in ("temperature=-1", "top_p=1.5", "top_k=-2", "min_p=nan", "seed=-1"):
-        assert word in str(caught.value)
+    bad = {
+        "temperature": -1, "top_p": 1.5, "top_k": -2, "min_p": float("nan"), "seed": -2, "max_new_tokens": -1,
+        "overflow": "spill", "keep": -1,
+    }  # fmt: skip
+    for make in (lambda: SamplingConfig(**bad), lambda: SamplingConfig.create(None, bad)):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        for name, value in bad.items():
+            assert f"{name}={value!r}" in str(caught.value)
+    for seed in (MASK + 1, -2):
+        with pytest.raises(ConfigError, match=f"seed={seed}: must be -1"):
+            SamplingConfig(seed=seed)
+
+
+def test_options_replace_fields_and_unknown_ones_name_the_nearest():
+    base = SamplingConfig(temperature=0.5, top_k=3)
+    assert SamplingConfig.create(base, {}) == base
+    assert SamplingConfig.create(base, {"top_k": 4}) == SamplingConfig(temperature=0.5, top_k=4)
+    assert SamplingConfig.create(None, {"keep": 2}) == SamplingConfig(keep=2)
+    with pytest.raises(ConfigError, match="unknown sampling option temprature; did you mean temperature"):
+        SamplingConfig.create(None, {"temprature": 1})
+    with pytest.raises(ConfigError, match="unknown sampling option xyzzy; there are temperature, top_p"):
+        SamplingConfig.create(base, {"xyzzy": 1})
+
+
+def test_each_of_several_texts_has_its_own_seed():
+    config = SamplingConfig(seed=MASK - 1, top_k=5)
+    assert [one.seed for one in config.for_texts(4)] == [MASK - 1, MASK, 0, 1]
+    assert {one.top_k for one in config.for_texts(4)} == {5}
+    drawn = [[one.seed for one in SamplingConfig().for_texts(2)] for _ in range(3)]
+    assert all(second == first + 1 for first, second in drawn) and len({first for first, _ in drawn}) == 3
 
 
 def test_the_number_of_logits_must_fit():
     with pytest.raises(ValueError, match="sampler was made for"):
-        Sampler(5).sample(LOGITS)
+        Sampler(5, SamplingConfig()).sample(LOGITS)

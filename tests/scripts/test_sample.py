@@ -12,6 +12,7 @@ from toy import SMALL_MODELS, WORDS, toy_model, toy_tokenizer
 
 import sample
 from llamalet import Model, errors, kv_cache
+from llamalet.sampler import Sampler
 from llamalet.tokenizer import pack
 
 CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
@@ -146,14 +147,14 @@ def test_ctrl_c_keeps_the_text(model, capsys, monkeypatch, words):
     n_samples = 3 if len(words) > 2 else 1
     whole = [tell(capsys, model, "-t", 0, "-n", 0, "--ignore-eos", "-i", "a")[0].strip("\n")] * n_samples
     passes = iter(range(9 * n_samples))
-    draw = sample.Sampler.sample
+    draw = Sampler.sample
 
     def interrupted(self, logits):
         if next(passes, None) is None:
             raise KeyboardInterrupt
         return draw(self, logits)
 
-    monkeypatch.setattr(sample.Sampler, "sample", interrupted)
+    monkeypatch.setattr(Sampler, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample.main(["--backend=numpy", str(model), "-t", "0", "--ignore-eos", "-i", "a", *map(str, words)])
     out, err = capsys.readouterr()
@@ -256,7 +257,7 @@ def test_wrong_words_end_in_one_line(model, capsys):
     assert "the prompt is -i" in refuse(capsys, model, "-p", "Once upon a time")
     assert "-n counts the prompt and --max-new-tokens does not" in refuse(capsys, model, "-n", 5, "--max-new-tokens=5")
     assert "unexpected argument" in refuse(capsys, model, "Once upon a time")
-    assert "no chat model" in refuse(capsys, model, "-m", "chat")
+    assert "not a chat model" in refuse(capsys, model, "-m", "chat")
     assert "system_prompt: is for chats; add -m chat" in refuse(capsys, model, "-y", "You are a pirate")
     assert "steps: is for stories" in refuse(capsys, model, "-m", "chat", "-n", 5)
     assert "mode" in refuse(capsys, model, "-m", "poem")
