@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bounds torture lint bench clean
+.PHONY: help demo test test-fast test-bounds torture lint bench clean
 
 help:  ## list these targets
 	@echo "llamalet: small Llama models, from data to story"
@@ -19,8 +19,12 @@ demo: .venv/train  ## write a corpus, train a small model, export it, prove it, 
 	$(RUN) train.py configs/demo.toml --overwrite
 	$(RUN) -m parity.demo out/demo
 
-test: .venv/dev  ## run every test (offline, CPU)
-	$(RUN) -m pytest
+# Two processes at a time: about half of what the tests do is to wait. Each has its kernels in two threads.
+test: .venv/dev  ## run every test (offline, CPU, minutes)
+	$(RUN) -m pytest --numprocesses=2 --dist=worksteal
+
+test-fast: .venv/dev  ## run the tests that start no training and compile nothing
+	$(RUN) -m pytest --numprocesses=2 --dist=worksteal -m "not trains and not compiles"
 
 test-bounds: .venv/dev  ## run the runtime's tests with every index of the kernels checked
 	NUMBA_BOUNDSCHECK=1 $(RUN) -m pytest tests/llamalet/kernels tests/parity \

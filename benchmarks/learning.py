@@ -35,7 +35,7 @@ import torch
 from benchmarks import llama2c
 from benchmarks import training as speed
 from configurator import parse
-from llamalet.config import ModelConfig
+from llamalet.config import IGNORED, ModelConfig
 from llamalet.errors import ConfigError, UsageError, run
 from llamalet.files import replacing
 from llamalet.shards import Shards

@@ -1,3 +1,5 @@
+"""Command-line options, markers and fixtures that tests of every folder use."""
+
 import os
 from pathlib import Path
 
@@ -7,16 +9,28 @@ from toy import SMALL_MODELS
 
 from llamalet.config import ModelConfig
 
-SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+TEST_DATA = "LLAMALET_TEST_DATA"
+NO_TEST_DATA = "the folder with real files is missing"
+
+
+def data_folder() -> Path:
+    """Return the folder with real models, vocabularies and texts, whether it exists or not."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    return Path(os.environ.get(TEST_DATA) or default).resolve()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--torture", action="store_true", help="run the campaigns, and nothing else, whole")
-    parser.addoption("--torture-log", metavar="FILE", help="leave a line for each campaign in FILE")
+    parser.addoption("--torture", action="store_true", help="run the campaigns alone, with every one of their cases")
+    parser.addoption("--torture-log", metavar="FILE", help="write one line per campaign to FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "campaign(name): tries many cases; all of them with --torture")
+    config.addinivalue_line("markers", "campaign(name): tries many cases, and all of them with --torture")
+    config.addinivalue_line("markers", "simd_path: depends on the processor's instructions; run on every path")
+    config.addinivalue_line("markers", "trains: starts training in other processes; not in `make test-fast`")
+    config.addinivalue_line("markers", "compiles: compiles kernels afresh for seconds; not in `make test-fast`")
+    if os.environ.get(TEST_DATA) and not data_folder().is_dir():
+        raise pytest.UsageError(f"{TEST_DATA}={os.environ[TEST_DATA]}: no such folder")
     if config.getoption("--torture"):
         os.environ[torture.VARIABLE] = "1"
     if path := config.getoption("--torture-log"):
@@ -28,11 +42,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.get_closest_marker("campaign")]
 
 
-@pytest.fixture
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if count := sum(NO_TEST_DATA in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(f"{count} tests were skipped: no real files in {data_folder()} ({TEST_DATA})")
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
-    if not SHARED_DATA.is_dir():
-        pytest.skip("needs the real files of ../shared/data")
-    return SHARED_DATA
+    """The folder with real models, vocabularies and texts."""
+    if not data_folder().is_dir():
+        pytest.skip(NO_TEST_DATA)
+    return data_folder()
 
 
 @pytest.fixture(params=SMALL_MODELS)

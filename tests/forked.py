@@ -1,7 +1,7 @@
-"""Runs of train.py in processes of their own that can be stopped anywhere, and what they leave, as digests.
+"""Run train.py in forked processes, stop it at any point, and compare what it leaves by digests.
 
-The processes are forked from one that has imported torch already, so that a run of a small model takes half a second.
-Nothing in the product knows of this: in the fork, functions are wrapped that tell where the run is.
+The processes are forks of a server that has already imported torch, so a run of a small model takes half a second.
+The code under test needs no hooks for this: in each fork, a Probe wraps the functions that show where the run is.
 """
 
 import ctypes
@@ -32,16 +32,16 @@ TIMED = {"tokens_per_s", "tflops", "mfu", "eta_s", "elapsed_s"}
 
 @dataclass(frozen=True)
 class Stop:
-    """A signal that comes when a run is at some place; None stands for any."""
+    """A signal to send when a run reaches some point; None matches anything."""
 
     event: str
     step: int | None = None
     part: int | str | None = None  # a number, or "mid" or "last" of the micro-steps
-    how: str = "SIGTERM"
+    how: str = "SIGTERM"  # name of the signal
     ranks: tuple[int, ...] | None = None
-    after_s: float = 0.0  # so much later, whatever the run does then
-    again_s: float | None = None  # a second signal so much after the first, and the run hangs between them
-    closes: int | None = None  # a file descriptor whose reader goes before
+    after_s: float = 0.0  # delay of the signal, while the run continues
+    again_s: float | None = None  # delay of a second signal, while the run hangs
+    closes: int | None = None  # file descriptor whose reader disappears before the signal
 
     def __str__(self) -> str:
         place = [self.how, self.event] + [str(x) for x in (self.step, self.part) if x is not None]
@@ -50,7 +50,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with the numbers of a micro-step; None stands for any."""
+    """A wrong number in a micro-step; None matches anything."""
 
     kind: str  # loss, gradient, spike or evaluation
     step: int
@@ -70,8 +70,8 @@ class Ended:
     codes: list[int]
     out: str
     err: str
-    states: list[dict[str, Any]]  # for each process that could still tell
-    took_s: float  # from the signal to the end of the last process; nan without one
+    states: list[dict[str, Any]]  # of each process that could still write it
+    took_s: float  # from the signal to the end of the last process; nan without a signal
     folder: Path = field(repr=False)
 
     @property
@@ -80,7 +80,7 @@ class Ended:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What every process ended with; all the same but for the random state, which is a list of each one's."""
+        """The final state, which all processes must share, except for the random states: a list, one per process."""
         common = [{**state, "random": [other["random"] for other in self.states]} for state in self.states]
         assert common and all(state == common[0] for state in common), self.states
         return common[0]
@@ -96,16 +96,16 @@ def run(
     patches: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Ended:
-    """Run train.py in `folder`, whose data/ it reads, until it ends.
+    """Run train.py to its end, on the data/ of `folder`.
 
     Args:
-        folder: working directory; what the processes print and record lands there too.
-        argv: train.py's arguments.
-        processes: how many, without torchrun.
-        stop: where a signal comes.
-        faults: what goes wrong with the numbers.
-        patches: values put in the place of module attributes, as in {"training.guard.WINDOW": 3}.
-        environment: variables for the processes.
+        folder: working directory; output and state files of the processes go there too.
+        argv: arguments of train.py.
+        processes: number of processes, started without torchrun.
+        stop: a signal to send, and when.
+        faults: wrong numbers to inject.
+        patches: module attributes to replace, as in {"training.guard.WINDOW": 3}.
+        environment: extra environment variables of the processes.
     """
     group = start(folder, argv, processes=processes, stop=stop, faults=faults, patches=patches, environment=environment)
     return finish(folder, group)
@@ -121,26 +121,35 @@ def start(
     patches: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[BaseProcess]:
-    """Start the processes of `run`."""
-    for debris in [*folder.glob("state-*.json"), *folder.glob("signal-*")]:
-        debris.unlink()
-    return fork(folder, processes, work, list(argv), stop, list(faults), dict(patches or {}), dict(environment or {}))
+    """Start the processes of `run` without waiting for them."""
+    for old in [*folder.glob("state-*.json"), *folder.glob("signal-*")]:
+        old.unlink()
+    return fork(
+        folder,
+        processes,
+        train_with_probe,
+        list(argv),
+        stop,
+        list(faults),
+        dict(patches or {}),
+        dict(environment or {}),
+    )
 
 
 def fork(folder: Path, count: int, what: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
-    """Start processes in forks of one that has imported torch, which know of each other as torchrun's do.
+    """Start forked processes with torch imported and torchrun's variables set.
 
     Args:
-        folder: working directory; what they print goes to out-RANK.txt and err-RANK.txt there.
-        count: how many.
-        what: a function of a module, called in each with its rank and `arguments`.
+        folder: working directory; their output goes to out-RANK.txt and err-RANK.txt there.
+        count: number of processes.
+        what: a function at module level; each process calls it with its rank and `arguments`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["train", "training.trainer", "matplotlib.figure", "torch._dynamo", "torch._inductor.compile_fx"]
     )
     with pytest.MonkeyPatch.context() as patch:
-        # The server does not look at the sys.path that it is told; and a compiler's pool would outlive what needs it.
+        # The server ignores the sys.path passed to it, and a compiler's process pool would outlive its run.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
         forkserver.ensure_running()
@@ -159,8 +168,8 @@ def fork(folder: Path, count: int, what: Callable[..., None], *arguments: Any) -
 def child(
     folder: Path, rank: int, variables: dict[str, str], what: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    """Be one of the processes of `fork`."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the tests
+    """Set up one process of `fork` and call its function."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the tests
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -169,7 +178,7 @@ def child(
 
 
 def join(group: Sequence[BaseProcess]) -> bool:
-    """Wait for processes; where one is killed, or they hang, the others are too. Return whether they did not hang."""
+    """Wait for processes, killing all if one is killed or all hang. Return whether they ended in time."""
     deadline = time.monotonic() + LIMIT_S
     while any(process.is_alive() for process in group):
         if any(process.exitcode == -signal.SIGKILL for process in group) or time.monotonic() > deadline:
@@ -180,7 +189,7 @@ def join(group: Sequence[BaseProcess]) -> bool:
 
 
 def finish(folder: Path, group: Sequence[BaseProcess]) -> Ended:
-    """Wait for the processes of `start`; where one is killed, the others are too."""
+    """Wait for the processes of `start` and collect what they left."""
     in_time, ended = join(group), time.time()
     out, err = ("".join(path.read_text() for path in sorted(folder.glob(f"{name}-*.txt"))) for name in ("out", "err"))
     assert in_time, out + err
@@ -195,7 +204,7 @@ def finish(folder: Path, group: Sequence[BaseProcess]) -> Ended:
     )
 
 
-def work(
+def train_with_probe(
     rank: int,
     argv: list[str],
     stop: Stop | None,
@@ -203,7 +212,7 @@ def work(
     patches: dict[str, Any],
     environment: dict[str, str],
 ) -> None:
-    """Be one process of a run; ends it."""
+    """Run train.py in this process with a Probe installed, and exit as it does."""
     os.environ |= environment
     for name, value in patches.items():
         module, _, attribute = name.rpartition(".")
@@ -223,7 +232,7 @@ def work(
         try:
             return train.main(argv)
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):  # as errors.run does: the probe is nothing that people have
+            for number in (signal.SIGINT, signal.SIGTERM):  # as errors.run does; users have no probe
                 signal.signal(number, signal.SIG_IGN)
             probe.leave()
 
@@ -231,7 +240,7 @@ def work(
 
 
 class Probe:
-    """Knows where a run is, records the data it takes, and lets things happen to it."""
+    """Follows a run, records the data it reads, and sends the signal or injects the faults."""
 
     def __init__(self, rank: int, stop: Stop | None, faults: list[Fault]) -> None:
         self.rank, self.stop, self.faults = rank, stop, faults
@@ -242,7 +251,7 @@ class Probe:
         self.stream = os.open(f"stream-{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def install(self) -> None:
-        """Wrap what is of interest."""
+        """Wrap the functions that show where the run is."""
         import train
         from llamalet.shards import TokenArray
         from training import trainer
@@ -286,13 +295,13 @@ class Probe:
         self.at("saving", self.syncs)
 
     def reads(self, tokens: Any, where: slice) -> None:
-        """Notice a window that lies in two shards."""
+        """Report a window that spans two shards."""
         ends = tokens._ends
         if ends.searchsorted(where.start, "right") != ends.searchsorted(where.stop - 1, "right"):
             self.at("across shards")
 
     def loss(self, compute: Callable[..., Any], trainer: Any, model: Any, batch: Any) -> Any:
-        """Stand in for Trainer.loss."""
+        """Replace Trainer.loss."""
         if self.compiling:
             return compute(trainer, model, batch)
         if not trainer.model.training:
@@ -335,7 +344,7 @@ class Probe:
         return loss
 
     def at(self, event: str, part: int | None = None) -> None:
-        """Let the signal come if this is the place for it."""
+        """Send the signal if the run has reached the point of the Stop."""
         stop = self.stop
         if stop is None or stop.event != event or (stop.step is not None and stop.step != self.step):
             return
@@ -364,12 +373,12 @@ class Probe:
         return self.trainer.step if self.trainer else 0
 
     def leave(self) -> None:
-        """Record what the run ends with."""
+        """Write the final state of the run to state-RANK.json."""
         import torch
         from torch.distributed.fsdp import FSDPModule
 
         trainer = self.trainer
-        if trainer is None or isinstance(trainer.model, FSDPModule):  # whose state only all together could tell
+        if trainer is None or isinstance(trainer.model, FSDPModule):  # each process holds only its share of the state
             return
         state = {
             "step": trainer.step,
@@ -383,7 +392,7 @@ class Probe:
 
 
 def later(seconds: float, number: int, note: Path) -> None:
-    """Send a signal to this process from another one, some time from now."""
+    """Send a signal to this process from another one after a delay."""
     target = os.getpid()
     if os.fork() == 0:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -397,7 +406,7 @@ def later(seconds: float, number: int, note: Path) -> None:
 def wrap(
     owner: Any, name: str, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
 ) -> None:
-    """Let `before` and `after` be called with the arguments of a function when it is; after, if it returned."""
+    """Call `before` and, if the function returns, `after` with its arguments on every call of it."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -413,7 +422,7 @@ def wrap(
 
 
 def digest(tensors: Mapping[str, Any]) -> str:
-    """Return one sha256 of tensors and their names."""
+    """Return one SHA-256 over tensors and their names."""
 
     import torch
 
@@ -425,7 +434,7 @@ def digest(tensors: Mapping[str, Any]) -> str:
 
 
 def stream(folder: Path) -> dict[int, str]:
-    """Return the digest of each training sequence, by its number; what was taken again was the same."""
+    """Return the digest of each training sequence by its number, checking that repeated ones are equal."""
     taken: dict[int, str] = {}
     for path in folder.glob("stream-*.jsonl"):
         for line in path.read_text().splitlines():
@@ -435,13 +444,13 @@ def stream(folder: Path) -> dict[int, str]:
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the record of a run, without what depends on the clock."""
+    """Return the rows of metrics.jsonl without the fields that depend on the clock."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
 
 
 def small_shards(folder: Path, vocab_size: int, *, n_tokens: int = 700, shard_tokens: int = 130) -> Path:
-    """Write toy data in several shards, whose ends lie within documents and windows."""
+    """Write toy data in several shards whose ends fall inside documents and windows."""
     import numpy as np
     from toy import toy_data
 

@@ -1,12 +1,12 @@
-"""Campaigns: a test that tries many cases, a sample of them each time and all of them with `pytest --torture`.
+"""Campaigns: tests with many cases, of which a sample runs every time and all run with `pytest --torture`.
 
     @pytest.mark.campaign("kill -9 at random moments")
     @pytest.mark.parametrize("seed", range(cases(10, 100)))
-    def test_a_killed_run_goes_on(seed): ...
+    def test_a_killed_run_resumes(seed): ...
 
-`make torture` runs the campaigns whole and leaves a line for each in benchmarks/torture.log: how many cases there were,
-how many failed, how long it took. A test that tries several cases by itself says so with record_property("cases", n);
-of any other property that it records, a number, the log names the largest.
+`make torture` runs every case and writes one line per campaign to benchmarks/torture.log: the number of cases, the
+failures and the minutes. A test that tries several cases itself reports them with record_property("cases", n). Of any
+other recorded number the log gives the largest.
 """
 
 import os
@@ -25,13 +25,13 @@ Cases = TypeVar("Cases", int, Sequence)
 
 
 def cases(sample: Cases, whole: Cases) -> Cases:
-    """What to try: `whole` with --torture, otherwise `sample`."""
+    """Return the cases to try: `whole` with --torture, otherwise `sample`."""
     return whole if VARIABLE in os.environ else sample
 
 
 @dataclass
 class Campaign:
-    """What became of a campaign's cases."""
+    """The results of a campaign so far."""
 
     cases: int = 0
     failures: int = 0
@@ -49,7 +49,7 @@ class Campaign:
 
 
 class Log:
-    """Writes what became of the campaigns of a test session to a file."""
+    """Writes the results of the campaigns to a file at the end of the session."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,7 +70,7 @@ class Log:
         self.path.write_text("\n".join(self.lines()) + "\n")
 
     def lines(self) -> list[str]:
-        """The log: when and where, then the campaigns."""
+        """Return the lines of the log: date and machine, then one line per campaign."""
         date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.started))
         lines = [
             f"pytest --torture on {date}, commit {commit()}",
@@ -88,7 +88,7 @@ class Log:
 
 
 def commit() -> str:
-    """The commit that the tests ran on, with a + where files differ from it."""
+    """Return the commit under test, with a + if files differ from it."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
@@ -96,7 +96,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells."""
+    """Return the name of the processor, if the system reports one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -105,7 +105,7 @@ def processor() -> str:
 
 
 def torch_version() -> str:
-    """The version of torch, without importing it."""
+    """Return the version of torch without importing it."""
     from importlib.metadata import version
 
     return version("torch")

@@ -1,4 +1,4 @@
-"""Small stand-ins that several tests share: a vocabulary, models on disk, a forward pass that counts."""
+"""Small vocabularies, models and data for many tests, and a forward pass that counts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ SMALL_MODELS = {
 
 
 def random_tensors(config: ModelConfig, seed: int = 0, scale: float = 0.1) -> dict[str, np.ndarray]:
-    """Every tensor of a model by its checkpoint name, float32: norms around one, matrices around zero."""
+    """Return float32 tensors by their checkpoint names: norms around one, matrices around zero."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for spec in tensor_specs(1, config):
@@ -44,14 +44,14 @@ WORDS = (" ", "a", "b", "n", "d", "e", "t", ".", " a", " b", "an", "de", " ban",
 
 
 def toy_tokenizer(vocab_size: int = 300) -> BinTokenizer:
-    """A vocabulary of few words, filled up to the size that is asked for."""
+    """Return a vocabulary of a few words, padded to `vocab_size`."""
     texts = [*WORDS, *(f"~{i}" for i in range(vocab_size))][: vocab_size - 259]
     controls = [(b"<unk>", 0.0), (b"\n<s>\n", 0.0), (b"\n</s>\n", 0.0)]
     byte_rows = [(b"<0x%02X>" % byte, 0.0) for byte in range(256)]
     return BinTokenizer(controls + byte_rows + [(text.encode(), -float(i)) for i, text in enumerate(texts)], "toy")
 
 
-# What a small rank table joins, in this order; each has its halves in the table before it.
+# The merges of a small rank table, in order; both halves of each come earlier in the table.
 MERGES = (
     ("a", "n"), ("an", "d"), (" ", "a"), (" ", "t"), ("h", "e"), (" t", "he"), (" ", " "), ("  ", "  "), ("a", "a"),
     ("aa", "aa"), ("aaaa", "aaaa"), ("\n", "\n"), ("'", "s"), ("\u00f0", "\u009f"), ("\u00f0\u009f", "\u0098"),
@@ -59,20 +59,20 @@ MERGES = (
 )  # fmt: skip
 
 
-# A token that no joining leads to: only a word that it is gets it.
+# A token that no merge produces: only the whole word becomes it.
 WHOLE_WORD = "zqz"
 N_RANKS = 256 + len(MERGES) + 1
 
 
 def toy_ranks() -> list[TokenizerRow]:
-    """The rows of a small Llama 3 vocabulary: bytes from the last to the first, MERGES, WHOLE_WORD, special tokens."""
+    """Return the rows of a small Llama 3 vocabulary: bytes in reverse order, MERGES, WHOLE_WORD, special tokens."""
     texts = [chr(255 - i) for i in range(256)] + ["".join(pair) for pair in MERGES] + [WHOLE_WORD]
     names = [name.encode() for name in special_names()]
     return [(piece, float(id)) for id, piece in enumerate([text.encode("latin-1") for text in texts] + names)]
 
 
 def toy_llama3() -> Llama3Tokenizer:
-    """A small Llama 3 vocabulary."""
+    """Return a small Llama 3 vocabulary."""
     return Llama3Tokenizer(toy_ranks(), "toy", suffix="bin")
 
 
@@ -96,7 +96,7 @@ def toy_model(
 
 
 def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 0) -> Path:
-    """Write random tokens of the toy vocabulary as prepared data, a document every 50 tokens."""
+    """Write random tokens of the toy vocabulary as prepared data, in documents of 50 tokens."""
     rng = np.random.default_rng(seed)
     splits = {}
     for name in shards.SPLITS:
@@ -115,7 +115,7 @@ def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 
 
 
 class ListCache(list):
-    """The tokens of a text, used as a KV cache."""
+    """A KV cache that holds the tokens themselves."""
 
     def __init__(self, context: int, tokens: Sequence[int] = ()) -> None:
         super().__init__(tokens)
@@ -133,7 +133,7 @@ class ListCache(list):
 
 
 class Counting:
-    """A forward pass that makes token t + 1 the most likely after t, and checks how it is used."""
+    """A forward pass that predicts token t + 1 after t and checks how it is called."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -165,7 +165,7 @@ class Counting:
 
 
 def in_memory(config: ModelConfig, dtype: str, **changes: np.ndarray) -> model_file.ModelFile:
-    """Return a model of random weights as a file of this kind would give it."""
+    """Return a model of random weights as if read from a file of this dtype."""
     convert = {
         "f32": np.asarray,
         "bf16": quantize.to_bfloat16,

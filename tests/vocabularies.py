@@ -1,4 +1,4 @@
-"""Vocabularies and texts that the tests of several tokenizers share."""
+"""Vocabularies and texts for the tests of several tokenizers."""
 
 import io
 import random
@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from toy import MERGES, N_RANKS, WHOLE_WORD, toy_ranks
 
-from llamalet.tokenizer import (
-    parse,
-)
+from llamalet.tokenizer import parse
 from llamalet.tokenizer.huggingface import byte_level_bytes
 from llamalet.tokenizer.llama3 import WORDS
 
@@ -28,7 +26,7 @@ LOSSLESS = {
 }
 
 
-# Texts that tokenizers get wrong.
+# Texts that tokenizers get wrong: spaces, line ends, rare letters, text that looks like special tokens.
 NASTY = [
     "",
     " ",
@@ -77,7 +75,7 @@ def train(vocab_size: int = 420, **options) -> bytes:
     return model.getvalue()
 
 
-# Without what is no character yet (Cn): of those, newer libraries know more letters than older ones.
+# No unassigned characters (Cn): newer libraries count more of them as letters than older ones.
 texts = st.one_of(
     st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=12),
     st.text(" \t\n\r\x0b\x85\xa0\u2028a1.'sLtnd", max_size=12),
@@ -93,7 +91,7 @@ def in_byte_level(text: str) -> str:
 
 
 def by_library() -> tokenizers.Tokenizer:
-    """The small vocabulary as Hugging Face's library has it."""
+    """Return the small vocabulary in Hugging Face's library."""
     rows = toy_ranks()
     vocab = {in_byte_level(piece.decode("latin-1")): id for id, (piece, _) in enumerate(rows[:N_RANKS])}
     merges = [(in_byte_level(a), in_byte_level(b)) for a, b in MERGES]
@@ -110,7 +108,7 @@ def by_library() -> tokenizers.Tokenizer:
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """Llama 3's kind of tokenizer.json."""
+    """Return a tokenizer of the kind in Llama 3's tokenizer.json."""
     built = by_library()
     bos = "<|begin_of_text|>"
     built.post_processor = processors.TemplateProcessing(
@@ -120,7 +118,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def from_sentencepiece(*, prepend: bool) -> tokenizers.Tokenizer:
-    """Llama 2's kind of tokenizer.json: with the older normalizer, or with a Metaspace."""
+    """Return a tokenizer of the kind in Llama 2's tokenizer.json, with the older normalizer or a Metaspace."""
     model = parse(train(**LOSSLESS), "small")
     pieces = [piece.decode().replace(" ", "\u2581") for piece, _ in model.pieces()]
     pieces[:3] = ["<unk>", "<s>", "</s>"]

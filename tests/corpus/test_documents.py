@@ -1,6 +1,5 @@
 import itertools
 import json
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -12,8 +11,6 @@ from corpus import documents
 from corpus.documents import expected_chars, first_documents, pieces, with_text
 from llamalet import tokenizer
 from llamalet.errors import DataError
-
-DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def read(path, *, split="train", document="file", column="text", val_fraction=0.05, val=None):
@@ -172,11 +169,8 @@ def test_pieces_join_to_the_document(parts, size):
 
 
 @pytest.fixture(scope="module")
-def llama2():
-    path = DATA / "llama2-tokenizer.model"
-    if not path.is_file():
-        pytest.skip("../shared/data is absent")
-    return tokenizer.load(path)
+def llama2(shared_data):
+    return tokenizer.load(shared_data / "llama2-tokenizer.model")
 
 
 @given(text=st.text(st.sampled_from("theo dgs  \n.T1\u00e9"), min_size=1, max_size=200), size=st.integers(1, 20))

@@ -274,6 +274,7 @@ def test_only_what_is_new_is_read(model, monkeypatch):
 
 
 def test_an_answer_ends_at_any_stop_token(model, monkeypatch):
+    assert len(model.tokenizer.stop_ids) == 3
     for stop in model.tokenizer.stop_ids:
         ids = iter([*model.tokenizer.encode("the"), stop])
         monkeypatch.setattr(chat.Sampler, "sample", lambda self, logits, ids=ids: next(ids))

@@ -283,6 +283,7 @@ def test_a_rolled_cache_gives_the_logits_of_the_tokens_that_are_left(monkeypatch
     monkeypatch.setattr(Sampler, "sample", lambda self, logits: seen.append(logits) or sample(self, logits))
     prompt = np.random.default_rng(2).integers(3, 300, 45).tolist()
     made = list(tokens_of(model, prompt, seed=3, overflow="roll", max_new_tokens=120))
+    assert len(made) == 120
     left = [*prompt[:4], *prompt[18:45]]  # 14 were dropped when the 33rd came: 18 and 13 more
     for logits, token in zip(seen, made, strict=True):
         np.testing.assert_allclose(logits, model.logits(left)[-1], atol=2e-4, rtol=1e-4)

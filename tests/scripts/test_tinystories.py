@@ -30,7 +30,6 @@ from llamalet.errors import ConfigError, DataError, LlamaletError, UsageError
 from llamalet.shards import Shards, find_newest
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -307,13 +306,11 @@ def test_max_documents(stories):
     assert decoded(Shards.open(find_newest()), "train") == stories[:7]
 
 
-def test_a_vocabulary_from_elsewhere(stories):
+def test_a_vocabulary_from_elsewhere(stories, shared_data):
     write_jsonl(Path("s.jsonl"), stories)
-    vocab = DATA / "llama2-tokenizer.model"
-    if not vocab.is_file():
-        pytest.skip("../shared/data is absent")
+    vocab = shared_data / "llama2-tokenizer.model"
     model = tokenizer.load(vocab)
-    for path, name in ((vocab, "tokenizer.model"), (DATA / "llama2-tokenizer.bin", "tokenizer.bin")):
+    for path, name in ((vocab, "tokenizer.model"), (shared_data / "llama2-tokenizer.bin", "tokenizer.bin")):
         run("pretokenize", "s.jsonl", f"--vocab={path}")
         data = Shards.open(find_newest(), verify=True)
         assert data.folder.name == f"tok32000-{model.sha256[:8]}" and data.meta.tokenizer == name
@@ -325,10 +322,8 @@ def test_a_vocabulary_from_elsewhere(stories):
         assert {p.name for p in data.folder.iterdir()} == {name, "meta.json", "train_00000.bin", "val_00000.bin"}
 
 
-def test_real_tinystories_sample():
-    sample = DATA / "tinystories-sample.jsonl"
-    if not sample.is_file():
-        pytest.skip("../shared/data is absent")
+def test_real_tinystories_sample(shared_data):
+    sample = shared_data / "tinystories-sample.jsonl"
     run("train_vocab", f"--source={sample}", "--vocab_size=2048")
     run("pretokenize", f"--source={sample}")
     data = Shards.open(find_newest(), verify=True)

@@ -133,6 +133,7 @@ def test_windows_begin_at_documents_and_the_stream_depends_on_seed_and_place_alo
     assert not torch.equal(tokens, torch.from_numpy(windows.training_batch(8, 0, len(windows))[0]))
 
 
+@pytest.mark.trains
 def test_two_processes_are_one_with_twice_the_accumulation_bit_for_bit(project):
     batch = f"--total_batch_tokens={2 * 2 * 32}"
     run(*SMALL, batch, "--out_dir=one", cwd=project)
@@ -145,6 +146,7 @@ def test_two_processes_are_one_with_twice_the_accumulation_bit_for_bit(project):
     assert any(losses[0]) and losses[0] == pytest.approx(losses[1])
 
 
+@pytest.mark.trains
 def test_compile_ddp_wandb_evaluation_save_and_resume_together(project):
     """What llama2.c's users asked for in vain: all of it in one run."""
     options = [*SMALL, "--compile=True", "--wandb_log", "--total_batch_tokens=128"]

@@ -48,6 +48,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.campaign("guard: steps skipped")
 @pytest.mark.parametrize("optimizer", cases(["muon"], ["adamw", "muon"]))
 @pytest.mark.parametrize("name", FAULTS)
@@ -63,6 +64,7 @@ def test_a_step_that_is_not_finite_changes_nothing_in_any_process(name, optimize
     assert "1 skipped" in ended.out
 
 
+@pytest.mark.trains
 @pytest.mark.campaign("guard: too many in a row")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_too_many_in_a_row_end_the_run_and_nothing_that_is_not_finite_is_saved(processes, folder):
@@ -77,6 +79,7 @@ def test_too_many_in_a_row_end_the_run_and_nothing_that_is_not_finite_is_saved(p
     assert again.state["step"] == 4
 
 
+@pytest.mark.trains
 def test_as_many_as_are_allowed_do_not(folder):
     ended = run(folder, OPTIONS, faults=[Fault("loss", 1), Fault("gradient", 2, 2, value=INF)])
     assert ended.codes == [0], ended.err
@@ -92,6 +95,7 @@ def assert_finite(folder: Path) -> None:
                 assert torch.from_numpy(tensor).isfinite().all()
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_state_whose_validation_loss_is_not_finite_is_not_saved(processes, folder):
     fault = Fault("evaluation", 3, rank=processes - 1)

@@ -14,6 +14,8 @@ from forked import ROOT, SKIPPED, SPIKE, Ended, Stop, rows, run, small_shards, s
 from safetensors.torch import load_file
 from torture import cases
 
+pytestmark = pytest.mark.trains
+
 VOCAB = 300
 OPTIONS = [
     "--dim=32", "--n_layers=2", "--n_heads=2", "--max_seq_len=32", "--batch_size=2", "--total_batch_tokens=256",

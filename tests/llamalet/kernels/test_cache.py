@@ -45,6 +45,7 @@ def package(tmp_path):
     return tmp_path / "copy"
 
 
+@pytest.mark.compiles
 @posix
 def test_compiles_once_and_again_after_an_edit_of_the_intrinsics(package, tmp_path):
     cache = tmp_path / "cache"
@@ -93,6 +94,7 @@ def test_the_name_depends_on_every_source(tmp_path):
     assert all(source.is_file() for source in cache.SOURCES)
 
 
+@pytest.mark.compiles
 @posix
 @pytest.mark.parametrize("damage", ["index", "code"])
 def test_a_damaged_file_is_compiled_again(package, tmp_path, damage):

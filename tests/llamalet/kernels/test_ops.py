@@ -130,6 +130,7 @@ def test_quantize_rows(n, cols, group, seed):
     np.testing.assert_array_equal(rows.starts, -128 * values.reshape(n, -1, group).sum(axis=-1, dtype=np.int32))
 
 
+@pytest.mark.simd_path
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e-45])
 def test_quantize_rows_keeps_what_is_not_finite(bad):
     x, rows = np.ones((1, 64), np.float32), new_quantized_rows(1, 64, 32, 8)
@@ -141,6 +142,7 @@ def test_quantize_rows_keeps_what_is_not_finite(bad):
     assert np.isfinite(found[0, 1]) == np.isfinite(bad)
 
 
+@pytest.mark.simd_path
 @given(
     st.sampled_from(KINDS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), st.booleans(), seeds, st.data()
 )
@@ -162,6 +164,7 @@ def test_matmul(kind, n_rows, cols, n_vectors, one_sequence, seed, data):
     np.testing.assert_allclose(out, expected, rtol=0, atol=SUM_ROUNDINGS * (np.abs(x) @ np.abs(floating).T).max())
 
 
+@pytest.mark.simd_path
 @given(st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 5), st.integers(2, 12), seeds)
 @settings(deadline=None, max_examples=100)
 def test_a_vector_gets_the_same_products_whatever_is_multiplied_beside_it(kind, n_rows, n_groups, n_vectors, seed):
@@ -175,6 +178,7 @@ def test_a_vector_gets_the_same_products_whatever_is_multiplied_beside_it(kind, 
     np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.simd_path
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cols", [192, 200, 5])
 def test_matmul_reads_nothing_beyond_its_operands(kind, cols):
@@ -220,6 +224,7 @@ kernels.rmsnorm(np.ones(8, np.float32), np.ones(8, np.float32), np.float32(1e-5)
 """
 
 
+@pytest.mark.compiles
 def test_bounds_checking_would_see_an_index_out_of_range(tmp_path):
     """`make test-bounds` runs these tests with it; here is what it finds in a kernel whose output is too short."""
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "XDG_CACHE_HOME": str(tmp_path)}
@@ -336,6 +341,7 @@ def test_swiglu(width, spread, seed):
     np.testing.assert_allclose(gate, expected, rtol=1e-5, atol=1e-34)
 
 
+@pytest.mark.simd_path
 def test_no_kernel_hides_a_nan():
     nan = np.float32(np.nan)
     x = floats(0, 64)

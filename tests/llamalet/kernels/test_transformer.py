@@ -133,15 +133,17 @@ def test_a_prompt_longer_than_a_chunk():
 def test_weights_stay_where_the_file_is_mapped(tmp_path, version, dtype):
     config = SMALL_MODELS["gqa-untied"]
     file = model_file.write(tmp_path / "model.bin", version, config, random_tensors(config), dtype=dtype)
-    matrices = dict(zip(ops.MATRICES, stack_weights(file).matrices, strict=True))
+    matrices, seen = dict(zip(ops.MATRICES, stack_weights(file).matrices, strict=True)), set()
     for name, tensor in file.tensors.items():
         *layer, matrix = name.replace("layers.", "").split(".")
         if matrix in matrices:
+            seen.add(matrix)
             packed = isinstance(tensor, quantize.Packed)
             stacks = matrices[matrix] if packed else [matrices[matrix]]
             for stack, part in zip(stacks, tensor[:2] if packed else [tensor], strict=True):
                 address = stack.first.__array_interface__["data"][0] + stack.distance * int(layer[0] if layer else 0)
                 assert address == part.__array_interface__["data"][0] and stack.first.nbytes == part.nbytes
+    assert seen == set(matrices)
 
 
 def test_weights_that_are_not_of_a_file_may_lie_anywhere():
@@ -331,6 +333,7 @@ numpy.save(sys.argv[2], numpy.stack([model.logits(numpy.arange(20))[-1], model.d
 """
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("path", ["portable", "avxvnni"])
 @pytest.mark.parametrize("dtype", ["q8", "q4"])
 def test_another_instruction_path_gives_the_same_logits(dtype, path, tmp_path):

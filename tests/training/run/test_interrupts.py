@@ -108,6 +108,7 @@ FEW = [
 ]
 
 
+@pytest.mark.trains
 @pytest.mark.campaign("signals: what a run may be doing")
 @pytest.mark.parametrize("name", cases(FEW, list(PLACES)))
 def test_a_signal_at_a_place(name, never_stopped, tmp_path, record_property):
@@ -116,6 +117,7 @@ def test_a_signal_at_a_place(name, never_stopped, tmp_path, record_property):
     record_property("seconds_to_end", took_s)
 
 
+@pytest.mark.trains
 @pytest.mark.campaign("signals: random moments")
 @pytest.mark.parametrize("seed", range(cases(2, 50)))
 def test_a_signal_at_a_random_moment(seed, never_stopped, tmp_path, record_property):
@@ -149,6 +151,7 @@ def wait_for(process: subprocess.Popen[str], word: str) -> str:
     raise AssertionError(lines + process.stderr.read())
 
 
+@pytest.mark.trains
 def test_a_signal_after_the_first_line_while_torch_is_imported(tmp_path):
     process = start(tmp_path, *OPTIONS, "--compile=False")
     wait_for(process, "run")
@@ -159,6 +162,7 @@ def test_a_signal_after_the_first_line_while_torch_is_imported(tmp_path):
     assert (tmp_path / "out" / "checkpoints" / "step-00000000").is_dir()
 
 
+@pytest.mark.trains
 def test_torchrun_passes_a_signal_on_and_both_processes_end_in_order(tmp_path):
     process = start(tmp_path, *OPTIONS, "--compile=False", "--max_iters=100000", torchrun=True)
     wait_for(process, r"step +5/")
@@ -173,6 +177,7 @@ def test_torchrun_passes_a_signal_on_and_both_processes_end_in_order(tmp_path):
     assert done.codes == [0, 0] and done.state["step"] == step + 1
 
 
+@pytest.mark.trains
 def test_the_second_signal_ends_a_run_at_once_and_nothing_is_lost(never_stopped, tmp_path):
     """The first one comes in a step that never ends."""
     whole = never_stopped(1, False)
@@ -185,6 +190,7 @@ def test_the_second_signal_ends_a_run_at_once_and_nothing_is_lost(never_stopped,
     assert ended.codes == [0] and ended.state == whole.state
 
 
+@pytest.mark.trains
 def test_the_second_signal_ends_a_process_that_waits_for_another_one(never_stopped, tmp_path):
     shutil.copytree(never_stopped(2, False).folder / "data", tmp_path / "data")
     stop = Stop("micro", 4, 0, "SIGSTOP", ranks=(1,))
@@ -203,6 +209,7 @@ def test_the_second_signal_ends_a_process_that_waits_for_another_one(never_stopp
         first.kill(), second.kill()
 
 
+@pytest.mark.trains
 def test_a_closed_stderr_does_not_matter(never_stopped, tmp_path):
     whole = never_stopped(1, False)
     shutil.copytree(whole.folder / "data", tmp_path / "data")
@@ -211,6 +218,7 @@ def test_a_closed_stderr_does_not_matter(never_stopped, tmp_path):
     assert ended.codes == [75] and ended.last_line.startswith("interrupted at step 4 of 8")
 
 
+@pytest.mark.trains
 def test_a_run_whose_stdout_has_gone_goes_on_and_says_so_once(never_stopped, tmp_path):
     whole = never_stopped(1, False)
     shutil.copytree(whole.folder / "data", tmp_path / "data")
