@@ -1,13 +1,13 @@
-"""A dataclass, a TOML file and the command line become one checked configuration.
+"""Build a checked configuration from a dataclass, a TOML file and the command line.
 
-Precedence: the dataclass defaults < the TOML file < `--key=value`. Nothing is ever executed. Every script describes its
-options as a frozen dataclass, with a string under each field as its help, and calls `parse`:
+Precedence: the dataclass defaults < the TOML file < `--key=value`. Nothing is ever executed. Every script declares its
+options as a frozen dataclass, with a string under each field as its help text, and calls `parse`:
 
     config = parse(SampleConfig, argv, program="sample.py", description=__doc__, positional=("checkpoint",))
 
-tyro knows the types, converts the values and writes `--help`. It knows one spelling of a switch and of a dash at a
-time, so the words are put into one form first: `--key=value`, `--key value`, `-` and `_` alike, `--switch`,
-`--switch=True`, `--no-switch`. A field with metadata {"bare": "latest"} may stand without a value, as `--resume` does.
+tyro converts the values to the fields' types and writes `--help`. It accepts only one spelling of switches and dashes
+at a time, so the words are normalized first: `--key=value`, `--key value`, `-` and `_` alike, `--switch`,
+`--switch=True`, `--no-switch`. A field with metadata {"bare": "latest"} may be given without a value, like `--resume`.
 """
 
 import contextlib
@@ -42,22 +42,22 @@ def parse(
     positional: Sequence[str] = (),
     toml: bool = False,
 ) -> Config:
-    """Build a `config_class` from the words of a command line; `--help` prints the options and exits with 0.
+    """Parse a command line into a `config_class`; `--help` prints the options and exits with 0.
 
     Args:
-        config_class: a dataclass whose fields all have defaults, each with a string under it as help.
-        argv: the command line without the program's name.
-        program: what the user typed, shown in the usage line.
+        config_class: a dataclass whose fields all have defaults, each followed by a string as its help text.
+        argv: the arguments, without the program's name.
+        program: the program's name in the usage line.
         description: shown above the options.
-        positional: fields that bare words fill, in this order.
-        toml: whether a bare word ending in .toml names a file of field values.
+        positional: fields filled by bare words, in this order.
+        toml: whether a bare word ending in .toml is a file of field values.
 
     Returns:
         The configuration, checked by its own __post_init__.
 
     Raises:
-        UsageError: on an unknown option, a stray word, a missing or unreadable value, a word that is no text.
-        ConfigError: on a bad TOML file, or (from the dataclass) values out of range.
+        UsageError: on an unknown option, an unexpected word, or a missing or unreadable value.
+        ConfigError: on a bad TOML file, or from the dataclass on values out of range.
     """
     fields = {field.name: _Field.of(field, hint) for field, hint in _fields_with_hints(config_class)}
     usage = " ".join([program, *([f"[{TOML_FILE}]"] if toml else []), *(f"[{name.upper()}]" for name in positional)])
@@ -74,7 +74,7 @@ _TYRO = (tyro.conf.FlagConversionOff,)
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """What the spelling of a field's option depends on."""
+    """The facts about a field that determine how its option may be spelled."""
 
     name: str
     is_switch: bool
@@ -93,7 +93,7 @@ class _Field:
         return cls(field.name, is_switch, field.metadata.get("bare"), aliases)
 
     def spell(self, value: str) -> str:
-        """Return `value` as tyro reads it: a word for true or false becomes True, False or the bare field's meaning."""
+        """Return `value` as tyro expects it: a word for true or false becomes True, False or the field's bare value."""
         word = value.lower()
         if self.is_switch and word in TRUE_WORDS + FALSE_WORDS:
             return str(word in TRUE_WORDS)
@@ -124,7 +124,7 @@ def _with_plain_help(config_class: type) -> type:
 
 
 def _read_toml(path: Path, fields: dict[str, _Field]) -> dict[str, str]:
-    """Return the values of a TOML file as the words that a command line would have."""
+    """Return the values of a TOML file, spelled as on a command line."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def _read_toml(path: Path, fields: dict[str, _Field]) -> dict[str, str]:
 
 
 def _read_words(words: list[str], fields: dict[str, _Field], positional: list[str], toml: bool) -> dict[str, str]:
-    """Return option name -> value for the words of a command line; the name of a TOML file is TOML_FILE's."""
+    """Return field name -> value for the words of a command line; the key of a TOML file's path is TOML_FILE."""
     by_flag = {alias: field for field in fields.values() for alias in field.aliases}
     by_flag |= {"--" + name: field for name, field in fields.items()}
     values: dict[str, str] = {}
@@ -181,7 +181,7 @@ def _read_words(words: list[str], fields: dict[str, _Field], positional: list[st
 
 
 def _unknown(shown: str, key: str, fields: dict[str, _Field]) -> str:
-    """Return the complaint about an unknown key, with the nearest known one."""
+    """Return the error message for an unknown key, with the nearest known one."""
     near = difflib.get_close_matches(key.replace("-", "_"), fields, n=1, cutoff=0.5)
     dashes = "--" if shown.startswith("-") else ""
     hint = f"did you mean {dashes}{near[0]}?" if near else "see --help"
@@ -189,24 +189,24 @@ def _unknown(shown: str, key: str, fields: dict[str, _Field]) -> str:
 
 
 def _convert(config_class: type[Config], values: dict[str, str]) -> Config:
-    """Let tyro turn the words into typed values, then build the config; tyro's boxed complaint becomes one line."""
-    # The values go through a copy of the dataclass without its __post_init__, whose ConfigError tyro would box up.
+    """Let tyro convert the words to typed values, then build the config; tyro's boxed error becomes one line."""
+    # tyro fills a copy of the dataclass without __post_init__, or it would put that function's ConfigError into a box.
     draft_fields = [
         (f.name, hint, dataclasses.field(default=f.default)) for f, hint in _fields_with_hints(config_class)
     ]
     draft_class = dataclasses.make_dataclass(config_class.__name__, draft_fields, kw_only=True)
     args = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-    complaint = io.StringIO()
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(message):
             draft: Any = tyro.cli(draft_class, args=args, config=_TYRO)
     except SystemExit:
-        raise UsageError(_unbox(complaint.getvalue())) from None
+        raise UsageError(_unbox(message.getvalue())) from None
     return config_class(**vars(draft))
 
 
 def _unbox(box: str) -> str:
-    """Return what tyro wrote into its box, up to the first rule, as one line with our spelling of the option."""
+    """Return the text in tyro's box, up to the first rule, as one line with our spelling of the option."""
     lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
     text = " ".join(lines).partition("\u2500\u2500")[0].strip()
     return re.sub(r"^Error parsing --(\S+):", lambda match: f"--{match[1].replace('-', '_')}:", text)

@@ -1,4 +1,5 @@
-"""Text in, token shards out: sources, documents, vocabularies, and the grammar whose entropy is known.
+"""From text to token shards: sources, documents, vocabularies, and a story grammar of known entropy.
 
-May import llamalet, and needs no torch. The same input must give the same bytes, whatever the number of workers.
+Start with prepare.py. Imports llamalet but never torch. The same input must give the same bytes with any number of
+workers.
 """

@@ -1,23 +1,23 @@
-"""A small grammar of children's stories that can be drawn from, and whose texts can be scored exactly.
+"""A small grammar of children's stories: it draws random stories, and gives the exact probability of any text.
 
-The corpus that it writes has a known entropy: the loss of a model trained on it can be held against the best loss that
-any model could reach.
+The corpus that it writes therefore has a known entropy, and the loss of a model trained on it can be compared with the
+best loss that any model could reach.
 
 The grammar is the two tables at the end of this file. A rule is a list of options, the likelier ones first. An option
 is text:
 
     <color>        draws an option of the rule `color` and writes it
-    <goal:toy>     the same, and remembers what was written under the name `goal`
-    {goal}         writes it again: this is how characters and things stay the same through a story
+    <goal:toy>     the same, and remembers the option's first words under the name `goal`
+    {goal}         writes them again: this is how characters and things stay the same throughout a story
     {he=she}       remembers without writing; {he} then writes "she" and {He} writes "She"
 
-Why scores are exact: every option begins with literal words, its head, which are written at the moment of choice, and
-no head of a rule is the beginning of another head of that rule (the tests check the whole table). So whoever reads a
-story from left to right always sees which option was taken. One program, `_tell`, walks the grammar for two drivers:
-`_Writer` decides each choice by a random number, `_Reader` finds it in the text. Each text has one derivation, and its
-probability is the product over its choices.
+Why probabilities are exact: every option begins with literal words, its head, which are written when the option is
+chosen, and no head of a rule is a prefix of another head of that rule (the tests check the whole table). So the choices
+can be read off a story from left to right. One program, `_tell`, walks the grammar for two drivers: `_Writer` makes
+each choice with a random number, `_Reader` finds it in the text. Each text has one derivation, and its probability is
+the product over its choices.
 
-Weights are integers, and the only randomness is `rng.random()`: the same seed tells the same story on every platform.
+Weights are integers, and the only randomness is `rng.random()`: a seed gives the same story on every platform.
 """
 
 import functools
@@ -42,7 +42,7 @@ def draw_scored(rng: np.random.Generator) -> tuple[str, float]:
     """Draw one story.
 
     Returns:
-        The story, and the natural logarithm of its probability as summed up while drawing.
+        The story, and the natural logarithm of its probability, summed while drawing.
     """
     writer = _Writer(rng)
     _tell(_compile(STORY), writer, {})
@@ -88,7 +88,7 @@ _Step = str | _Draw | _Recall | _Note
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """One option of a rule: the words that tell it from the others, what follows them, and its log-probability."""
+    """One option of a rule: the words that distinguish it, what follows them, and its log-probability."""
 
     head: str
     rest: tuple[_Step, ...]
@@ -97,7 +97,7 @@ class _Option:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rule:
-    """A choice, ready for both drivers."""
+    """A compiled rule, for both drivers."""
 
     options: tuple[_Option, ...]
     cumulative_weights: tuple[int, ...]
@@ -106,7 +106,7 @@ class _Rule:
 
 
 class _Driver(Protocol):
-    """What `_tell` needs: something that settles choices and takes words."""
+    """What `_tell` needs: something that makes choices and takes words."""
 
     def choose(self, rule: _Rule) -> _Option: ...
 
@@ -114,7 +114,7 @@ class _Driver(Protocol):
 
 
 class _Writer:
-    """Draws: each choice is decided by a random number."""
+    """Draws: a random number makes each choice."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.random = rng.random
@@ -135,7 +135,7 @@ class _Writer:
 
 
 class _Reader:
-    """Recognises: each choice is the option whose head stands next in the text."""
+    """Recognises: each choice is the option whose head comes next in the text."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -143,7 +143,7 @@ class _Reader:
         self.log_prob = 0.0
 
     def choose(self, rule: _Rule) -> _Option:
-        """Find the one option whose head comes next, and step over the head."""
+        """Find the one option whose head comes next, and move past the head."""
         match = rule.heads.match(self.text, self.position)
         if match is None:
             raise _NotAStory
@@ -153,18 +153,18 @@ class _Reader:
         return option
 
     def write(self, words: str) -> None:
-        """Step over words that must come next."""
+        """Move past words that must come next."""
         if not self.text.startswith(words, self.position):
             raise _NotAStory
         self.position += len(words)
 
 
 class _NotAStory(Exception):
-    """The text under the reader leaves the language."""
+    """The text is not in the language."""
 
 
 def _tell(steps: tuple[_Step, ...], driver: _Driver, memory: dict[str, str]) -> None:
-    """The story program: walk the steps, leaving the choices and the words to the driver."""
+    """Walk the steps; the driver makes the choices and takes the words."""
     for step in steps:
         if isinstance(step, str):
             driver.write(step)
@@ -219,9 +219,8 @@ def _rule(name: str) -> _Rule:
     return _Rule(tuple(options), tuple(accumulate(weights)), heads, {option.head: option for option in options})
 
 
-# The tables. A list of words is ordered by how often it should come up, and holds no word that would need "an" where
-# its rule follows "a". Rules that are drawn several times in one story keep apart what could be confused: toys, for
-# instance, are looked for and found, tools are only used.
+# The tables. Words are in order of intended frequency, and none needs "an" where its rule follows "a". Things that
+# could be confused within a story are different rules: toys, for instance, are looked for and found, tools only used.
 
 SENTENCES = {
     "opening": (

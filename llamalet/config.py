@@ -1,4 +1,4 @@
-"""The shape of a model, without torch, so that training and runtime share one definition.
+"""The shape of a model, defined once for training and runtime.
 
 Shape letters used throughout: B batch, T new positions, S cached positions, C dim, H query heads,
 G kv heads, D head_dim, F hidden_dim, V vocab, L layers.
@@ -20,7 +20,7 @@ IGNORED = -1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """Llama 3's stretching of the RoPE wavelengths for contexts longer than the original training.
+    """Llama 3's stretching of RoPE wavelengths, for contexts longer than in the original training.
 
     Source: Llama 3.1 reference code, `apply_scaling`; Hugging Face's `rope_type: llama3`.
     """
@@ -48,7 +48,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Everything that fixes a Llama model's tensors and its arithmetic."""
+    """Everything that determines a Llama model's tensors and arithmetic."""
 
     dim: int
     n_layers: int
@@ -73,7 +73,7 @@ class ModelConfig:
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads={self.n_heads}: must be a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
-            problems.append(f"head_dim={self.head_dim}: must be even, RoPE turns pairs")
+            problems.append(f"head_dim={self.head_dim}: must be even, because RoPE rotates pairs")
         if not 0 < self.norm_eps < 1:
             problems.append(f"norm_eps={self.norm_eps}: must lie between 0 and 1")
         if not 0 < self.rope_theta < math.inf:
@@ -93,19 +93,19 @@ class ModelConfig:
         multiple_of: int = 32,
         **rest: Any,
     ) -> Self:
-        """Make a config, deriving what is left out.
+        """Create a config; sizes left out are derived.
 
         Args:
             dim: width of the residual stream (C).
             n_heads: query heads (H).
-            n_kv_heads: key and value heads (G); n_heads when None.
-            head_dim: width of a head (D); dim / n_heads when None.
-            hidden_dim: width of the feed-forward layer (F); 8/3 dim rounded up to `multiple_of` when None.
+            n_kv_heads: key and value heads (G); None is n_heads.
+            head_dim: width of a head (D); None is dim / n_heads.
+            hidden_dim: width of the feed-forward layer (F); None is 8/3 dim, rounded up to a multiple of `multiple_of`.
             multiple_of: see hidden_dim.
             rest: the other fields.
 
         Raises:
-            ConfigError: if dim is no multiple of n_heads and no head_dim is given, or a value is out of range.
+            ConfigError: if dim is not a multiple of n_heads and no head_dim is given, or a value is out of range.
         """
         if dim < 1 or n_heads < 1 or multiple_of < 1:
             raise ConfigError(f"dim={dim}, n_heads={n_heads}, multiple_of={multiple_of}: all must be positive")
@@ -120,7 +120,7 @@ class ModelConfig:
 
     @property
     def kv_dim(self) -> int:
-        """Width of the keys or values of all kv heads: G * D."""
+        """Width of all kv heads together: G * D."""
         return self.n_kv_heads * self.head_dim
 
     @property
@@ -151,16 +151,16 @@ class ModelConfig:
 
 
 def rope_frequencies(config: ModelConfig) -> NDArray[np.float64]:
-    """Return the angle in radians that each pair of a head turns per position: float64 (D / 2,).
+    """Return the radians by which each pair of a head rotates per position: float64 (D / 2,).
 
-    Source: RoFormer, https://arxiv.org/abs/2104.09864, section 3.2; the scaling is RopeScaling's.
+    Source: RoFormer, https://arxiv.org/abs/2104.09864, section 3.2; scaling as in RopeScaling.
     """
     half = np.arange(0, config.head_dim, 2, dtype=np.float64)
     frequencies = config.rope_theta ** (-half / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    # Long waves (few turns within the original context) are stretched by `factor`, short ones stay; a ramp between.
+    # Long waves (few turns within the original context) are stretched by `factor`, short ones kept, others blended.
     turns = scaling.original_max_seq_len * frequencies / (2 * np.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)

@@ -1,7 +1,7 @@
-"""One base error, a few kinds, their exit codes, and the function that turns them into one line.
+"""The errors that users can cause, their exit codes, and the function that reports them in one line.
 
-Whatever a user can get wrong raises one of these with what, where, which value and what to do.
-Only `run` turns an error into a message and an exit status; everything below it just raises, `Parser` for argparse.
+A message says what is wrong, where, which value, and what to do. Only `run` turns an error into a message and an exit
+code; all other code raises, argparse included (`Parser`).
 """
 
 import argparse
@@ -16,7 +16,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LlamaletError(Exception):
-    """Base of all errors that a user can cause."""
+    """Base class of all errors that a user can cause."""
 
     exit_code = 1
 
@@ -28,36 +28,36 @@ class UsageError(LlamaletError):
 
 
 class ConfigError(LlamaletError, ValueError):
-    """A configuration whose keys or values do not fit."""
+    """A configuration with an unknown key or a bad value."""
 
     exit_code = 2
 
     @classmethod
     def from_problems(cls, problems: Iterable[str]) -> Self:
-        """Put all `problems` into one error, so that the user fixes them in one go."""
+        """Put all `problems` into one error, so that the user can fix them together."""
         return cls("; ".join(problems))
 
 
 class DataError(LlamaletError, ValueError):
-    """Training or evaluation data that is missing, damaged or of another vocabulary."""
+    """Training or evaluation data that is missing, damaged or made with another vocabulary."""
 
     exit_code = 3
 
 
 class FormatError(LlamaletError, ValueError):
-    """A model file that breaks a rule of its format."""
+    """A model file that violates its format."""
 
     exit_code = 4
 
 
 class TokenizerError(LlamaletError, ValueError):
-    """A tokenizer file that is damaged or does not fit the model."""
+    """A tokenizer file that is damaged or does not match the model."""
 
     exit_code = 4
 
 
 class CheckpointError(LlamaletError, ValueError):
-    """A training checkpoint that is missing, damaged or of another run."""
+    """A training checkpoint that is missing, damaged or from another run."""
 
     exit_code = 5
 
@@ -69,7 +69,7 @@ class NonFiniteError(LlamaletError, ArithmeticError):
 
 
 class LockedError(LlamaletError):
-    """A run's folder that another process is writing into."""
+    """A run's folder that another process is using."""
 
     exit_code = 7
 
@@ -81,24 +81,24 @@ class DiskError(LlamaletError, OSError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UsageErrors."""
+    """An ArgumentParser that raises UsageErrors."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise `message` as what is wrong with the command line."""
+        """Raise a UsageError with this message."""
         raise UsageError(f"{message}; see --help")
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Run `main` on the command line and exit; an error becomes one line on stderr, never a traceback.
+    """Run `main` on the command line and exit; an error prints one line on stderr, never a traceback.
 
     Args:
-        main: takes the arguments without the program's name and returns the exit code.
+        main: takes the arguments, without the program's name, and returns the exit code.
     """
     try:
         code = main(sys.argv[1:])
-        print(end="", flush=True)  # unlike sys.stdout.flush(), this may be done where stdout is closed
+        print(end="", flush=True)  # unlike sys.stdout.flush(), this works with stdout closed
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # all is done: while Python tidies up, it would spoil the exit code
+            signal.signal(number, signal.SIG_IGN)  # during Python's clean-up it would change the exit code
     except LlamaletError as error:
         code = _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -110,7 +110,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         code = _fail("out of memory; use a smaller model, batch or context", 1)
     except OSError as error:
         where, full = f"{error.filename}: " if error.filename else "", error.errno in DISK_FULL
-        if full and not where:  # whoever writes to a file names it
+        if full and not where:  # an error on another file would have its name
             where = "stdout: "
             forget_stdout()
         code = _fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
@@ -118,7 +118,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def forget_stdout() -> None:
-    """Send what stdout still holds nowhere, or Python would complain once more when it closes it at exit."""
+    """Discard buffered output, or Python would fail once more when it flushes stdout at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files atomically, and hash them."""
 
 import contextlib
 import hashlib
@@ -12,13 +12,13 @@ from llamalet.errors import DISK_FULL, DiskError, LlamaletError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of `path` when the block ends, durably and in one step.
+    """Open a new file that replaces `path`, atomically and durably, when the block ends.
 
-    The bytes go to a file beside it, are synced to disk, and then renamed; readers that have the old file open or
-    mapped keep it. If the block raises, `path` is as it was and nothing is left behind.
+    The bytes go to a temporary file in the same folder, which is synced to disk and then renamed; readers that have the
+    old file open or mapped keep it. If the block raises, `path` is unchanged and nothing is left behind.
 
     Args:
-        path: the file to create or replace; its folder is made where missing.
+        path: the file to create or replace; a missing folder is created.
 
     Yields:
         A binary file open for writing and reading.
@@ -26,29 +26,29 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DiskError: if the file cannot be written.
     """
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w+b") as file:
+        with open(tmp, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(tmp, path)
         sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            aside.unlink()
-        # An error that knows another file's name comes from reading that one and says enough.
+            tmp.unlink()
+        # An error with another file's name comes from reading that file and needs no more explanation.
         if isinstance(error, LlamaletError) or not isinstance(error, OSError):
             raise
-        if error.filename is not None and Path(error.filename) not in (aside, *path.parents):
+        if error.filename is not None and Path(error.filename) not in (tmp, *path.parents):
             raise
         advice = "; free some space and try again" if error.errno in DISK_FULL else ""
         raise DiskError(f"{path}: cannot be written: {error.strerror}{advice}") from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; a no-op where folders cannot be opened (Windows)."""
+    """Sync the file names in `folder` to disk; does nothing on Windows, which cannot open folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,8 +1,8 @@
 """Token shards: the prepared data that training and evaluation read.
 
 A folder of prepared data holds raw little-endian token files (train_00000.bin, ..., val_00000.bin), the tokenizer that
-made them, and meta.json, which says all there is to know about them. Documents follow one another, each begun by BOS;
-ids are uint16, or uint32 where the vocabulary has more than 65536 tokens. A folder without meta.json is unfinished.
+made them, and meta.json, which describes them. Each document starts with BOS; ids are uint16, or uint32 if the
+vocabulary has more than 65536 tokens. A folder without meta.json is unfinished.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.errors import DataError
-from llamalet.files import replacing
+from llamalet.files import replacing, sha256_of
 
 DATA_ROOT = "data"
 META_FILE = "meta.json"
@@ -29,14 +29,14 @@ Ids = NDArray[np.integer[Any]]
 
 
 class TokenBlock(NamedTuple):
-    """Encoded documents on their way into a shard."""
+    """Encoded documents, to be written into a shard."""
 
     ids: Ids
-    """Token ids of whole documents, one after the other, each begun by BOS: (n,)."""
+    """Token ids, with a BOS at the start of each document: (n,)."""
     documents: int
-    """How many documents these are."""
+    """Number of documents that start here."""
     text_bytes: int
-    """How many bytes their texts have in UTF-8."""
+    """Bytes of their texts in UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +74,9 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entropy:
-    """What the validation documents cost a model that knows their true distribution: no model can do better.
+    """The loss on the validation documents of a model that knows their true distribution: no model can do better.
 
-    A document's tokens are counted as a model predicts them: without its BOS, with the BOS that follows it.
+    A document's tokens are counted as a model predicts them: without its own BOS, with the BOS that follows it.
     """
 
     stories: int
@@ -90,7 +90,7 @@ class Meta:
     """The contents of meta.json."""
 
     source: str
-    """Where the documents came from, as the user named it."""
+    """The user's name for where the documents came from."""
     recipe: Mapping[str, Any]
     """What else determines the shards' bytes: digest of the source, document rule, validation fraction, ..."""
     bos_id: int
@@ -99,7 +99,7 @@ class Meta:
     tokenizer: str
     """File name of the tokenizer in the same folder."""
     tokenizer_sha256: str
-    """Digest of the vocabulary (llamalet.tokenizer), the one that model files and checkpoints record."""
+    """Digest of the vocabulary (Tokenizer.sha256), which model files and checkpoints record too."""
     splits: Mapping[str, Split]
     entropy: Entropy | None = None
 
@@ -167,12 +167,12 @@ class Meta:
 class TokenArray:
     """The tokens of one split as one long array, memory-mapped across its shards.
 
-    `len(tokens)` counts them; `tokens[a:b]` copies a range into an int64 array (b - a,), whatever shards it lies in.
+    `len(tokens)` counts them; `tokens[a:b]` copies a range, across shards, into an int64 array (b - a,).
     """
 
     def __init__(self, paths: Iterable[Path], dtype: np.dtype[Any]) -> None:
         self._maps = [np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r") for path in paths]
-        self._ends = np.cumsum([0] + [len(tokens) for tokens in self._maps])  # _ends[i] is where shard i begins
+        self._ends = np.cumsum([0] + [len(tokens) for tokens in self._maps])  # shard i begins at _ends[i]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -193,7 +193,7 @@ class TokenArray:
         return out
 
     def document_starts(self, bos_id: int) -> NDArray[np.int64]:
-        """Return the position of every BOS, where the documents begin: int64 (documents,)."""
+        """Return the position of every BOS, where a document starts: int64 (documents,)."""
         starts = [
             np.flatnonzero(tokens == bos_id) + begin for tokens, begin in zip(self._maps, self._ends, strict=False)
         ]
@@ -204,7 +204,7 @@ class Shards:
     """A folder of prepared data, checked and open for reading.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
         meta: the contents of its meta.json.
     """
 
@@ -256,7 +256,7 @@ class Shards:
         return TokenArray((self.folder / shard.file for shard in self.meta.splits[name].shards), self.meta.dtype)
 
     def document_starts(self, name: str) -> NDArray[np.int64]:
-        """Return where the documents of the split `name` begin in its tokens: int64 (documents,)."""
+        """Return where the documents of the split `name` start in its tokens: int64 (documents,)."""
         return self.split(name).document_starts(self.meta.bos_id)
 
 
@@ -266,11 +266,11 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def find_newest(root: str | Path = DATA_ROOT, *, tokenizer_sha256: str | None = None) -> Path | None:
-    """Return the folder below `root` whose data were prepared last, or None where there are none.
+    """Return the most recently prepared folder of data below `root`, or None if there is none.
 
     Args:
         root: the folder, or one above it.
-        tokenizer_sha256: look only at data of this vocabulary.
+        tokenizer_sha256: only consider data of this vocabulary.
     """
     metas = sorted(Path(root).glob(f"**/{META_FILE}"), key=lambda path: (path.stat().st_mtime_ns, path))
     if tokenizer_sha256 is not None:
@@ -279,7 +279,7 @@ def find_newest(root: str | Path = DATA_ROOT, *, tokenizer_sha256: str | None = 
 
 
 def _vocabulary_of(path: Path) -> str | None:
-    """Return the vocabulary that meta.json names, None if it is not sound."""
+    """Return the digest of the vocabulary in meta.json, or None if the file is not valid."""
     try:
         return read_meta(path).tokenizer_sha256
     except DataError:
@@ -290,7 +290,7 @@ def read_meta(path: Path) -> Meta:
     """Read meta.json.
 
     Raises:
-        DataError: if it is missing or its contents are not sound.
+        DataError: if it is missing or not valid.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -298,7 +298,7 @@ def read_meta(path: Path) -> Meta:
             raise DataError(f"a JSON object is needed, not {type(table).__name__}")
         return Meta.from_dict(table)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: not found; `python tinystories.py --help` tells how to prepare data") from None
+        raise DataError(f"{path}: not found; `python tinystories.py --help` explains how to prepare data") from None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except ValueError as error:  # bad JSON or bad UTF-8
@@ -306,13 +306,13 @@ def read_meta(path: Path) -> Meta:
 
 
 def write_meta(path: Path, meta: Meta) -> None:
-    """Write meta.json, which declares the shards beside it finished."""
+    """Write meta.json, which declares the shards in its folder finished."""
     with replacing(path) as file:
         file.write((json.dumps(meta.to_dict(), indent=2) + "\n").encode())
 
 
 def check_shard(folder: Path, shard: Shard, dtype: np.dtype[Any], *, verify: bool) -> None:
-    """Compare a shard's file with what meta.json says of it.
+    """Compare a shard's file with its entry in meta.json.
 
     Raises:
         DataError: if the file is missing, has another size or (with `verify`) another sha256.
@@ -323,15 +323,12 @@ def check_shard(folder: Path, shard: Shard, dtype: np.dtype[Any], *, verify: boo
     size, expected = path.stat().st_size, shard.tokens * dtype.itemsize
     if size != expected or not size:
         raise DataError(f"{path}: {size} bytes, must be {expected} and not 0; prepare the data again")
-    if verify:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
-            raise DataError(f"{path}: sha256 is {found}, must be {shard.sha256}; prepare the data again")
+    if verify and (found := sha256_of(path)) != shard.sha256:
+        raise DataError(f"{path}: sha256 is {found}, must be {shard.sha256}; prepare the data again")
 
 
 def write_shard(path: Path, blocks: Iterable[TokenBlock], vocab_size: int) -> Shard:
-    """Write one token file as its blocks arrive, aside and then renamed.
+    """Write one token file atomically, block by block.
 
     Args:
         path: the file to write.

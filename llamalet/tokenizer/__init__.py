@@ -1,6 +1,6 @@
-"""Text to token ids and back, with the vocabularies that Llama models come with.
+"""Text to token ids and back, with the vocabularies of Llama models.
 
-base.py         what they all can do; decoding one token at a time
+base.py         the interface of all tokenizers; decoding one token at a time
 bpe.py          byte-pair encoding
 rows.py         the layout of tokenizer.bin
 llama2.py       SentencePiece .model | llama2.c's tokenizer.bin
@@ -34,20 +34,20 @@ __all__ = [
 
 # What a tokenizer's file is called beside a model, NAME.tokenizer.SUFFIX: the most telling first.
 SUFFIXES = ("model", "json", "tiktoken", "bin")
-# Keeps a wrong file (a model, a device) from being read into memory.
+# Other files (a model, a device) are not read into memory.
 MAX_FILE_BYTES = 1 << 26
 
 
 def load(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
-    """Read a tokenizer; the content tells the kind, not the name.
+    """Read a tokenizer of any kind; the content determines the kind, not the name.
 
     Args:
-        path: a SentencePiece .model, a tokenizer.bin, a tiktoken file of Llama 3 or a tokenizer.json.
-        vocab_size: the model's vocabulary, which the tokenizer must have.
+        path: a SentencePiece .model, a tokenizer.bin, Llama 3's tiktoken file or a tokenizer.json.
+        vocab_size: the model's vocab_size, which the tokenizer must match.
 
     Raises:
-        TokenizerError: if the file is missing, damaged, of another kind or of another vocabulary.
-        UsageError: if the kind needs a package that is not installed.
+        TokenizerError: if the file is missing, damaged, of an unknown kind, or does not match vocab_size.
+        UsageError: if it needs a package that is not installed.
     """
     path = Path(path)
     if not path.exists():
@@ -61,11 +61,11 @@ def load(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokeniz
 
 
 def parse(data: bytes, name: str, vocab_size: int | None = None) -> Tokenizer:
-    """Make a tokenizer of a file's bytes.
+    """Return the tokenizer in a file's bytes.
 
     Args:
         data: the bytes.
-        name: where they are from, for messages.
+        name: the file's name, for messages.
         vocab_size: see load.
 
     Raises:
@@ -82,7 +82,7 @@ def parse(data: bytes, name: str, vocab_size: int | None = None) -> Tokenizer:
 
 
 def _parse(data: bytes, name: str) -> Tokenizer:
-    """Tell the kinds apart by how they begin; no two can begin alike."""
+    """Recognize the kind by its first bytes, which differ for each."""
     if looks_like_rows(data):
         pieces = unpack(data, name)
         if llama3.is_rank_table(pieces):
@@ -108,14 +108,14 @@ def beside(model_path: str | os.PathLike[str]) -> Path | None:
 
 
 def write_bin(path: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
-    """Write a vocabulary as tokenizer.bin: Llama 2's byte for byte as llama2.c exports it, Llama 3's as a rank table.
+    """Write a vocabulary as tokenizer.bin: Llama 2's exactly as llama2.c exports it, Llama 3's as a rank table.
 
     Args:
-        path: the file to make or replace.
-        tokenizer: any tokenizer but a tokenizer.json.
+        path: the file to create or replace.
+        tokenizer: any but a JsonTokenizer.
 
     Raises:
-        TokenizerError: if the format cannot carry the vocabulary, so that it would give other ids.
+        TokenizerError: if the format cannot represent the vocabulary, so that it would give different ids.
     """
     if not isinstance(tokenizer, Llama3Tokenizer):
         check_for_llama2c(tokenizer, str(path))

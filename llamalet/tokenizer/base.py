@@ -1,4 +1,4 @@
-"""What every tokenizer can do: text to ids, ids to bytes, and text one token at a time."""
+"""The interface of all tokenizers: text to ids, ids to bytes, and decoding one token at a time."""
 
 import abc
 import codecs
@@ -14,16 +14,16 @@ from llamalet.tokenizer.rows import TokenizerRow, pack
 
 
 class Tokenizer(abc.ABC):
-    """A vocabulary and the way it cuts a text.
+    """A vocabulary and its rule for splitting text into tokens.
 
     Attributes:
-        bos_id: the id that begins a document.
+        bos_id: the id that starts a document.
         eos_id: the id that ends one.
-        special: the ids that stand for no text, by their names: BOS, EOS, the marks of a conversation. A name in a text
-            is plain text unless `encode` is asked for more.
-        stop_ids: the ids at which a text is over: EOS, the end of a turn, and BOS, which begins the next document.
-        adds_space: whether `encode` puts a space in front of a text, which `decode` takes away again.
-        suffix: what the kind's files are called here: NAME.tokenizer.SUFFIX.
+        special: name -> id of the tokens that are not text: BOS, EOS, the markers of a conversation. A name in a text
+            is plain text unless `encode` is called with special=True.
+        stop_ids: the ids that end a text: EOS, the end of a turn, and BOS, which starts the next document.
+        adds_space: whether `encode` puts a space before a text, which `decode` removes again.
+        suffix: file suffix of this kind, as in NAME.tokenizer.SUFFIX.
     """
 
     suffix: ClassVar[str]
@@ -38,10 +38,10 @@ class Tokenizer(abc.ABC):
         turn_ends: Iterable[int] = (),
         adds_space: bool,
     ) -> None:
-        """Keep the tables.
+        """Store the vocabulary.
 
         Args:
-            texts: the bytes that each id adds to a text, none for those that stand for no text.
+            texts: the bytes of each id; empty for special tokens.
             bos_id: see above.
             eos_id: see above.
             special: see above.
@@ -68,19 +68,19 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Identity of the vocabulary: the sha256, in hex, of its tokenizer.bin, so that several kinds may share it."""
+        """Identity of the vocabulary: the sha256 of its tokenizer.bin, in hex, whatever file it was read from."""
         return hashlib.sha256(pack(self.pieces())).hexdigest()
 
     @abc.abstractmethod
     def pieces(self) -> list[TokenizerRow]:
-        """Return (bytes, score) per id, as they stand in a tokenizer.bin.
+        """Return (bytes, score) per id, the rows of its tokenizer.bin.
 
         Raises:
-            TokenizerError: if that layout cannot say how this vocabulary cuts a text.
+            TokenizerError: if that layout cannot represent the vocabulary.
         """
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes that a token adds in the middle of a text; none for special and unknown tokens.
+        """Return the bytes of a token in the middle of a text; empty for special and unknown tokens.
 
         Raises:
             TokenizerError: if the id is not in the vocabulary.
@@ -94,22 +94,22 @@ class Tokenizer(abc.ABC):
 
         Args:
             text: any Unicode text.
-            bos: whether to put BOS in front.
-            eos: whether to put EOS behind.
-            special: whether the names of special tokens in the text mean these tokens. Only for text that the program
-                itself has written: in a user's text they are text.
+            bos: whether to prepend BOS.
+            eos: whether to append EOS.
+            special: whether names of special tokens in the text become these tokens. Only for text that the program
+                wrote itself; a user's text must not be able to contain them.
 
         Raises:
-            TokenizerError: if the text holds half of a surrogate pair, which is no character.
+            TokenizerError: if the text contains half of a surrogate pair.
         """
         parts = self.split_special(text) if special else [text]
         return [self.bos_id] * bos + self.encode_parts(parts) + [self.eos_id] * eos
 
     def encode_parts(self, parts: Sequence[int | str]) -> list[int]:
-        """Return the ids of texts with special tokens between them.
+        """Return the ids of texts and special tokens in a row.
 
         Args:
-            parts: ids, which stay as they are, and texts, in which no special token is sought.
+            parts: ids, kept as they are, and texts, encoded as plain text.
 
         Raises:
             TokenizerError: as encode.
@@ -123,18 +123,18 @@ class Tokenizer(abc.ABC):
         return ids
 
     def split_special(self, text: str) -> list[int | str]:
-        """Return a text as `encode_parts` takes it, each name of a special token replaced by its id."""
+        """Split a text into parts for `encode_parts`, replacing each name of a special token by its id."""
         parts = self._special_name.split(text) if self.special else [text]
         return [self.special.get(part, part) for part in parts if part]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of ids, without the space that `encode` adds; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids, without the space that `encode` adds; invalid UTF-8 becomes U+FFFD."""
         data = b"".join(map(self.token_bytes, tokens))
         return (data.removeprefix(b" ") if self.adds_space else data).decode("utf-8", errors="replace")
 
     @functools.cached_property
     def _special_name(self) -> re.Pattern[str]:
-        """Matches the name of a special token, the longest where one begins like another."""
+        """Matches the name of a special token, preferring longer names."""
         names = sorted(self.special, key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, names)) + ")")
 
@@ -143,14 +143,14 @@ class Tokenizer(abc.ABC):
         """Return the ids of a valid text."""
 
     def _encode_after_special(self, text: str) -> list[int]:
-        """Return the ids of a valid text behind a special token."""
+        """Return the ids of a valid text that follows a special token."""
         return self._encode(text)
 
 
 class StreamDecoder:
-    """Decodes one token at a time: what `push` and `finish` return, joined, is what `Tokenizer.decode` returns.
+    """Decodes one token at a time; the returned texts, joined, equal `Tokenizer.decode` of all tokens.
 
-    A character whose bytes are spread over several tokens comes out whole, with the last of them.
+    A character whose bytes span several tokens is returned with the last of them.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -159,7 +159,7 @@ class StreamDecoder:
         self._at_start = tokenizer.adds_space
 
     def push(self, token: int) -> str:
-        """Return the text that `token` completes, often empty."""
+        """Return the text that `token` completes, which may be empty."""
         data = self._tokenizer.token_bytes(token)
         if self._at_start and data:
             data = data.removeprefix(b" ")
@@ -167,12 +167,12 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """Return U+FFFD if the tokens ended within a character, else nothing."""
+        """Return U+FFFD if the tokens ended inside a character, else an empty text."""
         return self._utf8.decode(b"", final=True)
 
 
 def _valid(text: str) -> str:
-    """Return the text; raise a TokenizerError if it holds half of a surrogate pair."""
+    """Return the text; raise a TokenizerError if it contains half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
-"""Byte-pair encoding: neighbours are joined, best pair first, the leftmost of equals, until none can be.
+"""Byte-pair encoding: merge the best pair of neighbours, the leftmost of equals, until no pair can be merged.
 
-Llama 2's tokenizer.bin and Llama 3's rank table differ in what they call good, in their first parts (characters or
-bytes) and in how they cut a text into words beforehand. The joining is the same.
+Llama 2's tokenizer.bin and Llama 3's rank table differ in how they rank pairs, in the initial pieces (characters or
+bytes) and in how they first split a text into words. The merging is the same.
 """
 
 import abc
@@ -13,14 +13,14 @@ from typing import Any
 
 from llamalet.tokenizer.base import Tokenizer
 
-# Of the words of a text nearly all have been seen before. Long ones are not kept.
+# Most words of a text repeat, so their ids are cached; those of long words are not.
 CACHED_WORDS, CACHED_CHARS = 1 << 16, 64
-# A longer word is checked for repetition: as long as it has few different pairs, for some rounds.
+# Longer words are first merged pair by pair, for at most ROUNDS rounds and while they have few distinct pairs.
 LONG_WORD, FEW_PAIRS, ROUNDS = 1024, 64, 16
 
 
 class MergingTokenizer(Tokenizer):
-    """A vocabulary that cuts a text into words and joins within each."""
+    """A vocabulary that splits a text into words and merges within each."""
 
     def __init__(self, texts: list[bytes], **facts: Any) -> None:
         super().__init__(texts, **facts)
@@ -34,7 +34,7 @@ class MergingTokenizer(Tokenizer):
 
     @abc.abstractmethod
     def _words(self, text: str) -> Iterable[str]:
-        """Cut a text where no token can reach across."""
+        """Split a text where no token can cross."""
 
     @abc.abstractmethod
     def _word_ids(self, word: str) -> tuple[int, ...]:
@@ -44,13 +44,13 @@ class MergingTokenizer(Tokenizer):
 def merge(text: str, ranks: Mapping[str, int]) -> list[str]:
     """Return the pieces of a text, in O(n log n).
 
-    A piece is known by the position of its first part. The queue holds rank * n + position for every pair of
-    neighbours that may join, so its smallest number is the best pair, leftmost first. Joining changes the pairs on
-    both sides and leaves their old entries in the queue; an entry whose pair no longer has its rank is skipped.
+    A piece is identified by the position of its first character. The queue holds rank * n + position for every pair of
+    neighbours that may merge, so its smallest number is the best pair, leftmost first. A merge changes the pairs on
+    both sides and leaves their old entries in the queue; an entry is skipped if its pair no longer has that rank.
 
     Args:
-        text: every character is a piece at first.
-        ranks: what pieces may be joined to, and how good that is: 0 is best; equals share a rank.
+        text: initially every character is a piece.
+        ranks: the possible merged pieces and their ranks: 0 is best; equals share a rank.
     """
     pieces = list(text) if len(text) < LONG_WORD else _merge_repeated(text, ranks)
     n = len(pieces)
@@ -84,11 +84,11 @@ def merge(text: str, ranks: Mapping[str, int]) -> list[str]:
 
 
 def _merge_repeated(text: str, ranks: Mapping[str, int]) -> list[str]:
-    """Return the pieces of a long text after the joins that it repeats: a megabyte of one letter in a moment.
+    """Return the pieces of a long text after its most repeated merges, so that a megabyte of one letter is fast.
 
-    The best pair is joined wherever it stands, in one call. That is the order of `merge` as long as no other pair is as
-    good, and no join makes a pair that is: with what follows it, which may be the next occurrence's first half, or with
-    what is left beside it, which the next round sees. Each piece is one character of `codes` meanwhile.
+    The best pair is merged everywhere in one call. That equals the order of `merge` while no other pair is as good and
+    no merge creates a pair that is: neither with its right neighbour, possibly the first half of the next occurrence,
+    nor with its left one, which the next round sees. Each piece is one character of `codes`.
     """
     pieces = list(dict.fromkeys(text))
     codes = text.translate({ord(piece): code for code, piece in enumerate(pieces)})

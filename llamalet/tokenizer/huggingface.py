@@ -1,8 +1,8 @@
 """Hugging Face's tokenizer.json, encoded by the tokenizers library.
 
-What the library does not tell, the bytes of each token, stands in the file: the decoder says whether tokens spell bytes
-as GPT-2 does (ByteLevel: Llama 3) or text as SentencePiece does (Llama 2). Llama 3's own is read without the library:
-its list of pairs to merge follows from the ids, so that it is the rank table of llama3.py in other words.
+The library does not expose the bytes of each token. They follow from the file: its decoder says whether tokens spell
+bytes, as in GPT-2 (ByteLevel: Llama 3), or text, as in SentencePiece (Llama 2). Llama 3's tokenizer.json is read
+without the library: its list of merges follows from the ids, so it is equivalent to a rank table of llama3.py.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer.base import Tokenizer
-from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, WORDS
+from llamalet.tokenizer.llama2 import SPACE_MARK
+from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
 from llamalet.tokenizer.rows import TokenizerRow
 
-SPACE_MARK = "\u2581"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-# What files that have no other hint call these two, in the order in which they are tried.
+# Names of BOS and EOS to try, in this order, in files that do not say which they are.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|im_start|>", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<|im_end|>")
-TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|eot|>")
-# How Llama 3's tokenizer.json cuts a text into words and joins within them.
+CHAT_TURN_ENDS = (*TURN_ENDS, "<|im_end|>", "<|end|>", "<|eot|>")
+# How Llama 3's tokenizer.json splits a text into words and merges within them.
 LLAMA3_STEPS = (
     {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
@@ -46,7 +46,7 @@ class JsonTokenizer(Tokenizer):
             name: the file's name, for messages.
 
         Raises:
-            TokenizerError: if it is damaged, spells its tokens in another way, or has no BOS and EOS.
+            TokenizerError: if it is damaged, spells its tokens in another way, or lacks BOS or EOS.
             UsageError: if the tokenizers package is not installed.
         """
         try:
@@ -58,10 +58,10 @@ class JsonTokenizer(Tokenizer):
             self._library = tokenizers.Tokenizer.from_str(data.decode())
             decoders = _parts(table.get("decoder"), "decoders")
             texts, special = _texts(self._library.get_vocab(), table["added_tokens"], decoders)
-        except Exception as error:  # the library raises no other kind
+        except Exception as error:  # the library raises plain Exceptions
             raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
         if isinstance(self._library.model, tokenizers.models.BPE):
-            self._library.model.dropout = None  # for training: a text would be cut differently each time
+            self._library.model.dropout = None  # meant for training: each encoding of a text would differ
         self._library.no_truncation()
         self._library.no_padding()
         names = {id: token for token, id in special.items()}
@@ -69,26 +69,28 @@ class JsonTokenizer(Tokenizer):
         bos = next((name for name in (*begin[:1], *BOS_NAMES) if name in special), None)
         eos = next((name for name in EOS_NAMES if name in special), None)
         if bos is None or eos is None:
-            raise TokenizerError(f"{name}: no special token named as {BOS_NAMES[0]} or {EOS_NAMES[0]} and their like")
+            raise TokenizerError(
+                f"{name}: no special token with a known BOS or EOS name, such as {BOS_NAMES[0]} and {EOS_NAMES[0]}"
+            )
         super().__init__(
             texts,
             bos_id=special[bos],
             eos_id=special[eos],
             special=special,
-            turn_ends=[special[end] for end in TURN_ENDS if end in special],
+            turn_ends=[special[end] for end in CHAT_TURN_ENDS if end in special],
             adds_space=any(d["type"] == "Strip" or d["type"] == "Metaspace" and _strips(d) for d in decoders),
         )
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._name, self._bos_name = name, bos
-        # The older way for Llama 2 puts a space in front of each text between special tokens, the newer one does not.
+        # Older files for Llama 2 put a space before each text between special tokens, newer ones do not.
         self._first_text_is_like_others = self._encode_behind_bos("a") == self._encode("a")
 
     def pieces(self) -> list[TokenizerRow]:
-        """Raise a TokenizerError: a tokenizer.bin cannot say all that a tokenizer.json does."""
+        """Raise a TokenizerError: a tokenizer.bin cannot represent a tokenizer.json."""
         raise TokenizerError(f"{self._name}: a tokenizer.json cannot be written in the layout of tokenizer.bin")
 
     def _encode(self, text: str) -> list[int]:
-        self._library.encode_special_tokens = True  # that is: as any other text
+        self._library.encode_special_tokens = True  # encode their names as plain text
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -98,13 +100,13 @@ class JsonTokenizer(Tokenizer):
         return [id for piece in self._cut_names(text) for id in self._encode_behind_bos(piece)]
 
     def _encode_behind_bos(self, text: str) -> list[int]:
-        """Return the ids of a text without names of special tokens, where one stands before it."""
+        """Return the ids of a text, free of special tokens' names, that follows a special token."""
         self._library.encode_special_tokens = False
         ids: list[int] = self._library.encode(self._bos_name + text, add_special_tokens=False).ids
         return ids[1:]
 
     def _cut_names(self, text: str) -> Iterator[str]:
-        """Cut a text within each name of a special token, after its first character."""
+        """Split a text inside each name of a special token, after its first character."""
         while match := self._special_name.search(text):
             yield text[: match.start() + 1]
             text = text[match.start() + 1 :]
@@ -112,7 +114,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def rank_rows(data: bytes) -> list[TokenizerRow] | None:
-    """Return the rows of the rank table that a tokenizer.json is; None if it is none, or not usable."""
+    """Return the rows of the rank table equivalent to a tokenizer.json, or None if there is none."""
     try:
         fields = json.loads(data)
         model, added = fields["model"], fields["added_tokens"]
@@ -134,21 +136,21 @@ def rank_rows(data: bytes) -> list[TokenizerRow] | None:
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         return rows_of_table([tokens[id] for id in range(len(tokens))], merges, names)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        return None  # damaged or of another kind: the library says which
+        return None  # damaged or of another kind; JsonTokenizer says what is wrong
 
 
 def rows_of_table(
     tokens: Sequence[str], merges: Sequence[Sequence[str]], special: Collection[str]
 ) -> list[TokenizerRow] | None:
-    """Return the rows of a rank table (llama3.py) that joins as a list of pairs does; None if no such table does.
+    """Return the rows of the rank table (llama3.py) equivalent to a list of merges, or None if there is none.
 
     Args:
-        tokens: what each id is, a character for each byte; the special ones by their names.
-        merges: the pairs, the first to be merged first.
-        special: the names of the special tokens, which stand behind all others.
+        tokens: the token of each id, with a character for each byte; special tokens by name.
+        merges: the pairs, in order of priority.
+        special: the names of the special tokens, whose ids must be the last.
 
     Raises:
-        KeyError: if a character stands for no byte.
+        KeyError: if a character does not represent a byte.
     """
     n_ranks = len(tokens) - len(special)
     ids = {token: id for id, token in enumerate(tokens[:n_ranks])}
@@ -168,21 +170,21 @@ def rows_of_table(
 
 
 def _parts(decoder: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """Return the parts of a Sequence of decoders or pre-tokenizers, or what there is instead."""
+    """Return the parts of a Sequence of decoders or pre-tokenizers, or the single one."""
     if decoder is None:
         return []
     return list(decoder[key]) if decoder["type"] == "Sequence" else [decoder]
 
 
 def _strips(metaspace: Mapping[str, Any]) -> bool:
-    """Return whether a Metaspace puts a space in front of a text."""
+    """Return whether a Metaspace puts a space before a text."""
     return bool(metaspace.get("add_prefix_space", True)) and metaspace.get("prepend_scheme", "always") != "never"
 
 
 def _texts(
     vocab: Mapping[str, int], added_tokens: Sequence[Mapping[str, Any]], decoders: Sequence[Mapping[str, Any]]
 ) -> tuple[list[bytes], dict[str, int]]:
-    """Return the bytes of each id, and the special tokens; ids that the file leaves out have no bytes."""
+    """Return the bytes of each id, empty for ids that the file skips, and the special tokens."""
     kinds = {decoder["type"] for decoder in decoders}
     if not kinds & {"ByteLevel", "Metaspace", "Replace"}:
         raise ValueError(f"its decoder is {'+'.join(sorted(kinds)) or 'missing'}: must be ByteLevel or SentencePiece's")
@@ -202,9 +204,10 @@ def _texts(
 
 
 def byte_level_bytes() -> dict[str, int]:
-    """Return the byte that each character stands for in a byte-level vocabulary.
+    """Return the byte that each character represents in a byte-level vocabulary.
 
-    A visible Latin-1 character is its own byte; the other bytes follow from U+0100 on. Source: GPT-2, encoder.py
+    A visible Latin-1 character is its own byte; the other bytes are the characters from U+0100. Source: GPT-2,
+    encoder.py
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]

@@ -1,8 +1,8 @@
 """Llama 2's kind of vocabulary: SentencePiece .model files and llama2.c's tokenizer.bin.
 
-Both hold the same. An id below 3 is a control token (unknown, BOS, EOS), the next 256 are raw bytes for what the
-vocabulary cannot spell, the rest are pieces of text. A text gets one space in front (SentencePiece's dummy prefix, that
-llama2.c always adds), so the first word reads like any other; decoding takes it away again.
+Both have the same content. Ids below 3 are control tokens (unknown, BOS, EOS), the next 256 are raw bytes for text that
+the vocabulary cannot spell, the rest are pieces of text. Encoding puts one space before a text (SentencePiece's dummy
+prefix, which llama2.c always adds), so the first word is encoded like any other; decoding removes it again.
 """
 
 import functools
@@ -22,7 +22,7 @@ N_CONTROLS = 3
 N_BYTES = 256
 FIRST_TEXT_ID = N_CONTROLS + N_BYTES
 
-# A word with the spaces before it, and the spaces at the end of a text.
+# A word with the spaces before it, or the spaces at the end of a text.
 WORD = re.compile(" *[^ ]+| +")
 SPACE_INSIDE = re.compile("[^ ] ")
 
@@ -40,7 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
             name: the file's name, for messages.
 
         Raises:
-            TokenizerError: if the library refuses it, or it has no BOS and EOS.
+            TokenizerError: if the library rejects it, or it lacks BOS or EOS.
         """
         import sentencepiece
 
@@ -69,7 +69,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(texts, bos_id=bos_id, eos_id=eos_id, special=special, adds_space=adds_space)
 
     def pieces(self) -> list[TokenizerRow]:
-        """Return (bytes, score) per id, as they stand in tokenizer.bin."""
+        """Return (bytes, score) per id, the rows of its tokenizer.bin."""
         return self._pieces
 
     def _encode(self, text: str) -> list[int]:
@@ -78,23 +78,23 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class BinTokenizer(MergingTokenizer):
-    """llama2.c's tokenizer.bin, encoded here, with the ids that SentencePiece's BPE gives.
+    """llama2.c's tokenizer.bin; encodes as SentencePiece's BPE does.
 
-    The text starts as single characters. Of all neighbours that join to a piece of the vocabulary, those with the
-    highest score are joined, the leftmost first, until none is left; a character outside the vocabulary becomes bytes.
+    The text starts as single characters. Of all neighbours that merge to a piece of the vocabulary, those with the
+    highest score are merged, the leftmost first, until none is left; a character outside the vocabulary becomes bytes.
     """
 
     suffix = "bin"
 
     def __init__(self, pieces: list[TokenizerRow], name: str) -> None:
-        """Take the rows of a tokenizer.bin.
+        """Use the rows of a tokenizer.bin.
 
         Args:
             pieces: (bytes, score) per id.
             name: the file's name, for messages.
 
         Raises:
-            TokenizerError: if the rows are not a vocabulary of llama2.c's layout.
+            TokenizerError: if the rows are not a vocabulary as llama2.c needs it.
         """
         check_pieces(pieces, name)
         texts = [piece for piece, _ in pieces]
@@ -114,14 +114,14 @@ class BinTokenizer(MergingTokenizer):
 
     @functools.cached_property
     def _ranks(self) -> dict[str, int]:
-        """The rank of each piece's score: 0 is the highest, equal scores share one."""
+        """The rank of each piece's score: 0 is the highest score, equal scores share a rank."""
         scores = sorted({score for _, score in self._pieces}, reverse=True)
         rank = {score: number for number, score in enumerate(scores)}
         return {piece: rank[self._pieces[id][1]] for piece, id in self._ids.items()}
 
     @functools.cached_property
     def _words_are_apart(self) -> bool:
-        """Whether no piece goes on after a word's end, so that words can be cut alone."""
+        """Whether no piece continues past the end of a word, so that words can be encoded separately."""
         return not any(map(SPACE_INSIDE.search, self._ids))
 
     def _words(self, text: str) -> list[str]:
@@ -139,21 +139,21 @@ class BinTokenizer(MergingTokenizer):
 
 
 def check_for_llama2c(tokenizer: Tokenizer, name: str) -> None:
-    """Raise a TokenizerError unless llama2.c's readers would cut texts as `tokenizer` does; `name` is the file's."""
+    """Raise a TokenizerError unless llama2.c would encode texts as `tokenizer` does; `name` is the file's name."""
     copy = BinTokenizer(tokenizer.pieces(), name)
-    # Every piece as a word: a model that is no BPE (unigram) cannot go unnoticed. Spaces stand alone, for a .model may
-    # drop extra ones before it cuts; that, like its folding of characters, tokenizer.bin cannot say.
+    # Every piece is a word of the probe, so a model other than BPE (unigram) shows. The spaces are single ones, because
+    # a .model may drop extra spaces; tokenizer.bin cannot record that, nor its folding of characters.
     words = b" ".join(copy.token_bytes(id) for id in range(FIRST_TEXT_ID, copy.vocab_size)).decode().split()
     probe = " ".join(words)
     if (tokenizer.bos_id, tokenizer.eos_id) != (BOS_ID, EOS_ID) or copy.encode(probe) != tokenizer.encode(probe):
         raise TokenizerError(
-            f"{name}: llama2.c's readers would cut texts differently: the vocabulary must be SentencePiece BPE with "
+            f"{name}: llama2.c would encode texts differently: the vocabulary must be SentencePiece BPE with "
             f"byte fallback and dummy prefix, bos_id={BOS_ID} and eos_id={EOS_ID}"
         )
 
 
 def check_pieces(pieces: list[TokenizerRow], name: str) -> None:
-    """Raise a TokenizerError unless llama2.c's readers can rely on these rows."""
+    """Raise a TokenizerError unless llama2.c can use these rows."""
     if len(pieces) < FIRST_TEXT_ID:
         raise TokenizerError(
             f"{name}: {len(pieces)} entries: at least {FIRST_TEXT_ID} are needed, {N_CONTROLS} control tokens and "
@@ -162,12 +162,12 @@ def check_pieces(pieces: list[TokenizerRow], name: str) -> None:
     first_at: dict[bytes, int] = {}
     for id, (piece, score) in enumerate(pieces):
         if first_at.setdefault(piece, id) != id:
-            raise TokenizerError(f"{name}: entry {id}: {piece!r} stands already at {first_at[piece]}")
+            raise TokenizerError(f"{name}: entry {id}: {piece!r} is already entry {first_at[piece]}")
         if not math.isfinite(score):
             raise TokenizerError(f"{name}: entry {id}: score {score}: must be finite")
         if N_CONTROLS <= id < FIRST_TEXT_ID and piece != b"<0x%02X>" % (id - N_CONTROLS):
             raise TokenizerError(
-                f"{name}: entry {id}: {piece!r} where <0x{id - N_CONTROLS:02X}> must stand: not a Llama 2 style "
+                f"{name}: entry {id}: {piece!r} instead of <0x{id - N_CONTROLS:02X}>: not a Llama 2 style "
                 "vocabulary with byte fallback (a Llama 3 one?)"
             )
         try:
@@ -175,6 +175,8 @@ def check_pieces(pieces: list[TokenizerRow], name: str) -> None:
         except UnicodeDecodeError:
             raise TokenizerError(f"{name}: entry {id}: {piece!r}: not valid UTF-8") from None
         if not piece or b"\0" in piece:
-            raise TokenizerError(f"{name}: entry {id}: {piece!r}: empty or with a NUL, where C readers would stop")
+            raise TokenizerError(
+                f"{name}: entry {id}: {piece!r}: empty, or contains a NUL, where C programs would stop"
+            )
     if b" " not in first_at:
-        raise TokenizerError(f"{name}: no entry for the space, which every text begins with")
+        raise TokenizerError(f"{name}: no entry for the space, with which every text begins")

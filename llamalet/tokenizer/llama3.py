@@ -1,13 +1,13 @@
-"""Llama 3's kind of vocabulary: byte-pair encoding by merge ranks, of bytes, within the words of a regular expression.
+"""Llama 3's kind of vocabulary: a regular expression splits a text into words, and merge ranks encode their bytes.
 
-The id of a token is its rank: of all neighbours in a word that join to a token, those with the lowest id are joined.
-The special tokens follow after the last rank. What a letter is, the regex package's Unicode says: the ids of characters
-that are newer than another library's Unicode can differ from that library's. The ranks come in two files:
+The id of a token is its rank: of all neighbours in a word that merge to a token, those with the lowest id are merged.
+The special tokens follow the last rank. The regex package's Unicode version decides what a letter is, so characters
+newer than another library's Unicode can get other ids than in that library. The ranks come in two kinds of file:
 
-    tokenizer.bin   llama2.c's layout (rows.py), where every score is the id, with the special tokens at the end;
+    tokenizer.bin   llama2.c's layout (rows.py); every score is the id, and the special tokens come last.
                     Source: the Llama 3 forks of llama2.c
-    tiktoken        a line "BASE64 RANK" for each token, without the special tokens, which are Llama 3's then: Meta's
-                    tokenizer.model. Source: https://github.com/openai/tiktoken, load.py; llama3, tokenizer.py
+    tiktoken        Meta's tokenizer.model: a line "BASE64 RANK" per token, without the special tokens, which are then
+                    Llama 3's. Source: https://github.com/openai/tiktoken, load.py; llama3, tokenizer.py
 """
 
 import base64
@@ -19,8 +19,9 @@ from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer.bpe import MergingTokenizer, merge
 from llamalet.tokenizer.rows import MAX_VOCAB, TokenizerRow
 
-# Words: a contraction's end; letters with one other character before them; up to three digits; other characters with
-# line ends; white space up to a line end, up to the last before a word, or all. Source: llama3, tokenizer.py
+# Words: the end of a contraction; letters after at most one other character; up to three digits; other characters and
+# the line ends after them; white space up to a line end, up to the space before a word, or all. Source: llama3,
+# tokenizer.py
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,25 +29,24 @@ WORDS = (
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>")
 N_SPECIAL = 256
-N_BYTES = 256
 
 SPECIAL_NAME = re.compile(rb"<\|[A-Za-z0-9_]+\|>")
 TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")
 
 
 class Llama3Tokenizer(MergingTokenizer):
-    """Merge ranks over bytes; needs the regex package, since Python's own expressions know no classes of letters."""
+    """Merge ranks over bytes; needs the regex package, because Python's re lacks Unicode classes."""
 
     def __init__(self, pieces: list[TokenizerRow], name: str, *, suffix: str) -> None:
-        """Take the rows of a rank table.
+        """Use the rows of a rank table.
 
         Args:
             pieces: (bytes, id) per id, the special tokens last.
             name: the file's name, for messages.
-            suffix: the kind of the file.
+            suffix: the suffix of the file's kind.
 
         Raises:
-            TokenizerError: if they are no such table.
+            TokenizerError: if they are not a rank table.
             UsageError: if the regex package is not installed.
         """
         self._find_words = _compile_words(name).findall
@@ -55,7 +55,7 @@ class Llama3Tokenizer(MergingTokenizer):
             n_ranks -= 1
         special = {piece.decode(): n_ranks + i for i, (piece, _) in enumerate(pieces[n_ranks:])}
         texts = [piece for piece, _ in pieces[:n_ranks]]
-        # Bytes are joined as characters of the same numbers.
+        # Each byte is merged as the character of the same number.
         self._ranks = {text.decode("latin-1"): rank for rank, text in enumerate(texts)}
         if problem := _problem(pieces, n_ranks, special, self._ranks):
             raise TokenizerError(f"{name}: not a Llama 3 vocabulary: {problem}")
@@ -71,7 +71,7 @@ class Llama3Tokenizer(MergingTokenizer):
         self._pieces = pieces
 
     def pieces(self) -> list[TokenizerRow]:
-        """Return (bytes, id) per id, the special tokens by their names."""
+        """Return (bytes, id) per id; a special token's bytes are its name."""
         return self._pieces
 
     def _words(self, text: str) -> list[str]:
@@ -91,7 +91,7 @@ def is_rank_table(pieces: list[TokenizerRow]) -> bool:
 
 
 def looks_like_tiktoken(data: bytes) -> bool:
-    """Return whether a file begins as a tiktoken file does."""
+    """Return whether a file starts like a tiktoken file."""
     return TIKTOKEN_LINE.fullmatch(data[:400].partition(b"\n")[0].rstrip()) is not None
 
 
@@ -99,7 +99,7 @@ def parse_tiktoken(data: bytes, name: str) -> list[TokenizerRow]:
     """Return the rows of a tiktoken file, followed by Llama 3's special tokens.
 
     Raises:
-        TokenizerError: naming the line that is none, or that the ranks are not 0, 1, 2, ...
+        TokenizerError: naming the first bad line; the ranks must be 0, 1, 2, ...
     """
     pieces: list[TokenizerRow] = []
     for number, line in enumerate(data.splitlines(), start=1):
@@ -114,7 +114,7 @@ def parse_tiktoken(data: bytes, name: str) -> list[TokenizerRow]:
 
 
 def special_names() -> list[str]:
-    """Return the names of Llama 3's special tokens in their order."""
+    """Return the names of Llama 3's special tokens, in order."""
     known = {0: BOS, 1: EOS, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
     reserved = iter(range(N_SPECIAL))
     return [known.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(N_SPECIAL)]
@@ -127,14 +127,14 @@ def _problem(pieces: list[TokenizerRow], n_ranks: int, special: dict[str, int], 
     if len(ranks) != n_ranks or len(special) != len(pieces) - n_ranks:
         seen: set[bytes] = set()
         twice = next(piece for piece, _ in pieces if piece in seen or seen.add(piece))  # type: ignore[func-returns-value]
-        return f"{twice!r} stands in it twice"
-    if missing_bytes := [byte for byte in range(N_BYTES) if chr(byte) not in ranks]:
+        return f"{twice!r} occurs twice"
+    if missing_bytes := [byte for byte in range(256) if chr(byte) not in ranks]:
         return f"byte 0x{missing_bytes[0]:02x} has no rank"
     return None
 
 
 def _compile_words(name: str) -> Any:
-    """Return the compiled expression for words."""
+    """Return the compiled regular expression for words."""
     try:
         import regex
     except ImportError:

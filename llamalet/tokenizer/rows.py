@@ -3,8 +3,8 @@
     0  uint32 length of the longest entry, in bytes
        then for each id: float32 score, uint32 length, the entry's bytes
 
-The number of entries is the rest of the file's. What entries and scores mean differs between Llama 2 (llama2.py) and
-Llama 3 (llama3.py). Source: llama2.c, tokenizer.py and run.c.
+The entries fill the rest of the file. Their meaning differs between Llama 2 (llama2.py) and Llama 3 (llama3.py).
+Source: llama2.c, tokenizer.py and run.c.
 """
 
 import struct
@@ -15,17 +15,17 @@ TokenizerRow = tuple[bytes, float]  # the entry's bytes, and its score
 
 LONGEST = struct.Struct("<I")
 ENTRY = struct.Struct("<fI")
-# Above every real vocabulary. They keep a wrong file (a model, a device) from being read into memory.
+# Larger than any real vocabulary; they stop the reading of other files (a model, a device).
 MAX_PIECE_BYTES, MAX_VOCAB = 1 << 16, 1 << 20
 
 
 def looks_like_rows(data: bytes) -> bool:
-    """Return whether a file can be a tokenizer.bin: as this number, other kinds' first bytes are out of range."""
+    """Return whether a file can be a tokenizer.bin; as a length, the first bytes of other kinds are too large."""
     return len(data) >= LONGEST.size and LONGEST.unpack_from(data)[0] <= MAX_PIECE_BYTES
 
 
 def pack(pieces: list[TokenizerRow]) -> bytes:
-    """Return the bytes of a tokenizer.bin with these rows."""
+    """Return the bytes of the tokenizer.bin with these rows."""
     rows = [ENTRY.pack(score, len(piece)) + piece for piece, score in pieces]
     return LONGEST.pack(max((len(piece) for piece, _ in pieces), default=0)) + b"".join(rows)
 
@@ -38,13 +38,13 @@ def unpack(data: bytes, name: str) -> list[TokenizerRow]:
         name: the file's name, for messages.
 
     Raises:
-        TokenizerError: if they do not fill the file exactly, or the longest is not as long as it says.
+        TokenizerError: if the rows do not fill the file exactly, or the recorded longest length is wrong.
     """
     pieces: list[TokenizerRow] = []
     at, longest = LONGEST.size, 0
     while at < len(data):
         if len(data) - at < ENTRY.size:
-            raise TokenizerError(f"{name}: ends within entry {len(pieces)}: truncated, or not a tokenizer.bin")
+            raise TokenizerError(f"{name}: ends inside entry {len(pieces)}: truncated, or not a tokenizer.bin")
         score, length = ENTRY.unpack_from(data, at)
         at += ENTRY.size
         if not 1 <= length <= min(MAX_PIECE_BYTES, len(data) - at):
@@ -59,7 +59,7 @@ def unpack(data: bytes, name: str) -> list[TokenizerRow]:
             raise TokenizerError(f"{name}: more than {MAX_VOCAB} entries: not a tokenizer.bin")
     if LONGEST.unpack_from(data)[0] != longest:
         raise TokenizerError(
-            f"{name}: says that its longest entry has {LONGEST.unpack_from(data)[0]} bytes, it has {longest}: "
+            f"{name}: its longest entry should have {LONGEST.unpack_from(data)[0]} bytes but has {longest}: "
             "damaged, or not a tokenizer.bin"
         )
     return pieces

@@ -205,9 +205,9 @@ def rows_of(bin_path: Path) -> list[bytes]:
         (300, entry(b"zzz", float("-inf")), "entry 300: score -inf"),
         (300, entry(b"a\0b"), "entry 300: .* NUL"),
         (300, entry(b"\xff\xfe"), "entry 300: .* not valid UTF-8"),
-        (300, entry(b"<unk>"), "entry 300: b'<unk>' stands already at 0"),
-        (68, entry(b"<0x41"), "entry 68: .* where <0x41> must stand"),
-        (68, entry(b"<0x42>"), "entry 68: .* where <0x41> must stand"),
+        (300, entry(b"<unk>"), "entry 300: b'<unk>' is already entry 0"),
+        (68, entry(b"<0x41"), "entry 68: .* instead of <0x41>"),
+        (68, entry(b"<0x42>"), "entry 68: .* instead of <0x41>"),
         (3, entry(b"$"), "entry 3: .* Llama 3"),
     ],
 )
