@@ -23,7 +23,7 @@ from configurator import parse
 from llamalet import model_file, shards, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
-from llamalet.convert.imported_model import Reported, Source, compact, difference
+from llamalet.convert.imported_model import ImportedModel, Reported, compact, difference
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
 from llamalet.model_file.header import DTYPES
 from llamalet.model_file.tensors import Rows
@@ -165,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
     return _export(config, source, path, trained_on)
 
 
-def _open(config: ExportConfig) -> tuple[Source, str | None]:
+def _open(config: ExportConfig) -> tuple[ImportedModel, str | None]:
     """Open the model to export; return it and the data that it was trained on, where that is known."""
     kind = next((kind for kind in formats.FORMATS if getattr(config, kind) is not None), None)
     trained_on = None
@@ -188,14 +188,14 @@ def _named_tokenizer(config: ExportConfig) -> Path | None:
     return None if config.tokenizer is None else Path(config.tokenizer)
 
 
-def _open_checkpoint(named: str | None) -> tuple[Source, str | None]:
+def _open_checkpoint(named: str | None) -> tuple[ImportedModel, str | None]:
     """Open a checkpoint of train.py's; return it and the data that it was trained on."""
     from training import weights
     from training.run import checkpoint
 
     found = checkpoint.load(_find_checkpoint(named))
     print(f"checkpoint of step {found.state['step']}:")
-    source = Source(
+    source = ImportedModel(
         name=str(found.path),
         config=found.model_config,
         tensors=weights.to_arrays(found.model_state),
@@ -215,7 +215,7 @@ def _describe(c: ModelConfig) -> str:
     )
 
 
-def _export(config: ExportConfig, source: Source, path: Path, trained_on: str | None) -> int:
+def _export(config: ExportConfig, source: ImportedModel, path: Path, trained_on: str | None) -> int:
     """Write a .bin and prove it."""
     start, version = time.perf_counter(), config.resolved_version
     written = bin_file.write(
@@ -236,7 +236,7 @@ def _export(config: ExportConfig, source: Source, path: Path, trained_on: str | 
     return code
 
 
-def _export_elsewhere(config: ExportConfig, source: Source, path: Path) -> int:
+def _export_elsewhere(config: ExportConfig, source: ImportedModel, path: Path) -> int:
     """Write a Hugging Face folder or a GGUF file, read it back and compare."""
     start, dtype, kind = time.perf_counter(), config.dtype or "f32", config.resolved_format
     watched = dataclasses.replace(source, tensors=Reported(source.tensors, source.config))

@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
         path, tokenizer=config.tokenizer, backend=config.backend, threads=config.threads, verify=config.verify
     )
     load_s = time.perf_counter() - start
-    note(f"model {model.path}: {model.config.n_params / 1e6:.2f}M parameters, loaded in {load_s:.2f} s")
+    note(f"model {model.path}: {model.config.n_params / 1e6:.2f}M parameters, {model.dtype}, loaded in {load_s:.2f} s")
     configs = config.sampling().for_texts(config.num_samples)
     if config.mode == "chat":
         converse(model, prompt, config, configs[0])

@@ -22,11 +22,11 @@ from configurator import parse
 from corpus import story_grammar
 from llamalet import model_file
 from llamalet.errors import ConfigError, DataError, run
+from llamalet.model_file.companions import load_tokenizer
 from llamalet.model_file.quantize import Floats, Packed, Quantized, Weight, dequantize, pack_q4, pack_q8, to_bfloat16
 from llamalet.reference import NumpyTransformer
-from llamalet.runtime import load_tokenizer
 from llamalet.scoring import NOTHING, Ids, evaluate_documents
-from llamalet.tokenizer import Tokenizer, beside
+from llamalet.tokenizer import Tokenizer
 
 # llama.cpp's block: this many columns with a float16 scale.
 GGUF_BLOCK = 32
@@ -73,8 +73,7 @@ def main(argv: Sequence[str]) -> int:
         positional=("model",),
     )
     file = model_file.read(config.model)
-    named = Path(config.tokenizer) if config.tokenizer is not None else beside(file.path)
-    tokenizer = load_tokenizer(file, named)
+    tokenizer = load_tokenizer(file, None if config.tokenizer is None else Path(config.tokenizer))
     documents = list(_documents(config, tokenizer))
     print(
         f"{file.path}: {file.config.n_params:,} parameters, {file.dtype}; {len(documents)} stories, "

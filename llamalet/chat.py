@@ -58,7 +58,7 @@ class Chat:
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
         self.n_read = 0
         self._model = model
-        self._template = find_template(model.path, model.tokenizer, template)
+        self._template = find_template(model.path, model.tokenizer, template, model.chat_template)
         self._sampling = config
         self._sampler = Sampler(model.config.vocab_size, config)
         self._cache = model.transformer.new_cache()

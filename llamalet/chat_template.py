@@ -34,16 +34,19 @@ class Message(NamedTuple):
 Template = Callable[[Sequence[Message]], list[int]]
 
 
-def find_template(model: Path, tokenizer: Tokenizer, named: str | os.PathLike[str] | None = None) -> Template:
+def find_template(
+    model: Path, tokenizer: Tokenizer, named: str | os.PathLike[str] | None = None, inside: str | None = None
+) -> Template:
     """Return the template that a model's conversations follow.
 
-    This is the named one, else the one beside the model, else Llama 3's if the vocabulary has its special tokens, else
-    Llama 2's if this is its vocabulary.
+    This is the named one, else the one beside the model, else the one inside it, else Llama 3's if the vocabulary has
+    its special tokens, else Llama 2's if this is its vocabulary.
 
     Args:
         model: the model's file or folder.
         tokenizer: its vocabulary.
         named: "llama2", "llama3" or a file with a Jinja template.
+        inside: the Jinja template inside the model's file.
 
     Raises:
         UsageError: if the model is not a chat model, or the template cannot be used.
@@ -52,6 +55,8 @@ def find_template(model: Path, tokenizer: Tokenizer, named: str | os.PathLike[st
         for path in _candidates(model):
             if path.is_file() and (found := read_template(path)) is not None:
                 return JinjaTemplate(found[0], tokenizer, str(path), found[1])
+        if inside is not None:
+            return JinjaTemplate(inside, tokenizer, str(model))
         if {HEADER, HEADER_END, TURN_END} <= tokenizer.special.keys():
             named = "llama3"
         elif tokenizer.sha256 == LLAMA2_SHA256:

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from llamalet import model_file, tokenizer
-from llamalet.chat_template import read_template
+from llamalet.chat_template import TEMPLATE_FILES, read_template
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.convert.imported_model import Floats, Source, remove_stale
+from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale
 from llamalet.errors import ConfigError
 from llamalet.files import replacing
+from llamalet.model_file.companions import SUFFIXES, beside, load_tokenizer
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
 from llamalet.model_file.tensors import ModelFile, Rows
-from llamalet.runtime import load_tokenizer
 from llamalet.tokenizer import Tokenizer
 
-TEMPLATE_SUFFIX = ".chat_template.jinja"  # where llamalet/chat.py looks
+TEMPLATE_SUFFIX = f".{TEMPLATE_FILES[0]}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BinTensor:
         return dequantize(self.weight[rows])
 
 
-def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScaling | None = None) -> Source:
+def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScaling | None = None) -> ImportedModel:
     """Open a model file of any version, llama2.c's or ours.
 
     Args:
@@ -61,25 +61,23 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
         if file.header.payload_crc32 is not None:
             raise ConfigError(f"rope_scaling={rope_scaling.factor:g}: {name} says how RoPE is scaled; leave it out")
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
-    beside = tokenizer.beside(name)
-    vocabulary: Tokenizer | None = None
-    data = b""
+    data = file.tokenizer_data
+    if data is None and (found := beside(name)) is not None:
+        data = found.read_bytes()
     notes: tuple[str, ...] = ()
-    if file.tokenizer_data is not None:
-        vocabulary, data = load_tokenizer(file, None), file.tokenizer_data
-    elif beside is not None:
-        vocabulary, data = load_tokenizer(file, beside), beside.read_bytes()
     if file.dtype in ("q8", "q4"):
         notes = (f"its weights have been rounded to {file.dtype} before: what is written holds those",)
     path = Path(name).with_suffix(TEMPLATE_SUFFIX)
     template = read_template(path) if path.is_file() else None
-    return Source(
+    return ImportedModel(
         name=name,
         chat_template=None if template is None else template[0],
         config=config,
         tensors=tensors_of(file),
-        tokenizer=vocabulary,
-        tokenizer_data=data,
+        stored=frozenset({file.dtype.upper()}),
+        tokenizer=None if data is None else load_tokenizer(file),
+        tokenizer_data=data or b"",
+        tokenizer_sha256=file.tokenizer_sha256,
         notes=notes,
     )
 
@@ -130,15 +128,15 @@ def write(
     written = model_file.write(
         path, version, config, tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside, force=force
     )
-    beside = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in tokenizer.SUFFIXES}
+    paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
     if vocabulary is not None and version < 3:
         if not isinstance(vocabulary, tokenizer.JsonTokenizer):
-            tokenizer.write_bin(beside["bin"], vocabulary)
+            tokenizer.write_bin(paths["bin"], vocabulary)
         if vocabulary.suffix != "bin":
-            with replacing(beside[vocabulary.suffix]) as file:
+            with replacing(paths[vocabulary.suffix]) as file:
                 file.write(tokenizer_data)
-        earlier = tokenizer.SUFFIXES[: tokenizer.SUFFIXES.index(vocabulary.suffix)]
-        remove_stale([beside[suffix] for suffix in earlier], keep)
+        earlier = SUFFIXES[: SUFFIXES.index(vocabulary.suffix)]
+        remove_stale([paths[suffix] for suffix in earlier], keep)
     if chat_template is not None:
         with replacing(path.with_suffix(TEMPLATE_SUFFIX)) as file:
             file.write(chat_template.encode())

@@ -1,61 +1,154 @@
-"""Every format that a model can come in, by the name of export.py's option."""
+"""Every format that a model can come in: telling them apart, reading them, and opening any of them to run it.
 
+A format is named by export.py's option for it. Its reader is imported when it is needed.
+"""
+
+import importlib
 from pathlib import Path
+from typing import NamedTuple
 
-from llamalet import tokenizer
-from llamalet.convert import bin_file, gguf_file, huggingface, llama2c, meta_llama
-from llamalet.convert.imported_model import Source, compact, llama3_scaling
+from llamalet import model_file, tokenizer
+from llamalet.convert.imported_model import ImportedModel, Reported, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
+from llamalet.model_file.checkpoint import MODEL, STATE, list_steps
+from llamalet.model_file.companions import check_identity, load_tokenizer
+from llamalet.model_file.header import DTYPES
+from llamalet.model_file.tensors import ModelFile
 from llamalet.tokenizer import Tokenizer
 
 FORMATS = ("hf", "meta_llama", "llama2c", "gguf", "bin")
-FILES = (".bin", ".gguf", ".pt")
+# The module of each format that reads it.
+READERS = {
+    "checkpoint": "checkpoint_file", "hf": "huggingface", "meta_llama": "meta_llama", "llama2c": "llama2c",
+    "gguf": "gguf_file", "bin": "bin_file",
+}  # fmt: skip
+FILES = (".bin", ".gguf", ".pt", ".pth")
 PYTORCH_STARTS = (b"PK", b"\x80\x02")  # of torch.save's files, new and old
+GGUF_START = b"GGUF"
+HF_CONFIG, META_PARAMS = "config.json", "params.json"
 
 
-def read(kind: str, name: str, *, rope_theta: float | None = None, rope_scaling: float | None = None) -> Source:
-    """Open a model.
+class OpenModel(NamedTuple):
+    """A model to run.
+
+    file: its weights as the runtime takes them: a model file, or the same in memory.
+    tokenizer: its vocabulary.
+    chat_template: the Jinja template inside the model, if it has one.
+    stored: the types of its matrices before they were converted, like F16 or Q4_K; empty if they were not.
+    """
+
+    file: ModelFile
+    tokenizer: Tokenizer
+    chat_template: str | None
+    stored: str
+
+
+def open_model(
+    path: Path, *, dtype: str | None = None, tokenizer: Path | None = None, verify: bool | None = None
+) -> OpenModel:
+    """Open a model in any format. A .bin is mapped, anything else is converted in memory, a block of rows at a time.
 
     Args:
-        kind: one of FORMATS.
+        path: see `kind_of`.
+        dtype: what the matrices become, one of DTYPES; None keeps the stored width: f32; bf16 for all 16-bit types;
+            q8 for quantized ones, unless it is a .bin.
+        tokenizer: the tokenizer's file; None takes the model's own.
+        verify: whether to verify checksums: of a .bin's weights (None: of small files only) or a checkpoint's files.
+
+    Raises:
+        FormatError: if there is no model, it is damaged, or cannot be read.
+        CheckpointError: the same for a checkpoint.
+        TokenizerError: if there is no tokenizer, or it is another model's.
+        ConfigError: on an unknown dtype.
+        UsageError: if the format needs a library that is not installed.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    kind = kind_of(path)
+    if kind == "bin":
+        file = model_file.read(path, verify=verify)
+        vocabulary = load_tokenizer(file, tokenizer)
+        if dtype in (None, file.dtype):
+            return OpenModel(file, vocabulary, None, "")
+        from llamalet.convert.bin_file import tensors_of
+
+        source = ImportedModel(
+            name=str(path), config=file.config, tensors=tensors_of(file), stored=frozenset({file.dtype.upper()})
+        )
+    elif kind == "checkpoint":
+        from llamalet.convert import checkpoint_file
+
+        source = checkpoint_file.read(str(path), check=verify is True)
+        vocabulary = tokenizer_of(source, tokenizer)
+    else:
+        source = read(kind, str(path))
+        vocabulary = tokenizer_of(source, tokenizer)
+    dtype = dtype or source.dtype
+    tensors = Reported(source.tensors, source.config)
+    file = model_file.in_memory(Path(source.name), source.config, tensors, dtype)
+    stored = "" if source.stored == {dtype.upper()} else ", ".join(sorted(source.stored))
+    return OpenModel(file, vocabulary, source.chat_template, stored)
+
+
+def tokenizer_of(source: ImportedModel, named: Path | None = None) -> Tokenizer:
+    """Return the tokenizer at `named`, else the model's own.
+
+    Raises:
+        TokenizerError: if there is none, it is damaged, or it is another model's.
+    """
+    found = source.tokenizer if named is None else tokenizer.load(named, source.config.vocab_size)
+    if found is None:
+        raise TokenizerError("; ".join([f"{source.name}: has no tokenizer that can be read", *source.notes]))
+    check_identity(found, str(named or source.name), source.name, source.tokenizer_sha256)
+    return found
+
+
+def read(kind: str, name: str, *, rope_theta: float | None = None, rope_scaling: float | None = None) -> ImportedModel:
+    """Open a model to convert it.
+
+    Args:
+        kind: one of FORMATS, or checkpoint.
         name: its path, or with hf the ID of a repository on the Hub.
         rope_theta: what the model was trained with, for llama2.c's files, which do not say.
         rope_scaling: the factor of Llama 3.1's RoPE scaling, for the same files.
 
     Raises:
-        FormatError: if it is damaged or of another kind.
-        ConfigError: if the file says itself what is given.
-        UsageError: if a library is missing, or the Hub does not give it.
+        FormatError: if it is damaged or in another format.
+        ConfigError: if the file itself says what is given.
+        UsageError: if a library is missing, or the Hub refuses.
     """
     if kind not in ("llama2c", "bin") and (rope_theta is not None or rope_scaling is not None):
         raise ConfigError(f"rope_theta, rope_scaling: {name} says what they are; leave them out")
+    options: dict[str, object] = {}
+    if kind in ("llama2c", "bin"):
+        scaling = None if rope_scaling is None else llama3_scaling(rope_scaling)
+        options = {"rope_theta": rope_theta, "rope_scaling": scaling}
+    # A .bin of llama2.c's is read as any .bin.
+    module = "bin_file" if kind == "llama2c" and not _is_pytorch(Path(name)) else READERS[kind]
     try:
-        if kind in ("llama2c", "bin"):
-            scaling = None if rope_scaling is None else llama3_scaling(rope_scaling)
-            reader = llama2c.read if kind == "llama2c" and _is_pytorch(Path(name)) else bin_file.read
-            return reader(name, rope_theta=rope_theta, rope_scaling=scaling)
-        return {"hf": huggingface.read, "meta_llama": meta_llama.read, "gguf": gguf_file.read}[kind](name)
+        source: ImportedModel = importlib.import_module(f"llamalet.convert.{module}").read(name, **options)
     except FormatError as error:
         if other := other_kind(kind, Path(name)):
             raise FormatError(f"{error}; it looks as if it were for --{other}") from None
         raise
+    return source
 
 
 def other_kind(kind: str, path: Path) -> str | None:
-    """Return which of FORMATS a path is, if that is surely another one than `kind`."""
+    """Return the format of a path, if that is certain and not `kind`."""
     try:
         found = kind_of(path)
     except FormatError:
         return None
-    sure = found != "bin" or kind != "llama2c" and path.suffix == ".bin" and path.stat().st_size > 0
-    return found if sure and found != kind else None
+    certain = found != "bin" or kind != "llama2c" and path.suffix == ".bin" and path.stat().st_size > 0
+    return found if certain and found != kind else None
 
 
 def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:
-    """Return a vocabulary and its file: the one at `path`, or that of the model there.
+    """Return the vocabulary at `path`, or that of the model there, and its file.
 
     Raises:
-        TokenizerError: if neither is there, it is damaged, or the model comes without a tokenizer.
+        TokenizerError: if there is neither, it is damaged, or the model comes without a tokenizer.
         UsageError: if a library is missing.
     """
     try:
@@ -72,26 +165,31 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:
 
 
 def kind_of(path: Path) -> str:
-    """Return which of FORMATS a path is.
+    """Return the format of a path: checkpoint (a run's folder too), or one of FORMATS.
 
     Raises:
-        FormatError: if it is none.
+        FormatError: if there is no model.
     """
     if path.is_dir():
-        for kind, file in (("hf", huggingface.CONFIG), ("meta_llama", meta_llama.PARAMS)):
-            if (path / file).is_file():
-                return kind
+        if (path / HF_CONFIG).is_file():
+            return "hf"
+        if (path / META_PARAMS).is_file():
+            return "meta_llama"
+        if list_steps(path) or (path / MODEL).is_file() or (path / STATE).is_file():
+            return "checkpoint"
         raise FormatError(
-            f"{path}: holds no model: no checkpoint of a run, no {huggingface.CONFIG} (Hugging Face), no "
-            f"{meta_llama.PARAMS} (Meta)"
+            f"{path}: holds no model: neither a checkpoint nor a run with checkpoints, no {HF_CONFIG} (Hugging Face), "
+            f"no {META_PARAMS} (Meta)"
         )
     if not path.is_file():
-        on_the_hub = huggingface.HUB_ID.fullmatch(str(path)) and path.suffix not in FILES
+        from llamalet.convert.huggingface import HUB_ID
+
+        on_the_hub = HUB_ID.fullmatch(str(path)) and path.suffix not in FILES
         advice = f"; if it is one of the Hub: python export.py NAME.bin --hf {path}" if on_the_hub else ""
-        raise FormatError(f"{path}: no such file or folder{advice}")
+        raise FormatError(f"{path}: no such model file or folder{advice}")
     if _is_pytorch(path):
-        return "llama2c"
-    return "gguf" if _head(path) == gguf_file.MAGIC else "bin"
+        return "meta_llama" if (path.parent / META_PARAMS).is_file() else "llama2c"
+    return "gguf" if _head(path) == GGUF_START else "bin"
 
 
 def _is_pytorch(path: Path) -> bool:

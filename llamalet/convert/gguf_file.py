@@ -22,7 +22,7 @@ from llamalet.convert.imported_model import (
     DECODERS,
     FileTensor,
     Floats,
-    Source,
+    ImportedModel,
     build_config,
     check_shapes,
     expand,
@@ -98,7 +98,7 @@ def _package() -> Any:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(name: str) -> Source:
+def read(name: str) -> ImportedModel:
     """Open a file of any type that the package can turn into float32.
 
     Raises:
@@ -130,10 +130,11 @@ def read(name: str) -> Source:
         notes.append(f"its tokenizer is not taken: {error}")
     template = fields.get("tokenizer.chat_template")
     stops = {fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
-    return Source(
+    return ImportedModel(
         name=str(path),
         config=config,
         tensors=tensors,
+        stored=frozenset(tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2),
         tokenizer=vocabulary,
         tokenizer_data=b"" if vocabulary is None else pack(vocabulary.pieces()),
         chat_template=template if isinstance(template, str) else None,
@@ -194,7 +195,7 @@ def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
     gguf, kind, shape = _package(), tensor.tensor_type, _shape(tensor)
     row_bytes = int(tensor.n_bytes) // shape[0]
     if kind.name in DECODERS:
-        return FileTensor(path, int(tensor.data_offset), shape, row_bytes, DECODERS[kind.name])
+        return FileTensor(path, int(tensor.data_offset), shape, kind.name, row_bytes, DECODERS[kind.name])
     try:
         gguf.quants.dequantize(np.zeros((1, row_bytes), np.uint8), kind)
     except NotImplementedError:
@@ -204,7 +205,7 @@ def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
         with np.errstate(invalid="ignore", over="ignore"):  # damaged scales: NaN is refused later, with a name
             return gguf.quants.dequantize(raw, kind)
 
-    return FileTensor(path, int(tensor.data_offset), shape, row_bytes, decode)
+    return FileTensor(path, int(tensor.data_offset), shape, kind.name, row_bytes, decode)
 
 
 def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
@@ -336,7 +337,7 @@ def _score(score: Any) -> float:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_can_carry(source: Source, dtype: str) -> None:
+def check_can_carry(source: ImportedModel, dtype: str) -> None:
     """Raise an error if GGUF, or llama.cpp, cannot hold the model."""
     _package()
     if dtype not in DTYPES:
@@ -354,7 +355,7 @@ def check_can_carry(source: Source, dtype: str) -> None:
         raise ConfigError(f"{scaling}: only Llama 3.1's constants, with any factor, can be told from a GGUF file")
 
 
-def write(path: Path, source: Source, dtype: str = "f32") -> list[str]:
+def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
     """Write a model and its tokenizer as one file, which llama.cpp runs.
 
     Args:
@@ -419,7 +420,7 @@ def _encoded(name: str, tensor: Rows, kind: Any) -> Iterator[memoryview]:
         yield np.ascontiguousarray(quants.quantize(block, kind)).data.cast("B")
 
 
-def _add_fields(writer: "gguf.GGUFWriter", source: Source, name: str, file_type: Any) -> None:
+def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, name: str, file_type: Any) -> None:
     """Put the model's shape and its tokenizer into the metadata."""
     c = source.config
     writer.add_name(name)

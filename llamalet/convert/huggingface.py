@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import tokenizer
-from llamalet.chat_template import read_template
+from llamalet.chat_template import TEMPLATE_FILES, read_template
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert import safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import (
     FileTensor,
+    ImportedModel,
     Reordered,
-    Source,
     build_config,
     check_shapes,
     expand,
@@ -70,8 +70,9 @@ DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
 STORED = {"f32": "F32", "bf16": "BF16"}
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION, TOKENIZER, TOKENIZER_CONFIG = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
-SENTENCEPIECE, TEMPLATE = "tokenizer.model", "chat_template.jinja"
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
+SENTENCEPIECE = "tokenizer.model"
+TEMPLATE, TOKENIZER_CONFIG = TEMPLATE_FILES
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 UNWANTED = ("original/*", "onnx/*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -81,7 +82,7 @@ IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(name: str) -> Source:
+def read(name: str) -> ImportedModel:
     """Open a folder, or a repository of the Hub, which is fetched first.
 
     Args:
@@ -116,10 +117,11 @@ def read(name: str) -> Source:
         for our, tensor in found.items()
     }
     vocabulary, data, problems = find_tokenizer([folder / SENTENCEPIECE, folder / TOKENIZER], config.vocab_size)
-    return Source(
+    return ImportedModel(
         name=str(folder),
         config=config,
         tensors=tensors,
+        stored=frozenset(tensor.dtype for tensor in found.values() if len(tensor.shape) == 2),
         tokenizer=vocabulary,
         tokenizer_data=data,
         chat_template=_chat_template(folder),
@@ -248,7 +250,7 @@ def _halves(rows: int, n_heads: int) -> NDArray[np.int64]:
 
 def _chat_template(folder: Path) -> str | None:
     """Return the chat template: a file of its own, or a field of tokenizer_config.json."""
-    files = (folder / name for name in (TEMPLATE, TOKENIZER_CONFIG))
+    files = (folder / name for name in TEMPLATE_FILES)
     return next((found[0] for path in files if path.is_file() and (found := read_template(path))), None)
 
 
@@ -263,7 +265,7 @@ def _stop_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_can_carry(source: Source, dtype: str) -> None:
+def check_can_carry(source: ImportedModel, dtype: str) -> None:
     """Raise a ConfigError if the folder cannot hold the model in this dtype, or transformers would refuse it."""
     c = source.config
     if dtype not in DTYPE_NAMES:
@@ -272,7 +274,7 @@ def check_can_carry(source: Source, dtype: str) -> None:
         raise ConfigError(f"dim={c.dim}: transformers wants a multiple of n_heads={c.n_heads}, whatever head_dim is")
 
 
-def write(folder: Path, source: Source, dtype: str = "f32", *, keep: Path | None = None) -> None:
+def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path | None = None) -> None:
     """Write a model and its tokenizer as a folder that transformers' Auto classes load.
 
     Args:
@@ -333,7 +335,7 @@ def _check_folder(folder: Path) -> None:
         raise ConfigError(f"{folder}: holds {others[0]}, another model's; {advice} --checkpoint={folder}")
 
 
-def config_fields(source: Source, dtype: str) -> dict[str, Any]:
+def config_fields(source: ImportedModel, dtype: str) -> dict[str, Any]:
     """Return config.json's fields, the RoPE parameters in both spellings: transformers before 5 reads the old one."""
     c, s = source.config, source.config.rope_scaling
     scaling = None
@@ -359,7 +361,7 @@ def config_fields(source: Source, dtype: str) -> dict[str, Any]:
     }
 
 
-def _special_ids(source: Source) -> dict[str, Any]:
+def _special_ids(source: ImportedModel) -> dict[str, Any]:
     """Return the ids that begin and end texts, where they are known."""
     if source.tokenizer is None:
         return {}
@@ -368,7 +370,7 @@ def _special_ids(source: Source) -> dict[str, Any]:
     return {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
 
 
-def _tokenizer_files(source: Source) -> dict[str, bytes]:
+def _tokenizer_files(source: ImportedModel) -> dict[str, bytes]:
     """Return the tokenizer's files by name; none where the source has no tokenizer."""
     vocabulary, data = source.tokenizer, source.tokenizer_data
     if vocabulary is None:

@@ -1,7 +1,7 @@
-"""A model from somewhere else, under the names that this project has for everything.
+"""A model read from any format, under this project's names, and what the readers have in common.
 
-Every format is read into a `Source`: the shape of the model, its tensors, which are read when they are asked for, and
-its tokenizer. What writes a model takes a Source, so any format becomes any other in memory for one block of rows.
+Every reader returns an `ImportedModel`: the model's shape, its tensors, which are read on demand, and its tokenizer.
+Every writer takes one, so that any format is converted to any other with one block of rows in memory at a time.
 """
 
 import json
@@ -35,28 +35,39 @@ MAX_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A model that was found somewhere.
+class ImportedModel:
+    """A model in any format.
 
     Attributes:
-        name: where, for messages.
+        name: its path, for messages.
         config: its shape.
-        tensors: its weights by our names, read from where they are when their rows are asked for.
-        tokenizer: its vocabulary, where there is one that this project reads.
-        tokenizer_data: the tokenizer's file, as it is; empty where there is none.
-        chat_template: how a conversation becomes a prompt, in Jinja, where the source says.
-        stop_tokens: the ids that end a text, where the source says.
+        tensors: its weights by our names; rows are read from the file, as float32, when they are asked for.
+        stored: the types in which its matrices are stored, like F16 or Q4_K.
+        tokenizer: its vocabulary; None if there is none, or none that this project reads.
+        tokenizer_data: the tokenizer's file, unchanged; empty if there is none.
+        tokenizer_sha256: identity of the tokenizer that it was trained with; None if it does not say.
+        chat_template: the Jinja template that turns a conversation into a prompt, if there is one.
+        stop_tokens: the ids that end a text, if the model says.
         notes: what the user should know, a line each.
     """
 
     name: str
     config: ModelConfig
     tensors: Mapping[str, Rows]
+    stored: frozenset[str] = frozenset({"F32"})
     tokenizer: Tokenizer | None = None
     tokenizer_data: bytes = b""
+    tokenizer_sha256: str | None = None
     chat_template: str | None = None
     stop_tokens: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        """The type, one of model_file's DTYPES, that keeps the width of the stored weights."""
+        if self.stored & {"F32", "F64"}:
+            return "f32"
+        return "bf16" if self.stored <= {"F16", "BF16"} else "q8"
 
 
 class Reported(Mapping[str, Rows]):
@@ -92,6 +103,7 @@ class FileTensor:
         path: the file.
         offset: where the tensor begins in it.
         shape: (rows, cols) or (cols,), of weights.
+        dtype: the type in which it is stored.
         row_bytes: bytes of a row.
         decode: makes uint8 (n, row_bytes) into float32 (n, cols).
     """
@@ -99,6 +111,7 @@ class FileTensor:
     path: Path
     offset: int
     shape: tuple[int, ...]
+    dtype: str
     row_bytes: int
     decode: Callable[[NDArray[np.uint8]], Floats]
 

@@ -6,7 +6,7 @@ Source: llama2.c, model.py and train.py.
 from pathlib import Path
 
 from llamalet.config import RopeScaling
-from llamalet.convert.imported_model import Source, build_config, check_shapes, find_tokenizer
+from llamalet.convert.imported_model import ImportedModel, build_config, check_shapes, find_tokenizer
 from llamalet.convert.pytorch_file import MATRICES, TorchTensor, check_weights, load, same
 from llamalet.errors import FormatError
 from llamalet.model_file.header import LLAMA2C_NORM_EPS, LLAMA2C_ROPE_THETA
@@ -18,7 +18,7 @@ IGNORED = ("freqs_cis", "freqs_cos", "freqs_sin")  # RoPE's tables
 WIDTHS = ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")
 
 
-def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScaling | None = None) -> Source:
+def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScaling | None = None) -> ImportedModel:
     """Open a checkpoint.
 
     Args:
@@ -53,7 +53,10 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
         raise FormatError(f"{path}: dim={dim!r} must be a multiple of n_heads={n_heads!r}")
     if rope_theta is None and found["tok_embeddings"].shape[0] >= LLAMA3_VOCAB:
-        raise FormatError(f"{path}: does not say its rope_theta; with Llama 3's vocabulary: --rope_theta 500000")
+        raise FormatError(
+            f"{path}: does not say its rope_theta, and with Llama 3's vocabulary it is not llama2.c's: "
+            f"python export.py NEW.bin --llama2c {path} --rope_theta 500000"
+        )
     n_kv_heads = arguments.get("n_kv_heads")
     config = build_config(
         str(path),
@@ -71,7 +74,15 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     names = {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)}
     check_shapes(str(path), config, {ours: tensor.shape for ours, tensor in found.items()}, names)
     vocabulary, data, notes = find_tokenizer([path.parent / "tokenizer.model"], config.vocab_size)
-    return Source(name=str(path), config=config, tensors=found, tokenizer=vocabulary, tokenizer_data=data, notes=notes)
+    return ImportedModel(
+        name=str(path),
+        config=config,
+        tensors=found,
+        stored=frozenset(tensor.dtype for tensor in found.values() if len(tensor.shape) == 2),
+        tokenizer=vocabulary,
+        tokenizer_data=data,
+        notes=notes,
+    )
 
 
 def _without_prefixes(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llamalet.config import RopeScaling
 from llamalet.convert.imported_model import (
-    Source,
+    ImportedModel,
     build_config,
     check_shapes,
     find_tokenizer,
@@ -35,14 +35,19 @@ DEFAULT_ROPE_THETA = 10000.0
 SMALL_DIM = 4096  # Llama 3.2's models of text only are narrower than this, all others at least as wide
 
 
-def read(name: str) -> Source:
+def read(name: str) -> ImportedModel:
     """Open a folder.
+
+    Args:
+        name: its path, or that of a .pth file in it.
 
     Raises:
         FormatError: if it is no such folder, or damaged.
         UsageError: if torch is not installed.
     """
     folder = Path(name)
+    if folder.is_file():
+        folder = folder.parent
     params = read_json(folder / PARAMS)
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths or [path.name for path in paths] != [f"consolidated.{i:02d}.pth" for i in range(len(paths))]:
@@ -86,10 +91,11 @@ def read(name: str) -> Source:
     vocabulary, data, notes = find_tokenizer(
         [folder / "tokenizer.model", folder.parent / "tokenizer.model"], vocab_size
     )
-    return Source(
+    return ImportedModel(
         name=str(folder),
         config=config,
         tensors=found_tensors,
+        stored=frozenset(tensor.dtype for tensor in found_tensors.values() if len(tensor.shape) == 2),
         tokenizer=vocabulary,
         tokenizer_data=data,
         notes=notes,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 ZIP_START = b"PK"
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # The matrices that tell the shape of a model; the first two must be there.
 MATRICES = ("tok_embeddings", "layers.0.feed_forward.w1", "output")
 
@@ -64,6 +65,12 @@ class TorchTensor:
         sizes = list(self.parts[0].shape)
         sizes[self.axis] = sum(part.shape[self.axis] for part in self.parts)
         return tuple(sizes)
+
+    @property
+    def dtype(self) -> str:
+        """The type in which it is stored, by safetensors' names."""
+        name = str(self.parts[0].dtype).removeprefix("torch.")
+        return DTYPES.get(name, name)
 
     def __getitem__(self, rows: slice) -> Floats:
         if self.axis == 1:

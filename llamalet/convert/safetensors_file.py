@@ -47,19 +47,22 @@ def read(path: Path) -> dict[str, FileTensor]:
     for name, (dtype, shape, begin, end) in _read_header(path, DECODERS).items():
         if min(shape, default=0) < 1:
             raise FormatError(f"{path}: {name} has shape {shape}, where weights are a matrix or a vector")
-        tensors[name] = FileTensor(path, begin, shape, (end - begin) // shape[0], DECODERS[dtype])
+        tensors[name] = FileTensor(path, begin, shape, dtype, (end - begin) // shape[0], DECODERS[dtype])
     return tensors
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Return the tensors of a file by name, as new arrays of their own types; see DTYPES.
+    """Return the tensors of a file by name, as arrays of their own types; see DTYPES.
+
+    They are views of the mapped file, and stay readable if it is removed. Writing to them does not change the file.
 
     Raises:
         FormatError: if the file is damaged, or holds a type that is not in DTYPES.
     """
+    entries = _read_header(path, DTYPES)
+    data = np.asarray(np.memmap(path, np.uint8, "c"))
     return {
-        name: np.fromfile(path, DTYPES[dtype], math.prod(shape), offset=begin).reshape(shape)
-        for name, (dtype, shape, begin, _) in _read_header(path, DTYPES).items()
+        name: data[begin:end].view(DTYPES[dtype]).reshape(shape) for name, (dtype, shape, begin, end) in entries.items()
     }
 
 

@@ -1,7 +1,7 @@
-"""The raw binary: its header, its tensors, and their quantized forms. Every byte of a .bin is decided here.
+"""The raw binary (header, tensors, quantized weights, the files that go with it) and the layout of a checkpoint.
 
-May import llamalet's config, errors and files. Nothing here may change what an existing file means: a change of layout
-is a new version, with a reader, a golden file and a line in docs/formats.md.
+May import llamalet's config, errors, files and tokenizer. What an existing file means must not change: a new layout is
+a new version, with a reader, a golden file and a line in docs/formats.md.
 """
 
 from llamalet.model_file.header import Header
@@ -10,6 +10,7 @@ from llamalet.model_file.tensors import (
     Rows,
     Tensor,
     float_version,
+    in_memory,
     llama2c_differences,
     read,
     tensor_specs,
@@ -17,5 +18,6 @@ from llamalet.model_file.tensors import (
 )
 
 __all__ = [
-    "Header", "ModelFile", "Rows", "Tensor", "float_version", "llama2c_differences", "read", "tensor_specs", "write",
+    "Header", "ModelFile", "Rows", "Tensor", "float_version", "in_memory", "llama2c_differences", "read",
+    "tensor_specs", "write",
 ]  # fmt: skip

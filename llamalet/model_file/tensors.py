@@ -237,7 +237,7 @@ def row_blocks(name: str, tensor: Rows) -> Iterator[NDArray[np.float32]]:
         block = np.ascontiguousarray(tensor[start : start + step], dtype=np.float32)
         # The sum is NaN or infinite if any weight is: one pass, no temporary.
         if not np.isfinite(block.sum(dtype=np.float64)):
-            raise NonFiniteError(f"{name} holds NaN or infinite weights: nothing was written")
+            raise NonFiniteError(f"{name} holds NaN or infinite weights")
         yield block
 
 
@@ -347,6 +347,30 @@ def write(
         os.fsync(file.fileno())
         _compare(path, file, header, crc)
     return read(path, verify=False)
+
+
+def in_memory(path: Path, config: ModelConfig, tensors: Mapping[str, Rows], dtype: str) -> ModelFile:
+    """Return what version 3 would hold of a model, without writing a file.
+
+    Args:
+        path: where the model is from.
+        config: its shape.
+        tensors: see `write`.
+        dtype: what the matrices become, one of DTYPES.
+
+    Raises:
+        NonFiniteError: if a weight is NaN or infinite.
+    """
+    header = Header(3, config, dtype, V3_GROUP_SIZES[dtype])
+    specs = list(tensor_specs(3, config, dtype, header.group_size))
+    buffer = mmap.mmap(-1, sum(spec.n_bytes for spec in specs))
+    try:
+        for spec in specs:
+            for data in _encoded(spec, tensors[spec.name]):
+                buffer.write(data)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{path}: {error}") from None
+    return ModelFile(path, header, dict(_map_tensors(path, specs, buffer, 0)))
 
 
 def float_version(config: ModelConfig) -> int:

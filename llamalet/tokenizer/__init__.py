@@ -28,12 +28,10 @@ from llamalet.tokenizer.llama3 import Llama3Tokenizer
 from llamalet.tokenizer.rows import looks_like_rows, pack, unpack
 
 __all__ = [
-    "BOS_ID", "EOS_ID", "SPACE_MARK", "SUFFIXES", "BinTokenizer", "JsonTokenizer", "Llama3Tokenizer",
-    "SentencePieceTokenizer", "StreamDecoder", "Tokenizer", "beside", "load", "pack", "parse", "unpack", "write_bin",
+    "BOS_ID", "EOS_ID", "SPACE_MARK", "BinTokenizer", "JsonTokenizer", "Llama3Tokenizer",
+    "SentencePieceTokenizer", "StreamDecoder", "Tokenizer", "load", "pack", "parse", "unpack", "write_bin",
 ]  # fmt: skip
 
-# What a tokenizer's file is called beside a model, NAME.tokenizer.SUFFIX: the most telling first.
-SUFFIXES = ("model", "json", "tiktoken", "bin")
 # Other files (a model, a device) are not read into memory.
 MAX_FILE_BYTES = 1 << 26
 
@@ -98,13 +96,6 @@ def _parse(data: bytes, name: str) -> Tokenizer:
     raise TokenizerError(
         f"{name}: neither a SentencePiece .model, a tokenizer.bin, a tokenizer.json nor a tiktoken file"
     )
-
-
-def beside(model_path: str | os.PathLike[str]) -> Path | None:
-    """Return the tokenizer that lies beside a .bin, NAME.tokenizer.SUFFIX, else None."""
-    model_path = Path(model_path)
-    candidates = [model_path.with_name(f"{model_path.stem}.tokenizer.{suffix}") for suffix in SUFFIXES]
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def write_bin(path: str | os.PathLike[str], tokenizer: Tokenizer) -> None:

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -514,22 +513,15 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path):
     state = json.loads((tmp_path / "step" / "state.json").read_text())
     state["model_config"]["n_layers"] = 3
     (tmp_path / "step" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match="not those of the config"):
+    with pytest.raises(CheckpointError, match="layers.2.attention_norm.weight is missing"):
         Model.load(tmp_path / "step", backend="numpy")
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+    with pytest.raises(FormatError, match="holds no model: neither a checkpoint"):
         Model.load(tmp_path, backend="numpy")
     with pytest.raises(FormatError, match="no such model file"):
         Model.load(tmp_path / "missing.bin", backend="numpy")
-
-
-def test_without_safetensors_a_checkpoint_names_what_to_install(tmp_path, monkeypatch):
-    write_checkpoint(tmp_path / "step")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UsageError, match="pip install safetensors"):
-        Model.load(tmp_path / "step", backend="numpy")
 
 
 def test_a_checkpoint_without_its_tokenizer_says_so(tmp_path):

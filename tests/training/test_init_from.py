@@ -143,7 +143,7 @@ def test_another_shape_or_vocabulary_is_refused(project):
     with pytest.raises(ConfigError, match=r"dim=32: .*model\.bin has 64"):
         train_further(path, "--dim=32")
     for name, words in (
-        ("nowhere.bin", "nowhere.bin: no such file or folder$"),
+        ("nowhere.bin", "nowhere.bin: no such model file or folder$"),
         ("meta-llama/Llama-3.2-1B", "python export.py NAME.bin --hf meta-llama/Llama-3.2-1B$"),
         ("data", "data: holds no model"),
     ):

@@ -7,6 +7,7 @@ from toy import SMALL_MODELS, random_tensors
 
 from llamalet import model_file, tokenizer
 from llamalet.errors import NonFiniteError, TokenizerError
+from llamalet.model_file import companions
 from llamalet.model_file.quantize import dequantize
 from model import Llama
 from training import weights
@@ -50,7 +51,7 @@ def test_the_tokenizer_goes_beside_the_file(tmp_path, vocabulary):
     config = SMALL_MODELS["gqa-tied"]
     state = weights.to_state(random_tensors(config))
     written = weights.write_bin(tmp_path / "story.bin", 1, config, state, vocabulary)
-    assert tokenizer.beside(tmp_path / "story.bin") == tmp_path / "story.tokenizer.bin"
+    assert companions.beside(tmp_path / "story.bin") == tmp_path / "story.tokenizer.bin"
     assert (tmp_path / "story.tokenizer.bin").read_bytes() == vocabulary.read_bytes()
     assert written.tokenizer_sha256 == tokenizer.load(vocabulary).sha256
 
@@ -91,4 +92,4 @@ def test_unknown_and_missing_names_are_refused():
 def test_an_earlier_exports_tokenizer_does_not_stay_beside_the_model(tmp_path, small_config, vocabulary):
     (tmp_path / "m.tokenizer.model").write_bytes(b"of an earlier export")
     weights.write_bin(tmp_path / "m.bin", 1, small_config, Llama(small_config).state_dict(), vocabulary)
-    assert tokenizer.beside(tmp_path / "m.bin") == tmp_path / "m.tokenizer.bin"
+    assert companions.beside(tmp_path / "m.bin") == tmp_path / "m.tokenizer.bin"

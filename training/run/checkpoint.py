@@ -34,7 +34,7 @@ from torch import Tensor
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, DiskError, NonFiniteError
 from llamalet.files import sync_folder
-from llamalet.runtime import best_first
+from llamalet.model_file.checkpoint import best_first
 
 FORMAT = "llamalet checkpoint"
 VERSION = 1

@@ -25,10 +25,10 @@ from llamalet.convert import (
     safetensors_file,
     tokenizer_json,
 )
-from llamalet.convert.imported_model import Source, difference, llama3_scaling
+from llamalet.convert.imported_model import ImportedModel, difference, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.kernels.transformer import Transformer
-from llamalet.model_file import tensors
+from llamalet.model_file import companions, tensors
 from llamalet.reference import NumpyTransformer
 from parity import proof
 from training import weights
@@ -101,8 +101,8 @@ def saved(folder: Path, kind: str, **options) -> torch.nn.Module:
     return model
 
 
-def our_source(config: ModelConfig, seed: int = 0, **rest) -> Source:
-    return Source(name="toy", config=config, tensors=random_tensors(config, seed), **rest)
+def our_source(config: ModelConfig, seed: int = 0, **rest) -> ImportedModel:
+    return ImportedModel(name="toy", config=config, tensors=random_tensors(config, seed), **rest)
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -357,7 +357,7 @@ def test_a_chat_template_goes_with_the_model(tmp_path):
     assert formats.read("bin", str(tmp_path / "m.bin")).chat_template == source.chat_template
 
 
-def llama3_source(**rest) -> Source:
+def llama3_source(**rest) -> ImportedModel:
     vocabulary = toy_llama3()
     config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=vocabulary.vocab_size)
     return our_source(config, tokenizer=vocabulary, tokenizer_data=tokenizer.pack(vocabulary.pieces()), **rest)
@@ -708,7 +708,7 @@ def test_every_version_is_an_input(tmp_path, version):
     toy_model(tmp_path, config, version=version, dtype="q4" if version == 3 else None)
     found = formats.read(formats.kind_of(tmp_path / "model.bin"), str(tmp_path / "model.bin"))
     bin_file.write(tmp_path / "copy.bin", 1, config, found.tensors, found.tokenizer, found.tokenizer_data)
-    assert tokenizer.beside(tmp_path / "copy.bin") == tmp_path / "copy.tokenizer.bin"
+    assert companions.beside(tmp_path / "copy.bin") == tmp_path / "copy.tokenizer.bin"
     copy, file = model_file.read(tmp_path / "copy.bin"), model_file.read(tmp_path / "model.bin")
     for name, tensor in bin_file.tensors_of(file).items():
         np.testing.assert_array_equal(copy.tensors[name], tensor[0 : tensor.shape[0]])
@@ -734,7 +734,7 @@ def test_the_kinds_are_told_apart(tmp_path):
     gguf_file.write(tmp_path / "g", our_source(SMALL_MODELS["gqa-tied"], tokenizer=toy_tokenizer(VOCAB)))
     for path, kind in (("hf", "hf"), ("meta", "meta_llama"), ("ckpt.pt", "llama2c"), ("g", "gguf")):
         assert formats.kind_of(tmp_path / path) == kind
-    for path, words in ((tmp_path, "no config.json"), (tmp_path / "gone", "no such file")):
+    for path, words in ((tmp_path, "no config.json"), (tmp_path / "gone", "no such model file")):
         with pytest.raises(FormatError, match=words):
             formats.kind_of(path)
 

@@ -11,7 +11,7 @@ from vocabularies import HARD
 from llamalet import Model, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert import bin_file, gguf_file
-from llamalet.convert.imported_model import Source, llama3_scaling
+from llamalet.convert.imported_model import ImportedModel, llama3_scaling
 from llamalet.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is in the extra [peers]")
@@ -30,9 +30,9 @@ OTHER_HEADS = dataclasses.replace(LLAMA3, n_heads=6, n_kv_heads=2, head_dim=32)
 TEXTS = (*HARD, "Once upon a time", "a band  of\n\n\nbandits' 12345 \U0001f600\u200d", " leading", "x" * 3000)
 
 
-def source_of(config: ModelConfig, vocabulary: Tokenizer, seed: int = 0) -> Source:
+def source_of(config: ModelConfig, vocabulary: Tokenizer, seed: int = 0) -> ImportedModel:
     tensors = random_tensors(config, seed, 0.4)
-    return Source(
+    return ImportedModel(
         name="toy",
         config=config,
         tensors=tensors,
@@ -45,7 +45,7 @@ def theirs(path: Path, **options: object) -> "llama_cpp.Llama":
     return llama_cpp.Llama(str(path), verbose=False, **options)
 
 
-def check_greedy(tmp_path: Path, source: Source, prompt: str) -> None:
+def check_greedy(tmp_path: Path, source: ImportedModel, prompt: str) -> None:
     """The most likely tokens after a prompt are llama.cpp's, and so is their text."""
     gguf_file.write(tmp_path / "m.gguf", source)
     bin_file.write(

@@ -11,6 +11,7 @@ from toy import SMALL_MODELS, random_tensors, toy_llama3, toy_tokenizer
 from llamalet import Model, model_file
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, FormatError, TokenizerError
+from llamalet.model_file import companions
 from llamalet.tokenizer import pack
 
 CONFIG = SMALL_MODELS["gqa-tied"]
@@ -104,7 +105,7 @@ def test_refusals_name_the_field_and_the_value(tmp_path, at, code, value, words)
 
 def test_another_kind_than_the_header_says_is_refused(tmp_path):
     write(tmp_path / "m.bin", kind="model")
-    with pytest.raises(TokenizerError, match="of kind bin, not model as the header says"):
+    with pytest.raises(TokenizerError, match="m.bin, tokenizer inside: is of kind bin, the header says model"):
         Model.load(tmp_path / "m.bin", backend="numpy")
 
 
@@ -112,3 +113,12 @@ def test_another_vocabulary_inside_is_refused(tmp_path):
     write(tmp_path / "m.bin", data=pack([*toy_tokenizer(299).pieces(), (b"qqq", -1.0)]))
     with pytest.raises(TokenizerError, match="not the vocabulary that .*m.bin was trained with"):
         Model.load(tmp_path / "m.bin", backend="numpy")
+
+
+def test_the_tokenizer_beside_a_model(tmp_path):
+    model = tmp_path / "story.q8.bin"
+    assert companions.beside(model) is None
+    (tmp_path / "story.q8.tokenizer.bin").touch()
+    assert companions.beside(model) == tmp_path / "story.q8.tokenizer.bin"
+    (tmp_path / "story.q8.tokenizer.model").touch()
+    assert companions.beside(model) == tmp_path / "story.q8.tokenizer.model"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from toy import toy_llama3
 from vocabularies import HARD, LOSSLESS, byte_level, from_sentencepiece, texts, train
 
-from llamalet import tokenizer
 from llamalet.errors import TokenizerError, UsageError
+from llamalet.model_file import companions
 from llamalet.tokenizer import BinTokenizer, JsonTokenizer, Llama3Tokenizer, StreamDecoder, load, parse, write_bin
 from llamalet.tokenizer.huggingface import rank_rows
 
@@ -139,7 +139,7 @@ def test_the_sentencepiece_one_is_the_model():
 def test_it_lies_beside_a_model_and_is_no_tokenizer_bin(tmp_path):
     path = tmp_path / "story.tokenizer.json"
     path.write_text(from_sentencepiece(prepend=True).to_str())
-    assert tokenizer.beside(tmp_path / "story.bin") == path
+    assert companions.beside(tmp_path / "story.bin") == path
     with pytest.raises(TokenizerError, match="story.tokenizer.json: .* cannot be written"):
         write_bin(tmp_path / "t.bin", load(path))
 

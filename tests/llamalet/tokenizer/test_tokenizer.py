@@ -359,15 +359,6 @@ def test_a_model_that_drops_extra_spaces_is_written(tmp_path):
     assert load(tmp_path / "t.bin").encode("the den") == found.encode("the den")
 
 
-def test_the_tokenizer_beside_a_model(tmp_path):
-    model = tmp_path / "story.q8.bin"
-    assert tokenizer.beside(model) is None
-    (tmp_path / "story.q8.tokenizer.bin").touch()
-    assert tokenizer.beside(model) == tmp_path / "story.q8.tokenizer.bin"
-    (tmp_path / "story.q8.tokenizer.model").touch()
-    assert tokenizer.beside(model) == tmp_path / "story.q8.tokenizer.model"
-
-
 # --- the real vocabularies ---
 
 

@@ -1,0 +1,50 @@
+"""Training checkpoints as models. model_file/checkpoint.py has their layout."""
+
+import dataclasses
+from pathlib import Path
+
+from llamalet import tokenizer
+from llamalet.config import ModelConfig
+from llamalet.convert import safetensors_file
+from llamalet.convert.bin_file import BinTensor
+from llamalet.convert.imported_model import ImportedModel, check_shapes
+from llamalet.errors import CheckpointError, TokenizerError, UsageError
+from llamalet.model_file.checkpoint import MODEL, best_first, list_steps, read_state, verify
+from llamalet.model_file.tensors import tensor_specs
+
+SUFFIX = ".weight"
+
+
+def read(name: str, *, check: bool = False) -> ImportedModel:
+    """Open a checkpoint, or the best one of a run's folder.
+
+    Args:
+        name: the checkpoint's folder or the run's.
+        check: whether to compare the checkpoint's files with their digests.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the tensors do not match the config.
+    """
+    folder = Path(name)
+    if steps := best_first(list_steps(folder)):
+        folder = steps[0]
+    if check:
+        verify(folder)
+    state = read_state(folder)
+    try:
+        config = ModelConfig.from_dict(state["model_config"])
+        tokenizer_path = folder / Path(state["tokenizer"]).name
+        stored = safetensors_file.read_arrays(folder / MODEL)
+        tensors = {theirs.removesuffix(SUFFIX): BinTensor(array) for theirs, array in stored.items()}
+        names = {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)}
+        check_shapes(MODEL, config, {ours: tensor.shape for ours, tensor in tensors.items()}, names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from None
+    model = ImportedModel(
+        name=str(folder), config=config, tensors=tensors, tokenizer_sha256=state.get("tokenizer_sha256")
+    )
+    try:
+        vocabulary = tokenizer.load(tokenizer_path, config.vocab_size)
+    except (TokenizerError, UsageError) as error:
+        return dataclasses.replace(model, notes=(str(error),))
+    return dataclasses.replace(model, tokenizer=vocabulary, tokenizer_data=tokenizer_path.read_bytes())
