@@ -8,13 +8,18 @@ options as a frozen dataclass, with a string under each field as its help text, 
 tyro converts the values to the fields' types and writes `--help`. It accepts only one spelling of switches and dashes
 at a time, so the words are normalized first: `--key=value`, `--key value`, `-` and `_` alike, `--switch`,
 `--switch=True`, `--no-switch`. A field with metadata {"bare": "latest"} may be given without a value, like `--resume`.
+A field with metadata {"heading": "model"} begins a group of options in `--help`.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
+import itertools
 import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -62,7 +67,7 @@ def parse(
     fields = {field.name: _Field.of(field, hint) for field, hint in _fields_with_hints(config_class)}
     usage = " ".join([program, *([f"[{TOML_FILE}]"] if toml else []), *(f"[{name.upper()}]" for name in positional)])
     if any(word in ("-h", "--help") for word in argv):
-        tyro.cli(_with_plain_help(config_class), prog=usage, description=description, args=["--help"], config=_TYRO)
+        tyro.cli(_for_help(config_class), prog=usage, description=description, args=["--help"], config=_TYRO)
     values = _read_words(list(argv), fields, list(positional), toml)
     if (path := values.pop(TOML_FILE, None)) is not None:
         values = _read_toml(Path(path), fields) | values
@@ -109,18 +114,41 @@ def _fields_with_hints(config_class: type) -> Iterator[tuple["dataclasses.Field[
         yield field, hints[field.name]
 
 
-def _with_plain_help(config_class: type) -> type:
-    """Return a copy of the dataclass whose help shows `--seed INT` where tyro would show `--seed {None}|INT`."""
-    hints: dict[str, Any] = {}
+def _for_help(config_class: type) -> type:
+    """Return a dataclass for --help: fields in groups, and `--seed INT` where tyro would show `--seed {None}|INT`.
+
+    A field with metadata {"heading": "model"} begins the group "model options", a dataclass within the dataclass.
+    """
+    texts = _help_texts(config_class)
+    groups: dict[str, list[tuple[str, Any, Any]]] = {}
+    heading = ""
     for field, hint in _fields_with_hints(config_class):
+        heading = field.metadata.get("heading", heading)
         annotated = typing.get_origin(hint) is typing.Annotated
         value_types = [t for t in typing.get_args(hint.__origin__ if annotated else hint) if t is not types.NoneType]
+        shown: dict[str, Any] = {"help": texts.get(field.name)}
         if field.default is None and value_types:
             name = {bool: "{True,False}", str: "TEXT"}.get(value_types[0], value_types[0].__name__.upper())
-            hints[field.name] = typing.Annotated[hint, tyro.conf.arg(metavar=name, help_behavior_hint="")]
-    namespace = {"__annotations__": hints, "__doc__": config_class.__doc__, "__module__": config_class.__module__}
-    namespace |= {name: dataclasses.field(default=None) for name in hints}
-    return dataclasses.dataclass(frozen=True, kw_only=True)(type(config_class.__name__, (config_class,), namespace))
+            shown |= {"metavar": name, "help_behavior_hint": ""}
+        hint = typing.Annotated[hint, tyro.conf.arg(**shown)]
+        groups.setdefault(heading, []).append((field.name, hint, dataclasses.field(default=field.default)))
+    members = groups.pop("", [])
+    for heading, fields in groups.items():
+        group = dataclasses.make_dataclass(heading, fields)
+        unprefixed = tyro.conf.OmitArgPrefixes[group]  # type: ignore[valid-type]
+        members.append((heading, unprefixed, dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass(config_class.__name__, members)
+
+
+def _help_texts(config_class: type) -> dict[str, str]:
+    """Return the string under each field of a dataclass and of its bases, as one line."""
+    texts = {}
+    for base in reversed([base for base in config_class.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return texts
 
 
 def _read_toml(path: Path, fields: dict[str, _Field]) -> dict[str, str]:

@@ -190,19 +190,18 @@ def _named_tokenizer(config: ExportConfig) -> Path | None:
 
 def _open_checkpoint(named: str | None) -> tuple[ImportedModel, str | None]:
     """Open a checkpoint of train.py's; return it and the data that it was trained on."""
-    from training import weights
     from training.run import checkpoint
 
     found = checkpoint.load(_find_checkpoint(named))
-    print(f"checkpoint of step {found.state['step']}:")
+    print(f"checkpoint of step {found.state.step}:")
     source = ImportedModel(
         name=str(found.path),
         config=found.model_config,
-        tensors=weights.to_arrays(found.model_state),
+        tensors=found.tensors,
         tokenizer=tokenizer.load(found.tokenizer_path, found.model_config.vocab_size),
         tokenizer_data=found.tokenizer_path.read_bytes(),
     )
-    return source, found.state.get("data")
+    return source, found.state.data
 
 
 def _describe(c: ModelConfig) -> str:

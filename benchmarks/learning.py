@@ -44,6 +44,7 @@ from training.batches import Windows
 from training.config import TrainConfig
 from training.machine.hardware import count_threads
 from training.run import checkpoint, metrics
+from training.weights import to_torch
 
 PEER, OURS = "llama2.c", "ours"
 PEER_RATES = (2e-3, 4e-3, 8e-3)
@@ -266,7 +267,7 @@ def train_ours(config: LearnConfig, data: Shards, results: Results, options: str
         assert path is not None
         kept = checkpoint.load(path)
         model = Llama(kept.model_config)
-        model.load_state_dict(kept.model_state)
+        model.load_state_dict(to_torch(kept.model_state))
         results.add(measured(model, data, Run(
             side=OURS, options=options, seed=seed, tokens=tokens, seconds=seconds, loss=0, chunked_loss=0,
             curve=[[row["tokens"], row["val_loss"]] for row in rows if row.get("val_loss") is not None],

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if best is None:
         raise CheckpointError(f"{folder}: holds no checkpoint; train one first: python train.py configs/demo.toml")
     source = checkpoint.load(best)
-    data = Shards.open(source.state["data"])
+    data = Shards.open(source.state.data)
     if data.meta.entropy is None:
         raise DataError(f"{data.folder}: has no known entropy; only data from `tinystories.py synthesize` has")
     proofs = [_export(folder / name, version, dtype, source, data) for version, dtype, name in FILES]
@@ -80,8 +80,10 @@ def main(argv: Sequence[str]) -> int:
 def _export(path: Path, version: int, dtype: str | None, source: checkpoint.Checkpoint, data: Shards) -> Proof:
     """Write one version and prove it."""
     print(f"exporting and proving {path} ...", flush=True)
-    weights.write_bin(path, version, source.model_config, source.model_state, source.tokenizer_path, dtype=dtype)
-    return prove(path, originals=weights.to_arrays(source.model_state), data=data)
+    weights.write_bin(
+        path, version, source.model_config, weights.to_torch(source.model_state), source.tokenizer_path, dtype=dtype
+    )
+    return prove(path, originals=source.tensors, data=data)
 
 
 def _parity_table(proofs: list[Proof]) -> str:

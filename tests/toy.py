@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from llamalet.model_file.tensors import tensor_specs
 from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, write_bin
 from llamalet.tokenizer.llama3 import special_names
 from llamalet.tokenizer.rows import TokenizerRow
+from training.run.run_state import RunState
 
 # One small model of each kind that Llama files come in.
 SMALL_MODELS = {
@@ -112,6 +114,12 @@ def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 
     )  # fmt: skip
     shards.write_meta(folder / shards.META_FILE, meta)
     return folder
+
+
+def toy_state(config: ModelConfig, step: int, val_loss: float | None = None, **more: Any) -> RunState:
+    """Return what a checkpoint says of its run, for one that was never made by a run."""
+    values = {"tokenizer_sha256": "", "data": "", "train_config": {}, "tokenizer": "tokenizer.bin"} | more
+    return RunState(step=step, val_loss=val_loss, model_config=config, **values)
 
 
 class ListCache(list):

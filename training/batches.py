@@ -1,8 +1,7 @@
-"""Batches as a pure function of (seed, step): resuming is an integer, and no process needs to know of another.
+"""Batches as a pure function of seed and position: to resume is to know one integer, and processes share nothing.
 
-A split is one long stream of tokens, cut into windows of T + 1. Windows begin at a document's BOS where they can, so
-that a model meets every document from its start. An epoch visits each window once, in an order drawn from its number.
-Needs no data loader.
+A split is one long stream of tokens, cut into windows of T + 1. Where possible a window begins at a document's BOS, so
+the model sees documents from their start. An epoch visits each window once, in an order drawn from seed and epoch.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,19 +15,19 @@ from llamalet.errors import DataError
 from llamalet.shards import TokenArray
 
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Inputs and targets, each int64 (B, T); an IGNORED target does not count."""
+"""Inputs and targets, each int64 (B, T); IGNORED targets do not count."""
 
 
 def window_starts(n_tokens: int, seq_len: int, document_starts: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """Return where the windows of seq_len + 1 tokens begin.
 
-    A window begins at the last document start within seq_len tokens of the window before, and where there is none
-    seq_len after it. So every token is a target at least once (but for a tail shorter than a window), and a document
-    that fits is seen whole, from its BOS on.
+    The next window begins at the last document start within seq_len tokens of this window's start, or seq_len tokens
+    after it if there is none. So every token except a tail shorter than a window is a target at least once, and a
+    document that fits into a window is seen whole.
 
     Args:
         n_tokens: length of the token stream.
-        seq_len: inputs a window (T).
+        seq_len: inputs per window (T).
         document_starts: ascending positions of the documents' BOS; None cuts plain chunks, seq_len apart.
 
     Returns:
@@ -40,8 +39,8 @@ def window_starts(n_tokens: int, seq_len: int, document_starts: NDArray[np.int64
     if document_starts is None or not len(document_starts):
         return np.arange(0, end, seq_len, dtype=np.int64)
     documents = document_starts if document_starts[0] == 0 else np.concatenate(([0], document_starts))
-    # For all documents at once: from a window that begins at this document's start, `plain` windows go by until a
-    # document starts within reach; `follower` is the last such document, where the next window begins.
+    # For each document, if a window begins at its start: `plain` windows follow, seq_len apart, before a window that
+    # has a document start within reach; `follower` is the last such document, where the next window begins.
     to_next = np.diff(documents, append=n_tokens)
     plain = np.maximum(-(-to_next // seq_len) - 1, 0)
     reach = documents + (plain + 1) * seq_len
@@ -63,8 +62,8 @@ class Windows:
 
     Args:
         tokens: the split's tokens.
-        seq_len: inputs a window (T).
-        document_starts: where the documents begin, to align the windows with; None for plain chunks.
+        seq_len: inputs per window (T).
+        document_starts: where documents begin, to align windows with them; None for plain chunks.
 
     Raises:
         DataError: if there are fewer tokens than one window needs.
@@ -86,31 +85,31 @@ class Windows:
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Return the order in which `epoch` visits the windows: a permutation, int64 (W,)."""
-        known = self._epoch_order  # looked at once: another thread may be at another epoch
+        known = self._epoch_order  # read once: another thread may replace it
         if known is None or known[0] != (seed, epoch):
             known = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
             self._epoch_order = known
         return known[1]
 
     def training_batch(self, seed: int, first: int, batch_size: int) -> Batch:
-        """Return the sequences first, first + 1, ... of the endless training stream that `seed` names.
+        """Return sequences first, first + 1, ... of the endless training stream of a seed.
 
         Args:
-            seed: names the stream.
+            seed: the run's seed.
             first: number of sequences before this batch, over all steps and processes.
-            batch_size: sequences wanted (B); the batch may run across the end of an epoch.
+            batch_size: number of sequences (B); a batch may cross the end of an epoch.
         """
         sequences = np.arange(first, first + batch_size)
-        epochs, places = np.divmod(sequences, len(self))
-        picks = [self.order(seed, int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
+        epochs, positions = np.divmod(sequences, len(self))
+        picks = [self.order(seed, int(epoch))[position] for epoch, position in zip(epochs, positions, strict=True)]
         rows = np.stack([self.tokens[s : s + self.seq_len + 1] for s in self.starts[picks].tolist()])
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
     def evaluation_batches(self, batch_size: int, n_batches: int, rank: int = 0, n_ranks: int = 1) -> Iterator[Batch]:
         """Yield this process's share of at most `n_batches` fixed batches, spread evenly over the split.
 
-        Every token is a target at most once: what the next window covers too is IGNORED, and so are the rows that fill
-        up the last batch, or a whole batch, so that all processes get as many.
+        Every token is a target at most once: targets that the next window covers too are IGNORED. So are rows that pad
+        the last batch, and whole batches of padding that give every process the same number.
         """
         wanted = min(batch_size * n_batches, len(self))
         picks = np.linspace(0, len(self), num=wanted, endpoint=False).astype(np.int64)
@@ -128,13 +127,13 @@ class Windows:
 
 
 class Prefetcher:
-    """Makes batches, and the one that will be asked for next while the caller is busy with the last.
+    """Makes batches, and the next one in a thread while the caller is busy.
 
-    Whatever is asked for is what comes: a wrong guess costs the time of making a batch, no more.
+    A wrong guess of the next index costs only the time of making a batch.
 
     Args:
-        make: returns the batch at a place of the run; it is called in a thread, one call at a time.
-        stride: how far the next place is from the last.
+        make: returns the batch of an index; it is called in the thread, one call at a time.
+        stride: difference between an index and the next.
     """
 
     def __init__(self, make: Callable[[int], Batch], stride: int) -> None:
@@ -142,13 +141,13 @@ class Prefetcher:
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[Batch]] | None = None
 
-    def batch(self, place: int) -> Batch:
-        """Return the batch at `place`, or raise what making it raised."""
+    def batch(self, index: int) -> Batch:
+        """Return batch `index`, or raise what making it raised."""
         self._thread = self._thread or ThreadPoolExecutor(1, "batches")
-        if self._ahead is None or self._ahead[0] != place:
-            self._ahead = place, self._thread.submit(self._make, place)
+        if self._ahead is None or self._ahead[0] != index:
+            self._ahead = index, self._thread.submit(self._make, index)
         batch = self._ahead[1].result()
-        self._ahead = place + self._stride, self._thread.submit(self._make, place + self._stride)
+        self._ahead = index + self._stride, self._thread.submit(self._make, index + self._stride)
         return batch
 
     def close(self) -> None:

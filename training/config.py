@@ -1,4 +1,4 @@
-"""Every option of train.py. Needs no torch, so that --help and a mistyped option answer at once."""
+"""The options of train.py. Torch is not imported, so --help and a mistyped option answer at once."""
 
 import dataclasses
 import math
@@ -6,145 +6,142 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from llamalet.config import ModelConfig
+from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError
 from training.schedule import Schedule, learning_rate
 
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "rope_theta", "tied")
 LONGEST = 1024
-"""Context that a model from elsewhere is trained further with, unless another is given: attention over all that large
-models have would not fit into memory."""
+"""Default limit on the context of a model to train further: its whole context may not fit into memory."""
 
 _INTERVAL = re.compile(r"(\d+) *(|[smh])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything that can be set; the defaults are the shape of stories15M."""
+    """All settings of a run; the defaults are the shape of stories15M."""
 
-    # Files
-    out_dir: str = "out"
-    """Where the run goes."""
+    out_dir: str = field(default="out", metadata={"heading": "file"})
+    """Folder of the run."""
     data: str | None = None
-    """Folder of prepared data, or one above it; the newest below data/ where not given."""
+    """Folder of prepared data, or a folder above it; by default the newest in data/."""
     source: str | None = None
-    """Text to prepare first, where it is not prepared yet, as tinystories.py pretokenize does: tinyshakespeare, a file,
-    a folder, a Hub ID that was downloaded; with the vocabulary of --init_from's model, where there is one."""
+    """Text to prepare first, as tinystories.py pretokenize does: tinyshakespeare, a file, a folder, or the ID of a
+    downloaded Hub dataset. With --init_from, that model's vocabulary is used."""
     resume: str | None = field(default=None, metadata={"bare": "latest"})
-    """Go on from the newest sound checkpoint in out_dir, or from the checkpoint folder given; auto starts afresh where
-    there is none."""
+    """Continue from the newest valid checkpoint in out_dir, or from the checkpoint folder given; auto starts a new run
+    if there is none."""
     init_from: str = "scratch"
-    """scratch; or a model to train further: a run, a checkpoint, a .bin, a .gguf, a Hugging Face or Meta folder,
-    llama2.c's .pt; or resume, another spelling of --resume."""
+    """Initial weights: scratch; or a model to train further (a run, a checkpoint, a .bin, a .gguf, a Hugging Face or
+    Meta folder, llama2.c's .pt); or resume, which is the same as --resume."""
     overwrite: bool = False
-    """Remove the checkpoints that an earlier run left in out_dir, instead of refusing to start."""
+    """Remove the checkpoints of an earlier run in out_dir instead of refusing to start."""
 
-    # Model
-    dim: int = 288
+    dim: int = field(default=288, metadata={"heading": "model"})
     """Width of the residual stream."""
     n_layers: int = 6
     """Number of layers."""
     n_heads: int = 6
-    """Query heads."""
+    """Number of query heads."""
     n_kv_heads: int | None = None
-    """Key and value heads; as many as query heads where not given."""
+    """Number of key and value heads; n_heads by default."""
     head_dim: int | None = None
-    """Width of a head; dim / n_heads where not given."""
+    """Width of a head; dim / n_heads by default."""
     hidden_dim: int | None = None
-    """Width of the feed-forward layer; 8/3 dim rounded up to multiple_of where not given."""
+    """Width of the feed-forward layer; 8/3 dim, rounded up to a multiple of multiple_of, by default."""
     multiple_of: int = 32
     """See hidden_dim."""
     vocab_size: int | None = None
-    """Tokens in the vocabulary; always that of the data, and refused where it differs."""
+    """Number of tokens in the vocabulary. The data decide it; another value is an error."""
     max_seq_len: int = 256
-    """Tokens of context, and of each training sequence."""
+    """Context length, which is also the length of training sequences, in tokens."""
     norm_eps: float = 1e-5
-    """Added to the mean square in each norm."""
+    """Added to the mean square in RMSNorm."""
     rope_theta: float = 10000.0
-    """Base of the RoPE wavelengths."""
+    """Base of the RoPE frequencies."""
     tied: bool = True
     """Use the embedding table as the output projection too."""
     dropout: float = 0.0
     """Share of activations dropped in training."""
 
     init: Literal["normal", "copying"] = "copying"
-    """copying lets attention begin by passing on what it attends to, its like; normal is GPT-2's start."""
+    """Initial weights: normal is GPT-2's initialization; copying makes attention heads start by attending to similar
+    tokens and passing them on."""
 
-    # Batches
-    batch_size: int = 32
-    """Sequences per process and micro-step: what must fit into memory."""
+    batch_size: int = field(default=32, metadata={"heading": "batch"})
+    """Sequences per process and micro-step; limited by memory."""
     total_batch_tokens: int | None = None
-    """Tokens of an optimizer step over all processes; one micro-step of each where not given."""
+    """Tokens per optimizer step over all processes; by default one micro-step of each process."""
     align_documents: bool = True
     """Begin sequences at the start of a document where possible; false cuts plain chunks."""
     seed: int = 1337
-    """Names the initial weights, the order of the data and the dropout."""
+    """Seed of the initial weights, the order of the data and the dropout."""
 
-    # Optimizer
-    optimizer: Literal["adamw", "muon"] = "muon"
-    """muon takes the layers' matrices out of AdamW's hands: models learn much faster with it."""
+    optimizer: Literal["adamw", "muon"] = field(default="muon", metadata={"heading": "optimizer"})
+    """adamw; or muon for the matrices of the layers and AdamW for the rest, which learns much faster."""
     max_iters: int = 20000
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the run."""
     learning_rate: float = 2e-3
-    """Highest learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     min_lr: float = 0.0
-    """Learning rate at the end."""
+    """Final learning rate."""
     warmup_iters: int = 500
     """Steps of linear warm-up."""
     decay_lr: bool = True
-    """Come down after the warm-up; false stays at learning_rate."""
+    """Decay the learning rate after the warm-up; false keeps it constant."""
     schedule: Schedule = "wsd"
-    """How: cosine falls all the way; wsd (warm-up, stable, decay) stays at learning_rate, then falls in a line."""
+    """Decay: cosine decays from the warm-up to the end; wsd (warmup-stable-decay) stays at the peak, then decays
+    linearly."""
     decay_share: float = 0.5
-    """Share of the run in which wsd falls."""
+    """Share of the run in which wsd decays."""
     weight_decay: float = 0.1
-    """Decay of the matrices, in AdamW's sense."""
+    """Decoupled weight decay of the matrices."""
     beta1: float = 0.9
-    """AdamW's first moment."""
+    """AdamW's decay rate of the first moment."""
     beta2: float = 0.95
-    """AdamW's second moment."""
+    """AdamW's decay rate of the second moment."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
+    """Largest gradient norm; 0 disables clipping."""
     spike_factor: float = 10.0
-    """Skip a step whose gradient norm is this many times its mean over the last 100; 0 skips none for its norm."""
+    """Skip a step whose gradient norm exceeds this many times its mean over the last 100 steps; 0 skips none."""
     max_skipped: int = 10
-    """Steps in a row that may be skipped, for a spike or a loss that is not finite, before the run stops."""
+    """Stop the run after more than this many skipped steps in a row (spikes, or losses that are not finite)."""
 
-    # Evaluation and records
-    eval_interval: int = 1000
-    """Steps between evaluations on the validation split; there is one at the end in any case."""
+    eval_interval: int = field(default=1000, metadata={"heading": "evaluation"})
+    """Steps between evaluations on the validation split; the last step is always evaluated."""
     eval_iters: int = 100
-    """Batches of batch_size sequences in an evaluation, over all processes."""
+    """Batches of batch_size sequences per evaluation, over all processes."""
     eval_only: bool = False
-    """Score the best checkpoint in out_dir, or the newest or another with --resume, on all validation data."""
+    """Score a checkpoint on all validation data instead of training: the best in out_dir; with --resume the newest or
+    the one given."""
     save_every: str | None = "15m"
-    """Between checkpoints: steps (500) or time (90s, 15m, 2h); so does each evaluation, with 0 nothing else."""
+    """Checkpoint interval: steps (500) or time (90s, 15m, 2h). Evaluations also save; 0 saves only then."""
     keep: int = 2
-    """How many of the newest checkpoints stay, beside the best."""
+    """Number of newest checkpoints to keep, in addition to the best."""
     log_interval: int = 10
     """Steps between lines of output."""
     sample: bool = True
-    """Let the model begin a story at each evaluation, and the exported one tell a whole one at the end."""
+    """Print the beginning of a story at each evaluation, and a whole one from the exported model at the end."""
     wandb_log: bool = False
-    """Record the run with wandb too; WANDB_MODE=offline works."""
+    """Log to wandb too; WANDB_MODE=offline works."""
     wandb_project: str = "llamalet"
-    """Project in wandb."""
+    """wandb's project."""
     wandb_run_name: str | None = None
-    """Name of the run in wandb."""
+    """wandb's name of the run."""
 
-    # Machine
-    device: str = "auto"
+    device: str = field(default="auto", metadata={"heading": "machine"})
     """auto, cpu, cuda, cuda:N or mps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes share the model: each has all of it, or a share of every layer (FSDP2)."""
+    """How several processes share the model: ddp gives each a copy, fsdp (FSDP2) a share of every layer."""
     dtype: str = "auto"
-    """auto (bfloat16 where the hardware has it), float32 or bfloat16 for the matrix products; weights are float32."""
+    """Type of the matrix products: float32, bfloat16, or auto (bfloat16 if the hardware has it). Weights are
+    float32."""
     compile: bool = True
-    """Use torch.compile where a compiler works."""
+    """Use torch.compile if a compiler works."""
     threads: int | None = None
-    """CPU threads of a process; its share of the cores where not given."""
+    """CPU threads per process; by default its share of the cores."""
     deterministic: bool | None = None
-    """Repeatable results to the last bit; on on the CPU, where it costs nothing, off elsewhere."""
+    """Use deterministic algorithms; by default on the CPU, where they cost nothing, and not elsewhere."""
     peak_tflops: float | None = None
     """The device's peak in TFLOP/s at this dtype, for MFU; known for common GPUs."""
 
@@ -164,9 +161,9 @@ class TrainConfig:
             problems.append(f"seed={self.seed}: must be less than 2**63")
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+                problems.append(f"{name}={getattr(self, name)}: must be in [0, 1)")
         if not 0 <= self.decay_share <= 1:
-            problems.append(f"decay_share={self.decay_share}: must lie in [0, 1]")
+            problems.append(f"decay_share={self.decay_share}: must be in [0, 1]")
         if not 0 < self.learning_rate < math.inf:
             problems.append(f"learning_rate={self.learning_rate}: must be positive")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -180,28 +177,29 @@ class TrainConfig:
 
     @property
     def save_steps(self) -> int | None:
-        """Steps between checkpoints, where save_every counts steps."""
+        """Steps between checkpoints; None if save_every is 0 or a time."""
         count, unit = self._save_every
         return count if count and not unit else None
 
     @property
     def save_seconds(self) -> float | None:
-        """Seconds between checkpoints, where save_every is a time."""
+        """Seconds between checkpoints; None if save_every is 0 or counts steps."""
         count, unit = self._save_every
         return count * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit] if count and unit else None
 
     @property
     def _save_every(self) -> tuple[int, str]:
-        """The number and the unit of save_every; no unit means steps."""
+        """The number and the unit of save_every; an empty unit means steps."""
         found = _INTERVAL.fullmatch(str(self.save_every or "0"))
-        assert found is not None  # __post_init__ saw to it
+        assert found is not None  # checked by __post_init__
         return int(found[1]), found[2]
 
-    def model_config(self, vocab_size: int) -> ModelConfig:
-        """Return the shape of the model over a vocabulary of `vocab_size` tokens."""
+    def model_config(self, vocab_size: int, rope_scaling: RopeScaling | None = None) -> ModelConfig:
+        """Return the shape of the model for a vocabulary of `vocab_size` tokens."""
         names = ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "max_seq_len"]
         names += ["norm_eps", "rope_theta", "tied"]
-        return ModelConfig.create(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in names}
+        return ModelConfig.create(vocab_size=vocab_size, rope_scaling=rope_scaling, **values)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 0."""
@@ -216,10 +214,10 @@ class TrainConfig:
         )
 
     def accumulation(self, n_processes: int) -> int:
-        """Return the micro-steps of each process in an optimizer step.
+        """Return the number of micro-steps per process in an optimizer step.
 
         Raises:
-            ConfigError: if total_batch_tokens is no whole number of micro-steps, naming the nearest that are.
+            ConfigError: if total_batch_tokens is not a multiple of a micro-step; it gives the nearest multiples.
         """
         micro_step = self.batch_size * self.max_seq_len * n_processes
         total = self.total_batch_tokens or micro_step
@@ -234,20 +232,20 @@ class TrainConfig:
 
 
 def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
-    """Return TrainConfig with a run's settings as defaults, so that only what is typed now changes them."""
-    saved = {"schedule": "cosine"} | saved  # what there was before there was a choice
-    if isinstance(steps := saved["save_every"], int):  # as checkpoints of the first version have it
+    """Return TrainConfig with the settings of a saved run as defaults, for options to override."""
+    saved = {"schedule": "cosine"} | saved  # the only schedule of old checkpoints, which lack the option
+    if isinstance(steps := saved["save_every"], int):  # in the oldest checkpoints
         saved["save_every"] = str(steps)
-    what_to_do = ("out_dir", "source", "resume", "init_from", "overwrite", "eval_only")
+    not_inherited = ("out_dir", "source", "resume", "init_from", "overwrite", "eval_only")
     fields = [
         (field.name, field.type, dataclasses.field(default=saved[field.name], metadata=field.metadata))
         for field in dataclasses.fields(TrainConfig)
-        if field.name in saved and field.name not in what_to_do
+        if field.name in saved and field.name not in not_inherited
     ]
     return dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True, kw_only=True)
 
 
 def with_shape(model: ModelConfig) -> type[TrainConfig]:
-    """Return TrainConfig with a model's shape as defaults, and no more than LONGEST of its context."""
+    """Return TrainConfig with a model's shape as defaults, and its context up to LONGEST."""
     shape = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name in SHAPE}
     return with_defaults(dataclasses.asdict(TrainConfig()) | shape | {"max_seq_len": min(model.max_seq_len, LONGEST)})

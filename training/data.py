@@ -1,36 +1,31 @@
-"""The prepared data that a run reads: which they are, and whether all who read them read the same."""
+"""The prepared data that a run reads: find them, and check that every process reads the same."""
 
 import hashlib
 import shlex
-from typing import TYPE_CHECKING
 
 from llamalet import tokenizer
 from llamalet.errors import ConfigError, DataError
 from llamalet.shards import Shards, find_newest
 from training.config import TrainConfig
 
-if TYPE_CHECKING:
-    from training.init_from import StartingPoint
 
-
-def open_data(config: TrainConfig, start: "StartingPoint | None" = None) -> Shards:
-    """Open the prepared data that the config names, or the newest.
+def open_data(config: TrainConfig, tokenizer_sha256: str | None = None, tokenizer_path: str | None = None) -> Shards:
+    """Open the prepared data that the config names, or the newest below data/.
 
     Args:
-        config: where they are.
-        start: the model to train further; of several data, the newest with its vocabulary are taken.
+        config: `data` and `vocab_size` are used.
+        tokenizer_sha256: the vocabulary of a model to train further; the newest data with it are preferred.
+        tokenizer_path: its file, for the command in the error if there are no data.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are no data.
         ConfigError: if their vocabulary is not the one asked for.
     """
     root = config.data or "data"
-    folder = None
-    if start and start.tokenizer_sha256:
-        folder = find_newest(root, tokenizer_sha256=start.tokenizer_sha256)
+    folder = find_newest(root, tokenizer_sha256=tokenizer_sha256) if tokenizer_sha256 else None
     folder = folder or find_newest(root)
     if folder is None:
-        vocab = f" --vocab={shlex.quote(start.tokenizer_path)}" if start and start.tokenizer_path else ""
+        vocab = f" --vocab={shlex.quote(tokenizer_path)}" if tokenizer_path else ""
         raise DataError(
             f"{root}: no prepared data; make some with `python tinystories.py download` (offline: `synthesize`), then "
             f"`python tinystories.py pretokenize{vocab}`"
@@ -45,16 +40,16 @@ def open_data(config: TrainConfig, start: "StartingPoint | None" = None) -> Shar
 
 
 def fingerprint(data: Shards) -> str:
-    """Return what differs where the tokens of prepared data differ: 64 characters."""
+    """Return a sha256 in hex (64 characters) over the digests of the vocabulary and all shards."""
     digests = [shard.sha256 for split in data.meta.splits.values() for shard in split.shards]
     return hashlib.sha256("".join([data.tokenizer_sha256, *digests]).encode()).hexdigest()
 
 
 def read_tokenizer(data: Shards) -> bytes:
-    """Return the file of the data's tokenizer, which goes into each checkpoint.
+    """Return the contents of the data's tokenizer file, a copy of which goes into each checkpoint.
 
     Raises:
-        DataError: if it is not the one that the data were made with.
+        DataError: if it is not the tokenizer that the data were made with.
         TokenizerError: if it is missing or damaged.
     """
     if tokenizer.load(data.tokenizer_path).sha256 != data.tokenizer_sha256:

@@ -19,7 +19,7 @@ from llamalet.tokenizer import Tokenizer
 from model import Llama
 from training.machine.distributed import Processes
 from training.run.checkpoint import Checkpoint
-from training.weights import load_model
+from training.weights import load_model, to_torch
 
 LOGITS_BYTES = 1 << 27
 """Logits in float32 that a batch may have."""
@@ -33,11 +33,11 @@ def evaluate_checkpoint(checkpoint: Checkpoint, data: Shards, group: Processes) 
         DataError: if the split has no text.
         NonFiniteError: if the loss is NaN or infinite.
     """
-    if checkpoint.state["tokenizer_sha256"] != data.tokenizer_sha256:
+    if checkpoint.state.tokenizer_sha256 != data.tokenizer_sha256:
         raise ConfigError(
             f"data={data.folder}: its vocabulary is not that of {checkpoint.path}; name others with --data"
         )
-    model = load_model(checkpoint.model_config, checkpoint.model_state).to(group.device)
+    model = load_model(checkpoint.model_config, to_torch(checkpoint.model_state)).to(group.device)
     documents = list(read_documents(data.split("val"), data.meta.bos_id))[group.rank :: group.count]
     scores = evaluate_batches(model, tokenizer.load(data.tokenizer_path), documents, group.device)
     if group.is_main:

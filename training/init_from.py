@@ -11,7 +11,7 @@ from llamalet.convert import formats
 from llamalet.errors import CheckpointError, ConfigError
 from llamalet.shards import Shards
 from training.run import checkpoint
-from training.weights import read_state
+from training.weights import read_state, to_torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +71,8 @@ def read(path: str) -> StartingPoint:
         return StartingPoint(
             name=str(folder),
             config=found.model_config,
-            state=found.model_state,
-            tokenizer_sha256=found.state["tokenizer_sha256"],
+            state=to_torch(found.model_state),
+            tokenizer_sha256=found.state.tokenizer_sha256,
             tokenizer_path=str(found.tokenizer_path),
         )
     source = formats.read(formats.kind_of(folder), path)

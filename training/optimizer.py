@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from training.machine.distributed import ShardedMuon, share, total_norm, whole_slots
+from training.machine.distributed import ShardedMuon, gather_slots, shard, total_norm
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
@@ -106,7 +106,7 @@ class Optimizer:
 
         Where they are sharded, every process must call this, and only the main one gets them.
         """
-        slots = whole_slots(self._model, self._parts)
+        slots = gather_slots(self._model, self._parts)
         return {f"{name}:{slot}": value for name, state in slots.items() for slot, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -122,4 +122,4 @@ class Optimizer:
             part = next(p for p in self._parts if any(parameter is q for g in p.param_groups for q in g["params"]))
             # AdamW counts its steps in a scalar, which the fused CUDA kernel wants on the device as well.
             value = value.to(parameter.device, copy=True)
-            part.state[parameter][slot] = share(value, like=parameter) if value.dim() else value
+            part.state[parameter][slot] = shard(value, like=parameter) if value.dim() else value

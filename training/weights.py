@@ -5,6 +5,7 @@ The names are the same everywhere; PyTorch's state dict alone ends each with ".w
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,16 @@ SUFFIX = ".weight"
 def to_arrays(state: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
     """Return a state dict's tensors by their names in files, float32; float32 tensors on the CPU share their memory."""
     return {name.removesuffix(SUFFIX): tensor.detach().float().cpu().numpy() for name, tensor in state.items()}
+
+
+def to_numpy(tensors: Mapping[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
+    """Return tensors as arrays of the same names and types; those of tensors on the CPU share their memory."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def to_torch(arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    """Return arrays as tensors of the same names and types, which share their memory."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def to_state(tensors: Mapping[str, model_file.Tensor]) -> dict[str, torch.Tensor]:

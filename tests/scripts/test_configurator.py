@@ -144,6 +144,30 @@ def test_missing_toml_names_the_file(tmp_path):
         options(str(tmp_path / "gone.toml"), toml=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grouped:
+    verbose: bool = False
+    """tell more"""
+    dim: int = field(default=8, metadata={"heading": "model"})
+    """width
+    of the model"""
+    layers: int | None = None
+    """depth"""
+    rate: float = field(default=1.0, metadata={"heading": "optimizer"})
+    """step size"""
+
+
+def test_help_shows_options_under_their_headings(capsys):
+    with pytest.raises(SystemExit):
+        parse(Grouped, ["--help"], program="x", description="A test.")
+    words = " ".join(capsys.readouterr().out.partition("A test.")[2].replace("\u2502", "").split())
+    order = ["options", "--verbose", "tell more", "model options", "--dim INT", "width of the model", "--layers INT"]
+    order += ["depth", "optimizer options", "--rate FLOAT", "step size"]
+    places = [words.index(text) for text in order]
+    assert places == sorted(places)
+    assert parse(Grouped, ["--rate=2", "--dim=9"], program="x", description="") == Grouped(rate=2.0, dim=9)
+
+
 def test_help_lists_every_option_and_exits_with_zero(capsys):
     with pytest.raises(SystemExit) as caught:
         options("--help")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import SMALL_MODELS, random_tensors, toy_data
+from toy import SMALL_MODELS, random_tensors, toy_data, toy_state
 
 import export
 from llamalet import model_file, shards, tokenizer
@@ -14,7 +14,6 @@ from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError
 from llamalet.kernels.transformer import Transformer
 from llamalet.runtime import Model
 from parity import proof
-from training import weights
 from training.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -25,17 +24,12 @@ def save_checkpoint(run: Path, data: Path, step: int, val_loss: float, seed: int
     vocabulary = data / "tokenizer.bin"
     return checkpoint.save(
         run,
-        model_config=CONFIG,
-        model_state=weights.to_state(random_tensors(CONFIG, seed, scale=0.05)),
+        toy_state(CONFIG, step, val_loss, data=str(data), tokenizer_sha256=tokenizer.load(vocabulary).sha256),
+        model_state={f"{name}.weight": array for name, array in random_tensors(CONFIG, seed, scale=0.05).items()},
         optimizer_state={},
-        state={
-            "step": step, "val_loss": val_loss, "data": str(data),
-            "tokenizer_sha256": tokenizer.load(vocabulary).sha256,
-        },
-        tokenizer_name=vocabulary.name,
         tokenizer_data=vocabulary.read_bytes(),
         keep=5,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

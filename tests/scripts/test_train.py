@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy import SMALL_MODELS, toy_data, toy_tokenizer
+from toy import SMALL_MODELS, toy_data, toy_state, toy_tokenizer
 
 import train
 from configurator import parse
@@ -181,8 +182,8 @@ def save_steps(run_dir: Path, losses: dict[int, float | None], keep: int = 9) ->
     """Save a checkpoint for each step, all of one run, and return the steps that are kept."""
     for step, loss in losses.items():
         checkpoint.save(
-            run_dir, model_config=SMALL_MODELS["gqa-tied"], model_state={"w": torch.ones(2)}, optimizer_state={},
-            state={"step": step, "val_loss": loss}, tokenizer_name="t", tokenizer_data=b"t", keep=keep,
+            run_dir, toy_state(SMALL_MODELS["gqa-tied"], step, loss), model_state={"w": np.ones(2, np.float32)},
+            optimizer_state={}, tokenizer_data=b"t", keep=keep,
         )  # fmt: skip
     return [int(path.name.removeprefix("step-")) for path in checkpoint.list_steps(run_dir)]
 
@@ -211,7 +212,7 @@ def test_going_back_leaves_the_later_checkpoints_out(tmp_path):
     debris.mkdir()
     moved = checkpoint.go_back(tmp_path, 400)
     assert [path.name for path in moved] == ["step-00000900", "step-00001000"] and not debris.exists()
-    assert checkpoint.load(moved[0]).state["step"] == 900
+    assert checkpoint.load(moved[0]).state.step == 900
     assert checkpoint.find_latest(tmp_path) == checkpoint.find_best(tmp_path) == checkpoint.newest_best(tmp_path)
     assert save_steps(tmp_path, {500: 2.4, 900: 2.3}, keep=2) == [500, 900]
     assert [path.name for path in checkpoint.go_back(tmp_path, 500)] == ["step-00000900"]
@@ -225,7 +226,7 @@ def test_resuming_from_an_earlier_checkpoint_is_exact_and_leaves_the_later_ones(
     assert train.main([*options, "--keep=1", "--resume=out/checkpoints/step-00000002"]) == 0
     assert "checkpoints/abandoned/step-00000006" in capsys.readouterr().out
     assert weights_of(project / "out", 6) == whole
-    assert checkpoint.load("out/checkpoints/abandoned/step-00000004").state["step"] == 4
+    assert checkpoint.load("out/checkpoints/abandoned/step-00000004").state.step == 4
     assert checkpoint.find_latest("out") == Path("out/checkpoints/step-00000006")
 
 
@@ -280,7 +281,7 @@ def test_memory_that_runs_out_is_a_memory_error(project, monkeypatch, error):
 def test_config_toml_reads_back_what_was_typed(project):
     name = 'caf\u00e9 \U0001f600 "x" \\ \x7f\n'
     config = TrainConfig(wandb_run_name=name, out_dir="run")
-    run_folder.prepare(Path("run"), config, 0, goes_on=False)
+    run_folder.set_up(Path("run"), config, 0, continues=False)
     again = parse(TrainConfig, ["run/config.toml"], program="", description="", toml=True)
     assert again == config
 

@@ -88,7 +88,7 @@ class Processes:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
-    def all(self, text: str) -> list[str]:
+    def all_gather(self, text: str) -> list[str]:
         """Return the `text` of every process, cut to 64 bytes, by rank; every process must call this."""
         if self.count == 1:
             return [text]
@@ -97,9 +97,9 @@ class Processes:
         dist.all_gather(texts, own)
         return [bytes(text.tolist()).decode(errors="replace").rstrip() for text in texts]
 
-    def wait(self) -> None:
-        """Return once every process has come here."""
-        self.any(False)  # not a barrier, which would be the device's affair where it is a GPU
+    def barrier(self) -> None:
+        """Return once every process has called this."""
+        self.any(False)  # dist.barrier would go through the GPU
 
     def on(self, device: str) -> Self:
         """Return this process with the device that `device` means for it.
@@ -114,7 +114,7 @@ class Processes:
 
 
 @contextmanager
-def processes() -> Iterator[Processes]:
+def process_group() -> Iterator[Processes]:
     """Join the group that torchrun has started, if any, and leave it at the end; the device is the CPU until `on`.
 
     Raises:
@@ -248,14 +248,14 @@ def sum_gradients(model: nn.Module, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of `model`; where it is sharded, all must call this, and only the main process gets it."""
     state: Any = get_model_state_dict(model, options=_whole(model))
     return state
 
 
-def whole_slots(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
-    """Return the optimizers' tensors by parameter and slot; where they are sharded, as `whole_weights` does."""
+def gather_slots(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """Return the optimizers' tensors by parameter and slot; where they are sharded, as `gather_weights` does."""
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass without a backward pass leaves some weights gathered, which have no state
     # Where there is no state yet, torch would take a step to make some.
@@ -269,7 +269,7 @@ def _whole(model: nn.Module) -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, cpu_offload=isinstance(model, FSDPModule))
 
 
-def share(whole: Tensor, like: Tensor) -> Tensor:
+def shard(whole: Tensor, like: Tensor) -> Tensor:
     """Return this process's share of a tensor that every process has, cut as `like` is."""
     if not isinstance(like, DTensor):
         return whole
@@ -305,4 +305,4 @@ class ShardedMuon(torch.optim.Muon):
                 whole.grad = gradient.lerp(momentum, beta).full_tensor()
                 options = {name: value for name, value in group.items() if name != "params"}
                 torch.optim.Muon([whole], **options | {"momentum": 0.0, "nesterov": False}).step()
-                matrix.copy_(share(whole, like=matrix))
+                matrix.copy_(shard(whole, like=matrix))

@@ -2,14 +2,18 @@
 
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError
+from training.config import TrainConfig
+from training.machine.distributed import Processes
 
 # Peak of dense bf16 matrix products in TFLOP/s, by a part of the name that CUDA reports.
 # Source: NVIDIA's data sheets; the SXM figure where a form factor is not part of the name.
@@ -35,6 +39,20 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def machine_facts(config: TrainConfig, group: Processes, dtype: torch.dtype, *, compiled: bool) -> dict[str, Any]:
+    """Return what decides the last bits of a result besides data, settings and seed; checkpoints record it."""
+    return {
+        "torch": torch.__version__,
+        "device": group.device.type,
+        "processor": torch.cuda.get_device_name() if group.device.type == "cuda" else platform.machine(),
+        "processes": group.count,
+        "parallel": config.parallel,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled,
+    }
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

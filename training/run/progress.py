@@ -1,12 +1,10 @@
-"""What a run says of itself: what is about to happen, how far it is, how fast it goes."""
+"""What a run prints: a summary at the start, then a line for each logged step and each evaluation."""
 
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-
-import torch
 
 from llamalet.config import ModelConfig
 from llamalet.errors import forget_stdout
@@ -15,23 +13,23 @@ from training.config import TrainConfig
 
 
 def say(text: str = "", end: str = "\n") -> None:
-    """Print; where stdout has gone (`| head`, a full disk), say so once, for no words are worth a run."""
+    """Print; if stdout fails (`| head`, a full disk), warn once and drop all further output: the run continues."""
     try:
         print(text, end=end, flush=True)
     except OSError as error:
         forget_stdout()
         with suppress(OSError):
-            print(f"warning: stdout: {error.strerror}; training goes on without it", file=sys.stderr, flush=True)
+            print(f"warning: stdout: {error.strerror}; training continues without it", file=sys.stderr, flush=True)
 
 
 class Timer:
-    """Times steps, leaving out whatever happens while it is paused."""
+    """Times steps, without what happens while it is paused."""
 
     def __init__(self, step: int) -> None:
         self._step, self._start = step, time.perf_counter()
 
     def lap(self, step: int) -> float:
-        """Return the seconds a step took on average since the last lap, or since the start."""
+        """Return the mean seconds per step since the last lap, or since the start."""
         now = time.perf_counter()
         seconds = (now - self._start) / (step - self._step)
         self._step, self._start = step, now
@@ -39,35 +37,37 @@ class Timer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time of the block."""
+        """Leave out the time of the block."""
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
 
 
 def training_flops(config: ModelConfig) -> float:
-    """Return the floating-point operations that training spends on a token of a full sequence.
+    """Return the floating-point operations per token of training on full sequences.
 
-    Source: PaLM, https://arxiv.org/abs/2204.02311, appendix B: 6 a weight, 12 a layer, head, position and head value.
-    The embedding lookup multiplies nothing, so its table counts only where it is the output projection too.
+    Source: PaLM, https://arxiv.org/abs/2204.02311, appendix B: 6 per weight, and 12 per layer,
+    head, position and head dimension. The embedding table counts only if it is also the output projection: a lookup
+    multiplies nothing.
     """
     weights = config.n_params - (0 if config.tied else config.vocab_size * config.dim)
     return 6 * weights + 12 * config.n_layers * config.n_heads * config.head_dim * config.max_seq_len
 
 
-def activation_bytes(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> float:
-    """Estimate what the forward pass of a micro-step keeps for the backward pass.
+def activation_bytes(config: TrainConfig, model: ModelConfig, itemsize: int) -> float:
+    """Estimate the bytes that the forward pass of a micro-step keeps for the backward pass.
 
-    Per token and layer: the two norms' inputs in float32, and in `dtype` the norms' outputs, queries, keys, values, the
-    mixed heads, and the three hidden vectors of the feed-forward; then the logits.
+    Per token and layer: the two norms' inputs in float32, and in the type of the products (of `itemsize` bytes) the
+    norms' outputs, queries, keys, values, attention outputs and the three hidden vectors of the feed-forward; then the
+    logits.
     """
     heads = model.n_heads * model.head_dim
-    layer = 8 * model.dim + dtype.itemsize * (2 * model.dim + 2 * heads + 2 * model.kv_dim + 3 * model.hidden_dim)
-    logits = model.vocab_size * (dtype.itemsize + 4)
+    layer = 8 * model.dim + itemsize * (2 * model.dim + 2 * heads + 2 * model.kv_dim + 3 * model.hidden_dim)
+    logits = model.vocab_size * (itemsize + 4)
     return config.batch_size * config.max_seq_len * (model.n_layers * layer + logits)
 
 
-def opening(
+def run_summary(
     config: TrainConfig,
     model: ModelConfig,
     data: Shards,
@@ -75,9 +75,9 @@ def opening(
     n_windows: int,
     n_processes: int,
     machine: str,
-    dtype: torch.dtype,
+    itemsize: int,
 ) -> str:
-    """Return what is about to run, in lines.
+    """Return the lines that describe a run before it starts.
 
     Args:
         config: the settings, with `total_batch_tokens` known.
@@ -85,8 +85,8 @@ def opening(
         data: the prepared data.
         n_windows: sequences of the training split.
         n_processes: processes of the run.
-        machine: what it runs on, in words.
-        dtype: type of the matrix products.
+        machine: device, threads, type and compiler, in words.
+        itemsize: bytes of a value in the matrix products.
     """
     batch, sequences, tokens = config.total_batch_tokens or 0, config.batch_size, n_windows * config.max_seq_len
     micro_steps = config.accumulation(n_processes)
@@ -99,12 +99,12 @@ def opening(
         "epoch": f"{tokens // batch:,} steps ({n_windows:,} sequences); "
         f"{config.max_iters:,} steps are {config.max_iters * batch / tokens:.2f} epochs",
         "machine": machine,
-        "memory": f"about {activation_bytes(config, model, dtype) / 2**20:,.0f} MiB of activations and "
+        "memory": f"about {activation_bytes(config, model, itemsize) / 2**20:,.0f} MiB of activations and "
         f"{16 * model.n_params / 2**20:,.0f} MiB of weights, gradients and moments",
     }
     if config.warmup_iters > config.max_iters:
         lines["warm-up"] = (
-            f"never done: it has {config.warmup_iters} steps, the run {config.max_iters}; give a lower --warmup_iters"
+            f"never ends: it has {config.warmup_iters} steps, the run {config.max_iters}; give a lower --warmup_iters"
         )
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
@@ -126,10 +126,10 @@ def evaluation_line(step: int, total: int, loss: float, floor: float | None) -> 
     """Return the line of output for an evaluation.
 
     Args:
-        step: where.
+        step: optimizer steps done.
         total: steps of the run.
         loss: validation loss in nats per token.
-        floor: the corpus entropy, where it is known.
+        floor: the corpus entropy in nats per token, if known.
     """
     parts = [_step(step, total), f"loss {loss:.4f} on validation data"]
     parts += [f"corpus entropy {floor:.4f}"] if floor is not None else []
@@ -137,5 +137,5 @@ def evaluation_line(step: int, total: int, loss: float, floor: float | None) -> 
 
 
 def _step(step: int, total: int) -> str:
-    """Return where a line belongs, in one width for the whole run."""
+    """Return the step, in the same width for the whole run."""
     return f"step {step:{len(str(total))}}/{total}"

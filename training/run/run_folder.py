@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, what it was set to, and which of its checkpoints to go on from."""
+"""The folder of a run: its lock, its settings, and which of its checkpoints to resume from."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ LOCK_FILE, CONFIG_FILE = ".lock", "config.toml"
 
 @contextlib.contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
-    """Keep other runs out of the folder for the block; the lock ends with the process, however it ends.
+    """Keep other runs out of the folder during the block; the lock ends with the process, however it ends.
 
     Raises:
         LockedError: if another process holds it, naming that process.
@@ -50,7 +50,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
 
 def _holder(file: IO[str]) -> str:
-    """Return who wrote the lock file; who has just taken the lock may be about to."""
+    """Return the process named in the lock file; it may take a moment to write its name after taking the lock."""
     for _ in range(20):
         file.seek(0)
         try:
@@ -62,46 +62,47 @@ def _holder(file: IO[str]) -> str:
 
 
 def find_checkpoint(config: TrainConfig, launch: str | None = None) -> Path | None:
-    """Return the checkpoint to go on from, or None for a fresh start.
+    """Return the checkpoint to resume from, or None for a fresh start.
 
     Args:
-        config: says where to look.
-        launch: which start of torchrun this process is of; its own checkpoints are gone on from without being asked.
+        config: `out_dir`, `resume`, `init_from` and `eval_only` are used.
+        launch: identifies the torchrun command that started this process; checkpoints that it wrote are resumed from
+            even without --resume.
 
     Raises:
-        CheckpointError: if one must be there and is not, or the run shall begin with another model's weights too.
+        CheckpointError: if the checkpoint asked for does not exist, or --init_from contradicts --resume.
     """
-    if launch is not None:  # torchrun may have started the processes again, and the run goes on without being asked
+    if launch is not None:  # torchrun may have restarted the processes
         newest = checkpoint.find_latest(config.out_dir)
         if newest is not None and _is_of(launch, newest):
             return newest
     if config.resume not in (None, "auto") and config.init_from not in ("scratch", "resume"):
         raise CheckpointError(
-            f"init_from={config.init_from}: a run that goes on has its own weights; leave out --init_from, or --resume "
-            "to start anew"
+            f"init_from={config.init_from}: a resumed run has its own weights; leave out --init_from, or leave out "
+            "--resume to start a new run"
         )
     if config.resume not in (None, "latest", "auto"):
         named = Path(str(config.resume))
-        return checkpoint.find_latest(named) or named  # a run's folder is as good as its newest checkpoint
+        return checkpoint.find_latest(named) or named  # for a run's folder, its newest checkpoint
     wanted = config.resume == "latest" or config.init_from == "resume"
     if config.eval_only and not wanted:
         best = checkpoint.find_best(config.out_dir)
         if best is None:
-            raise CheckpointError(f"{config.out_dir}: no sound checkpoint to evaluate; name another --out_dir")
+            raise CheckpointError(f"{config.out_dir}: no valid checkpoint to evaluate; name another --out_dir")
         return best
     newest = checkpoint.find_latest(config.out_dir) if wanted or config.resume == "auto" else None
     if newest is None and wanted:
-        raise CheckpointError(f"{config.out_dir}: no sound checkpoint to go on from; start with `python train.py`")
+        raise CheckpointError(f"{config.out_dir}: no valid checkpoint to resume from; start with `python train.py`")
     return newest
 
 
 def _is_of(launch: str | None, path: Path) -> bool:
-    """Return whether a checkpoint was written since torchrun was started."""
-    return launch is not None and checkpoint.read_state(path).get("launch") == launch
+    """Return whether a checkpoint was written by the torchrun command `launch`."""
+    return launch is not None and checkpoint.read_state(path).launch == launch
 
 
 def check(config: TrainConfig, resumed: Path | None, launch: str | None = None) -> None:
-    """Refuse to mix the checkpoints of two runs, or to remove the one to go on from.
+    """Refuse to mix the checkpoints of two runs, or to remove the one to resume from.
 
     Raises:
         CheckpointError: saying what the folder holds and what to do.
@@ -110,36 +111,36 @@ def check(config: TrainConfig, resumed: Path | None, launch: str | None = None) 
     own = (Path(config.out_dir) / checkpoint.FOLDER).resolve()
     if earlier and resumed is not None and resumed.resolve().is_relative_to(own):
         if config.overwrite and not _is_of(launch, resumed):
-            raise CheckpointError(f"{config.out_dir}: --overwrite would remove {resumed}; leave it out to go on")
+            raise CheckpointError(f"{config.out_dir}: --overwrite would remove {resumed}; leave it out to resume")
     elif earlier and not config.overwrite:
         raise CheckpointError(
-            f"{config.out_dir}: holds the checkpoints of an earlier run; go on with --resume, keep them with "
-            f"--out_dir=OTHER, or lose them with --overwrite"
+            f"{config.out_dir}: holds the checkpoints of an earlier run; continue it with --resume, keep it with "
+            "--out_dir=OTHER, or remove its checkpoints with --overwrite"
         )
 
 
-def prepare(run_dir: Path, config: TrainConfig, step: int, *, goes_on: bool) -> None:
-    """Make the folder ready to go on after `step`, with the settings in a config.toml that train.py reads back.
+def set_up(run_dir: Path, config: TrainConfig, step: int, *, continues: bool) -> None:
+    """Prepare the folder to continue after `step`, and write the settings to config.toml, which train.py can read.
 
     Args:
         run_dir: the run's out_dir.
         config: the settings.
-        step: the step of the checkpoint to go on from, or 0.
-        goes_on: whether that checkpoint lies in this folder, which `overwrite` leaves alone then.
+        step: the step of the checkpoint to resume from, or 0.
+        continues: whether that checkpoint is in this folder; then `overwrite` removes nothing.
 
     Raises:
         DiskError: if the folder cannot be changed.
     """
-    if config.overwrite and not goes_on:
+    if config.overwrite and not continues:
         checkpoint.remove_all(run_dir)
     for path in checkpoint.go_back(run_dir, step):
-        say(f"a later checkpoint is out of the way: {path}")
+        say(f"moved a later checkpoint out of the way: {path}")
     settings = {
         key: value
         for key, value in dataclasses.asdict(config).items()
         if value is not None and key not in ("source", "resume", "init_from", "overwrite")
     }
     with replacing(run_dir / CONFIG_FILE) as file:
-        # Numbers, booleans and strings are written alike in JSON and TOML, but for this one character.
+        # Numbers, booleans and strings are the same in JSON and TOML, except for this one character.
         lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
         file.write("".join(lines).replace("\x7f", "\\u007f").encode())

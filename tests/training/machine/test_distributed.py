@@ -120,7 +120,7 @@ def test_fsdp_compiled_is_fsdp_but_for_rounding(project):
 def test_each_process_holds_its_share(project):
     ended = forked.run(
         project, [*SMALL, FSDP, "--out_dir=share"], processes=2,
-        patches={"training.trainer.whole_weights": count_and_gather},
+        patches={"training.trainer.gather_weights": count_and_gather},
     )  # fmt: skip
     assert ended.codes == [0, 0], ended.err
     held = [int(line.split()[1]) for line in ended.out.splitlines() if line.startswith("holds")]
@@ -133,7 +133,7 @@ def count_and_gather(model):
 
     model.reshard()
     print("holds", sum(p.to_local().numel() for p in model.parameters()), flush=True)
-    return distributed.whole_weights(model)
+    return distributed.gather_weights(model)
 
 
 def test_processes_that_find_different_checkpoints_are_refused(project):
@@ -179,10 +179,10 @@ def test_a_full_disk_of_the_main_process_ends_both(project, parallel):
     assert checkpoint.step_of(checkpoint.find_latest(project / f"full-{parallel}")) == 0
 
 
-def save_until_the_disk_is_full(*args, state, **kwargs):
-    if state["step"]:
-        raise DiskError(f"step-{state['step']:08d}: cannot be saved")
-    return save(*args, state=state, **kwargs)
+def save_until_the_disk_is_full(run_dir, state, **kwargs):
+    if state.step:
+        raise DiskError(f"step-{state.step:08d}: cannot be saved")
+    return save(run_dir, state, **kwargs)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -22,12 +22,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import safetensors.torch
+import safetensors.numpy
 import torch
 from forked import LIMIT_S, ROOT, fork, join
 from torture import cases
-from toy import SMALL_MODELS, random_tensors, toy_data, toy_tokenizer
+from toy import SMALL_MODELS, random_tensors, toy_data, toy_state, toy_tokenizer
 
 import train
 from llamalet import errors, model_file
@@ -50,14 +51,12 @@ SMALL = [
 
 def save(run_dir: Path, step: int, val_loss: float | None = None, keep: int = 9) -> Path:
     """Save a checkpoint whose tensors tell its step."""
-    generator = torch.Generator().manual_seed(step)
+    rng = np.random.default_rng(step)
     return checkpoint.save(
         run_dir,
-        model_config=CONFIG,
-        model_state={"w": torch.full((3, 5), float(step)), "b": torch.randn(257, generator=generator)},
-        optimizer_state={"w:exp_avg": torch.randn(3, 5, generator=generator), "w:step": torch.tensor(float(step))},
-        state={"step": step, "val_loss": val_loss},
-        tokenizer_name="tokenizer.bin",
+        toy_state(CONFIG, step, val_loss),
+        model_state={"w": np.full((3, 5), step, np.float32), "b": rng.random(257, np.float32)},
+        optimizer_state={"w:exp_avg": rng.random((3, 5), np.float32), "w:step": np.array(step, np.float32)},
         tokenizer_data=b"words" * 50,
         keep=keep,
     )
@@ -66,8 +65,8 @@ def save(run_dir: Path, step: int, val_loss: float | None = None, keep: int = 9)
 def load(path: Path) -> tuple[int, float | None]:
     """Load what `save` saved, and return its step and loss."""
     loaded = checkpoint.load(path)
-    step, val_loss = loaded.state["step"], loaded.state["val_loss"]
-    assert torch.equal(loaded.model_state["w"], torch.full((3, 5), float(step)))
+    step, val_loss = loaded.state.step, loaded.state.val_loss
+    np.testing.assert_array_equal(loaded.model_state["w"], np.full((3, 5), step, np.float32))
     assert loaded.optimizer_state["w:step"] == step
     return step, val_loss
 
@@ -389,37 +388,36 @@ def test_no_power_failure_costs_what_was_saved(tmp_path, monkeypatch, scenario, 
 
 
 def test_tensors_are_written_as_safetensors_writes_them():
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "layers.1.b": torch.randn(3, 5, generator=generator),
-        "a": torch.randn(7, generator=generator).bfloat16(),
-        "layers.1.a": torch.randn(5, 3, generator=generator).T,
-        "step": torch.tensor(4.0),
-        "nothing": torch.zeros(0, 4),
-        "caf\u00e9": torch.arange(3),
-        "double": torch.ones(2, dtype=torch.float64),
+    rng = np.random.default_rng(0)
+    arrays = {
+        "layers.1.b": rng.random((3, 5), np.float32),
+        "layers.1.a": rng.random((5, 3), np.float32).T,
+        "step": np.array(4.0, np.float32),
+        "nothing": np.zeros((0, 4), np.float32),
+        "caf\u00e9": np.arange(3),
+        "double": np.ones(2),
     }
-    written = b"".join(checkpoint._safetensors(tensors))
-    again = safetensors.torch.load(written)
-    assert again.keys() == tensors.keys() and b"".join(checkpoint._safetensors({})) == safetensors.torch.save({})
-    for name, tensor in tensors.items():
-        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
-    single = {name: tensors[name].contiguous() for name in ("layers.1.b", "step", "layers.1.a")}
-    assert b"".join(checkpoint._safetensors(single)) == safetensors.torch.save(single)
+    written = b"".join(checkpoint._encode(arrays))
+    again = safetensors.numpy.load(written)
+    assert again.keys() == arrays.keys() and b"".join(checkpoint._encode({})) == safetensors.numpy.save({})
+    for name, array in arrays.items():
+        assert again[name].dtype == array.dtype and np.array_equal(again[name], array), name
+    single = {"layers.1.b": arrays["layers.1.b"], "step": arrays["step"], "layers.1.a": arrays["layers.1.a"].copy("C")}
+    assert b"".join(checkpoint._encode(single)) == safetensors.numpy.save(single)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", ["model_state", "optimizer_state"])
 def test_what_is_not_finite_is_not_saved(tmp_path, which, value):
-    states = {"model_state": {"w": torch.ones(9), "n": torch.arange(3)}, "optimizer_state": {"m": torch.ones(4)}}
+    states = {
+        "model_state": {"w": np.ones(9, np.float32), "n": np.arange(3)},
+        "optimizer_state": {"m": np.ones(4, np.float32)},
+    }
     save(tmp_path, 1)
     there = digests(tmp_path)
     next(iter(states[which].values()))[2] = value
     with pytest.raises(NonFiniteError, match=r"step-00000002/\w+\.safetensors: not saved: [wm] is not finite"):
-        checkpoint.save(
-            tmp_path, model_config=CONFIG, **states, state={"step": 2, "val_loss": None},
-            tokenizer_name="t", tokenizer_data=b"t",
-        )  # fmt: skip
+        checkpoint.save(tmp_path, toy_state(CONFIG, 2), **states, tokenizer_data=b"t")
     assert digests(tmp_path) == there
 
 
@@ -440,7 +438,7 @@ def test_a_checkpoint_of_the_first_layout_goes_on_to_the_same_loss(tmp_path, mon
     toy_data(tmp_path / "data" / "toy", 276)
     shutil.copytree(ROOT / "tests" / "golden" / "checkpoint-1", "out/checkpoints/step-00000002")
     assert train.main(["--resume"]) == 0
-    reached = checkpoint.load("out/checkpoints/step-00000004").state["val_loss"]
+    reached = checkpoint.load("out/checkpoints/step-00000004").state.val_loss
     assert reached == pytest.approx(5.404939768607156, rel=1e-5)
 
 
