@@ -13,31 +13,20 @@ version 0 and its runq version 2; the tokenizer goes beside the file. Every .bin
 what PyTorch does. The others are read back and compared.
 """
 
-import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import parse
 from llamalet import model_file, shards, tokenizer
-from llamalet.config import ModelConfig
-from llamalet.convert import bin_file, formats, gguf_file, huggingface
-from llamalet.convert.imported_model import ImportedModel, Reported, compact, difference
+from llamalet.convert import formats
+from llamalet.convert.imported_model import ImportedModel
+from llamalet.convert.target import Target, read_back, write
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
-from llamalet.model_file.header import DTYPES
 from llamalet.model_file.tensors import Rows
 
-VERSIONS = (0, 1, 2, 3)
-DEFAULT_NAMES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
 OUT_ROOT = Path("out")
 CHECKPOINTS = "checkpoints"  # of a run's folder
-
-# What OUT can become, the dtypes of each, and how far rounding to them may move a matrix, as a share of its root mean
-# square: a bit less than the type's last bit; for blocks of 32 with a scale about three times what was seen.
-SUFFIXES = {".bin": "bin", ".gguf": "gguf"}
-FORMAT_DTYPES = {"bin": DTYPES, "hf": tuple(huggingface.DTYPE_NAMES), "gguf": tuple(gguf_file.DTYPES)}
-ROUNDING = {"f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-10, "q8_0": 0.02, "q4_0": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,29 +72,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         """Refuse combinations that mean nothing."""
-        if self.version is not None and self.version not in VERSIONS:
-            raise ConfigError(f"version={self.version}: must be one of {', '.join(map(str, VERSIONS))}")
-        if self.format is not None and self.format not in FORMAT_DTYPES:
-            raise ConfigError(f"format={self.format}: must be one of {', '.join(FORMAT_DTYPES)}")
-        if self.out == "":
-            raise ConfigError("out='': names no file or folder")
-        ending = "" if self.out is None else Path(self.out).suffix
-        if self.format is None and ending not in SUFFIXES and ending[1:].isalpha():
-            raise ConfigError(f"out={self.out}: must end in .bin or .gguf; for a folder of this name add --format=hf")
-        suffix = None if self.out is None else SUFFIXES.get(ending, "hf")
-        if self.format is not None and suffix not in (None, "hf", self.format):
-            raise ConfigError(f"format={self.format}: OUT is {self.out}; leave one of them out")
-        if self.format == "bin" and suffix == "hf":
-            raise ConfigError(f"out={self.out}: must end in .bin")
-        if self.format == "gguf" and suffix == "hf":
-            raise ConfigError(f"out={self.out}: must end in .gguf")
-        kinds = FORMAT_DTYPES[self.resolved_format]
-        if self.dtype is not None and self.dtype not in kinds:
-            raise ConfigError(f"dtype={self.dtype}: must be one of {', '.join(kinds)} in a {self.resolved_format}")
-        if self.version is not None and self.resolved_format != "bin":
-            raise ConfigError(f"version={self.version}: only a .bin has versions, and OUT is {self.out}")
-        if self.dtype is not None and self.version not in (None, 3):
-            raise ConfigError(f"dtype={self.dtype}: version {self.version} has no choice of it; leave one of them out")
+        self.target  # noqa: B018
         named = [name for name in ("checkpoint", *formats.FORMATS) if getattr(self, name) is not None]
         if len(named) > 1:
             raise ConfigError(f"{', '.join(named)}: only one model can be exported at a time")
@@ -121,29 +88,14 @@ class ExportConfig:
             raise ConfigError(f"verify={self.verify}: proves a file, so --dtype, --force and --no-check do not fit")
 
     @property
-    def resolved_format(self) -> str:
-        """The format to write."""
-        if self.format is not None:
-            return self.format
-        return "bin" if self.out is None else SUFFIXES.get(Path(self.out).suffix, "hf")
-
-    @property
-    def resolved_version(self) -> int:
-        """The version to write."""
-        if self.version is not None:
-            return self.version
-        return 1 if self.dtype is None else 3
+    def target(self) -> Target:
+        """What to write."""
+        return Target(out=self.out, named_format=self.format, named_version=self.version, dtype=self.dtype)
 
     def path(self, source: Path) -> Path:
         """Return the file or folder to write when the checkpoint `source` is exported."""
-        if self.out is not None:
-            return Path(self.out)
         run_dir = source.parent.parent if source.parent.name == CHECKPOINTS else source.parent
-        folder = OUT_ROOT if self.checkpoint is None else run_dir
-        if self.resolved_format != "bin":
-            return folder / {"hf": "model_hf", "gguf": "model.gguf"}[self.resolved_format]
-        version = self.resolved_version
-        return folder / (DEFAULT_NAMES[version] if version < 3 else f"model_v3_{self.dtype or 'q8'}.bin")
+        return self.target.path(OUT_ROOT if self.checkpoint is None else run_dir)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -152,17 +104,17 @@ def main(argv: Sequence[str]) -> int:
     if config.verify is not None:
         return _verify(Path(config.verify), config.data)
     source, trained_on = _open(config)
-    path = config.path(Path(source.name))
-    if path.is_dir() and config.resolved_format != "hf":
-        raise ConfigError(f"{path}: is a folder; a {config.resolved_format} is a file")
-    if path.exists() and path.samefile(source.name):
-        raise ConfigError(f"{path}: is the model to export, which would be lost; name another file or folder")
-    print(f"{source.name}: {_describe(source.config)}")
-    for note in source.notes:
-        print(f"note: {note}")
-    if config.resolved_format != "bin":
-        return _export_elsewhere(config, source, path)
-    return _export(config, source, path, trained_on)
+    path, keep = config.path(Path(source.name)), None if config.tokenizer is None else Path(config.tokenizer)
+    write(source, config.target, path, keep=keep, force=config.force)
+    code = 0
+    if config.check and config.target.format == "bin":
+        sha256 = None if source.tokenizer is None else source.tokenizer.sha256
+        code = _prove(path, _find_data(config.data, trained_on, sha256), source.tensors)
+    elif config.check and not read_back(source, config.target, path):
+        code = FormatError.exit_code
+    if code == 0 and config.target.format == "bin":
+        print(f"run it: python sample.py {path}{'' if source.tokenizer else ' -z TOKENIZER'}")
+    return code
 
 
 def _open(config: ExportConfig) -> tuple[ImportedModel, str | None]:
@@ -177,15 +129,8 @@ def _open(config: ExportConfig) -> tuple[ImportedModel, str | None]:
     else:
         source, trained_on = _open_checkpoint(config.checkpoint)
     if config.tokenizer is not None:
-        path = Path(config.tokenizer)
-        vocabulary, data = compact(tokenizer.load(path, source.config.vocab_size), path.read_bytes())
-        source = dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=data, notes=())
+        source = formats.with_tokenizer(source, Path(config.tokenizer))
     return source, trained_on
-
-
-def _named_tokenizer(config: ExportConfig) -> Path | None:
-    """Return the tokenizer that was named, which the export must not remove."""
-    return None if config.tokenizer is None else Path(config.tokenizer)
 
 
 def _open_checkpoint(named: str | None) -> tuple[ImportedModel, str | None]:
@@ -202,63 +147,6 @@ def _open_checkpoint(named: str | None) -> tuple[ImportedModel, str | None]:
         tokenizer_data=found.tokenizer_path.read_bytes(),
     )
     return source, found.state.data
-
-
-def _describe(c: ModelConfig) -> str:
-    """Return a model's shape as a line."""
-    scaling = "" if c.rope_scaling is None else f", llama3's scaling by {c.rope_scaling.factor:g}"
-    return (
-        f"{c.n_params:,} parameters, dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads of {c.head_dim}, "
-        f"{c.n_kv_heads} kv heads, vocabulary {c.vocab_size}, context {c.max_seq_len}, rope_theta {c.rope_theta:g}"
-        f"{scaling}"
-    )
-
-
-def _export(config: ExportConfig, source: ImportedModel, path: Path, trained_on: str | None) -> int:
-    """Write a .bin and prove it."""
-    start, version = time.perf_counter(), config.resolved_version
-    written = bin_file.write(
-        path, version, source.config, Reported(source.tensors, source.config), source.tokenizer, source.tokenizer_data,
-        chat_template=source.chat_template, keep=_named_tokenizer(config), dtype=config.dtype, force=config.force,
-    )  # fmt: skip
-    size, duration = path.stat().st_size, time.perf_counter() - start
-    kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
-    print(f"wrote {path}: version {version}, {kind}, {size:,} bytes in {duration:.2f} s, read back and compared")
-    if version < 3 and (lost := model_file.llama2c_differences(source.config)):
-        print(f"note: llama2.c's programs will compute something else from this file: {', '.join(lost)}")
-    code = 0
-    if config.check:
-        sha256 = None if source.tokenizer is None else source.tokenizer.sha256
-        code = _prove(path, _find_data(config.data, trained_on, sha256), source.tensors)
-    if code == 0:
-        print(f"run it: python sample.py {path}{'' if source.tokenizer else ' -z TOKENIZER'}")
-    return code
-
-
-def _export_elsewhere(config: ExportConfig, source: ImportedModel, path: Path) -> int:
-    """Write a Hugging Face folder or a GGUF file, read it back and compare."""
-    start, dtype, kind = time.perf_counter(), config.dtype or "f32", config.resolved_format
-    watched = dataclasses.replace(source, tensors=Reported(source.tensors, source.config))
-    others: Sequence[str] = ()
-    if kind == "hf":
-        huggingface.write(path, watched, dtype, keep=_named_tokenizer(config))
-        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    else:
-        others = gguf_file.write(path, watched, dtype)
-        size = path.stat().st_size
-    print(f"wrote {path}: {kind}, {dtype}, {size:,} bytes in {time.perf_counter() - start:.2f} s")
-    if others:
-        print(f"note: {len(others)} matrices are f16, their rows are no multiple of {gguf_file.BLOCK}: {others[0]} ...")
-    if source.tokenizer is None:
-        print("note: without a tokenizer, which is not known; name it with --tokenizer")
-    if not config.check:
-        return 0
-    found = formats.read(kind, str(path))
-    off = difference(source.tensors, found.tensors)
-    same = found.config == source.config and off <= ROUNDING[dtype]
-    words = "every weight is equal" if not off else f"off by at most {off:.2%} of a matrix's root mean square"
-    print(f"read back: {words}{'' if same else ', NOT what was meant'}")
-    return 0 if same else FormatError.exit_code
 
 
 def _verify(path: Path, named_data: str | None) -> int:

@@ -1,24 +1,87 @@
-"""Loss and bits per byte of a model on prepared data, without torch.
+"""What `llamalet evaluate` computes and prints: a model's loss and bits per byte on prepared data or a text file."""
 
-python -m llamalet.evaluate MODEL.bin [DATA_FOLDER]
-"""
-
-import argparse
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 
-from llamalet.errors import DataError, Parser, run
-from llamalet.runtime import BACKENDS, Model
-from llamalet.scoring import NOTHING, Evaluation, evaluate_documents, evaluate_windows, read_documents
-from llamalet.shards import SPLITS, Entropy, Shards, find_newest
+import numpy as np
+
+from llamalet.errors import DataError
+from llamalet.runtime import Model
+from llamalet.scoring import (
+    NOTHING,
+    Evaluation,
+    Scorer,
+    cut,
+    evaluate_documents,
+    evaluate_windows,
+    read_documents,
+)  # fmt: skip
+from llamalet.shards import Entropy, Shards
 
 PROGRESS_AFTER_S = 2.0
 
 
+def evaluate_text(model: Model, path: Path, *, windows: bool = False, max_tokens: int | None = None) -> str:
+    """Score a text file as one document and return the report.
+
+    Args:
+        model: the model.
+        path: a text in UTF-8.
+        windows: whether to cut it into windows of the context that do not overlap.
+        max_tokens: score at most this many tokens.
+
+    Raises:
+        DataError: if the file is empty or not text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not text in UTF-8: {error}") from None
+    if not text:
+        raise DataError(f"{path}: there is no text to score")
+    ids = np.array(model.tokenizer.encode(text, bos=True))[: None if max_tokens is None else max_tokens + 1]
+    if windows:
+        scores = evaluate_windows(model.transformer, model.tokenizer, ids)
+    else:
+        scorer = Scorer(model.transformer, model.tokenizer)
+        scores = (scorer.score(*part) for part in cut(ids, model.config.max_seq_len))
+    return report(sum(with_progress(scores, len(ids) - 1), NOTHING))
+
+
+def evaluate_shards(
+    model: Model, shards: Shards, split: str, *, windows: bool = False, max_tokens: int | None = None
+) -> str:
+    """Score a split of prepared data and return the report, beside the corpus entropy where that is known.
+
+    Args:
+        model: the model, with the tokenizer of the data.
+        shards: the data.
+        split: train or val.
+        windows: whether to cut it into windows of the context instead of documents.
+        max_tokens: score about this many tokens.
+
+    Raises:
+        DataError: if there is no text in the split.
+    """
+    tokens = shards.split(split)
+    n_tokens = len(tokens) if max_tokens is None else min(max_tokens, len(tokens))
+    if windows:
+        scores = evaluate_windows(model.transformer, model.tokenizer, tokens, max_tokens)
+    else:
+        documents = read_documents(tokens, shards.meta.bos_id, max_tokens)
+        scores = evaluate_documents(model.transformer, model.tokenizer, documents)
+    total = sum(with_progress(scores, n_tokens), NOTHING)
+    entropy = shards.meta.entropy if split == "val" and not windows else None
+    if entropy is not None and total.documents < entropy.stories:
+        note = f"The corpus entropy is known for all {entropy.stories} stories; to compare with it, omit --max-tokens."
+        return f"{note}\n{report(total)}"
+    return report(total, entropy)
+
+
 def report(evaluation: Evaluation, entropy: Entropy | None = None) -> str:
-    """Return the result as a table, one column per unit.
+    """Return the result as a table, one column per unit; only where documents were scored, there are stories.
 
     Args:
         evaluation: a sum of scores.
@@ -30,52 +93,26 @@ def report(evaluation: Evaluation, entropy: Entropy | None = None) -> str:
     e = evaluation
     if not e.text_bytes:
         raise DataError("no text to score: the split has none")
-    lines = [
-        f"{e.documents} stories, {e.tokens} tokens, {e.text_bytes} bytes of text",
-        f"{'':16}{'nats per token':>16}{'bits per byte':>16}{'bits per story':>16}",
-    ]
-    model = (e.nats_per_token, e.bits_per_byte, e.bits_per_document if e.documents else math.nan)
-    rows = {"model": model}
+    rows = {"model": [e.nats_per_token, e.bits_per_byte]}
+    if e.documents:
+        rows["model"].append(e.bits_per_document)
     if entropy is not None:
-        floor = (entropy.nats_per_token, entropy.bits_per_byte, entropy.bits_per_story)
-        rows["corpus entropy"] = floor
-        rows["distance"] = (model[0] - floor[0], model[1] - floor[1], model[2] - floor[2])
-    lines += [f"{name:16}{row[0]:16.4f}{row[1]:16.4f}{row[2]:16.2f}" for name, row in rows.items()]
+        rows["corpus entropy"] = floor = [entropy.nats_per_token, entropy.bits_per_byte, entropy.bits_per_story]
+        rows["distance"] = [ours - least for ours, least in zip(rows["model"], floor, strict=True)]
+    units = [f"{unit:>16}" for unit in ("nats per token", "bits per byte", "bits per story")]
+    lines = [
+        (f"{e.documents} stories, " if e.documents else "") + f"{e.tokens} tokens, {e.text_bytes} bytes of text",
+        " " * 16 + "".join(units[: len(rows["model"])]),
+    ]
+    for name, row in rows.items():
+        lines.append(f"{name:16}{row[0]:16.4f}{row[1]:16.4f}" + "".join(f"{bits:16.2f}" for bits in row[2:]))
     if entropy is not None:
         lines.append(f"The model is {100 * rows['distance'][0] / floor[0]:.2f} % above the corpus entropy.")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Evaluate a model as the command line says."""
-    args = _parse(argv)
-    folder = args.data if args.data is not None else find_newest()
-    if folder is None:
-        raise DataError("no prepared data below data/; name its folder, or make some with tinystories.py")
-    shards = Shards.open(folder)
-    model = Model.load(
-        args.model, tokenizer=shards.tokenizer_path, backend=args.backend, threads=args.threads, verify=args.verify
-    )
-    print(f"{model.path} on the {args.split} split of {shards.folder}", flush=True)
-    tokens, bos_id = shards.split(args.split), shards.meta.bos_id
-    n_tokens = len(tokens) if args.max_tokens is None else min(args.max_tokens, len(tokens))
-    if args.windows:
-        scores = evaluate_windows(model.transformer, model.tokenizer, tokens, args.max_tokens)
-    else:
-        documents = read_documents(tokens, bos_id, args.max_tokens)
-        scores = evaluate_documents(model.transformer, model.tokenizer, documents)
-    total = sum(with_progress(scores, n_tokens), NOTHING)
-    entropy = shards.meta.entropy
-    comparable = args.split == "val" and not args.windows
-    if entropy is not None and comparable and total.documents < entropy.stories:
-        print(f"The corpus entropy is that of all {entropy.stories} stories; without --max-tokens it is compared.")
-        entropy = None
-    print(report(total, entropy if comparable else None))
-    return 0
-
-
 def with_progress(scores: Iterator[Evaluation], n_tokens: int) -> Iterator[Evaluation]:
-    """Pass the scores on; tell how far they are on stderr, every few seconds."""
+    """Pass the scores on, and every few seconds print the progress on stderr."""
     start = told = time.monotonic()
     done = 0
     for score in scores:
@@ -86,31 +123,3 @@ def with_progress(scores: Iterator[Evaluation], n_tokens: int) -> Iterator[Evalu
             speed = done / (now - start)
             print(f"{done} of about {n_tokens} tokens, {speed:.0f} tokens/s", file=sys.stderr, flush=True)
         yield score
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    description = "Loss and bits per byte of a model on prepared data, without torch."
-    parser = Parser(prog="python -m llamalet.evaluate", description=description)
-    parser.add_argument("model", help="a .bin or a training checkpoint")
-    parser.add_argument("data", nargs="?", help="a folder of prepared data; the newest below data/ if not given")
-    parser.add_argument("--split", choices=SPLITS, default="val", help="which stories to score (val)")
-    parser.add_argument(
-        "--max-tokens", "--max_tokens", type=_positive, help="score about this many tokens instead of all"
-    )
-    parser.add_argument("--windows", action="store_true", help="cut into windows of the context, not into stories")
-    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=f"what computes ({BACKENDS[0]})")
-    parser.add_argument("--threads", type=_positive, help="how many threads compute; one for each core if not given")
-    parser.add_argument("--verify", action="store_true", default=None, help="verify the checksum of a large file too")
-    return parser.parse_args(argv)
-
-
-def _positive(word: str) -> int:
-    """Read an integer of at least 1."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be a positive integer")
-    return int(word)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -83,9 +83,7 @@ def generate_batch(
         raise UsageError(f"batch_size={batch_size}: must be between 1 and {MAX_BATCH}")
     texts = deque[_Text]()
     for number, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
-        check_keep(config, context)
-        if not prompt or len(prompt) > context and config.overflow == "stop":
-            raise UsageError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {context} (its context)")
+        check_prompt(prompt, config, context)
         # The last token needs no room in the cache: nothing is computed after it.
         room = context - len(prompt) + 1 if config.overflow == "stop" else math.inf
         n_left = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
@@ -98,6 +96,13 @@ def generate_batch(
         n_that_fit = free_memory() // cache_bytes(transformer.config, min(context, 2 * int(positions))) - 2
         batch_size = max(1, min(n_that_fit, MAX_BATCH))
     return _generate(transformer, texts, batch_size)
+
+
+def check_prompt(prompt: Sequence[int], config: SamplingConfig, context: int) -> None:
+    """Raise a UsageError if a context of this many positions cannot take a prompt with these settings."""
+    check_keep(config, context)
+    if not prompt or len(prompt) > context and config.overflow == "stop":
+        raise UsageError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {context} (its context)")
 
 
 def check_keep(config: SamplingConfig, context: int) -> None:

@@ -53,7 +53,7 @@ class SamplingConfig:
     )
     seed: int = field(default=-1, metadata={"help": "the same seed gives the same text; -1 picks one at random"})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "end after this many new tokens; by default the model or the context ends it"}
+        default=None, metadata={"help": "end the text, or each answer of a chat, after this many new tokens"}
     )
     ignore_eos: bool = field(default=False, metadata={"help": "keep generating past the end-of-text token"})
     overflow: Overflow = field(

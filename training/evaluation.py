@@ -1,4 +1,4 @@
-"""Loss and bits per byte of a checkpoint on the whole validation split, as `python -m llamalet.evaluate` finds them.
+"""Loss and bits per byte of a checkpoint on the whole validation split, as `llamalet evaluate` finds them.
 
 The same cut and the same arithmetic, float32 throughout, but through PyTorch, in batches, and on as many processes as
 there are. A training run's own evaluations are quicker and rougher: some windows, in the precision of training.

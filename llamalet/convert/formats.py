@@ -3,6 +3,7 @@
 A format is named by export.py's option for it. Its reader is imported when it is needed.
 """
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import NamedTuple
@@ -142,6 +143,12 @@ def other_kind(kind: str, path: Path) -> str | None:
         return None
     certain = found != "bin" or kind != "llama2c" and path.suffix == ".bin" and path.stat().st_size > 0
     return found if certain and found != kind else None
+
+
+def with_tokenizer(source: ImportedModel, path: Path) -> ImportedModel:
+    """Return a model with the tokenizer at `path` instead of its own."""
+    vocabulary, data = compact(tokenizer.load(path, source.config.vocab_size), path.read_bytes())
+    return dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=data, notes=())
 
 
 def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:

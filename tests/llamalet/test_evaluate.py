@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from toy import SMALL_MODELS, toy_model, toy_tokenizer
 
-from llamalet import evaluate
-from llamalet.errors import DataError, FormatError, TokenizerError, UsageError
-from llamalet.scoring import read_documents
+from llamalet import Model, cli, evaluate
+from llamalet.errors import ConfigError, DataError, FormatError, TokenizerError, UsageError
+from llamalet.scoring import NOTHING, evaluate_windows, read_documents
 from llamalet.shards import Entropy, Meta, Shards, Split, TokenBlock, write_meta, write_shard
 from llamalet.tokenizer import write_bin
 
@@ -43,7 +43,7 @@ def data(tmp_path):
 
 
 def run(*argv: object) -> int:
-    return evaluate.main([str(word) for word in argv] + ["--backend=numpy"])
+    return cli.main(["evaluate", *map(str, argv), "--backend=numpy"])
 
 
 def numbers(text: str, name: str) -> list[float]:
@@ -115,7 +115,7 @@ def test_wrong_input_is_told(tmp_path, data, monkeypatch):
     with pytest.raises(DataError, match="no text to score"):
         run(model, tmp_path / "silent")
     for words in ([], [model, data, "more"], [model, "--split=test"], [model, "--max-tokens=0"], [model, "--frob"]):
-        with pytest.raises(UsageError, match="--help"):
+        with pytest.raises(UsageError, match="see --help"):
             run(*words)
     (tmp_path / "data").rename(tmp_path / "away")
     (tmp_path / "other").rename(tmp_path / "away2")
@@ -127,3 +127,62 @@ def test_shards_and_documents_agree(data):
     shards = Shards.open(data)
     documents = list(read_documents(shards.split("val"), 1))
     assert [document.tolist() for document in documents] == [encode(text).tolist() for text in TEXTS]
+
+
+# --- a text file ---
+
+TEXT = "a band and a ban\n\ndent \u00e9\U0001f600. "
+
+
+@pytest.mark.parametrize("text", [TEXT, TEXT * 9])
+def test_a_text_file_is_scored_whole(tmp_path, capsys, text):
+    path, file = toy_model(tmp_path, CONFIG), tmp_path / "story.txt"
+    file.write_bytes(text.encode())
+    assert run(path, file) == 0
+    out = capsys.readouterr().out
+    score = Model.load(path, backend="numpy").score(text)
+    assert out.splitlines()[0] == f"{path} on {file}"
+    assert f"{score.tokens} tokens, {len(text.encode())} bytes of text" in out and "stor" not in out.split("\n", 1)[1]
+    row = next(line for line in out.splitlines() if line.startswith("model "))
+    assert [float(word) for word in row.split()[1:]] == pytest.approx(
+        [score.nats_per_token, score.bits_per_byte], abs=1e-4
+    )
+
+
+def test_a_text_file_is_scored_in_part_and_in_windows(tmp_path, capsys):
+    path, file = toy_model(tmp_path, CONFIG), tmp_path / "story.txt"
+    file.write_text(TEXT * 9)
+    model = Model.load(path, backend="numpy")
+    ids = np.array(model.tokenizer.encode(TEXT * 9, bos=True))
+    assert len(ids) > 3 * 32
+    for words, expected in (
+        (["--windows"], sum(evaluate_windows(model.transformer, model.tokenizer, ids), NOTHING)),
+        (["--max_tokens", 7], sum(evaluate_windows(model.transformer, model.tokenizer, ids[:8]), NOTHING)),
+    ):
+        run(path, file, *words)
+        out = capsys.readouterr().out
+        assert f"{expected.tokens} tokens" in out and f"{expected.nats_per_token:.4f}" in out
+
+
+def test_wrong_texts_are_refused(tmp_path):
+    path, file = toy_model(tmp_path, CONFIG), tmp_path / "story.txt"
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="story.txt: not text in UTF-8"):
+        run(path, file)
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match="no text to score"):
+        run(path, file)
+    file.write_text("a")
+    with pytest.raises(ConfigError, match="split=val: only prepared data has splits"):
+        run(path, file, "--split=val")
+
+
+def test_a_tokenizer_can_be_named_for_a_text_and_not_for_data(tmp_path, data, capsys):
+    path, file = toy_model(tmp_path, CONFIG), tmp_path / "story.txt"
+    file.write_text("a band")
+    other = (tmp_path / "model.tokenizer.bin").rename(tmp_path / "other")
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        run(path, file)
+    assert run(path, file, "-z", other) == 0
+    with pytest.raises(ConfigError, match="prepared data brings its own"):
+        run(path, data, "-z", other)

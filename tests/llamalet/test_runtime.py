@@ -62,7 +62,7 @@ def test_no_text_has_no_score(model):
 
 
 def test_the_names_that_are_offered(model, tmp_path):
-    assert set(llamalet.__all__) == {"Chat", "Model", "Tokenizer"}
+    assert set(llamalet.__all__) == {"Chat", "Model", "SamplingConfig", "Tokenizer"}
     for name in llamalet.__all__:
         assert getattr(llamalet, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Modell'"):

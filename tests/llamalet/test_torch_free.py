@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from toy import SMALL_MODELS, toy_model
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,6 @@ class Only:
 sys.meta_path.insert(0, Only())
 """
 ALL_BUT_TORCH = "name.partition('.')[0] != 'torch'"
-ALL_BUT_TORCH_AND_NUMBA = "name.partition('.')[0] not in ('torch', 'numba')"
 # What `pip install llamalet` brings.
 INSTALLED = {"llamalet", "numpy", "numba", "llvmlite", "sentencepiece"}
 RUNTIME = f"name.partition('.')[0] in {INSTALLED} | sys.stdlib_module_names"
@@ -48,20 +48,19 @@ def test_importing_the_package_is_cheap():
     assert not set(done.stdout.split()) & {"numba", "sentencepiece", "tyro", "llamalet.runtime"}
 
 
-def test_sample_tells_a_story_without_torch(tmp_path):
+# sample.py and the command need nothing else, and with --backend=numpy not even numba.
+PROGRAMS = {
+    "import sample; sys.exit(sample.main(sys.argv[1:]))": INSTALLED | {"sample"},
+    "from llamalet import cli; sys.exit(cli.main(['generate', *sys.argv[1:]]))": INSTALLED,
+}
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+@pytest.mark.parametrize("code", PROGRAMS)
+def test_a_story_needs_only_what_pip_installs(tmp_path, code, backend):
     path = toy_model(tmp_path, SMALL_MODELS["gqa-tied"], version=2)
-    done = run("import sample; sys.exit(sample.main(sys.argv[1:]))", path, "-i", "a band", "-n", "12")
+    names = PROGRAMS[code] - ({"numba", "llvmlite"} if backend == "numpy" else set())
+    words = (path, "-i", "a band", "-n", "12", f"--backend={backend}")
+    done = run(code, *words, allows=f"name.partition('.')[0] in {names} | sys.stdlib_module_names")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("a band") and done.stdout.endswith("\n")
-
-
-def test_the_numpy_backend_needs_no_numba(tmp_path):
-    path = toy_model(tmp_path, SMALL_MODELS["gqa-tied"], version=2)
-    words = (path, "-i", "a band", "-n", "12", "--backend=numpy")
-    done = run(
-        "import sample; sys.exit(sample.main(sys.argv[1:]))",
-        *words,
-        allows=ALL_BUT_TORCH_AND_NUMBA,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("a band")

@@ -76,12 +76,12 @@ def test_the_most_likely_tokens_are_the_same(tmp_path, config, vocabulary):
 
 
 def test_the_demo_model_tells_the_same_story(tmp_path):
-    check_greedy(tmp_path, bin_file.read(str(ROOT / "assets" / "demo.bin")), "Once upon a time")
+    check_greedy(tmp_path, bin_file.read(str(ROOT / "llamalet" / "assets" / "demo.bin")), "Once upon a time")
 
 
 @pytest.mark.parametrize(
     "vocabulary",
-    [toy_tokenizer(300), toy_llama3(), tokenizer.load(ROOT / "assets" / "demo.tokenizer.model")],
+    [toy_tokenizer(300), toy_llama3(), tokenizer.load(ROOT / "llamalet" / "assets" / "demo.tokenizer.model")],
     ids=["toy", "toy llama 3", "demo"],
 )
 def test_the_ids_are_the_same(tmp_path, vocabulary):

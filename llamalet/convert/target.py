@@ -1,0 +1,160 @@
+"""What a conversion writes: its format, version and dtype, checked together, and the writing itself."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamalet import model_file
+from llamalet.config import ModelConfig
+from llamalet.convert import bin_file, formats, gguf_file, huggingface
+from llamalet.convert.imported_model import ImportedModel, Reported, difference
+from llamalet.errors import ConfigError
+from llamalet.model_file.header import DTYPES
+
+VERSIONS = (0, 1, 2, 3)
+DEFAULT_NAMES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
+SUFFIXES = {".bin": "bin", ".gguf": "gguf"}
+FORMAT_DTYPES = {"bin": DTYPES, "hf": tuple(huggingface.DTYPE_NAMES), "gguf": tuple(gguf_file.DTYPES)}
+# How far rounding to a dtype may move a matrix, as a share of its root mean square: a bit less than the last bit of
+# the type; for blocks of 32 with a scale, about three times the largest value observed.
+ROUNDING = {"f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-10, "q8_0": 0.02, "q4_0": 0.3}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """A file or folder to write.
+
+    Attributes:
+        out: where; None: a name that says what it is.
+        named_format: bin, hf or gguf; None: what the ending of `out` says, or bin.
+        named_version: of a .bin; None: 3 if there is a dtype, else 1.
+        dtype: of the weights, one of the format's; None: its default.
+    """
+
+    out: str | None
+    named_format: str | None = None
+    named_version: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise a ConfigError about a value or combination that means nothing."""
+        named, version, ending = (
+            self.named_format,
+            self.named_version,
+            "" if self.out is None else Path(self.out).suffix,
+        )
+        if version is not None and version not in VERSIONS:
+            raise ConfigError(f"version={version}: must be one of {', '.join(map(str, VERSIONS))}")
+        if named is not None and named not in FORMAT_DTYPES:
+            raise ConfigError(f"format={named}: must be one of {', '.join(FORMAT_DTYPES)}")
+        if self.out == "":
+            raise ConfigError("out='': names no file or folder")
+        if named is None and ending not in SUFFIXES and ending[1:].isalpha():
+            raise ConfigError(f"out={self.out}: must end in .bin or .gguf; for a folder of this name add --format=hf")
+        if self.out is not None and named is not None and SUFFIXES.get(ending, "hf") != named:
+            if named == "hf" or ending in SUFFIXES:
+                raise ConfigError(f"format={named}: OUT is {self.out}; leave one of them out")
+            raise ConfigError(f"out={self.out}: must end in .{named}")
+        if self.dtype is not None and self.dtype not in FORMAT_DTYPES[self.format]:
+            dtypes = ", ".join(FORMAT_DTYPES[self.format])
+            raise ConfigError(f"dtype={self.dtype}: must be one of {dtypes} in a {self.format}")
+        if version is not None and self.format != "bin":
+            raise ConfigError(f"version={version}: only a .bin has versions, and OUT is {self.out}")
+        if self.dtype is not None and version not in (None, 3):
+            raise ConfigError(f"dtype={self.dtype}: version {version} has no choice of it; leave one of them out")
+
+    @property
+    def format(self) -> str:
+        """The format to write: bin, hf or gguf."""
+        if self.named_format is not None:
+            return self.named_format
+        return "bin" if self.out is None else SUFFIXES.get(Path(self.out).suffix, "hf")
+
+    @property
+    def version(self) -> int:
+        """The version of the .bin to write."""
+        if self.named_version is not None:
+            return self.named_version
+        return 1 if self.dtype is None else 3
+
+    def path(self, folder: Path) -> Path:
+        """Return the file or folder to write, in `folder` if it was not named."""
+        if self.out is not None:
+            return Path(self.out)
+        if self.format != "bin":
+            return folder / {"hf": "model_hf", "gguf": "model.gguf"}[self.format]
+        return folder / (DEFAULT_NAMES[self.version] if self.version < 3 else f"model_v3_{self.dtype or 'q8'}.bin")
+
+
+def describe(c: ModelConfig) -> str:
+    """Return a model's shape as a line."""
+    scaling = "" if c.rope_scaling is None else f", llama3's scaling by {c.rope_scaling.factor:g}"
+    return (
+        f"{c.n_params:,} parameters, dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads of {c.head_dim}, "
+        f"{c.n_kv_heads} kv heads, vocabulary {c.vocab_size}, context {c.max_seq_len}, rope_theta {c.rope_theta:g}"
+        f"{scaling}"
+    )
+
+
+def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | None = None, force: bool = False) -> None:
+    """Write a model and its tokenizer, and print what was read and written.
+
+    Args:
+        source: the model.
+        target: what to write.
+        path: where.
+        keep: a file that is never removed: the tokenizer that the user named.
+        force: write version 0 even if it loses the norm_eps.
+
+    Raises:
+        ConfigError: if the format cannot hold the model, or `path` is a folder or the model itself.
+        TokenizerError: if llama2.c's layout cannot hold the tokenizer.
+        NonFiniteError: if a weight is NaN or infinite.
+    """
+    if path.is_dir() and target.format != "hf":
+        raise ConfigError(f"{path}: is a folder; a {target.format} is a file")
+    if path.exists() and path.samefile(source.name):
+        raise ConfigError(f"{path}: is the model to export, which would be lost; name another file or folder")
+    print(f"{source.name}: {describe(source.config)}")
+    for note in source.notes:
+        print(f"note: {note}")
+    start, dtype, tensors = time.perf_counter(), target.dtype or "f32", Reported(source.tensors, source.config)
+    notes: list[str] = []
+    if target.format == "bin":
+        written = bin_file.write(
+            path, target.version, source.config, tensors, source.tokenizer, source.tokenizer_data,
+            chat_template=source.chat_template, keep=keep, dtype=target.dtype, force=force,
+        )  # fmt: skip
+        kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
+        what, checked = f"version {target.version}, {kind}", ", read back and compared"
+        if target.version < 3 and (lost := model_file.llama2c_differences(source.config)):
+            notes.append(f"llama2.c's programs will compute something else from this file: {', '.join(lost)}")
+    elif target.format == "hf":
+        huggingface.write(path, dataclasses.replace(source, tensors=tensors), dtype, keep=keep)
+        what, checked = f"hf, {dtype}", ""
+    else:
+        others = gguf_file.write(path, dataclasses.replace(source, tensors=tensors), dtype)
+        what, checked = f"gguf, {dtype}", ""
+        if others:
+            notes.append(
+                f"{len(others)} matrices are f16, because their rows are not a multiple of {gguf_file.BLOCK}: "
+                f"{others[0]} ..."
+            )
+    files = path.iterdir() if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    print(f"wrote {path}: {what}, {size:,} bytes in {time.perf_counter() - start:.2f} s{checked}")
+    if target.format != "bin" and source.tokenizer is None:
+        notes.append("without a tokenizer, which is not known; name it with --tokenizer")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def read_back(source: ImportedModel, target: Target, path: Path) -> bool:
+    """Compare a Hugging Face folder or a GGUF file with what it was written from, print and return the result."""
+    found = formats.read(target.format, str(path))
+    off = difference(source.tensors, found.tensors)
+    same = found.config == source.config and off <= ROUNDING[target.dtype or "f32"]
+    words = "every weight is equal" if not off else f"off by at most {off:.2%} of a matrix's root mean square"
+    print(f"read back: {words}{'' if same else ', NOT what was meant'}")
+    return same
