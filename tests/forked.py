@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,22 @@ def start(
     """Start the processes of `run` without waiting for them."""
     for old in [*folder.glob("state-*.json"), *folder.glob("signal-*")]:
         old.unlink()
-    return fork(
-        folder,
-        processes,
-        train_with_probe,
-        list(argv),
-        stop,
-        list(faults),
-        dict(patches or {}),
-        dict(environment or {}),
+    arguments = list(argv), stop, list(faults), dict(patches or {}), dict(environment or {})
+    return fork(folder, processes, train_with_probe, *arguments)
+
+
+def server() -> ForkServerContext:
+    """Start the server, if it does not run yet, and return a context whose processes are its forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["train", "training.trainer", "matplotlib.figure", "torch._dynamo", "torch._inductor.compile_fx"]
     )
+    with pytest.MonkeyPatch.context() as patch:
+        # The server ignores the sys.path passed to it, and a compiler's process pool would outlive its run.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        forkserver.ensure_running()
+    return context
 
 
 def fork(folder: Path, count: int, what: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
@@ -144,15 +151,7 @@ def fork(folder: Path, count: int, what: Callable[..., None], *arguments: Any) -
         count: number of processes.
         what: a function at module level; each process calls it with its rank and `arguments`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["train", "training.trainer", "matplotlib.figure", "torch._dynamo", "torch._inductor.compile_fx"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        # The server ignores the sys.path passed to it, and a compiler's process pool would outlive its run.
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        forkserver.ensure_running()
+    context = server()
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     counts = address | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)} if count > 1 else {}

@@ -4,6 +4,7 @@ After changing code in a page, put the new outputs into it: python tests/test_do
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import os
@@ -69,10 +70,13 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def links(page):
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    for link in links:
+    for link in links(page):
         if link.startswith("https://"):
             continue
         path, _, anchor = link.partition("#")
@@ -81,15 +85,25 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}: no such heading"
 
 
-FILES = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.*") if not set(path.parts) & {".venv", "out", "data"}]
 # What a run or a reader makes is named on the pages, but is not in the repository.
 NOT_OURS = re.compile(r"(out|data|checkpoints)/|(model|tokenizer|config)\.|stories\d|my_|[A-Z]")
 
 
+@functools.cache
+def our_files():
+    """Return the paths of the files here, but not those of what was installed or made."""
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in (".venv", "out", "data")]
+    return [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.*")]
+
+
+def named_files(page):
+    return re.findall(r"`((?:\w+/)*\w+\.(?:py|toml|md|log|bin)|(?:\w+/)+)`", page.read_text())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_that_a_page_names_exist(page):
-    for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|toml|md|log|bin)|(?:\w+/)+)`", page.read_text()):
-        exists = (ROOT / name).exists() or any(file.endswith(f"/{name}") for file in FILES)
+    for name in named_files(page):
+        exists = (ROOT / name).exists() or any(file.endswith(f"/{name}") for file in our_files())
         assert exists or NOT_OURS.match(name), f"{page.name}: {name}: no such file"
 
 
@@ -145,12 +159,23 @@ def test_commands_on_a_page_use_options_that_exist(page):
                 assert option in options, f"{page.name}: {' '.join(words)}: {option} is no option of it"
 
 
+def named_options(page):
+    return re.findall(r"`(--[\w-]+)", page.read_text())
+
+
 def test_options_that_a_page_names_exist():
     known = set().union(*(options_of(command.split())[0] for command in COMMANDS))
     known |= {f"--no-{option[2:]}" for option in known} | {"--max-restarts"}  # of torchrun
     for page in PAGES:
-        for option in re.findall(r"`(--[\w-]+)", page.read_text()):
+        for option in named_options(page):
             assert option.replace("_", "-") in known, f"{page.name}: {option}: no command has it"
+
+
+@pytest.mark.parametrize("find", [links, named_files, commands, named_options], ids=lambda find: find.__name__)
+def test_there_is_something_to_check(find):
+    """The tests above check what these expressions find, so they must still match what the pages look like."""
+    assert sum(len(find(page)) for page in PAGES) > 40
+    assert find(README)
 
 
 def test_the_readme_is_short():

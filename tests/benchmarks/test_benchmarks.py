@@ -1,7 +1,9 @@
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -231,6 +233,15 @@ for number in range(10**6):
 """
 
 
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers in forks of a process that has imported torch, instead of new processes."""
+    server = forked.server()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+
+
+@pytest.mark.trains
+@pytest.mark.usefixtures("forks")
 def test_training_beside_a_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +266,8 @@ def test_training_beside_a_peer(
     assert (out / "training.png").stat().st_size > 1000
 
 
+@pytest.mark.trains
+@pytest.mark.usefixtures("forks")
 def test_a_trainer_that_fails_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rungs = {"broken": training.Rung(dtype="f32", compile=False), "eager": training.Rung(dtype="f32", compile=False)}
     sound = training.ours
