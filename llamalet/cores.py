@@ -1,11 +1,11 @@
-"""How many cores there are to compute with; the standard library alone, for the runtime and for training."""
+"""The number of processor cores, for the runtime and for training; imports the standard library only."""
 
 import os
 from pathlib import Path
 
 
 def physical_cores() -> int:
-    """Return the number of cores that this process may use, counting hardware threads of one core once."""
+    """Return the number of cores that this process may use; hardware threads of one core count once."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     usable = os.sched_getaffinity(0)

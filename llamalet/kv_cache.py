@@ -1,4 +1,4 @@
-"""The keys and values of past positions, which make a new token cost one position instead of all."""
+"""The keys and values of past positions: with them a new token costs one position instead of all."""
 
 import copy
 import os
@@ -12,8 +12,8 @@ from llamalet.errors import UsageError
 
 Array = NDArray[np.float32]
 
-# The most that turning a pair of components once may be off, as a share of its length. In units of 2^-24: the turn
-# itself is rounded in both components (0.8), and a product of complex numbers costs the square root of 5 (2.3).
+# The largest error of rotating a pair of components once, relative to its length. In units of 2^-24: the rotation is
+# rounded in both components (0.8), and a product of complex numbers adds the square root of 5 (2.3).
 # Source: https://doi.org/10.1090/S0025-5718-07-01931-X
 ROLL_ERROR = 4 * 2.0**-24
 
@@ -21,13 +21,13 @@ MEMINFO = Path("/proc/meminfo")
 
 
 class KVCache:
-    """The keys and values of the positions so far; it grows as they come.
+    """The keys and values of the positions so far; it grows with them.
 
     Attributes:
         keys: (L, G, capacity, D), of which the first `length` positions are in use.
         values: (L, G, capacity, D).
         length: number of positions.
-        context: the most positions that it may have.
+        context: the largest number of positions allowed.
     """
 
     def __init__(self, config: ModelConfig, capacity: int = 0) -> None:
@@ -40,14 +40,14 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that there is memory for."""
+        """Number of positions that fit into the memory allocated so far."""
         return self.keys.shape[2]
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions; doubling keeps the copying small.
+        """Make room for `length` positions, at least doubling the capacity if it must grow, so that copies are rare.
 
         Raises:
-            UsageError: if that is more than the model's context, or than the machine has memory for.
+            UsageError: if the model's context or the free memory is too small for that.
         """
         if length > self.context:
             raise UsageError(f"{length} positions: the model's context is {self.context}")
@@ -62,31 +62,31 @@ class KVCache:
             self.keys, self.values = (self._grown(array, capacity) for array in (self.keys, self.values))
 
     def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
+        """Drop all positions from `length` on."""
         if not 0 <= length <= self.length:
             raise UsageError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
 
     def copy(self) -> "KVCache":
-        """Return a cache of the same positions that goes its own way from here."""
+        """Return an independent copy, with no spare capacity."""
         twin = copy.copy(self)
         twin.keys, twin.values = (self._grown(array, self.length) for array in (self.keys, self.values))
         return twin
 
     def roll(self, keep: int, drop: int) -> None:
-        """Forget positions keep .. keep + drop - 1; those after them move down by `drop` and the length shrinks.
+        """Drop positions keep .. keep + drop - 1; later ones move down by `drop`, and the length shrinks.
 
-        A key holds its position as an angle for each pair of components, so the moved keys are turned back by `drop`
-        positions. RoPE's pairs are neighbours, in memory complex numbers, and to turn them is one product. The angle is
-        computed in float64, so a roll costs a pair at most `ROLL_ERROR` of its length, wherever it stands, and n rolls
-        at most n times as much. Nothing is allocated for good: the arrays stay those they were.
+        RoPE has rotated each pair of a key's components by an angle proportional to its position, so the moved keys are
+        rotated back by `drop` positions. A pair is two neighbours, in memory a complex number, and rotating it is one
+        product. The angle is computed in float64, so a roll adds an error of at most `ROLL_ERROR` of a pair's length,
+        at any position, and n rolls at most n times as much. The arrays are changed in place.
 
         Args:
-            keep: first positions that stay as they are.
-            drop: positions to forget.
+            keep: number of first positions that stay as they are.
+            drop: number of positions to drop after them.
 
         Raises:
-            UsageError: if the cache has not so many positions.
+            UsageError: if the cache has fewer positions.
 
         Source: https://arxiv.org/abs/2309.17453, section 3.2.
         """
@@ -94,7 +94,7 @@ class KVCache:
             raise UsageError(f"cannot keep {keep} and drop {drop} of a cache of {self.length} positions")
         turn = np.exp(-1j * drop * rope_frequencies(self._config)).astype(np.complex64)  # (D / 2,)
         old, new = slice(keep + drop, self.length), slice(keep, self.length - drop)
-        # Layer by layer, so that what is moved needs little memory besides the cache.
+        # Layer by layer, to keep the temporaries small.
         for keys, values in zip(self.keys, self.values, strict=True):  # (G, capacity, D) each
             pairs = keys.view(np.complex64)  # (G, capacity, D / 2)
             pairs[:, new] = pairs[:, old] * turn
@@ -115,7 +115,7 @@ def cache_bytes(config: ModelConfig, n_positions: int) -> int:
 
 
 def free_memory() -> int:
-    """Return the bytes that can still be allocated without swapping; where the system does not tell, what it has."""
+    """Return the bytes that can still be allocated without swapping; if the system does not say, all memory."""
     try:
         fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024

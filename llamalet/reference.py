@@ -1,13 +1,13 @@
-"""The forward pass in plain numpy: the lesson, and the oracle of every kernel.
+"""The forward pass in plain numpy: the version to learn from, and to test every kernel against.
 
-Read `forward` first: it is the whole model. Each function above it is one step, and kernels/ops.py has the fast
-version of each under the same name. Shape letters: B batch, T new positions, S cached positions (the new ones
-included), C dim, H query heads, G kv heads, D head_dim, F hidden_dim, V vocab, L layers. Everything is float32 unless
-said otherwise.
+Read `hidden_states` first: it is the whole model but for the output matrix. Each function above it is one step.
+kernels/ops.py has a fast version of each under the same name, and kernels/stages.py a fast `hidden_states`. Shape
+letters: B batch, T new positions, S cached positions (the new ones included), C dim, H query heads, G kv heads,
+D head_dim, F hidden_dim, V vocab, L layers. Everything is float32 unless noted.
 
 A weight is a matrix (rows, cols) in any form of quantize.py: float32, the bits of bfloat16, or small integers in groups
-with a scale each (`Quantized`, `Packed`). For the last two the vector that it multiplies is quantized too, group by
-group, so that the products are summed in integers as in llama2.c's runq.
+that share a scale (`Quantized`, `Packed`). With the last two the vector is quantized too, group by group, so that
+products are summed in integers as in llama2.c's runq.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ from llamalet.model_file.tensors import ModelFile
 Array = NDArray[np.float32]
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 
-# Positions that NumpyTransformer takes through the layers at once: enough to keep the matrix products busy, few enough
-# that the attention scores, (H, T, S), stay small.
-CHUNK = 256
+# NumpyTransformer reads a prompt in chunks of this many positions: enough for efficient matrix products, few enough to
+# keep the attention scores, (H, T, S), small.
+PREFILL_CHUNK = 256
 
 LAYER_TENSORS = (
     "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
@@ -45,7 +45,7 @@ def rmsnorm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn each pair of neighbouring components by its position's angle.
+    """Rotate each pair of neighbouring components by its position's angle.
 
     Args:
         x: (..., T, D).
@@ -55,14 +55,14 @@ def rope(x: Array, cos: Array, sin: Array) -> Array:
     Source: https://arxiv.org/abs/2104.09864, with pairs (2i, 2i + 1) as in Meta's Llama.
     """
     even, odd = x[..., 0::2], x[..., 1::2]  # (..., T, D / 2) each
-    turned = np.empty_like(x)
-    turned[..., 0::2] = even * cos - odd * sin
-    turned[..., 1::2] = even * sin + odd * cos
-    return turned
+    rotated = np.empty_like(x)
+    rotated[..., 0::2] = even * cos - odd * sin
+    rotated[..., 1::2] = even * sin + odd * cos
+    return rotated
 
 
 def attention(q: Array, keys: Array, values: Array) -> Array:
-    """Let each new position look at itself and everything before it.
+    """Let each new position attend to itself and all positions before it.
 
     Args:
         q: queries of the last T positions (B, H, T, D); H / G query heads share each kv head.
@@ -94,7 +94,7 @@ def swiglu(gate: Array, up: Array) -> Array:
 
     Source: https://arxiv.org/abs/2002.05202
     """
-    with np.errstate(over="ignore"):  # exp(-x) may become infinite, which gives the right limit: 0
+    with np.errstate(over="ignore"):  # where exp(-x) is infinite, the result is its limit 0
         return gate / (1 + np.exp(-gate)) * up
 
 
@@ -103,27 +103,27 @@ def quantize_rows(x: Array, group_size: int) -> Quantized:
 
     Args:
         x: (..., cols).
-        group_size: neighbouring components that share a scale; where it does not divide cols, the last group is short.
+        group_size: neighbouring components that share a scale; if it does not divide cols, the last group is shorter.
 
     Returns:
-        int8 values (..., cols) and float32 scales (..., groups). A group with a NaN or an infinity has a scale that is
-        not finite, so that whatever is computed from it is not finite either.
+        int8 values (..., cols) and float32 scales (..., groups). A group with a NaN or an infinity gets a
+        scale that is not finite, so no result computed from it is finite.
 
     Source: llama2.c, `quantize` in runq.c.
     """
     groups = in_groups(x, group_size)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         largest = np.abs(groups).max(axis=-1)  # NaN if any component is
-        largest = largest + np.float32(0) * largest  # and NaN where infinite
+        largest = largest + np.float32(0) * largest  # and NaN if any is infinite
         inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
-        # Tiny groups, whose inverse overflows, are rounded to zero: they are below what float32 resolves.
+        # Groups so small that the inverse overflows are rounded to zero.
         rounded = np.rint(groups * np.where(np.isfinite(inverse), inverse, 0)[..., None])
         values = np.nan_to_num(rounded).astype(np.int8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
     return Quantized(values, (largest / np.float32(127)).astype(np.float32))
 
 
 def in_groups(x: NDArray[Any], group_size: int) -> NDArray[Any]:
-    """Cut the last axis into groups, the last one filled up with zeros: (..., groups, group_size)."""
+    """Split the last axis into groups, the last one padded with zeros: (..., groups, group_size)."""
     if missing := -x.shape[-1] % group_size:
         x = np.concatenate([x, np.zeros((*x.shape[:-1], missing), x.dtype)], axis=-1)
     return x.reshape(*x.shape[:-1], -1, group_size)
@@ -139,8 +139,9 @@ def matmul(x: Array, weight: Weight) -> Array:
 def int8_matmul(x: Quantized, weight: Quantized | Packed) -> Array:
     """Multiply quantized vectors (..., cols) by a quantized weight (rows, cols): float32 (..., rows).
 
-    Within a group the products of int8 are summed exactly; the two scales then turn the sum into float32. Numpy
-    multiplies float32 much faster than integers, and a group's sum, below 2^24 for groups up to 1024, is exact in it.
+    Within a group the products of int8 are summed exactly; the two scales then turn the sum into float32. The sums are
+    computed in float32, which numpy multiplies much faster than integers: it holds a group's sum exactly, since that is
+    below 2^24 for groups up to 1024.
     """
     values, scales = unpack(weight) if isinstance(weight, Packed) else weight
     rows, groups, group = len(values), scales.shape[1], weight.group_size
@@ -171,13 +172,13 @@ def hidden_states(
     tokens: NDArray[np.integer[Any]],
     cache: KVCache | None = None,
 ) -> Array:
-    """Return what the layers make of each token, normalised, ready for the output matrix: (B, T, C).
+    """Return the last layer's normalised output for each token, which the output matrix turns into logits: (B, T, C).
 
     Args:
         weights: the checkpoint's tensors by name, without ".weight".
         config: the model's shape.
         tokens: ids (B, T).
-        cache: keys and values of earlier positions, to which the new ones are added; B must be 1.
+        cache: keys and values of earlier positions; the new ones are appended. With a cache B must be 1.
     """
     B, T = tokens.shape
     D = config.head_dim
@@ -214,7 +215,7 @@ def hidden_states(
 
 
 def forward(weights: Mapping[str, Any], config: ModelConfig, tokens: NDArray[np.integer[Any]]) -> Array:
-    """Return the logits after each token, given the tokens before it.
+    """Return the logits after each token, given that token and those before it.
 
     Args:
         weights: the checkpoint's tensors by name, without ".weight".
@@ -233,7 +234,7 @@ def output_weight(weights: Mapping[str, Any]) -> Weight:
 
 
 class NumpyTransformer:
-    """A model file with a KV cache, in numpy alone: slow, without a compiler, and the same results."""
+    """A model file with a KV cache, in numpy alone: slow, but without a compiler."""
 
     def __init__(self, file: ModelFile) -> None:
         self.config = file.config
@@ -248,7 +249,7 @@ class NumpyTransformer:
         return self.prefill(cache, [token])
 
     def decode_batch(self, caches: Sequence[KVCache], tokens: Sequence[int]) -> Array:
-        """Append one token to each cache; return what `decode` returns for each: float32 (B, V)."""
+        """Append one token to each of B caches; return the logits after each: float32 (B, V)."""
         return np.stack([self.decode(cache, token) for cache, token in zip(caches, tokens, strict=True)])
 
     def prefill(self, cache: KVCache, tokens: Tokens) -> Array:
@@ -260,7 +261,7 @@ class NumpyTransformer:
         return matmul(self._hidden_states(cache, tokens)[-1], output_weight(self._weights))
 
     def logits(self, tokens: Tokens) -> Array:
-        """Return the logits after each of the tokens (T,), on their own: float32 (T, V).
+        """Return the logits after each of the tokens (T,), computed from an empty cache: float32 (T, V).
 
         Raises:
             UsageError: as prefill.
@@ -270,10 +271,10 @@ class NumpyTransformer:
         return matmul(states, output_weight(self._weights))
 
     def _hidden_states(self, cache: KVCache, tokens: Tokens) -> Array:
-        """Append tokens to the cache, some at a time; return the last hidden states (T, C)."""
+        """Append tokens to the cache, a chunk at a time; return their hidden states (T, C)."""
         ids = check_tokens(tokens, self.config)
         cache.reserve(cache.length + len(ids))
-        chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
+        chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
         return np.concatenate([hidden_states(self._weights, self.config, chunk[None], cache)[0] for chunk in chunks])
 
 
@@ -281,7 +282,7 @@ def check_tokens(tokens: Tokens, config: ModelConfig) -> NDArray[np.int64]:
     """Return tokens (T,) as an array.
 
     Raises:
-        UsageError: if there are none, they are no whole numbers, or one is not in the vocabulary.
+        UsageError: if there are none, they are not whole numbers, or one is not in the vocabulary.
     """
     try:
         ids = np.asarray(tokens)

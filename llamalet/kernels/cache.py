@@ -1,9 +1,9 @@
-"""Where compiled kernels are kept, so that only the first start on a machine has to compile.
+"""The cache of compiled kernels on disk, so that only the first start on a machine has to compile.
 
-Numba stores the machine code, but notices a change only in the file of the function that it stores: after an edit of
-simd.py it would run the old kernels. So the name of the folder says what the code was made from: a hash of the
-environment (numba, llvmlite, the processor, the instruction path, bounds checks) and one of our sources.
-What lies there is run without a question. The folder must therefore belong to the user and nobody else may write to it.
+Numba stores the machine code, but it checks only the file of the function that it stores: after an edit of simd.py it
+would run the old kernels. So the folder's name identifies what the code was made from: a hash of the environment
+(numba, llvmlite, the processor, the instruction path, bounds checks) and one of our sources. Numba runs the stored code
+without checking it, so the folder must belong to the user and nobody else may be able to write to it.
 """
 
 import contextlib
@@ -23,18 +23,19 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 from llamalet.kernels import simd
+from llamalet.model_file import quantize
 
-# The files that machine code is made from.
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("simd.py", "threads.py", "ops.py", "cache.py"))
+# The files that machine code is made from: this folder, and the size of a packed matrix's tiles.
+SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), Path(quantize.__file__))
 
 PRIVATE = 0o700
 
-# Several checkouts and settings may be in use; what they left behind goes.
+# Several checkouts and settings may be in use, each with a folder; older ones are removed.
 KEPT_FOLDERS = 8
 
 
 def enable(kernel: Any) -> None:
-    """Keep a compiled function on disk and find it there; without a usable folder it is compiled in every process."""
+    """Let a kernel be stored and found on disk; without a usable folder it is compiled in every process."""
     folder = open_folder(roots(), folder_name(SOURCES))
     if folder is not None:
         kernel._cache = KernelCache(kernel.py_func, folder)
@@ -52,7 +53,7 @@ def roots() -> Iterator[Path]:
 
 
 def folder_name(sources: Iterable[Path]) -> str:
-    """Return ENVIRONMENT-SOURCES, the hashes of what decides the machine code."""
+    """Return ENVIRONMENT-SOURCES, hashes of everything that the machine code depends on."""
     config = numba.config
     features = llvmlite.binding.get_host_cpu_features().flatten()
     environment = (
@@ -66,14 +67,14 @@ def folder_name(sources: Iterable[Path]) -> str:
 
 
 def open_folder(candidates: Iterable[Path], name: str) -> Path | None:
-    """Make the folder `name` in the first candidate that is safe; only the KEPT_FOLDERS used last stay there.
+    """Create the folder `name` in the first safe candidate, and remove all but the KEPT_FOLDERS last used there.
 
     Args:
-        candidates: folders to hold it.
-        name: as from folder_name.
+        candidates: folders to hold it, the best first.
+        name: from folder_name.
 
     Returns:
-        The folder; None, and a line on stderr for each reason, if no candidate can be used.
+        The folder; or None if no candidate can be used, after a line on stderr for each reason.
     """
     for root in candidates:
         folder = root / name
@@ -85,7 +86,7 @@ def open_folder(candidates: Iterable[Path], name: str) -> Path | None:
         except OSError as error:
             _say(f"kernel cache: {error.filename}: {error.strerror}; not used")
             continue
-        with contextlib.suppress(OSError):  # another process may be tidying up too
+        with contextlib.suppress(OSError):  # another process may be removing them too
             used = sorted((path.stat().st_mtime, path) for path in root.iterdir() if path.is_dir())
             for _, old in used[:-KEPT_FOLDERS]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -94,7 +95,7 @@ def open_folder(candidates: Iterable[Path], name: str) -> Path | None:
 
 
 def check_private(folder: Path) -> None:
-    """Check that only this user could have put something into a folder.
+    """Check that nobody but this user can have written to a folder.
 
     Raises:
         PermissionError: if it is a link, another user's, or writable by others.
@@ -109,7 +110,7 @@ def check_private(folder: Path) -> None:
 
 
 class KernelCache(FunctionCache):
-    """Numba's cache in our folder; it says when there is something to compile, and gets by with a broken disk."""
+    """Numba's cache in our folder. It reports when kernels must be compiled, and a broken disk only costs time."""
 
     def __init__(self, py_func: Any, folder: Path) -> None:
         self._impl_class = functools.partial(_Impl, folder=folder)
@@ -137,7 +138,7 @@ class KernelCache(FunctionCache):
 
 
 class _Impl(CompileResultCacheImpl):
-    """What numba asks about the place of the files: the folder is all there is to know, its name is their version."""
+    """Tells numba where the files are: in our folder, whose name is also their version."""
 
     def __init__(self, py_func: Any, folder: Path) -> None:
         self._folder = folder

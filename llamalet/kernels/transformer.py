@@ -12,20 +12,21 @@ from numpy.typing import NDArray
 from llamalet.config import rope_tables
 from llamalet.errors import UsageError
 from llamalet.kernels import cache as kernel_cache
-from llamalet.kernels import ops
-from llamalet.kernels.ops import Angles, PackedMatrix, QuantizedRows, Weights, Workspace
-from llamalet.kernels.simd import BLOCK_ROWS, Stack, chunk_dtype, group_dtype, scales_dtype
-from llamalet.kernels.threads import Team, new_words, thread_count
+from llamalet.kernels import stages
+from llamalet.kernels.layers import Weights, address_of, stack_weights
+from llamalet.kernels.ops import QUERY_LANES, new_quantized_rows
+from llamalet.kernels.stages import CACHE_SLOT, JOB, RopeTables, Workspace
+from llamalet.kernels.threads import ThreadTeam, new_words, thread_count
 from llamalet.kv_cache import KVCache
-from llamalet.model_file.quantize import Packed, Quantized, pack
+from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized
 from llamalet.model_file.tensors import ModelFile
 from llamalet.reference import Array, Tokens, check_tokens
 
-# Positions that the kernels take through the layers at once.
-CHUNK = 128
+# Positions of a pass: prompts are read, and batches decoded, at most this many at a time.
+POSITIONS_PER_PASS = 128
 
-# A stage has this many blocks for each thread, so that a late thread finds something left to do, or more where a block
-# would be larger than BLOCK_BYTES. Not many: memory is read best in long runs.
+# A stage has this many blocks for each thread, so that a late thread still finds one, or more where a block would be
+# larger than BLOCK_BYTES. Not many: memory is read fastest in long runs.
 BLOCKS_PER_THREAD = 2
 BLOCK_BYTES = 1 << 20
 
@@ -35,7 +36,7 @@ class Transformer:
 
     Args:
         file: the model; its weights are used where they are mapped, not copied.
-        threads: how many threads compute; None takes one for each physical core, see `team.thread_count`.
+        threads: number of threads; None takes one for each physical core, see `threads.thread_count`.
 
     Raises:
         ConfigError: if the number of threads is not positive.
@@ -43,15 +44,15 @@ class Transformer:
 
     def __init__(self, file: ModelFile, threads: int | None = None) -> None:
         self.config = file.config
-        self._tensors = file.tensors  # keeps alive what the stacked weights are views of
+        self._tensors = file.tensors  # keeps the memory alive that the stacked weights refer to
         self._weights = stack_weights(file)
         self._bits = bits_of(file.tensors["tok_embeddings"])
         self._n_threads = thread_count(threads)
-        # What the kernels work in, for one caller at a time.
+        # The memory of the kernels, for one caller at a time.
         self._lock = threading.Lock()
-        self._angles = Angles(*rope_tables(self.config, 0))
-        self._arguments: dict[int, tuple[Weights, Workspace, Angles]] = {}
-        self._team = Team(compile_work(self._bind(1, 0)), self._n_threads)
+        self._rope_tables = RopeTables(*rope_tables(self.config, 0))
+        self._arguments: dict[int, tuple[Weights, Workspace, RopeTables]] = {}
+        self._team = ThreadTeam(compile_work(self._arguments_for(1, 0)), self._n_threads)
         weakref.finalize(self, self._team.stop)
 
     def new_cache(self, capacity: int = 0) -> KVCache:
@@ -64,7 +65,9 @@ class Transformer:
         Raises:
             UsageError: if it is not in the vocabulary, or the context is full.
         """
-        return self._extend(cache, check_tokens((token,), self.config), 1)[0]
+        ids = check_tokens((token,), self.config)
+        cache.reserve(cache.length + 1)
+        return self._run([cache], ids, 1)[0]
 
     def decode_batch(self, caches: Sequence[KVCache], tokens: Sequence[int]) -> Array:
         """Append one token to each of B caches; return the logits after each: float32 (B, V), as `decode` alone would.
@@ -78,8 +81,8 @@ class Transformer:
             raise UsageError(f"{len(ids)} tokens for {len(caches)} caches: each cache takes one")
         for cache in caches:
             cache.reserve(cache.length + 1)
-        parts = [slice(first, first + CHUNK) for first in range(0, len(ids), CHUNK)]
-        logits = [self._run(caches[part], ids[part], CHUNK) for part in parts]
+        parts = [slice(first, first + POSITIONS_PER_PASS) for first in range(0, len(ids), POSITIONS_PER_PASS)]
+        logits = [self._run(caches[part], ids[part], POSITIONS_PER_PASS) for part in parts]
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def prefill(self, cache: KVCache, tokens: Tokens) -> Array:
@@ -88,218 +91,152 @@ class Transformer:
         Raises:
             UsageError: if there are no tokens, one is not in the vocabulary, or they are more than the context holds.
         """
-        *chunks, last = self._chunks(cache, tokens)
-        for chunk in chunks:
-            self._extend(cache, chunk, 0)
-        return self._extend(cache, last, 1)[0]
+        return self._append(cache, tokens, all_logits=False)[0]
 
     def logits(self, tokens: Tokens) -> Array:
-        """Return the logits after each of the tokens (T,), on their own: float32 (T, V).
+        """Return the logits after each of the tokens (T,), computed from an empty cache: float32 (T, V).
 
         Raises:
             UsageError: as prefill.
         """
         ids = check_tokens(tokens, self.config)
-        cache = self.new_cache(len(ids))
-        return np.concatenate([self._extend(cache, chunk, len(chunk)) for chunk in self._chunks(cache, ids)])
+        return self._append(self.new_cache(len(ids)), ids, all_logits=True)
 
-    def _chunks(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.int64]]:
-        """Check tokens, make room for all of them and cut them into what the kernels take at once."""
+    def _append(self, cache: KVCache, tokens: Tokens, *, all_logits: bool) -> Array:
+        """Append tokens to the cache, some at a time; return the logits after each of them, or after the last one."""
         ids = check_tokens(tokens, self.config)
         cache.reserve(cache.length + len(ids))
-        return np.split(ids, range(CHUNK, len(ids), CHUNK))
-
-    def _check_cache(self, cache: KVCache) -> None:
-        """Raise a UsageError if a cache is another model's; the kernels take its memory as it is."""
-        (n_layers, n_kv_heads, _, head_dim), c = cache.keys.shape, self.config
-        if (n_layers, n_kv_heads, head_dim) != (c.n_layers, c.n_kv_heads, c.head_dim):
-            raise UsageError(
-                f"a cache of {n_layers} layers, {n_kv_heads} heads of {head_dim} for a model of "
-                f"{c.n_layers}, {c.n_kv_heads} of {c.head_dim}: it is another model's"
-            )
-
-    def _extend(self, cache: KVCache, ids: NDArray[np.int64], n_logits: int) -> Array:
-        """Append at most CHUNK tokens to a cache; return the logits after the last `n_logits` of them."""
-        cache.reserve(cache.length + len(ids))
-        return self._run([cache], ids, n_logits)
+        *chunks, last = np.split(ids, range(POSITIONS_PER_PASS, len(ids), POSITIONS_PER_PASS))
+        logits = [self._run([cache], chunk, len(chunk) if all_logits else 0) for chunk in chunks]
+        return np.concatenate([*logits, self._run([cache], last, len(last) if all_logits else 1)])
 
     def _run(self, caches: Sequence[KVCache], ids: NDArray[np.int64], n_logits: int) -> Array:
-        """Append at most CHUNK tokens to one cache, which has room for them, or one to each of several.
+        """Append at most POSITIONS_PER_PASS tokens to one cache, or one token to each of several.
+
+        Args:
+            caches: all with room for the new positions.
+            ids: the tokens.
+            n_logits: how many logits at most are wanted.
 
         Returns:
-            The logits after the last `n_logits` of them.
+            The logits after the last `n_logits` tokens.
         """
-        for cache in caches:
-            self._check_cache(cache)
+        c = self.config
+        for cache in caches:  # the kernels do not check the memory they are given
+            (n_layers, n_kv_heads, _, head_dim) = cache.keys.shape
+            if (n_layers, n_kv_heads, head_dim) != (c.n_layers, c.n_kv_heads, c.head_dim):
+                raise UsageError(
+                    f"a cache of {n_layers} layers, {n_kv_heads} heads of {head_dim} for a model of "
+                    f"{c.n_layers}, {c.n_kv_heads} of {c.head_dim}: it is another model's"
+                )
         count, one_sequence = len(ids), len(caches) == 1
-        logits = np.empty((min(n_logits, count), self.config.vocab_size), np.float32)
+        logits = np.empty((min(n_logits, count), c.vocab_size), np.float32)
         with self._lock:
-            arguments = self._bind(1 if count == 1 else CHUNK, max(cache.capacity for cache in caches))
+            arguments = self._arguments_for(
+                1 if count == 1 else POSITIONS_PER_PASS, max(cache.capacity for cache in caches)
+            )
             _, space, _ = arguments
+            space.job[0] = count, one_sequence, len(logits), address_of(logits)
             space.tokens[:count] = ids
+            slots = space.cache_slots[:count]
+            slots[:] = [(address_of(x.keys), address_of(x.values), x.capacity, x.length) for x in caches]
             if one_sequence:
-                space.places[:count] = _place(caches[0])
-                space.places[:count, ops.POSITION] += np.arange(count)
-            else:
-                space.places[:count] = [_place(cache) for cache in caches]
-            space.job[: ops.N_BLOCKS] = count, one_sequence, len(logits), _address(logits)
+                slots["position"] += np.arange(count)
             self._team.run(arguments)
             for cache in caches:
                 cache.length += count // len(caches)
             return logits
 
-    def _bind(self, n_positions: int, capacity: int) -> tuple[Weights, Workspace, Angles]:
+    def _arguments_for(self, n_positions: int, capacity: int) -> tuple[Weights, Workspace, RopeTables]:
         """Return the arguments of the kernels for n_positions new positions, in caches of up to `capacity`.
 
-        They are the same tuple as long as the memory is large enough.
+        The tuple stays the same until a larger cache needs more memory.
         """
-        if capacity > len(self._angles.cos):
-            self._angles = Angles(*rope_tables(self.config, capacity))
+        if capacity > len(self._rope_tables.cos):
+            self._rope_tables = RopeTables(*rope_tables(self.config, capacity))
             self._arguments = {}
         if n_positions not in self._arguments:
-            space = self._new_workspace(n_positions, len(self._angles.cos))
-            self._arguments[n_positions] = self._weights, space, self._angles
+            space = self._new_workspace(n_positions, len(self._rope_tables.cos))
+            self._arguments[n_positions] = self._weights, space, self._rope_tables
         return self._arguments[n_positions]
 
     def _new_workspace(self, n_positions: int, capacity: int) -> Workspace:
-        """Return memory for passes over up to n_positions new positions, `capacity` with the past ones."""
-        c = self.config
+        """Return memory for passes over up to n_positions new positions, in caches of up to `capacity`."""
+        c, group_size = self.config, self._weights.group_size
         q_dim = c.n_heads * c.head_dim
 
-        def array(width: int) -> Array:
-            return np.zeros((n_positions, width), np.float32)
+        def zeros(*shape: int) -> Array:
+            return np.zeros(shape, np.float32)
 
-        def operand(x: Array) -> Any:
-            group_size = self._weights.group_size
+        def activations(x: Array) -> Any:
             return new_quantized_rows(n_positions, x.shape[1], group_size, self._bits) if group_size else x
 
-        q, k, v, gate, up = (array(width) for width in (q_dim, c.kv_dim, c.kv_dim, c.hidden_dim, c.hidden_dim))
-        normed, attended, projected = array(c.dim), array(q_dim), array(c.dim)
-        from_normed = operand(normed)
-        operands = {ops.PROJECTION: operand(attended), ops.DOWN: operand(gate)}
-        scratch_cols = 0 if self._weights.group_size else max(c.dim, q_dim, c.hidden_dim)
-        job = np.zeros(ops.JOB_WORDS, np.int64)
-        job[ops.N_BLOCKS :] = self._count_blocks(n_positions)
+        normed, attended, gate = (zeros(n_positions, width) for width in (c.dim, q_dim, c.hidden_dim))
+        q = zeros(n_positions, q_dim)
         return Workspace(
+            job=np.zeros(1, JOB),
+            n_blocks=self._count_blocks(n_positions),
             tokens=np.zeros(n_positions, np.int64),
-            places=np.zeros((n_positions, ops.PLACE_WORDS), np.int64),
-            x=array(c.dim),
+            cache_slots=np.zeros(n_positions, CACHE_SLOT),
+            x=zeros(n_positions, c.dim),
             normed=normed,
-            queries=q.reshape(-1, c.head_dim),
+            q=q,
+            q_heads=q.reshape(-1, c.head_dim),
+            k=zeros(n_positions, c.kv_dim),
+            v=zeros(n_positions, c.kv_dim),
             attended=attended,
-            scores=np.zeros((c.n_heads, capacity), np.float32),
-            lane_scores=np.zeros((c.n_heads, capacity, ops.QUERY_LANES), np.float32),
-            lane_queries=np.zeros((c.n_heads, c.head_dim, ops.QUERY_LANES), np.float32),
-            scratch=np.zeros((self._n_threads, scratch_cols, BLOCK_ROWS), np.float32),
-            operands=tuple(operands.get(kind, from_normed) for kind in range(ops.LOGITS + 1)),
-            outputs=(q, k, v, projected, gate, up, projected, array(c.vocab_size)[:0]),
-            job=job,
+            projected=zeros(n_positions, c.dim),
+            gate=gate,
+            up=zeros(n_positions, c.hidden_dim),
+            normed_activations=activations(normed),
+            attended_activations=activations(attended),
+            hidden_activations=activations(gate),
+            scores=zeros(c.n_heads, capacity),
+            lane_scores=zeros(c.n_heads, capacity, QUERY_LANES),
+            lane_queries=zeros(c.n_heads, c.head_dim, QUERY_LANES),
+            scratch=zeros(self._n_threads, 0 if group_size else max(c.dim, q_dim, c.hidden_dim), ROW_BLOCK),
         )
 
-    def _count_blocks(self, n_positions: int) -> list[int]:
-        """Return the number of blocks of each stage."""
+    def _count_blocks(self, n_positions: int) -> NDArray[np.int64]:
+        """Return the number of blocks of each stage of a pass; 0 after the last one."""
         c = self.config
         q_dim = c.n_heads * c.head_dim
 
-        def blocks(rows: int, cols: int) -> int:
+        def matrix(rows: int, cols: int) -> int:
             n_bytes = rows * cols * self._bits // 8
             return max(BLOCKS_PER_THREAD * self._n_threads, -(-n_bytes // BLOCK_BYTES))
 
-        n_blocks = {
-            ops.QKV: 3 * blocks(q_dim, c.dim),
-            ops.ATTENTION: c.n_heads,
-            ops.PROJECTION: blocks(c.dim, q_dim),
-            ops.GATE: blocks(2 * c.hidden_dim, c.dim),
-            ops.DOWN: blocks(c.dim, c.hidden_dim),
-            ops.LOGITS: blocks(c.vocab_size, c.dim),
+        # A single position is left to the thread that finished the stage before.
+        positions = 1 if n_positions == 1 else BLOCKS_PER_THREAD * self._n_threads
+        layer = {
+            stages.ATTENTION_NORM: positions,
+            stages.QKV: 3 * matrix(q_dim, c.dim),
+            stages.ROPE_AND_CACHE: positions,
+            stages.ATTEND: c.n_heads,
+            stages.QUANTIZE_ATTENDED: positions,
+            stages.ATTENTION_OUTPUT: matrix(c.dim, q_dim),
+            stages.FFN_NORM: positions,
+            stages.GATE_UP: matrix(2 * c.hidden_dim, c.dim),
+            stages.QUANTIZE_HIDDEN: positions,
+            stages.DOWN: matrix(c.dim, c.hidden_dim),
         }
-        # One position is dealt with by the thread that is there already.
-        pieces = 1 if n_positions == 1 else BLOCKS_PER_THREAD * self._n_threads
-        return [n_blocks.get(kind, pieces) for kind in range(ops.LOGITS + 1)]
+        after = {stages.FINAL_NORM: positions, stages.LOGITS: matrix(c.vocab_size, c.dim)}
+        return np.array([*[layer[kind] for kind in sorted(layer)] * c.n_layers, *(after[k] for k in sorted(after)), 0])
 
 
-def _place(cache: KVCache) -> tuple[int, int, int, int]:
-    """Return where a sequence's next position goes: a row of Workspace.places."""
-    return _address(cache.keys), _address(cache.values), cache.capacity, cache.length
+def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[..., None]:
+    """Return `stages.work` for arguments of these types, compiled or from the cache.
 
-
-def _address(array: NDArray[Any]) -> int:
-    """Return where an array's first element is."""
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def compile_work(arguments: tuple[Weights, Workspace, Angles]) -> Callable[..., None]:
-    """Return `kernels.work` for arguments of these types, compiled or from the cache.
-
-    What is returned takes nothing else and does not look: to find out the types of so many arrays takes numba longer
-    than a small model takes for a token.
+    The returned function accepts these types only and does not look at them: finding out the types of so many arrays
+    takes numba longer than a small model needs for a token.
     """
-    if not ops.work.signatures:
-        kernel_cache.enable(ops.work)
-    return ops.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
+    if not stages.work.signatures:
+        kernel_cache.enable(stages.work)
+    return stages.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
 
 
 def bits_of(weight: Any) -> int:
-    """Return how many bits a number of a matrix has, scales apart."""
+    """Return the bits of a matrix's number, scales not counted."""
     if isinstance(weight, Packed):
         return weight.bits
     return 8 if isinstance(weight, Quantized) else 8 * weight.itemsize
-
-
-def new_quantized_rows(n: int, cols: int, group_size: int, bits: int) -> QuantizedRows:
-    """Return room for n vectors of `cols` components, to be multiplied by matrices of so many bits."""
-    shape = (n, -(-cols // group_size))
-    values = np.zeros(shape, group_dtype(group_size))
-    return QuantizedRows(values, np.zeros(shape, np.float32), np.zeros(shape, np.int32), 1 << (bits - 1))
-
-
-def stack_weights(file: ModelFile) -> Weights:
-    """Return a model's weights as the kernels take them: the layers of each matrix as one array, without a copy."""
-    tensors = file.tensors
-
-    def layers(name: str) -> list[Any]:
-        return [tensors[f"layers.{layer}.{name}"] for layer in range(file.config.n_layers)]
-
-    matrices = [layers(f"attention.{name}") for name in ops.MATRICES[:4]]
-    matrices += [layers(f"feed_forward.{name}") for name in ops.MATRICES[4:7]]
-    matrices += [[tensors.get("output", tensors["tok_embeddings"])], [tensors["tok_embeddings"]]]
-    return Weights(
-        matrices=tuple(as_matrix(matrix) for matrix in matrices),
-        attention_norm=np.stack(layers("attention_norm")),
-        ffn_norm=np.stack(layers("ffn_norm")),
-        norm=np.array(tensors["norm"]),
-        norm_eps=np.float32(file.config.norm_eps),
-        group_size=getattr(tensors["tok_embeddings"], "group_size", 0),
-    )
-
-
-def as_matrix(layers: Sequence[Any]) -> Any:
-    """Return the layers of a matrix as a Stack, or of quantized ones as a PackedMatrix of two; int8 is packed anew."""
-    if isinstance(layers[0], Quantized):
-        packed = [pack(layer) for layer in layers]
-        # In one array, whose parts keep it alive.
-        values, scales = (list(np.stack([matrix[part] for matrix in packed])) for part in range(2))
-    elif isinstance(layers[0], Packed):
-        values, scales = [layer.values for layer in layers], [layer.scales for layer in layers]
-    else:
-        return stack(layers)
-    chunk, lanes = chunk_dtype(values[0].shape[2]), scales_dtype(scales[0].dtype)
-    return PackedMatrix(stack([v.view(chunk)[..., 0] for v in values]), stack([s.view(lanes)[..., 0] for s in scales]))
-
-
-def stack(arrays: Sequence[NDArray[Any]]) -> Stack:
-    """Return arrays of one shape as a Stack: in place if they are equally far apart, as in our files, else copied.
-
-    The Stack keeps the first array alive; the caller keeps the others.
-    """
-    addresses = [_address(array) for array in arrays]
-    distances = set(np.diff(addresses).tolist())
-    if len(distances) > 1 or not all(array.flags.c_contiguous for array in arrays):
-        copy = np.ascontiguousarray(np.stack(arrays))
-        first, distance = copy[0], copy.strides[0]
-    else:
-        first, distance = arrays[0].view(), distances.pop() if distances else 0
-    # One type of array wherever the weights come from, so that the kernels are compiled once.
-    first.flags.writeable = False
-    return Stack(first, distance)

@@ -163,7 +163,7 @@ def test_long_prompts_are_taken_in_chunks(monkeypatch):
     model = NumpyTransformer(file_in_memory(config))
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, 30)
     expected = model.logits(tokens)
-    monkeypatch.setattr(reference, "CHUNK", 7)
+    monkeypatch.setattr(reference, "PREFILL_CHUNK", 7)
     np.testing.assert_allclose(model.logits(tokens), expected, atol=SUM_ROUNDINGS * np.abs(expected).max())
 
 

@@ -16,8 +16,10 @@ from numba import njit
 from llamalet import reference
 from llamalet.errors import ConfigError
 from llamalet.kernels import ops, simd
-from llamalet.kernels.transformer import as_matrix, bits_of, new_quantized_rows
-from llamalet.model_file.quantize import Packed, Quantized, pack, pack_q4, pack_q8, quantize, to_bfloat16
+from llamalet.kernels.layers import as_matrix, layer_of
+from llamalet.kernels.ops import new_quantized_rows
+from llamalet.kernels.transformer import bits_of
+from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized, pack, pack_q4, pack_q8, quantize, to_bfloat16
 
 # Two orders of summing n float32 products differ by a few roundings of the sum of their absolute values.
 SUM_ROUNDINGS = 1e-6
@@ -63,7 +65,7 @@ def weight_of(weight: np.ndarray, kind: str) -> Any:
     return {"float32": np.asarray, "bfloat16": to_bfloat16, "q8": pack_q8, "q4": pack_q4}[kind](weight)
 
 
-def operand_of(x: np.ndarray, weight: Any) -> Any:
+def activations_of(x: np.ndarray, weight: Any) -> Any:
     """Return x (T, cols) as the kernels prepare it for a weight."""
     if not isinstance(weight, Packed):
         return x
@@ -73,13 +75,13 @@ def operand_of(x: np.ndarray, weight: Any) -> Any:
 
 
 @njit
-def matmul_of_layer(matrix, operand, first_t, count, out, first, last, scratch):
-    ops.matmul(simd.layer_of(matrix, 0), operand, first_t, count, out, first, last, scratch)
+def matmul_of_layer(matrix, activations, first_t, count, out, first, last, scratch):
+    ops.matmul(layer_of(matrix, 0), activations, first_t, count, out, first, last, scratch)
 
 
 def scratch_for(cols: int, one_sequence: bool) -> np.ndarray:
     """Return the memory that a matrix of floats needs for the positions of one sequence."""
-    return at_the_end_of_memory(np.full((cols if one_sequence else 0, simd.BLOCK_ROWS), np.nan, np.float32))
+    return at_the_end_of_memory(np.full((cols if one_sequence else 0, ROW_BLOCK), np.nan, np.float32))
 
 
 @pytest.mark.parametrize("group", [8, 16, 64, 128])
@@ -87,19 +89,21 @@ def test_products_of_8_bits_are_summed_exactly_on_every_path(path, group):
     """Over the whole range: -128, which only a foreign file can hold, and sums that saturating instructions lose."""
 
     @njit
-    def multiply(matrix, operand, out):
-        matrix = simd.layer_of(matrix, 0)
+    def multiply(matrix, activations, out):
+        matrix = layer_of(matrix, 0)
         for i in range(0, len(matrix.values), 2):
             for t in range(0, len(out), 4):
-                simd.multiply_blocks(matrix, (i, i + 1), operand, (t, t + 1, t + 2, t + 3), out, 0)
+                simd.multiply_blocks(matrix, (i, i + 1), activations, (t, t + 1, t + 2, t + 3), out, 0)
 
     rng = np.random.default_rng(group)
     w, x = rng.integers(-128, 128, (32, group), dtype=np.int8), rng.integers(-127, 128, (32, group), dtype=np.int8)
     extremes = np.array([(-128, -127), (-128, 127), (127, 127), (127, -127), (0, 127), (-128, 0)], np.int8)
     w[: len(extremes)], x[: len(extremes)] = extremes[:, :1], extremes[:, 1:]
     ones, out = np.ones((32, 1), np.float32), np.zeros((32, 32), np.float32)
-    rows = ops.QuantizedRows(
-        x.view(simd.group_dtype(group)), ones, -128 * x.sum(axis=1, dtype=np.int32, keepdims=True), 128
+    rows = new_quantized_rows(*x.shape, group, 8)._replace(
+        values=x.view([("values", np.int8, (group,))]),
+        scales=ones,
+        zero_offsets=-128 * x.sum(axis=1, dtype=np.int32, keepdims=True),
     )
     multiply(as_matrix([pack(Quantized(w, ones))]), rows, out)
     # Sums of up to 128 products fit into the 24 bits of a float32.
@@ -127,7 +131,7 @@ def test_quantize_rows(n, cols, group, seed):
     np.testing.assert_array_equal(values[:, :cols], expected.values)
     assert not values[:, cols:].any()
     np.testing.assert_array_equal(rows.scales, expected.scales)
-    np.testing.assert_array_equal(rows.starts, -128 * values.reshape(n, -1, group).sum(axis=-1, dtype=np.int32))
+    np.testing.assert_array_equal(rows.zero_offsets, -128 * values.reshape(n, -1, group).sum(axis=-1, dtype=np.int32))
 
 
 @pytest.mark.simd_path
@@ -151,16 +155,16 @@ def test_matmul(kind, n_rows, cols, n_vectors, one_sequence, seed, data):
     if kind.startswith("int8"):
         cols = (cols + 31) // 32 * 32
     floating, x = floats(seed, n_rows, cols), floats(seed + 1, n_vectors, cols)
-    weight, n_blocks = weight_of(floating, kind), -(-n_rows // simd.BLOCK_ROWS)
+    weight, n_blocks = weight_of(floating, kind), -(-n_rows // ROW_BLOCK)
     first = data.draw(st.integers(0, n_blocks - 1))
     last = data.draw(st.integers(first + 1, n_blocks))
     first_t = data.draw(st.integers(0, n_vectors - 1))
     out = np.full((n_vectors, n_rows), 7, np.float32)
     expected, product, count = out.copy(), reference.matmul(x, weight), n_vectors - first_t
-    rows = slice(first * simd.BLOCK_ROWS, last * simd.BLOCK_ROWS)
+    rows = slice(first * ROW_BLOCK, last * ROW_BLOCK)
     expected[:count, rows] = product[first_t:, rows]
     scratch = scratch_for(cols, one_sequence)
-    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), first_t, count, out, first, last, scratch)
+    matmul_of_layer(as_matrix([weight]), activations_of(x, weight), first_t, count, out, first, last, scratch)
     np.testing.assert_allclose(out, expected, rtol=0, atol=SUM_ROUNDINGS * (np.abs(x) @ np.abs(floating).T).max())
 
 
@@ -171,10 +175,10 @@ def test_a_vector_gets_the_same_products_whatever_is_multiplied_beside_it(kind, 
     """In a batch of sequences."""
     x, weight = floats(seed, n_vectors, 32 * n_groups), weight_of(floats(seed + 1, n_rows, 32 * n_groups), kind)
     together, alone = np.zeros((2, n_vectors, n_rows), np.float32)
-    n_blocks, scratch = -(-n_rows // simd.BLOCK_ROWS), scratch_for(0, False)
-    matmul_of_layer(as_matrix([weight]), operand_of(x, weight), 0, n_vectors, together, 0, n_blocks, scratch)
+    n_blocks, scratch = -(-n_rows // ROW_BLOCK), scratch_for(0, False)
+    matmul_of_layer(as_matrix([weight]), activations_of(x, weight), 0, n_vectors, together, 0, n_blocks, scratch)
     for t in range(n_vectors):
-        matmul_of_layer(as_matrix([weight]), operand_of(x, weight), t, 1, alone[t:], 0, n_blocks, scratch)
+        matmul_of_layer(as_matrix([weight]), activations_of(x, weight), t, 1, alone[t:], 0, n_blocks, scratch)
     np.testing.assert_array_equal(together, alone)
 
 
@@ -185,22 +189,22 @@ def test_matmul_reads_nothing_beyond_its_operands(kind, cols):
     if kind.startswith("int8"):
         cols = 192
     x, weight = floats(1, 5, cols), weight_of(floats(0, 23, cols), kind)
-    operand, guarded, guarded_operand = operand_of(x, weight), weight, at_the_end_of_memory(x)
+    activations, guarded, guarded_activations = activations_of(x, weight), weight, at_the_end_of_memory(x)
     if isinstance(weight, Packed):
         guarded = weight._replace(
             values=at_the_end_of_memory(weight.values), scales=at_the_end_of_memory(weight.scales)
         )
-        guarded_operand = operand._replace(
-            values=at_the_end_of_memory(operand.values), scales=at_the_end_of_memory(operand.scales),
-            starts=at_the_end_of_memory(operand.starts),
+        guarded_activations = activations._replace(
+            values=at_the_end_of_memory(activations.values), scales=at_the_end_of_memory(activations.scales),
+            zero_offsets=at_the_end_of_memory(activations.zero_offsets),
         )  # fmt: skip
     else:
         guarded = at_the_end_of_memory(weight)
     for count, one_sequence in ((1, False), (5, False), (5, True)):
         expected, out = np.zeros((count, 23), np.float32), at_the_end_of_memory(np.zeros((count, 23), np.float32))
         scratch = scratch_for(cols, one_sequence)
-        matmul_of_layer(as_matrix([weight]), operand, 0, count, expected, 0, 2, scratch)
-        matmul_of_layer(as_matrix([guarded]), guarded_operand, 0, count, out, 0, 2, scratch)
+        matmul_of_layer(as_matrix([weight]), activations, 0, count, expected, 0, 2, scratch)
+        matmul_of_layer(as_matrix([guarded]), guarded_activations, 0, count, out, 0, 2, scratch)
         np.testing.assert_array_equal(out, expected)
 
 
@@ -209,7 +213,7 @@ def test_embed(kind):
     @njit
     def embed_all(table, out, group_size):
         for token in range(len(out)):
-            ops.embed(simd.layer_of(table, 0), token, out[token], group_size)
+            ops.embed(layer_of(table, 0), token, out[token], group_size)
 
     cols = 96 if kind.startswith("int8") else 89
     weight, out = weight_of(floats(0, 37, cols), kind), np.zeros((37, cols), np.float32)
@@ -219,8 +223,8 @@ def test_embed(kind):
 
 OUT_OF_RANGE = """
 import numpy as np
-from llamalet import kernels
-kernels.rmsnorm(np.ones(8, np.float32), np.ones(8, np.float32), np.float32(1e-5), np.ones(7, np.float32))
+from llamalet.kernels import ops
+ops.rmsnorm(np.ones(8, np.float32), np.ones(8, np.float32), np.float32(1e-5), np.ones(7, np.float32))
 """
 
 
@@ -362,5 +366,5 @@ def test_no_kernel_hides_a_nan():
     assert np.isnan(both).all()
     for kind in KINDS:
         weight, result = weight_of(floats(4, 3, 64), kind), np.zeros((1, 3), np.float32)
-        matmul_of_layer(as_matrix([weight]), operand_of(x[None], weight), 0, 1, result, 0, 1, scratch_for(0, False))
+        matmul_of_layer(as_matrix([weight]), activations_of(x[None], weight), 0, 1, result, 0, 1, scratch_for(0, False))
         assert np.isnan(result).all()

@@ -12,8 +12,9 @@ from llamalet import model_file, reference, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError, UsageError
-from llamalet.kernels import ops, simd, threads
-from llamalet.kernels.transformer import CHUNK, Transformer, stack_weights
+from llamalet.kernels import simd, threads
+from llamalet.kernels.layers import stack_weights
+from llamalet.kernels.transformer import POSITIONS_PER_PASS, Transformer
 from llamalet.kv_cache import KVCache
 from llamalet.model_file import quantize
 
@@ -81,7 +82,7 @@ def test_a_sequence_gets_the_same_logits_in_a_batch_as_alone(file):
     """Bit for bit: a row's products are summed in one order, whatever is computed beside it."""
     model, rng = Transformer(file), np.random.default_rng(0)
     tokens = some_tokens(file.config, file.config.max_seq_len)
-    for size in (1, 2, 3, 7, CHUNK + 2):
+    for size in (1, 2, 3, 7, POSITIONS_PER_PASS + 2):
         lengths = rng.integers(0, file.config.max_seq_len - 3, size)
         batch, alone = [[model.new_cache() for _ in range(size)] for _ in range(2)]
         for caches in (batch, alone):
@@ -120,9 +121,9 @@ def test_caches_take_turns_grow_and_forget(file):
     np.testing.assert_array_equal(model.decode(first, tokens[3]), expected[3])
 
 
-def test_a_prompt_longer_than_a_chunk():
-    config = ModelConfig.create(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100, max_seq_len=3 * CHUNK)
-    model, tokens = Transformer(in_memory(config, "q8")), some_tokens(config, 2 * CHUNK + 7)
+def test_a_prompt_of_several_passes():
+    config = ModelConfig.create(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100, max_seq_len=400)
+    model, tokens = Transformer(in_memory(config, "q8")), some_tokens(config, 2 * POSITIONS_PER_PASS + 7)
     logits, cache = model.logits(tokens), model.new_cache()
     np.testing.assert_array_equal(model.prefill(cache, tokens[:5]), logits[4])
     np.testing.assert_array_equal(model.prefill(cache, tokens[5:]), logits[-1])
@@ -133,17 +134,17 @@ def test_a_prompt_longer_than_a_chunk():
 def test_weights_stay_where_the_file_is_mapped(tmp_path, version, dtype):
     config = SMALL_MODELS["gqa-untied"]
     file = model_file.write(tmp_path / "model.bin", version, config, random_tensors(config), dtype=dtype)
-    matrices, seen = dict(zip(ops.MATRICES, stack_weights(file).matrices, strict=True)), set()
+    matrices, seen = stack_weights(file)._asdict(), set()
     for name, tensor in file.tensors.items():
         *layer, matrix = name.replace("layers.", "").split(".")
-        if matrix in matrices:
+        if not matrix.endswith("norm"):
             seen.add(matrix)
             packed = isinstance(tensor, quantize.Packed)
             stacks = matrices[matrix] if packed else [matrices[matrix]]
             for stack, part in zip(stacks, tensor[:2] if packed else [tensor], strict=True):
                 address = stack.first.__array_interface__["data"][0] + stack.distance * int(layer[0] if layer else 0)
                 assert address == part.__array_interface__["data"][0] and stack.first.nbytes == part.nbytes
-    assert seen == set(matrices)
+    assert seen == {"wq", "wk", "wv", "wo", "w1", "w2", "w3", "output", "tok_embeddings"}
 
 
 def test_weights_that_are_not_of_a_file_may_lie_anywhere():
@@ -250,39 +251,39 @@ def test_a_helper_that_fails_does_not_hang_the_caller():
 
     first_job_done, waiting = threading.Event(), threading.Event()
 
-    def work(shared: np.ndarray, binding: int, member: int) -> None:
-        if member:
+    def work(shared: np.ndarray, generation: int, thread: int) -> None:
+        if thread:
             waiting.wait()
             raise PlantedError
         if first_job_done.is_set():
             waiting.set()
-            while shared[threads.BINDING] == binding:
+            while shared[threads.GENERATION] == generation:
                 pass
 
-    crew = threads.Team(work, 2)
-    crew.run(())  # the helpers start after it
+    team = threads.ThreadTeam(work, 2)
+    team.run(())  # the helpers start after it
     first_job_done.set()
     with pytest.raises(PlantedError):
-        crew.run(())
+        team.run(())
 
 
 def test_a_job_that_comes_while_a_helper_turns_away_wakes_it():
     second_job, came_back = threading.Event(), threading.Event()
-    looks = []
+    polls = []
 
-    def work(shared: np.ndarray, binding: int, member: int) -> None:
-        if member:
-            looks.append(member)
-            (came_back.set if len(looks) > 1 else second_job.wait)()
-        elif crew._threads:  # the helpers start after the first job
+    def work(shared: np.ndarray, generation: int, thread: int) -> None:
+        if thread:
+            polls.append(thread)
+            (came_back.set if len(polls) > 1 else second_job.wait)()
+        elif team._threads:  # the helpers start after the first job
             second_job.set()
             came_back.wait(timeout=30)
 
-    crew = threads.Team(work, 2)
-    crew.run(())
-    crew.run(())
+    team = threads.ThreadTeam(work, 2)
+    team.run(())
+    team.run(())
     assert came_back.is_set()
-    crew.stop()
+    team.stop()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+"""Helpers that build LLVM code: constants, vectors, loads and stores, running sums, rows of arrays.
+
+Each takes the `builder` of the function being compiled and appends instructions to it. Sizes and offsets are in
+elements unless a name says bytes; addresses are typed pointers and may have any alignment.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def i64(value: int) -> Any:
+    """Return a 64-bit constant."""
+    return ir.Constant(I64, value)
+
+
+def splat_constant(element: Any, value: float, count: int) -> Any:
+    """Return a vector of `count` copies of a constant."""
+    return ir.Constant(ir.VectorType(element, count), [ir.Constant(element, value)] * count)
+
+
+def splat(builder: ir.IRBuilder, value: Any, count: int) -> Any:
+    """Return a vector of `count` copies of a value."""
+    undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    return shuffle(builder, builder.insert_element(undefined, value, ir.Constant(I32, 0)), [0] * count)
+
+
+def shuffle(builder: ir.IRBuilder, vector: Any, lanes: Sequence[int], second: Any = None) -> Any:
+    """Return these lanes of `vector`, or of `vector` and `second` one after the other."""
+    mask = ir.Constant(ir.VectorType(I32, len(lanes)), [ir.Constant(I32, lane) for lane in lanes])
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined) if second is None else second, mask)
+
+
+def transpose(builder: ir.IRBuilder, rows: Sequence[Any]) -> list[Any]:
+    """Transpose a square of vectors: swap the off-diagonal corners of squares of 2, 4, 8 and 16 lanes a side."""
+    size, block = len(rows), list(rows)
+    side = 1
+    while side < size:
+        swapped = list(block)
+        for row in range(size):
+            if not row & side:
+                upper, lower = block[row], block[row + side]
+                # The upper row keeps its left squares and gets the lower row's left ones as its right squares.
+                left = [column if not column & side else size + column - side for column in range(size)]
+                right = [column + side if not column & side else size + column for column in range(size)]
+                swapped[row] = shuffle(builder, upper, left, lower)
+                swapped[row + side] = shuffle(builder, upper, right, lower)
+        block, side = swapped, 2 * side
+    return block
+
+
+def call(builder: ir.IRBuilder, name: str, result: Any, args: Sequence[Any], fastmath: tuple[str, ...] = ()) -> Any:
+    """Call an external function or an LLVM intrinsic by its name."""
+    signature = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    return builder.call(function, args, fastmath=fastmath)
+
+
+def sum_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
+    """Return the sum of the lanes of a float32 vector, in the order that suits the processor."""
+    name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
+    return call(builder, name, F32, (ir.Constant(F32, -0.0), vector), fastmath=("reassoc",))
+
+
+def load_vector(builder: ir.IRBuilder, pointer: Any, element: Any, count: int) -> Any:
+    """Load `count` elements."""
+    return builder.load(builder.bitcast(pointer, ir.VectorType(element, count).as_pointer()), align=1)
+
+
+def load_floats(builder: ir.IRBuilder, pointer: Any, count: int) -> Any:
+    """Load `count` float32, or bfloat16 widened to float32: their bits are its upper 16."""
+    if pointer.type.pointee == F32:
+        return load_vector(builder, pointer, F32, count)
+    bits = builder.zext(load_vector(builder, pointer, I16, count), ir.VectorType(I32, count))
+    return builder.bitcast(builder.shl(bits, splat_constant(I32, 16, count)), ir.VectorType(F32, count))
+
+
+def load_float(builder: ir.IRBuilder, pointer: Any) -> Any:
+    """Load one float32, or one bfloat16 widened to float32."""
+    return builder.extract_element(load_floats(builder, pointer, 1), ir.Constant(I32, 0))
+
+
+def store_lanes(builder: ir.IRBuilder, vector: Any, pointer: Any, room: Any) -> None:
+    """Store a vector of float32, or only its first `room` lanes if there is no more room."""
+    lanes = vector.type.count
+    pointer = builder.bitcast(pointer, vector.type.as_pointer())
+    with builder.if_else(builder.icmp_signed(">=", room, i64(lanes))) as (whole, part):
+        with whole:
+            builder.store(vector, pointer, align=1)
+        with part:
+            numbers = ir.Constant(ir.VectorType(I64, lanes), [i64(lane) for lane in range(lanes)])
+            mask = builder.icmp_signed("<", numbers, splat(builder, room, lanes))
+            name = f"llvm.masked.store.v{lanes}f32.p0"
+            call(builder, name, ir.VoidType(), (vector, pointer, ir.Constant(I32, 1), mask))
+
+
+def variables(builder: ir.IRBuilder, values: Iterable[Any]) -> list[Any]:
+    """Return variables with these initial values."""
+    return [cgutils.alloca_once_value(builder, value) for value in values]
+
+
+def add_product(builder: ir.IRBuilder, total: Any, left: Any, right: Any, *, fused: bool = True) -> None:
+    """Add left * right to a variable, rounding once where the processor can and `fused` allows it."""
+    flags = ("contract",) if fused else ()
+    product = builder.fmul(left, right, flags=flags)
+    builder.store(builder.fadd(builder.load(total), product, flags=flags), total)
+
+
+def add_products(builder: ir.IRBuilder, totals: Any, w: Iterable[Any], x: Iterable[Any], *, fused: bool = True) -> None:
+    """Add the product of each of w and each of x to its variable, those of the first w first."""
+    for total, (left, right) in zip(totals, itertools.product(w, x), strict=True):
+        add_product(builder, total, left, right, fused=fused)
+
+
+class Table:
+    """A contiguous array (n, width): its address, its width as an LLVM value, its numba element type."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, array_type: Any, value: Any) -> None:
+        array = context.make_array(array_type)(context, builder, value)
+        self._builder, self._data = builder, array.data
+        self.dtype = array_type.dtype
+        _, self.width = cgutils.unpack_tuple(builder, array.shape)
+
+    def row(self, index: Any) -> Any:
+        """Return the address of the first element of a row."""
+        return self._builder.gep(self._data, [self._builder.mul(index, self.width)])
+
+
+def tables(context: Any, builder: ir.IRBuilder, tuple_type: Any, value: Any) -> list[Table]:
+    """Return the arrays of a tuple."""
+    parts = zip(tuple_type.types, cgutils.unpack_tuple(builder, value), strict=True)
+    return [Table(context, builder, *part) for part in parts if isinstance(part[0], types.Array)]

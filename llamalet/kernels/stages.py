@@ -1,0 +1,341 @@
+"""The forward pass as stages, in the order of `hidden_states` in reference.py, and `work`, the loop over them.
+
+    reference.py                                       stage
+    x = embed(tokens)                                  attention_norm of the first layer
+    for layer in range(n_layers):
+        normed = rmsnorm(x, attention_norm)            attention_norm
+        q, k, v = matmul(normed, wq | wk | wv)         qkv
+        q, k = rope(q), rope(k); cache k, v            rope_and_cache
+        attention(q, k, v)                             attend, quantize_attended
+        x = x + matmul(.., wo)                         attention_output; ffn_norm adds
+        normed = rmsnorm(x, ffn_norm)                  ffn_norm
+        hidden = swiglu(matmul(.., w1), matmul(.., w3))  gate_up, quantize_hidden
+        x = x + matmul(hidden, w2)                     down; the next attention_norm or final_norm adds
+    rmsnorm(x, norm)                                   final_norm
+    matmul(.., output)                                 logits
+
+A stage needs the results of the one before it. It is cut into blocks that threads run at the same time: shares of the
+positions, of a matrix's rows, or the heads. A pass handles T new positions: one when decoding, many of one sequence for
+a prompt, or one of each of many sequences. Numba compiles `work` once for each kind of weights.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from llamalet.kernels import threads
+from llamalet.kernels.layers import FLOAT_BYTES, floats_at, layer_of
+from llamalet.kernels.ops import (
+    OPTIONS,
+    QUERY_LANES,
+    add,
+    attention,
+    attention_of_lanes,
+    copy,
+    embed,
+    kernel,
+    matmul,
+    quantize_activations,
+    rmsnorm,
+    rope,
+    swiglu,
+)
+from llamalet.model_file.quantize import ROW_BLOCK
+
+# For functions that take all weights or the whole workspace: for a call, numba would copy hundreds of words.
+inlined_kernel = njit(inline="always", **OPTIONS)
+
+# The stages of a layer, in order, and the two after the last layer.
+(
+    ATTENTION_NORM, QKV, ROPE_AND_CACHE, ATTEND, QUANTIZE_ATTENDED, ATTENTION_OUTPUT,
+    FFN_NORM, GATE_UP, QUANTIZE_HIDDEN, DOWN, FINAL_NORM, LOGITS,
+) = range(12)  # fmt: skip
+STAGES_PER_LAYER = FINAL_NORM
+
+# A pass: T, whether all positions are of one sequence, for how many of the last positions logits are wanted, and the
+# address of these, float32 (N, V).
+JOB = np.dtype([(name, np.int64) for name in ("count", "one_sequence", "n_logits", "logits")])
+
+# Where the keys and values of a new position go: the addresses of its sequence's, the capacity of the sequence's cache,
+# the position.
+CACHE_SLOT = np.dtype([(name, np.int64) for name in ("keys", "values", "capacity", "position")])
+
+
+class Workspace(NamedTuple):
+    """The memory of a pass over T new positions; float32 unless said otherwise.
+
+    job: JOB (1,).
+    n_blocks: int64 (stages + 1,), the blocks of each stage of all layers; 0 after the last.
+    tokens: int64 (T,).
+    cache_slots: CACHE_SLOT (T,).
+    x: the residual stream (T, C).
+    normed: (T, C).
+    q: (T, H * D).
+    q_heads: q once more, as (T * H, D).
+    k: (T, G * D).
+    v: (T, G * D).
+    attended: (T, H * D).
+    projected: the result of wo or w2, not yet added to x: (T, C).
+    gate: (T, F), and after swiglu the hidden activations.
+    up: (T, F).
+    normed_activations: normed as matrices multiply it: itself, or ops.QuantizedRows.
+    attended_activations: the same of attended.
+    hidden_activations: the same of gate.
+    scores: (H, capacity).
+    lane_scores: scores of QUERY_LANES queries (H, capacity, QUERY_LANES).
+    lane_queries: those queries, then their results (H, D, QUERY_LANES).
+    scratch: for each thread, a block of a matrix of floats (threads, cols, ROW_BLOCK).
+    """
+
+    job: Any
+    n_blocks: Any
+    tokens: Any
+    cache_slots: Any
+    x: Any
+    normed: Any
+    q: Any
+    q_heads: Any
+    k: Any
+    v: Any
+    attended: Any
+    projected: Any
+    gate: Any
+    up: Any
+    normed_activations: Any
+    attended_activations: Any
+    hidden_activations: Any
+    scores: Any
+    lane_scores: Any
+    lane_queries: Any
+    scratch: Any
+
+
+class RopeTables(NamedTuple):
+    """The cosines and sines of RoPE's angles at every position (capacity, D / 2)."""
+
+    cos: Any
+    sin: Any
+
+
+@kernel
+def work(weights: Any, space: Any, rope_tables: Any, shared: Any, generation: int, thread: int) -> None:
+    """Run the model over the new positions of space.job, together with other threads; see threads.py.
+
+    Args:
+        weights: layers.Weights.
+        space: Workspace; its job, tokens and cache_slots describe the pass.
+        rope_tables: RopeTables of all positions.
+        shared: the team's words.
+        generation: the number under which the team passed these arguments.
+        thread: the thread's number. Thread 0, the caller's, opens the job and returns when it is done.
+    """
+    if thread == 0:
+        threads.open_job(shared)
+    stage, block = threads.next_block(shared, space.n_blocks, generation, thread, -1)
+    while stage >= 0:
+        run_block(weights, space, rope_tables, stage, block, thread)
+        stage, block = threads.next_block(shared, space.n_blocks, generation, thread, stage)
+
+
+@inlined_kernel
+def run_block(weights: Any, space: Any, rope_tables: Any, stage: int, block: int, thread: int) -> None:
+    """Run one block of a stage."""
+    layer = min(stage // STAGES_PER_LAYER, weights.attention_norm.shape[0] - 1)
+    kind, n_blocks = stage - layer * STAGES_PER_LAYER, space.n_blocks[stage]
+    if kind == ATTENTION_NORM:
+        attention_norm(weights, space, layer, block, n_blocks)
+    elif kind == QKV:
+        qkv(weights, space, layer, block, n_blocks, thread)
+    elif kind == ROPE_AND_CACHE:
+        rope_and_cache(space, rope_tables, layer, block, n_blocks)
+    elif kind == ATTEND:
+        attend(space, layer, block)
+    elif kind == QUANTIZE_ATTENDED:
+        quantize_share(space, space.attended, space.attended_activations, block, n_blocks)
+    elif kind == ATTENTION_OUTPUT:
+        attention_output(weights, space, layer, block, n_blocks, thread)
+    elif kind == FFN_NORM:
+        ffn_norm(weights, space, layer, block, n_blocks)
+    elif kind == GATE_UP:
+        gate_up(weights, space, layer, block, n_blocks, thread)
+    elif kind == QUANTIZE_HIDDEN:
+        quantize_share(space, space.gate, space.hidden_activations, block, n_blocks)
+    elif kind == DOWN:
+        down(weights, space, layer, block, n_blocks, thread)
+    elif kind == FINAL_NORM:
+        final_norm(weights, space, block, n_blocks)
+    else:
+        logits(weights, space, block, n_blocks, thread)
+
+
+# -- the stages -------------------------------------------------------------------------------------------------------
+
+
+@inlined_kernel
+def attention_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: int) -> None:
+    """Embed the tokens, or finish the layer before; then normalise a share of the positions for attention."""
+    first, last = share_of(space.job[0].count, block, n_blocks)
+    if layer == 0:
+        table = layer_of(weights.tok_embeddings, 0)
+        for t in range(first, last):
+            embed(table, space.tokens[t], space.x[t], weights.group_size)
+    else:
+        add_rows(space.x, space.projected, first, last)
+    norm_rows(
+        space.x, weights.attention_norm[layer], weights.norm_eps, space.normed, space.normed_activations, first, last
+    )
+
+
+@inlined_kernel
+def qkv(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
+    """Multiply by a share of the rows of wq, wk or wv: three blocks in a row take the same share of each."""
+    matrix = (weights.wq, weights.wk, weights.wv)[block % 3]
+    out = (space.q, space.k, space.v)[block % 3]
+    activations = space.normed_activations
+    multiply(space, layer_of(matrix, layer), activations, space.job[0].count, out, block // 3, n_blocks // 3, thread)
+
+
+@inlined_kernel
+def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_blocks: int) -> None:
+    """Turn the queries and keys of a share of the positions, and put keys and values into the cache."""
+    head_dim = space.q_heads.shape[1]
+    n_kv_heads = space.k.shape[1] // head_dim
+    first, last = share_of(space.job[0].count, block, n_blocks)
+    for t in range(first, last):
+        slot = space.cache_slots[t]
+        cos, sin = rope_tables.cos[slot.position], rope_tables.sin[slot.position]
+        rope(space.q[t], cos, sin)
+        rope(space.k[t], cos, sin)
+        for g in range(n_kv_heads):
+            keys, values = cached_head(slot, layer * n_kv_heads + g, head_dim)
+            copy(space.k[t, g * head_dim : (g + 1) * head_dim], keys[slot.position])
+            copy(space.v[t, g * head_dim : (g + 1) * head_dim], values[slot.position])
+
+
+@inlined_kernel
+def attend(space: Any, layer: int, head: int) -> None:
+    """Let one head of all new positions attend to its sequence so far; of a prompt, QUERY_LANES positions at once."""
+    count, head_dim, n_heads = space.job[0].count, space.q_heads.shape[1], space.scores.shape[0]
+    n_kv_heads = space.k.shape[1] // head_dim
+    kv_head, column = layer * n_kv_heads + head * n_kv_heads // n_heads, head * head_dim
+    if count > 1 and space.job[0].one_sequence:
+        keys, values = cached_head(space.cache_slots[0], kv_head, head_dim)
+        for t in range(0, count, QUERY_LANES):
+            n, start = min(QUERY_LANES, count - t), space.cache_slots[t].position
+            scores, lanes, out = space.lane_scores[head], space.lane_queries[head], space.attended[t : t + n]
+            attention_of_lanes(
+                space.q_heads, t * n_heads + head, n_heads, n, start, keys, values, scores, lanes, out, column
+            )
+    else:
+        for t in range(count):
+            slot = space.cache_slots[t]
+            keys, values = cached_head(slot, kv_head, head_dim)
+            out = space.attended[t, column : column + head_dim]
+            attention(space.q_heads, t * n_heads + head, keys, values, slot.position + 1, space.scores[head], out)
+
+
+@inlined_kernel
+def attention_output(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
+    """Multiply by a share of the rows of wo."""
+    matrix, activations = layer_of(weights.wo, layer), space.attended_activations
+    multiply(space, matrix, activations, space.job[0].count, space.projected, block, n_blocks, thread)
+
+
+@inlined_kernel
+def ffn_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: int) -> None:
+    """Add attention's output and normalise a share of the positions for the feed-forward network."""
+    first, last = share_of(space.job[0].count, block, n_blocks)
+    add_rows(space.x, space.projected, first, last)
+    norm_rows(space.x, weights.ffn_norm[layer], weights.norm_eps, space.normed, space.normed_activations, first, last)
+
+
+@inlined_kernel
+def gate_up(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
+    """Multiply by the same share of the rows of w1 and w3, and join the results by swiglu."""
+    count, activations = space.job[0].count, space.normed_activations
+    multiply(space, layer_of(weights.w1, layer), activations, count, space.gate, block, n_blocks, thread)
+    multiply(space, layer_of(weights.w3, layer), activations, count, space.up, block, n_blocks, thread)
+    first, last = share_of(n_row_blocks(space.gate), block, n_blocks)
+    rows = slice(first * ROW_BLOCK, min(last * ROW_BLOCK, space.gate.shape[1]))
+    for t in range(count):
+        swiglu(space.gate[t, rows], space.up[t, rows])
+
+
+@inlined_kernel
+def down(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
+    """Multiply by a share of the rows of w2."""
+    matrix, activations = layer_of(weights.w2, layer), space.hidden_activations
+    multiply(space, matrix, activations, space.job[0].count, space.projected, block, n_blocks, thread)
+
+
+@inlined_kernel
+def final_norm(weights: Any, space: Any, block: int, n_blocks: int) -> None:
+    """Add the last layer's output and normalise a share of the positions for the logits."""
+    first, last = share_of(space.job[0].count, block, n_blocks)
+    add_rows(space.x, space.projected, first, last)
+    norm_rows(space.x, weights.norm, weights.norm_eps, space.normed, space.normed_activations, first, last)
+
+
+@inlined_kernel
+def logits(weights: Any, space: Any, block: int, n_blocks: int, thread: int) -> None:
+    """Multiply the last positions by a share of the rows of the output matrix."""
+    n_logits = space.job[0].n_logits
+    out = floats_at(space.job[0].logits, n_logits, weights.vocab_size)
+    multiply(space, layer_of(weights.output, 0), space.normed_activations, n_logits, out, block, n_blocks, thread)
+
+
+# -- parts of the stages ----------------------------------------------------------------------------------------------
+
+
+@kernel
+def share_of(n: int, block: int, n_blocks: int) -> Any:
+    """Return the first of a block's share of n things, and the one after its last."""
+    return n * block // n_blocks, n * (block + 1) // n_blocks
+
+
+@kernel
+def n_row_blocks(out: Any) -> int:
+    """Return the number of blocks of rows of the matrix whose products are `out` (T, rows)."""
+    return (out.shape[1] + ROW_BLOCK - 1) // ROW_BLOCK
+
+
+@inlined_kernel
+def multiply(
+    space: Any, matrix: Any, activations: Any, n_vectors: int, out: Any, block: int, n_blocks: int, thread: int
+) -> None:
+    """Multiply the last n_vectors positions by a block's share of a matrix's rows."""
+    job = space.job[0]
+    first, last = share_of(n_row_blocks(out), block, n_blocks)
+    scratch = space.scratch[thread, : space.scratch.shape[1] * job.one_sequence]
+    matmul(matrix, activations, job.count - n_vectors, n_vectors, out, first, last, scratch)
+
+
+@inlined_kernel
+def quantize_share(space: Any, x: Any, activations: Any, block: int, n_blocks: int) -> None:
+    """Quantize a share of the positions of x (T, cols) if the next matrix is a packed one."""
+    first, last = share_of(space.job[0].count, block, n_blocks)
+    quantize_activations(x, activations, first, last)
+
+
+@kernel
+def add_rows(x: Any, y: Any, first: int, last: int) -> None:
+    """Add y[first:last] to x[first:last], both (T, C)."""
+    for t in range(first, last):
+        add(x[t], y[t])
+
+
+@kernel
+def norm_rows(x: Any, weight: Any, eps: float, normed: Any, activations: Any, first: int, last: int) -> None:
+    """Normalise x[first:last] (T, C) and quantize the result if the next matrix is a packed one."""
+    for t in range(first, last):
+        rmsnorm(x[t], weight, eps, normed[t])
+    quantize_activations(normed, activations, first, last)
+
+
+@kernel
+def cached_head(slot: Any, kv_head: int, head_dim: int) -> Any:
+    """Return the keys and the values (capacity, D) of one head; heads are numbered through all layers."""
+    offset = kv_head * slot.capacity * head_dim * FLOAT_BYTES
+    keys = floats_at(slot.keys + offset, slot.capacity, head_dim)
+    return keys, floats_at(slot.values + offset, slot.capacity, head_dim)
