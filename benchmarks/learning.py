@@ -1,4 +1,4 @@
-"""Which learns faster, llama2.c's train.py or this project's: the same model, tokens, context and micro-batch.
+"""Which learns faster, llama2.c's train.py or ours, with the same model, tokens, context and micro-batch?
 
   python tinystories.py synthesize --seed=1 --size=20MB --val-stories=400
   python tinystories.py train-vocab synthetic --vocab-size=2048
@@ -7,12 +7,12 @@
   python -m benchmarks.learning --data=data/synthetic/tok2048 --peer_train=PATH/llama2.c --time
   python -m benchmarks.learning --data=data/synthetic/tok2048 --attempt="--optimizer=adamw --learning_rate=4e-3"
 
-The fourth line sweeps llama2.c's learning rate and batch, repeats the best setting with more seeds, and trains our own
-setting on a share of its tokens, each share a run of its own whose learning rate has come down at its end. The next
-times a step of both, which take turns. The last adds one run of ours with other options.
+The fourth line sweeps llama2.c's learning rate and batch size, repeats the best setting with more seeds, and trains our
+setting on several shares of its tokens, each in a separate run with a complete learning rate schedule. The next line
+times a step of both, in turns. The last adds one run of ours with other options.
 
-One function computes the loss of both, over all of the validation split. Every finished run stands in --out; a run that
-stands there is not repeated, so a campaign that was stopped goes on. The table is printed at each end.
+One function computes the loss of both, over the whole validation split. Finished runs are recorded in --out and not
+repeated, so an interrupted campaign continues. Each command ends by printing the table.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ import torch
 
 from benchmarks import llama2c
 from benchmarks import training as speed
+from benchmarks.harness import save_chart
 from configurator import parse
 from llamalet.config import IGNORED, ModelConfig
 from llamalet.errors import ConfigError, UsageError, run
@@ -49,11 +50,11 @@ from training.weights import to_torch
 PEER, OURS = "llama2.c", "ours"
 PEER_RATES = (2e-3, 4e-3, 8e-3)
 PEER_BATCHES = (1, 4)
-"""Micro-batches that it sums up before a step."""
+"""Its micro-batches per step."""
 WARMUP = 0.03
-"""Share of the run in which the learning rate of both rises. llama2.c's then follows a cosine down to 0."""
+"""Share of the run in which the learning rate rises; llama2.c's then follows a cosine down to 0."""
 POINTS = 10
-"""Evaluations in the course of a run."""
+"""Evaluations during a run."""
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -62,11 +63,11 @@ class LearnConfig:
     """The options of benchmarks/learning.py."""
 
     data: str = "data/synthetic/tok2048"
-    """Folder of prepared data: both learn its training split, and are measured on its validation split."""
+    """Folder of prepared data: both train on its training split and are measured on its validation split."""
     peer_train: str | None = None
-    """Folder of llama2.c; without it only our runs are made."""
+    """Folder of llama2.c; without it only ours is trained."""
     out: str | None = None
-    """File of results; out/learning/SOURCE.json where not given."""
+    """File of results; by default out/learning/SOURCE.json."""
     dim: int = 128
     """Width of the model."""
     n_layers: int = 3
@@ -78,23 +79,23 @@ class LearnConfig:
     batch_size: int = 8
     """Sequences of a micro-batch."""
     tokens: int = 4_096_000
-    """Tokens that llama2.c's train.py is given, in each run."""
+    """Training tokens of each run of llama2.c."""
     shares: tuple[float, ...] = (0.25, 0.33, 0.5)
-    """Our runs' shares of them."""
+    """Our runs' shares of these tokens."""
     setting: str = "--optimizer=muon --init=copying --learning_rate=5e-3 --min_lr=0 --schedule=wsd --decay_share=0.5"
-    """Our options of train.py, apart from the shape, the data and the length of the run."""
+    """Our options of train.py, apart from shape, data and length of the run."""
     seeds: int = 3
-    """Runs of the best setting of each, with different seeds."""
+    """Runs of each best setting, with different seeds."""
     attempt: str | None = None
-    """Options of train.py: make one run of ours with them on the smallest share, and print the table."""
+    """Options of train.py for a single run of ours, on the smallest share."""
     time: bool = False
-    """Time a step of both best settings, taking turns."""
+    """Time a step of both best settings, in turns."""
     turns: int = 8
-    """Turns that each has then."""
+    """Turns of each, with --time."""
     threads: int | None = None
-    """Threads of a run; each program's own choice where not given."""
+    """Threads of a run; by default each program's own choice."""
     picture: str | None = None
-    """Draw the losses against the tokens into this PNG."""
+    """PNG file for the losses by tokens."""
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
@@ -102,7 +103,7 @@ class LearnConfig:
         problems = [f"{name}={getattr(self, name)}: must be positive" for name in names if getattr(self, name) < 1]
         problems += [f"shares={share}: must lie in (0, 1]" for share in self.shares if not 0 < share <= 1]
         if self.peer_train is not None and not (Path(self.peer_train) / "train.py").is_file():
-            problems.append(f"peer_train={self.peer_train}: holds no train.py")
+            problems.append(f"peer_train={self.peer_train}: has no train.py")
         if self.time and self.peer_train is None:
             problems.append("time: needs --peer_train=PATH/llama2.c")
         if problems:
@@ -115,45 +116,45 @@ class LearnConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """A trained model, and what came of it."""
+class LearningRun:
+    """A training run and its result."""
 
     side: str
     """PEER or OURS."""
     options: str
-    """What was typed, apart from the shape and the data."""
+    """Its options, apart from shape and data."""
     seed: int
     tokens: int
-    """Tokens trained on, in all its steps."""
+    """Tokens trained on, in all steps."""
     seconds: float
-    """From start to end, evaluations and compilation too; means little on a machine with other work."""
+    """Total time with evaluations and compilation; unreliable on a busy machine."""
     loss: float
-    """Nats per token over the validation split, in windows that begin at documents."""
+    """Nats per token over the validation split, in windows that start at documents."""
     chunked_loss: float
-    """The same over plain chunks, as llama2.c cuts them in training."""
+    """The same over plain chunks, as in llama2.c's training."""
     curve: list[list[float]]
-    """[tokens, validation loss] in its course, as the trainer itself measured."""
+    """[tokens, validation loss] during training, as measured by the trainer itself."""
 
     @property
     def setting(self) -> tuple[str, str, int]:
-        """What the seeds have in common."""
+        """What runs that differ only in their seed have in common."""
         return self.side, self.options, self.tokens
 
 
 @dataclass
-class Results:
-    """The file of results: it is written anew after every run."""
+class RunsFile:
+    """The file of all runs; it is rewritten after each."""
 
     path: Path
     about: dict[str, Any]
-    """The shape and the data, which all runs have in common."""
-    runs: list[Run] = field(default_factory=list)
+    """The shape and the data, common to all runs."""
+    runs: list[LearningRun] = field(default_factory=list)
     tokens_per_s: dict[str, float] = field(default_factory=dict)
-    """Of training steps, by side."""
+    """Training speed of each side."""
 
     @classmethod
-    def open(cls, path: Path, about: dict[str, Any]) -> "Results":
-        """Read the file, or begin with nothing.
+    def open(cls, path: Path, about: dict[str, Any]) -> "RunsFile":
+        """Read the file; without one there are no runs yet.
 
         Raises:
             ConfigError: if its runs are of another shape or other data.
@@ -162,8 +163,8 @@ class Results:
             return cls(path, about)
         table = json.loads(path.read_bytes())
         if table["about"] != about:
-            raise ConfigError(f"{path}: holds runs of {table['about']}, not of {about}; name another file with --out")
-        return cls(path, about, [Run(**row) for row in table["runs"]], table["tokens_per_s"])
+            raise ConfigError(f"{path}: has runs of {table['about']}, not of {about}; choose another file with --out")
+        return cls(path, about, [LearningRun(**row) for row in table["runs"]], table["tokens_per_s"])
 
     def save(self) -> None:
         """Write the file."""
@@ -172,23 +173,23 @@ class Results:
         with replacing(self.path) as file:
             file.write((json.dumps(table, indent=1) + "\n").encode())
 
-    def add(self, run: Run) -> None:
-        """Keep a run, beside those that another process may have added meanwhile, and say so."""
-        self.runs = [*Results.open(self.path, self.about).runs, run]
+    def add(self, run: LearningRun) -> None:
+        """Add a run, and those that another process may have added meanwhile; save and print it."""
+        self.runs = [*RunsFile.open(self.path, self.about).runs, run]
         self.save()
         print(f"{run.side} {run.options} seed {run.seed}: {run.tokens:,} tokens, loss {run.loss:.4f}", flush=True)
 
     def has(self, side: str, options: str, seed: int, tokens: int) -> bool:
-        """Return whether this run has been made."""
+        """Return whether this run exists."""
         return any(run.setting == (side, options, tokens) and run.seed == seed for run in self.runs)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the runs that are missing, and print the table."""
+    """Do the missing runs, and print the table."""
     config = parse(LearnConfig, argv, program="python -m benchmarks.learning", description=__doc__ or "")
     data = Shards.open(config.data)
     about = shape(config) | {"train_sha256": [shard.sha256 for shard in data.meta.splits["train"].shards]}
-    results = Results.open(Path(config.out or f"out/learning/{Path(data.meta.source).stem}.json"), about)
+    results = RunsFile.open(Path(config.out or f"out/learning/{Path(data.meta.source).stem}.json"), about)
     if config.time:
         results.tokens_per_s = time_steps(config, data, results)
         results.save()
@@ -202,14 +203,14 @@ def main(argv: Sequence[str]) -> int:
                 train_ours(config, data, results, config.setting, config.steps(share), seed)
     print("\n".join(table(results, data, config.setting)))
     if config.picture:
-        draw(Path(config.picture), results, data, config.setting)
+        save_chart(Path(config.picture), lambda figure: draw_losses(figure, results, data, config.setting))
     return 0
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def train_peers(config: LearnConfig, data: Shards, results: Results) -> None:
+def train_peers(config: LearnConfig, data: Shards, results: RunsFile) -> None:
     """Sweep llama2.c's learning rate and batch, then repeat the best of them with the other seeds."""
     for accumulation in PEER_BATCHES:
         for rate in PEER_RATES:
@@ -219,8 +220,8 @@ def train_peers(config: LearnConfig, data: Shards, results: Results) -> None:
         train_peer(config, data, results, options["learning_rate"], int(options["gradient_accumulation_steps"]), seed)
 
 
-def train_peer(config: LearnConfig, data: Shards, results: Results, rate: float, accumulation: int, seed: int) -> None:
-    """Let llama2.c's train.py train, and measure the checkpoint that it keeps: the best by its own evaluations."""
+def train_peer(config: LearnConfig, data: Shards, results: RunsFile, rate: float, accumulation: int, seed: int) -> None:
+    """Run llama2.c's train.py, and measure the checkpoint that it keeps: the best by its own evaluations."""
     steps = config.steps(1, accumulation)
     options = f"--learning_rate={rate:g} --gradient_accumulation_steps={accumulation}"
     tokens = steps * accumulation * config.batch_size * config.max_seq_len
@@ -238,19 +239,15 @@ def train_peer(config: LearnConfig, data: Shards, results: Results, rate: float,
         process = llama2c.start(home, shape(config) | own, config.threads)
         lines, _ = process.communicate()
         if process.returncode:
-            raise UsageError(f"llama2.c's train.py failed: {(home / 'stderr.txt').read_text()}")
-        curve = [
-            [int(step) * tokens / steps, float(loss)]
-            for step, loss in re.findall(r"^step (\d+): .* val loss ([\d.]+)$", lines, re.MULTILINE)
-        ]
-        seconds = time.monotonic() - start
-        results.add(measured(load_peer(home, data), data, Run(
-            side=PEER, options=options, seed=seed, tokens=tokens, seconds=seconds, loss=0, chunked_loss=0, curve=curve
-        )))  # fmt: skip
+            raise UsageError(f"llama2.c's train.py failed: {(home / llama2c.LOG).read_text()}")
+        model = load_peer(home, data)
+    points = re.findall(r"^step (\d+): .* val loss ([\d.]+)$", lines, re.MULTILINE)
+    curve = [[int(step) * tokens / steps, float(loss)] for step, loss in points]
+    results.add(measured(model, data, start, side=PEER, options=options, seed=seed, tokens=tokens, curve=curve))
 
 
-def train_ours(config: LearnConfig, data: Shards, results: Results, options: str, steps: int, seed: int) -> None:
-    """Let our train.py train, and measure the checkpoint that it would export: the best by its own evaluations."""
+def train_ours(config: LearnConfig, data: Shards, results: RunsFile, options: str, steps: int, seed: int) -> None:
+    """Run our train.py, and measure the checkpoint that it would export: the best by its own evaluations."""
     tokens = steps * config.batch_size * config.max_seq_len
     if results.has(OURS, options, seed, tokens):
         return
@@ -261,27 +258,24 @@ def train_ours(config: LearnConfig, data: Shards, results: Results, options: str
     with tempfile.TemporaryDirectory(prefix="llamalet-ours-") as folder:
         words = [f"--{key}={value}" for key, value in (shape(config) | own | {"out_dir": folder}).items()]
         subprocess.run([sys.executable, str(TRAIN), *words, *options.split()], check=True, stdout=subprocess.DEVNULL)
-        seconds = time.monotonic() - start
         rows = metrics.read(Path(folder) / metrics.METRICS_FILE)
         path = checkpoint.find_best(Path(folder))
         assert path is not None
         kept = checkpoint.load(path)
         model = Llama(kept.model_config)
         model.load_state_dict(to_torch(kept.model_state))
-        results.add(measured(model, data, Run(
-            side=OURS, options=options, seed=seed, tokens=tokens, seconds=seconds, loss=0, chunked_loss=0,
-            curve=[[row["tokens"], row["val_loss"]] for row in rows if row.get("val_loss") is not None],
-        )))  # fmt: skip
+    curve = [[row["tokens"], row["val_loss"]] for row in rows if row.get("val_loss") is not None]
+    results.add(measured(model, data, start, side=OURS, options=options, seed=seed, tokens=tokens, curve=curve))
 
 
 def shape(config: LearnConfig) -> dict[str, Any]:
-    """Return the options that both programs have by the same names."""
+    """Return the options that have the same names in both programs."""
     names = ("dim", "n_layers", "n_heads", "max_seq_len", "batch_size")
     return {name: getattr(config, name) for name in names}
 
 
 def load_peer(home: Path, data: Shards) -> Llama:
-    """Return the model that llama2.c's train.py kept, as a model of ours."""
+    """Return the model that llama2.c's train.py saved, as our Llama."""
     kept = torch.load(home / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in kept["model"].items()}
     model = Llama(ModelConfig.create(vocab_size=data.vocab_size, **{
@@ -293,15 +287,12 @@ def load_peer(home: Path, data: Shards) -> Llama:
     return model
 
 
-def measured(model: Llama, data: Shards, run: Run) -> Run:
-    """Return the run with the losses of its model."""
-    length = model.config.max_seq_len
-    starts = data.document_starts("val")
-    return dataclasses.replace(
-        run,
-        loss=whole_loss(model, Windows(data.split("val"), length, starts)),
-        chunked_loss=whole_loss(model, Windows(data.split("val"), length)),
-    )
+def measured(model: Llama, data: Shards, start: float, **facts: Any) -> LearningRun:
+    """Return the run that began at `start`, in time.monotonic's seconds, with the losses of its model."""
+    seconds = time.monotonic() - start
+    length, val = model.config.max_seq_len, data.split("val")
+    loss = whole_loss(model, Windows(val, length, data.document_starts("val")))
+    return LearningRun(seconds=seconds, loss=loss, chunked_loss=whole_loss(model, Windows(val, length)), **facts)
 
 
 @torch.no_grad()
@@ -319,8 +310,8 @@ def whole_loss(model: Llama, windows: Windows, batch_size: int = 16) -> float:
 # -- time ------------------------------------------------------------------------------------------------------------
 
 
-def time_steps(config: LearnConfig, data: Shards, results: Results) -> dict[str, float]:
-    """Return the tokens per second of both best settings, which take turns; compilation is not counted."""
+def time_steps(config: LearnConfig, data: Shards, results: RunsFile) -> dict[str, float]:
+    """Return the tokens per second of both best settings, measured in turns, without compilation."""
     assert config.peer_train is not None
     device, threads, steps = torch.device("cpu"), config.threads or count_threads(1), 5
     accumulation = int(peer_options(best(results.runs, PEER)[0])["gradient_accumulation_steps"])
@@ -350,21 +341,21 @@ def time_steps(config: LearnConfig, data: Shards, results: Results) -> dict[str,
 # -- reports ---------------------------------------------------------------------------------------------------------
 
 
-def peer_options(run: Run) -> dict[str, float]:
+def peer_options(run: LearningRun) -> dict[str, float]:
     """Return the options of a run of llama2.c."""
     return {name: float(value) for name, value in re.findall(r"--(\w+)=(\S+)", run.options)}
 
 
-def groups(runs: Iterable[Run]) -> list[list[Run]]:
-    """Return the runs of each setting, the seeds together, in the order in which the settings appear."""
-    by_setting: dict[tuple[str, str, int], list[Run]] = {}
+def groups(runs: Iterable[LearningRun]) -> list[list[LearningRun]]:
+    """Group runs that differ only in their seed, in order of appearance."""
+    by_setting: dict[tuple[str, str, int], list[LearningRun]] = {}
     for one in runs:
         by_setting.setdefault(one.setting, []).append(one)
     return list(by_setting.values())
 
 
-def best(runs: Iterable[Run], side: str) -> list[Run]:
-    """Return the runs of the side's setting whose first seed has the lowest loss.
+def best(runs: Iterable[LearningRun], side: str) -> list[LearningRun]:
+    """Return the runs of the side's best setting, the one whose first seed has the lowest loss.
 
     Raises:
         UsageError: if it has no runs.
@@ -375,8 +366,8 @@ def best(runs: Iterable[Run], side: str) -> list[Run]:
     return min(mine, key=lambda group: group[0].loss)
 
 
-def table(results: Results, data: Shards, setting: str) -> Iterator[str]:
-    """Yield every run, and what our setting needs to reach llama2.c's loss."""
+def table(results: RunsFile, data: Shards, setting: str) -> Iterator[str]:
+    """Yield the lines about all runs, and about the tokens and time that our setting needs for llama2.c's loss."""
     floor = f"; entropy {data.meta.entropy.nats_per_token:.4f}" if data.meta.entropy else ""
     yield f"{data.meta.source}: validation loss in nats per token{floor}\n"
     yield "| trainer | options | seed | tokens | seconds | loss | in plain chunks |\n|---|---|---|---|---|---|---|"
@@ -400,23 +391,21 @@ def table(results: Results, data: Shards, setting: str) -> Iterator[str]:
         )
 
 
-def median(runs: Iterable[Run], name: str) -> float:
+def median(runs: Iterable[LearningRun], name: str) -> float:
     """Return the median of a figure over runs."""
     return statistics.median(getattr(one, name) for one in runs)
 
 
-def reached(runs: Iterable[Run], loss: float) -> str:
+def reached(runs: Iterable[LearningRun], loss: float) -> str:
     """Return the median of the tokens at which the runs first measured `loss` or less."""
     first = [min((point[0] for point in one.curve if point[1] <= loss), default=math.inf) for one in runs]
     tokens = statistics.median(first)
     return f"{tokens:,.0f}" if math.isfinite(tokens) else "never"
 
 
-def draw(path: Path, results: Results, data: Shards, setting: str) -> None:
-    """Draw the losses of the best settings against the tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def draw_losses(figure: Any, results: RunsFile, data: Shards, setting: str) -> None:
+    """Draw the losses of the best settings by tokens."""
+    figure.set_size_inches(8, 5)
     axes = figure.subplots()
     shown = [best(results.runs, PEER)] + [group for group in groups(results.runs) if group[0].options == setting]
     for number, group in enumerate(shown):
@@ -430,8 +419,6 @@ def draw(path: Path, results: Results, data: Shards, setting: str) -> None:
     axes.set(xlabel="million tokens", ylabel="validation loss (nats per token)", xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Model files with random weights, ours and the peers', and the programs that the runtime is measured against.
+"""Model files with random weights, ours and the peers', and the programs that the runtime is compared with.
 
-Quantized weights are random bytes with one scale: they cost as much as rounded ones and are made at the disk's speed.
 llama.cpp's llama-bench and llama-batched-bench read GGUF files; llama2.c's run and runq read versions 0 and 2.
 """
 
@@ -19,74 +18,62 @@ from numpy.typing import NDArray
 from benchmarks.report import LLAMA_CPP, LLAMA_CPP_FLASH
 from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig, rope_frequencies
+from llamalet.convert import gguf_file
+from llamalet.convert.imported_model import expand
 from llamalet.errors import ConfigError, UsageError
 from llamalet.model_file.header import HEADER_BYTES, V3_GROUP_SIZES, Header, pack_header
 from llamalet.model_file.quantize import to_bfloat16
 
-# What llama.cpp calls the tensors and the types.
-GGUF_NAMES = {
-    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
-    "attention_norm": "attn_norm", "wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output",
-    "ffn_norm": "ffn_norm", "w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up",
-}  # fmt: skip
 GGUF_TYPES = {"f32": "F32", "bf16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}
-BITS = {"q8": 8, "q4": 4}
 
 # The versions of llama2.c's files, by type.
 LLAMA2C_VERSIONS = {"f32": 0, "q8": 2}
 
-# Tokens that each sequence of a batch has read before it makes some.
+# Prompt tokens of each sequence in a batch.
 BATCH_PROMPT = 8
 
-# What decides how fast a build of llama.cpp is.
+# The build settings that determine llama.cpp's speed.
 CMAKE_SWITCHES = ("GGML_NATIVE", "GGML_OPENMP", "GGML_CPU_REPACK", "GGML_LLAMAFILE", "GGML_BLAS", "GGML_LTO")
 
 # Tokens/s by (contender, figure).
 Rates = dict[tuple[str, str], float]
 
 
-def random_floats(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return float32 weights of either sign between 2 ** -7 and 2 ** -5: random bits with the high exponent fixed."""
+def random_weights(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return a norm of ones, or a matrix of float32 weights of either sign between 2 ** -7 and 2 ** -5.
+
+    These are random bits with the high bits of the exponent fixed.
+    """
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
     bits = rng.integers(0, 1 << 32, shape, np.uint32)
     return ((bits & np.uint32(0x80FFFFFF)) | np.uint32(0x3C000000)).view(np.float32)
-
-
-def random_bfloats(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint16]:
-    """Return the bits of bfloat16 weights like those of `random_floats`."""
-    bits = rng.integers(0, 1 << 16, shape, np.uint16)
-    return (bits & np.uint16(0x80FF)) | np.uint16(0x3C00)
-
-
-def random_scale(bits: int) -> float:
-    """Return the scale with which random `bits`-bit weights are as large as those of `random_floats`."""
-    return 0.07 / (1 << bits)
 
 
 def write_llamalet(path: Path, config: ModelConfig, dtype: str, rng: np.random.Generator) -> None:
     """Write a file of version 3 with random weights, an array at a time.
 
+    Quantized weights are random bytes with one scale: they cost as much as rounded ones and are made much faster.
+
     Args:
-        path: the file to make.
-        config: the model's shape; its matrices need rows in multiples of 16 and columns in multiples of 8, as packed
-            ones are padded with zeros otherwise.
+        path: the file to create.
+        config: the model's shape; its matrices need rows in multiples of 16 and columns in multiples of 8, because
+            packed ones would otherwise be padded with zeros.
         dtype: one of DTYPES.
-        rng: where the weights come from.
+        rng: the source of the weights.
     """
     group_size, crc = V3_GROUP_SIZES[dtype], 0
     with open(path, "wb") as file:
         file.write(bytes(HEADER_BYTES))
         for spec in model_file.tensor_specs(3, config, dtype, group_size):
-            for index, part in enumerate(spec.parts):
-                if len(spec.shape) == 1:
-                    array: NDArray[Any] = np.ones(part.shape, np.float32)
-                elif dtype == "f32":
-                    array = random_floats(rng, part.shape)
-                elif dtype == "bf16":
-                    array = random_bfloats(rng, part.shape)
-                elif index == 0:  # 0 would be -128, which 8 bits do not use
-                    array = rng.integers(1 if dtype == "q8" else 0, 256, part.shape, np.uint8)
+            for part in spec.parts:
+                if part.dtype == "u1":  # 0 would be -128, which q8 does not use
+                    array: NDArray[Any] = rng.integers(1, 256, part.shape, np.uint8)
+                elif len(spec.parts) > 1:  # makes the weights as large as those of random_weights
+                    array = to_bfloat16(np.full(part.shape, 0.07 / (256 if dtype == "q8" else 16), np.float32))
                 else:
-                    array = to_bfloat16(np.full(part.shape, random_scale(BITS[dtype]), np.float32))
+                    weights = random_weights(rng, part.shape)
+                    array = to_bfloat16(weights) if part.dtype == "<u2" else weights
                 content = array.tobytes() + bytes(spec.padding(part))
                 crc = zlib.crc32(content, crc)
                 file.write(content)
@@ -94,22 +81,28 @@ def write_llamalet(path: Path, config: ModelConfig, dtype: str, rng: np.random.G
         file.write(pack_header(Header(3, config, dtype, group_size, payload_crc32=crc)))
 
 
+def write_llama2c(path: Path, config: ModelConfig, dtype: str, rng: np.random.Generator) -> None:
+    """Write a file for llama2.c's run (f32) or runq (q8), with random weights."""
+    tensors = {spec.name: random_weights(rng, spec.shape) for spec in model_file.tensor_specs(1, config)}
+    model_file.write(path, LLAMA2C_VERSIONS[dtype], config, tensors)
+
+
 # -- GGUF -------------------------------------------------------------------------------------------------------------
 
 
 def write_gguf(path: Path, config: ModelConfig, dtype: str, rng: np.random.Generator) -> None:
-    """Write a GGUF file of a Llama model with random weights, a tensor at a time, quantized blocks directly.
+    """Write a GGUF file of a Llama model with random weights, a tensor at a time.
 
     Args:
-        path: the file to make.
+        path: the file to create.
         config: the model's shape; quantized rows must be multiples of 32.
         dtype: one of DTYPES, for the matrices; norms are float32.
-        rng: where the weights come from.
+        rng: the source of the weights.
 
     Raises:
         ConfigError: if the gguf package is missing.
 
-    Source: the gguf package's constants; llama.cpp keeps RoPE's pairs side by side as we do, so no row moves.
+    Source: the gguf package's constants; llama.cpp keeps RoPE's pairs adjacent as we do, so no row moves.
     """
     try:
         import gguf
@@ -130,54 +123,28 @@ def write_gguf(path: Path, config: ModelConfig, dtype: str, rng: np.random.Gener
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_tokenizer_model("no_vocab")
-    matrix_type = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
-    specs = list(_gguf_specs(config))
-    for name, shape in specs:
-        kind = matrix_type if len(shape) == 2 else gguf.GGMLQuantizationType.F32
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        row = (*shape[:-1], shape[-1] // block * block_bytes)
-        writer.add_tensor_info(name, row, np.dtype(np.uint8), int(np.prod(row)), raw_dtype=kind)
+    types = {1: gguf.GGMLQuantizationType.F32, 2: gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]}
+    names = expand(gguf_file.NAMES, c.n_layers)
+    shapes = {names[spec.name]: spec.shape for spec in model_file.tensor_specs(1, config)}
+    if c.rope_scaling is not None:
+        shapes[gguf_file.ROPE_FACTORS] = (c.head_dim // 2,)
+    for name, shape in shapes.items():
+        block, block_bytes = gguf.GGML_QUANT_SIZES[types[len(shape)]]
+        n_bytes = int(np.prod(shape)) // block * block_bytes
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=types[len(shape)])
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, shape in specs:
-        writer.write_tensor_data(_rope_factors(config) if name == "rope_freqs.weight" else _blocks(rng, shape, dtype))
+    for name, shape in shapes.items():
+        weights = _rope_factors(c) if name == gguf_file.ROPE_FACTORS else random_weights(rng, shape)
+        writer.write_tensor_data(gguf.quants.quantize(weights, types[len(shape)]))
     writer.close()
 
 
-def _gguf_specs(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield GGUF's names and our shapes of the tensors."""
-    for spec in model_file.tensor_specs(1, config):
-        name = GGUF_NAMES[spec.name.rpartition(".")[2]]
-        layer = f"blk.{spec.name.split('.')[1]}." if spec.name.startswith("layers.") else ""
-        yield f"{layer}{name}.weight", spec.shape
-    if config.rope_scaling is not None:
-        yield "rope_freqs.weight", (config.head_dim // 2,)
-
-
 def _rope_factors(config: ModelConfig) -> NDArray[np.float32]:
-    """Return by what each of RoPE's frequencies is divided, which is how GGUF carries Llama 3's scaling: (D / 2,)."""
+    """Return the divisors of RoPE's frequencies by which GGUF represents Llama 3's scaling: (D / 2,)."""
     plain = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     return (plain / rope_frequencies(config)).astype(np.float32)
-
-
-def _blocks(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Return the bytes of a random matrix, or of a norm of ones.
-
-    Source: ggml's block_q8_0 and block_q4_0, a float16 scale and then 32 values of 8 or 4 bits.
-    """
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    if dtype == "f32":
-        return random_floats(rng, shape)
-    if dtype == "bf16":
-        return random_bfloats(rng, shape)
-    bits = BITS[dtype]
-    block = np.dtype([("scale", "<f2"), ("values", np.uint8, 4 * bits)])
-    n_bytes = shape[0] * shape[1] // 32 * block.itemsize
-    blocks = rng.integers(0, 256, n_bytes, np.uint8).view(block)
-    blocks["scale"] = random_scale(bits)
-    return blocks.view(np.uint8)
 
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
@@ -189,10 +156,10 @@ def llama_bench(program: str, model: Path, threads: int, *, prompts: Sequence[in
     Args:
         program: the path of llama-bench.
         model: a GGUF file.
-        threads: how many threads compute.
+        threads: number of compute threads.
         prompts: lengths of the prompts to process.
-        tokens: how many to decode; 0 for none.
-        repeats: how often each is done, after a warm-up; the mean counts.
+        tokens: number of tokens to decode; 0 for none.
+        repeats: measurements of each, after a warm-up; the mean counts.
     """
     options = ["-p", ",".join(map(str, prompts)) or "0", "-n", str(tokens), "-r", str(repeats)]
     output = _run([program, "-m", str(model), "-t", str(threads), "-fa", "off,on", "-o", "jsonl", *options])
@@ -212,9 +179,9 @@ def batched_bench(program: str, model: Path, threads: int, *, batches: Sequence[
     Args:
         program: the path of llama-batched-bench.
         model: a GGUF file.
-        threads: how many threads compute.
+        threads: number of compute threads.
         batches: numbers of sequences.
-        tokens: how many each sequence makes; the rates are those of all sequences together.
+        tokens: number of tokens per sequence; the rates are totals over all sequences.
     """
     found: Rates = {}
     lengths = ["-npp", str(BATCH_PROMPT), "-ntg", str(tokens), "-npl", ",".join(map(str, batches))]
@@ -244,7 +211,7 @@ def _json_lines(output: str) -> Iterator[Mapping[str, Any]]:
 
 
 def llama_cpp_build(program: str) -> str:
-    """Return in words what a program of llama.cpp's says of its version, and its build folder of the flags."""
+    """Describe a build of llama.cpp: the version that the program prints, and the flags in its build folder."""
     done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
     version = "; ".join((done.stdout + done.stderr).strip().splitlines())
     caches = [folder / "CMakeCache.txt" for folder in Path(program).resolve().parents[:3]]
@@ -253,7 +220,7 @@ def llama_cpp_build(program: str) -> str:
 
 
 def cmake_flags(cache: str) -> str:
-    """Return the settings of a CMakeCache.txt that decide how fast llama.cpp is."""
+    """Return the settings of a CMakeCache.txt that determine llama.cpp's speed."""
     values = dict(re.findall(r"^(\w+):\w+=(.*)$", cache, re.MULTILINE))
     build = values.get("CMAKE_BUILD_TYPE", "")
     flags = [values.get(f"CMAKE_CXX_FLAGS{suffix}", "") for suffix in ("", f"_{build.upper()}")]
@@ -262,15 +229,6 @@ def cmake_flags(cache: str) -> str:
 
 
 # -- llama2.c ---------------------------------------------------------------------------------------------------------
-
-
-def write_llama2c(path: Path, config: ModelConfig, dtype: str, rng: np.random.Generator) -> None:
-    """Write a file for llama2.c's run (f32) or runq (q8), with random weights."""
-    tensors = {
-        spec.name: random_floats(rng, spec.shape) if len(spec.shape) == 2 else np.ones(spec.shape, np.float32)
-        for spec in model_file.tensor_specs(1, config)
-    }
-    model_file.write(path, LLAMA2C_VERSIONS[dtype], config, tensors)
 
 
 def write_vocabulary(path: Path, vocab_size: int) -> None:
@@ -292,7 +250,7 @@ def llama2c_decode(program: str, model: Path, vocabulary: Path, threads: int, to
 
 
 def llama2c_build(program: str) -> str:
-    """Return what can be told of a program of llama2.c's: its commit, its compiler, whether it uses OpenMP."""
+    """Describe a build of llama2.c: its commit, its compiler, whether it uses OpenMP."""
     content = Path(program).read_bytes()
     compiler = re.search(rb"(GCC: \([^)]*\) [0-9.]+|clang version [0-9.]+)", content)
     openmp = re.search(rb"lib[gi]?omp[0-9]*\.so", content)
@@ -303,7 +261,7 @@ def llama2c_build(program: str) -> str:
 
 
 def _run(command: Sequence[str], **environment: str) -> str:
-    """Run a program; return what it wrote, to stdout and to stderr."""
+    """Run a program; return its stdout and stderr."""
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -1,11 +1,11 @@
-"""What fewer bits cost: bits per byte of one model in every dtype, beside the same weights through llama.cpp's types.
+"""The cost of quantization: bits per byte of one model in every dtype, ours and llama.cpp's.
 
 python -m benchmarks.quantization out/demo/model.bin
 python -m benchmarks.quantization stories260K.bin --tokenizer=tok512.bin --text=stories.jsonl
 
-Without --text the stories are drawn from the grammar behind the demo's corpus, with a seed of their own. Everything is
-computed by the reference, twice: as the runtime does, which rounds the activations of q8 and q4 too (and in groups of
-32 for Q8_0 and Q4_0, as llama.cpp does), and with the rounded weights alone.
+Without --text the stories are drawn from the grammar of the demo's corpus, with a separate seed. The reference computes
+everything twice: as the runtime does, which also rounds the activations for q8 and q4 (in groups of 32 for Q8_0 and
+Q4_0, like llama.cpp), and with rounded weights alone.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.harness import aligned
 from configurator import parse
 from corpus import story_grammar
 from llamalet import model_file
@@ -28,7 +29,7 @@ from llamalet.reference import NumpyTransformer
 from llamalet.scoring import NOTHING, Ids, evaluate_documents
 from llamalet.tokenizer import Tokenizer
 
-# llama.cpp's block: this many columns with a float16 scale.
+# Columns in a block of llama.cpp, which share a float16 scale.
 GGUF_BLOCK = 32
 
 
@@ -37,15 +38,15 @@ class QuantizationConfig:
     """The options of benchmarks/quantization.py."""
 
     model: str = "out/demo/model.bin"
-    """A model file of float32, also as the first word; another's rounded weights are taken for the truth."""
+    """A model file, float32 if possible: its weights are the baseline. May be given without --model."""
     tokenizer: str | None = None
-    """Its tokenizer; the one beside it when left out."""
+    """Its tokenizer; by default the one next to it."""
     text: str | None = None
-    """Stories to score, a .jsonl with a "text" in each line; drawn from the grammar when left out."""
+    """Stories to score, a .jsonl with a "text" in each line; by default drawn from the grammar."""
     stories: int = 40
-    """How many stories."""
+    """Number of stories."""
     seed: int = 20_000
-    """Seed of the stories that are drawn: another than the corpus's."""
+    """Seed of the drawn stories, different from the corpus's."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -84,13 +85,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _documents(config: QuantizationConfig, tokenizer: Tokenizer) -> Iterator[Ids]:
-    """Yield stories as tokens, each from its BOS up to the BOS that closes it."""
+    """Yield stories as tokens, each with BOS at both ends."""
     for text in islice(_texts(config), config.stories):
         yield np.array([*tokenizer.encode(text, bos=True), tokenizer.bos_id])
 
 
 def _texts(config: QuantizationConfig) -> Iterator[str]:
-    """Yield the stories of a file, or new ones without end."""
+    """Yield the stories of a file, or new ones endlessly."""
     if config.text is None:
         rng = np.random.default_rng(config.seed)
         while True:
@@ -103,7 +104,7 @@ def _texts(config: QuantizationConfig) -> Iterator[str]:
 
 
 def _rows(file: model_file.ModelFile, tokenizer: Tokenizer, documents: Sequence[Ids]) -> Iterator[Row]:
-    """Measure one dtype after the other."""
+    """Measure one dtype after another."""
     originals = {name: dequantize(tensor) for name, tensor in file.tensors.items()}
 
     def bits_per_byte(tensors: Mapping[str, Weight]) -> float:
@@ -127,7 +128,7 @@ def _rows(file: model_file.ModelFile, tokenizer: Tokenizer, documents: Sequence[
 
 
 def forms() -> dict[str, Callable[[Floats], Weight]]:
-    """Return what makes a float32 matrix one of each dtype; llama.cpp's where the gguf package is installed."""
+    """Return a function per dtype that rounds a float32 matrix; llama.cpp's types need the gguf package."""
     found: dict[str, Callable[[Floats], Weight]] = {
         "f32": lambda weights: weights,
         "bf16": to_bfloat16,
@@ -145,8 +146,8 @@ def through_gguf(weights: Floats, kind: str) -> Quantized:
     """Round a matrix as llama.cpp does.
 
     Args:
-        weights: float32 (rows, cols). Where cols is no multiple of GGUF_BLOCK, llama.cpp refuses or takes a larger
-            type; here the last block is filled up with zeros, which changes none of its other values.
+        weights: float32 (rows, cols). If cols is not a multiple of GGUF_BLOCK, llama.cpp refuses or uses a larger
+            type; here the last block is padded with zeros, which does not change its other values.
         kind: Q8_0 or Q4_0.
 
     Returns:
@@ -171,7 +172,7 @@ def through_gguf(weights: Floats, kind: str) -> Quantized:
 
 
 def _n_bytes(weight: Weight) -> int:
-    """Return the bytes that a matrix takes in a file."""
+    """Return the size of a matrix in a file, in bytes."""
     if isinstance(weight, Packed):
         return weight.values.nbytes + weight.scales.nbytes
     if isinstance(weight, Quantized):
@@ -181,15 +182,14 @@ def _n_bytes(weight: Weight) -> int:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the table to print; a cost is the share of bits per byte more than the first row's."""
+    """Return the table to print; a cost is the increase in bits per byte over the first row."""
     first = rows[0]
-    lines = ["dtype  bits/weight  error   weights alone: bits/byte   cost     as run: bits/byte   cost"]
-    lines += [
-        f"{row.name:5} {row.bits_per_weight:12.2f} {row.error:6.2%} {row.weights_alone:25.5f} "
-        f"{row.weights_alone / first.weights_alone - 1:+7.2%} {row.as_run:20.5f} {row.as_run / first.as_run - 1:+7.2%}"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    lines = [["dtype", "bits/weight", "error", "weights alone: bits/byte", "cost", "as run: bits/byte", "cost"]]
+    for row in rows:
+        alone, run_cost = row.weights_alone / first.weights_alone - 1, row.as_run / first.as_run - 1
+        cells = [f"{row.bits_per_weight:.2f}", f"{row.error:.2%}", f"{row.weights_alone:.5f}", f"{alone:+.2%}"]
+        lines.append([row.name, *cells, f"{row.as_run:.5f}", f"{run_cost:+.2%}"])
+    return "\n".join(aligned(lines))
 
 
 if __name__ == "__main__":

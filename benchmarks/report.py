@@ -1,12 +1,8 @@
-"""What benchmarks/runtime.py found, turn by turn: medians, ratios and the bars that they are held to.
-
-As text, as JSON and as a chart.
-"""
+"""The results of a benchmark, turn by turn: medians, ratios and required minimums, as text, JSON and chart."""
 
 import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +16,7 @@ from llamalet.model_file.header import DTYPES
 OURS, LLAMA_CPP, LLAMA_CPP_FLASH, LLAMA2C = "llamalet", "llama.cpp", "llama.cpp fa", "llama2.c"
 CONTENDERS = (OURS, LLAMA_CPP, LLAMA_CPP_FLASH, LLAMA2C)
 
-# What the runtime's tokens/s are to be, at the least, as a multiple of the fastest rival's, by dtype, figure and shape.
+# The required tokens/s, as a multiple of the fastest rival's, by dtype, figure and shape.
 BARS: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("f32", "decode"): {"15M": 1.0, "110M": 1.0},
     ("q8", "decode"): {"15M": 1.8, "110M": 1.25, "1B": 1.15},
@@ -33,7 +29,7 @@ BARS: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("q4", "batch 16"): {"15M": 2.0, "110M": 1.5},
     ("q4", "batch 64"): {"15M": 2.0, "110M": 1.5},
 }
-# Our q8 against our f32, and what memory may hold beside the file and the cache.
+# The required speed and size of our q8 relative to our f32, and the allowed memory besides file and cache.
 Q8_BARS = {"15M": 2.5, "110M": 3.0, "1B": 3.0}
 Q8_SIZE_BAR = 0.28
 REST_BAR_BYTES = 200e6
@@ -42,7 +38,7 @@ POSITION_PREFIX = "decode at "
 
 
 class Key(NamedTuple):
-    """What was measured: on which model, which figure, of whom."""
+    """What was measured: the model, the figure and the contender."""
 
     shape: str
     dtype: str
@@ -51,7 +47,7 @@ class Key(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A ratio or size beside its bar."""
+    """A ratio or size, and the bar that it must reach or keep to."""
 
     shape: str
     what: str
@@ -61,7 +57,7 @@ class Check(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether the value keeps to the bar."""
+        """Whether the value satisfies the bar."""
         return self.value <= self.bar if self.at_most else self.value >= self.bar
 
     def __str__(self) -> str:
@@ -72,34 +68,34 @@ class Check(NamedTuple):
 
 @dataclass
 class Results:
-    """The figures of all turns, in tokens/s, seconds or bytes, and why some are missing."""
+    """The figures of all turns, in tokens/s, seconds or bytes, and the reasons for missing ones."""
 
     turns: dict[Key, list[float]] = field(default_factory=dict)
     missing: dict[Key, str] = field(default_factory=dict)
 
     def add(self, key: Key, value: float) -> None:
-        """Note the value of one more turn."""
+        """Record the value of one more turn."""
         self.turns.setdefault(key, []).append(value)
 
     def median(self, shape: str, dtype: str, figure: str, contender: str = OURS) -> float | None:
-        """Return the median of a figure's turns, None if it has none."""
+        """Return the median of a figure over its turns, None if it has none."""
         turns = self.turns.get(Key(shape, dtype, figure, contender))
         return statistics.median(turns) if turns else None
 
     def dtypes(self, shape: str) -> list[str]:
-        """Return the dtypes of a shape of which anything is known."""
+        """Return the dtypes of a shape that have results."""
         known = {key.dtype for key in [*self.turns, *self.missing] if key.shape == shape}
         return [dtype for dtype in DTYPES if dtype in known]
 
     def rates(self, shape: str, dtype: str) -> list[str]:
-        """Return the figures that are tokens/s of several contenders, in the order in which they were measured."""
+        """Return the figures in tokens/s that contenders share, in the order of measurement."""
         found = (key.figure for key in [*self.turns, *self.missing] if key[:2] == (shape, dtype))
         return [figure for figure in dict.fromkeys(found) if figure.split()[0] in RATES and not at_position(figure)]
 
     def rival(self, shape: str, dtype: str, figure: str) -> tuple[str, float] | None:
-        """Return the fastest program that the bars compare with, and its tokens/s.
+        """Return the fastest rival and its tokens/s.
 
-        llama2.c's run is one, and its runq, which shares our q8 of version 2 and not llama.cpp's, is only reported.
+        llama2.c's run is a rival; its runq uses another kind of q8 (version 2) and is only reported.
         """
         names = (LLAMA_CPP, LLAMA_CPP_FLASH, LLAMA2C) if dtype == "f32" else (LLAMA_CPP, LLAMA_CPP_FLASH)
         rates = [(name, self.median(shape, dtype, figure, name)) for name in names]
@@ -112,7 +108,7 @@ class Results:
         return None if ours is None or rival is None else ours / rival[1]
 
     def checks(self) -> Iterator[Check]:
-        """Yield every bar for which there is a value."""
+        """Yield a check for every bar that has a value."""
         for (dtype, figure), bars in BARS.items():
             for shape, bar in bars.items():
                 ratio, rival = self.ratio(shape, dtype, figure), self.rival(shape, dtype, figure)
@@ -125,11 +121,11 @@ class Results:
                     yield Check(shape, f"q8 {figure} / f32 {figure}", ours / other, limit, at_most)
             rest = self.rest_bytes(shape, "q8")
             if rest is not None:
-                what = "q8 resident memory beside file and cache, MB"
+                what = "q8 resident memory besides file and cache, MB"
                 yield Check(shape, what, rest / 1e6, REST_BAR_BYTES / 1e6, True)
 
     def rest_bytes(self, shape: str, dtype: str) -> float | None:
-        """Return the resident bytes beside the file's and the cache's."""
+        """Return the resident bytes besides those of the file and the cache."""
         found = [self.median(shape, dtype, figure) for figure in ("resident", "file", "cache")]
         if any(value is None for value in found):
             return None
@@ -141,7 +137,7 @@ RATES = ("decode", "prefill", "batch")
 
 
 def at_position(figure: str) -> int:
-    """Return the position of a figure of decoding at one, else 0."""
+    """Return the position in a figure like "decode at 128"; 0 for other figures."""
     return int(figure.removeprefix(POSITION_PREFIX)) if figure.startswith(POSITION_PREFIX) else 0
 
 
@@ -149,7 +145,7 @@ def at_position(figure: str) -> int:
 
 
 def shape_lines(results: Results, shape: str, config: ModelConfig, turns: int) -> Iterator[str]:
-    """Yield the lines about one shape."""
+    """Yield the report lines of one shape."""
     c = config
     yield (
         f"{shape}: {c.n_params / 1e6:.0f}M parameters, dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads, "
@@ -166,14 +162,14 @@ def shape_lines(results: Results, shape: str, config: ModelConfig, turns: int) -
 
 
 def _cell(results: Results, key: Key) -> str:
-    """Return the cell of a median."""
+    """Return the table cell of a median."""
     rate = results.median(*key)
     text = "not available" if key in results.missing else "-"
     return f"{text:>14}" if rate is None else f"{rate:14.1f}"
 
 
 def _verdict(results: Results, shape: str, dtype: str, figure: str) -> str:
-    """Return the ratio's cells."""
+    """Return the table cells of the ratio and its bar."""
     ratio, bar = results.ratio(shape, dtype, figure), BARS.get((dtype, figure), {}).get(shape)
     if ratio is None:
         return ""
@@ -183,12 +179,12 @@ def _verdict(results: Results, shape: str, dtype: str, figure: str) -> str:
 
 
 def _own_lines(results: Results, shape: str, dtype: str) -> Iterator[str]:
-    """Yield what only our side has: the share of the memory's speed, the cost of a position, start-up, memory."""
+    """Yield the figures that only we have: share of memory bandwidth, time by position, start-up, memory."""
     decode, read, file = (results.median(shape, dtype, figure) for figure in ("decode", "read", "file"))
     if decode and read and file:
         yield (
-            f"decode reads {file / 1e6:.1f} MB a token: {decode * file / 1e9:.1f} GB/s, {decode * file / read:.0%} of "
-            f"the {read / 1e9:.1f} GB/s at which this machine reads as much memory"
+            f"decode reads {file / 1e6:.1f} MB per token: {decode * file / 1e9:.1f} GB/s, {decode * file / read:.0%} "
+            f"of the {read / 1e9:.1f} GB/s at which this machine reads that much memory"
         )
     positions = {
         at_position(key.figure): statistics.median(turns)
@@ -197,7 +193,7 @@ def _own_lines(results: Results, shape: str, dtype: str) -> Iterator[str]:
     }
     if positions:
         costs = ", ".join(f"{1e3 / rate:.3f} at {position}" for position, rate in positions.items())
-        yield f"milliseconds of a token by position: {costs}"
+        yield f"milliseconds per token by position: {costs}"
     start, resident, cache = (results.median(shape, dtype, figure) for figure in ("start", "resident", "cache"))
     if start:
         yield f"sample.py's first word after {start:.2f} s"
@@ -224,21 +220,13 @@ def write_json(path: Path, results: Results, facts: Mapping[str, Any]) -> None:
         file.write(json.dumps(whole, indent=1, default=dataclasses.asdict).encode() + b"\n")
 
 
-def write_chart(path: Path, results: Results, shapes: Sequence[str]) -> bool:
-    """Draw, for each shape, decoding beside the peers' and its cost by position; return False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("warning: no chart: matplotlib is not installed", file=sys.stderr)
-        return False
-    picture = Figure(figsize=(4.5 * len(shapes), 7), layout="constrained")
-    axes = picture.subplots(2, len(shapes), squeeze=False)
+def draw_runtime(figure: Any, results: Results, shapes: Sequence[str]) -> None:
+    """Draw, for each shape, decoding speed next to the peers', and the time per token by position."""
+    figure.set_size_inches(4.5 * len(shapes), 7)
+    axes = figure.subplots(2, len(shapes), squeeze=False)
     for column, shape in enumerate(shapes):
         _draw_decode(axes[0, column], results, shape)
         _draw_positions(axes[1, column], results, shape)
-    with replacing(path) as file:
-        picture.savefig(file, format="png", dpi=120)
-    return True
 
 
 def _draw_decode(axis: Any, results: Results, shape: str) -> None:
@@ -248,8 +236,8 @@ def _draw_decode(axis: Any, results: Results, shape: str) -> None:
     width = 0.8 / max(1, len(names))
     for number, name in enumerate(names):
         rates = [results.median(shape, dtype, "decode", name) or 0.0 for dtype in dtypes]
-        places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(dtypes))]
-        axis.bar(places, rates, width, label=name)
+        centers = [index + (number - (len(names) - 1) / 2) * width for index in range(len(dtypes))]
+        axis.bar(centers, rates, width, label=name)
     axis.set_xticks(range(len(dtypes)), dtypes)
     axis.set(title=shape, ylabel="decode, tokens/s")
     if names:
@@ -257,12 +245,12 @@ def _draw_decode(axis: Any, results: Results, shape: str) -> None:
 
 
 def _draw_positions(axis: Any, results: Results, shape: str) -> None:
-    """Draw the milliseconds of a token over its position, a line for each dtype."""
+    """Draw the milliseconds per token by position, a line for each dtype."""
     for dtype in results.dtypes(shape):
         figures = [key.figure for key in results.turns if key[:2] == (shape, dtype) and at_position(key.figure)]
         costs = [1e3 / (results.median(shape, dtype, figure) or 1.0) for figure in figures]
         if figures:
             axis.plot([at_position(figure) for figure in figures], costs, marker="o", label=dtype)
             axis.legend(fontsize="small")
-    axis.set(xlabel="position", ylabel="ms a token")
+    axis.set(xlabel="position", ylabel="ms per token")
     axis.set_ylim(bottom=0)

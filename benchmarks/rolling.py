@@ -1,19 +1,18 @@
-"""What becomes of a model on text far longer than its context: perplexity over position, for ways to go on past it.
+"""How a model copes with text far longer than its context: perplexity by position, for several ways to continue.
 
 python -m benchmarks.rolling [MODEL.bin] [--text FILE]
 
-The table, a picture and the figures as JSON. All ways read the same texts, token by token, each through a KV cache:
+It prints a table and writes a picture and the figures as JSON. All methods read the same texts, token by token:
 
-    roll       as --overflow=roll: keep the first tokens, forget the older half of the others, re-rotate the rest
-    no-first   the same, and the first tokens are forgotten too
-    cut        plain cutting: forget the older half; the keys stay as they are, turned to the places they had
-    grow       forget nothing: positions go on past those that the model has been trained for, and so does memory
-    recompute  nothing is rolled: every token anew from the half to whole context before it; slow, and what to aim at
+    roll       as --overflow=roll: keep the first tokens, drop the older half of the others, re-rotate the rest
+    no-first   the same, but drop the first tokens too
+    cut        drop the older half and leave the keys rotated to their old positions
+    grow       drop nothing: positions and memory grow beyond the trained context
+    recompute  no cache: compute every token from the preceding half to whole context; slow, and the ideal
 """
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.harness import aligned, log, save_chart
 from configurator import parse
 from corpus.documents import pieces
 from llamalet.config import ModelConfig
@@ -34,7 +34,7 @@ from llamalet.runtime import BACKENDS, Model
 from llamalet.sampler import KEEP
 from llamalet.scoring import evaluate_streams, losses
 
-# Real files that are no part of the project.
+# Real files that are not part of the project.
 DATA = Path("../shared/data")
 ROWS = 16
 
@@ -46,23 +46,23 @@ class RollingConfig:
     """The options of benchmarks/rolling.py."""
 
     model: str = str(DATA / "stories260K.bin")
-    """The model, also as the first word."""
+    """The model; may be given without --model."""
     tokenizer: str | None = None
-    """Its tokenizer; the one beside the model if not given."""
+    """Its tokenizer; by default the one next to the model."""
     text: str = str(DATA / "tinystories-sample.jsonl")
-    """A .txt, .jsonl or .parquet file; its documents are joined to one long text."""
+    """A .txt, .jsonl or .parquet file; its documents are joined into one long text."""
     tokens: int = 4096
-    """How many tokens each text has."""
+    """Tokens of each text."""
     streams: int = 8
-    """How many texts to take out of the file, as far apart as possible."""
+    """Number of texts to take from the file, as far apart as possible."""
     keep: int = KEEP
-    """How many first tokens `roll` keeps."""
+    """Number of first tokens that `roll` keeps."""
     backend: str = BACKENDS[0]
-    """What computes: numba or numpy."""
+    """numba or numpy."""
     threads: int | None = None
-    """How many threads compute; one for each physical core if not given."""
+    """Threads; by default one per physical core."""
     out: str = "out/rolling"
-    """The folder for rolling.json and rolling.png."""
+    """Folder for rolling.json and rolling.png."""
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
@@ -78,10 +78,10 @@ class RollingConfig:
 
 
 class CutCache(KVCache):
-    """A cache that forgets as a rolling one does, but leaves the keys turned to the places they had."""
+    """A rolling cache that leaves the keys rotated to their old positions."""
 
     def roll(self, keep: int, drop: int) -> None:
-        """Move the later positions down, and turn nothing."""
+        """Move the later positions down without rotating the keys."""
         before = self.keys[:, :, keep + drop : self.length].copy()
         super().roll(keep, drop)
         self.keys[:, :, keep : self.length] = before
@@ -89,16 +89,16 @@ class CutCache(KVCache):
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What a way to go on past the context has come to."""
+    """The result of one method."""
 
     nats: Losses
     """(T, streams): the loss of each token."""
     cache_bytes: int
-    """The KV caches at the end; 0 where there are none."""
+    """Size of the KV caches at the end; 0 without caches."""
     tokens_per_s: float
 
     def perplexity(self, begin: int, end: int) -> float:
-        """Return that of the tokens at positions begin .. end - 1."""
+        """Return the perplexity of the tokens at positions begin .. end - 1."""
         return float(np.exp(self.nats[begin:end].mean()))
 
 
@@ -116,47 +116,47 @@ def main(argv: Sequence[str]) -> int:
     streams = read_streams(model, Path(config.text), config.tokens, config.streams)
     curves = {}
     for name, measure in ways(model, streams, config.keep).items():
-        _say(f"{name}: {config.streams} texts of {config.tokens} tokens")
+        log(f"{name}: {config.streams} texts of {config.tokens} tokens")
         curves[name] = measure()
     heading = f"{model.path.name}, context {context}, on {config.streams} texts of {Path(config.text).name}"
     print(table(heading, curves, context))
     out = Path(config.out)
     _write_json(out / "rolling.json", config, context, curves)
-    drawn = draw(out / "rolling.png", heading, curves, context)
+    drawn = save_chart(out / "rolling.png", lambda figure: draw_perplexities(figure, heading, curves, context))
     print(f"\n{out / 'rolling.json'} has the figures" + (f", {out / 'rolling.png'} the curves." if drawn else "."))
     return 0
 
 
 def _tokenizer(config: RollingConfig) -> str | None:
-    """Return the tokenizer to use: llama2.c's smallest model has it under another name."""
+    """Return the tokenizer to use; the default model's has another name."""
     small = DATA / "tok512.bin"
     return str(small) if config.tokenizer is None and config.model == RollingConfig().model else config.tokenizer
 
 
 def read_streams(model: Model, path: Path, n_tokens: int, n_streams: int) -> NDArray[np.int64]:
-    """Return texts from all over a file, each begun with BOS: ids (n_streams, n_tokens + 1).
+    """Return texts from all over a file, each starting with BOS: ids (n_streams, n_tokens + 1).
 
-    Documents are joined by line ends and not by BOS, which would be a first token in the middle.
+    Documents are joined by line ends, because a BOS would be another first token in the middle of a text.
 
     Raises:
-        DataError: if the file has not so many tokens, or is not what its name says.
+        DataError: if the file has too few tokens, or its content does not match its suffix.
     """
     read = pieces({"val": [path]}, "val", document="file", column="text", val_fraction=0.5)
     text = "".join(("\n" if piece.starts else " ") + piece.text for piece in read)
     ids = np.array(model.tokenizer.encode(text.strip()))
     if len(ids) < n_tokens:
-        raise DataError(f"{path}: has {len(ids)} tokens; --tokens={n_tokens} are asked for")
+        raise DataError(f"{path}: has {len(ids)} tokens, fewer than --tokens={n_tokens}")
     starts = np.linspace(0, len(ids) - n_tokens, n_streams).astype(np.int64)
     return np.array([[model.tokenizer.bos_id, *ids[start : start + n_tokens]] for start in starts])
 
 
 def ways(model: Model, streams: NDArray[np.int64], keep: int) -> Mapping[str, Callable[[], Curve]]:
-    """Return what measures each way to go on past the context.
+    """Return a function for each method that measures it.
 
     Args:
         model: the model.
         streams: ids (B, T + 1).
-        keep: first positions that are kept.
+        keep: number of first positions to keep.
     """
     config = model.config
     longer = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, streams.shape[1] - 1))
@@ -189,25 +189,24 @@ def _recomputed(model: Model, stream: NDArray[np.int64]) -> Losses:
     nats = np.empty(n)
     for begin in [0, *range(step, max(n - context + step, step), step)]:
         end = min(begin + context, n)
-        first = 0 if begin == 0 else context - step  # those before have been scored in the last window
+        first = 0 if begin == 0 else context - step  # earlier ones were scored in the previous window
         logits = model.transformer.logits(stream[begin:end])
         nats[begin + first : end] = losses(logits[first:], stream[begin + first + 1 : end + 1])
     return nats
 
 
 def table(heading: str, curves: Mapping[str, Curve], context: int) -> str:
-    """Return the perplexities, a row for each stretch of positions, and what they cost."""
+    """Return the perplexities, a row for each range of positions, and memory and speed."""
     n_tokens = len(next(iter(curves.values())).nats)
     edges = np.linspace(0, n_tokens, ROWS + 1).astype(int)
     stretches = {f"{begin}-{end - 1}": (begin, end) for begin, end in zip(edges, edges[1:], strict=False)}
     stretches["past the context"] = (context, n_tokens)
-    rows: dict[str, list[str]] = {"positions": list(curves)}
+    rows = [["positions", *curves]]
     for name, (begin, end) in stretches.items():
-        rows[name] = [f"{curve.perplexity(begin, end):.2f}" for curve in curves.values()]
-    rows["cache, MB"] = [f"{curve.cache_bytes / 1e6:.1f}" for curve in curves.values()]
-    rows["tokens/s"] = [f"{curve.tokens_per_s:.0f}" for curve in curves.values()]
-    lines = [f"{name:>16}" + "".join(f"{cell:>11}" for cell in cells) for name, cells in rows.items()]
-    return "\n".join([f"Perplexity of {heading}", *lines])
+        rows.append([name, *(f"{curve.perplexity(begin, end):.2f}" for curve in curves.values())])
+    rows.append(["cache, MB", *(f"{curve.cache_bytes / 1e6:.1f}" for curve in curves.values())])
+    rows.append(["tokens/s", *(f"{curve.tokens_per_s:.0f}" for curve in curves.values())])
+    return "\n".join([f"Perplexity of {heading}", *aligned(rows)])
 
 
 def _write_json(path: Path, config: RollingConfig, context: int, curves: Mapping[str, Curve]) -> None:
@@ -226,14 +225,9 @@ def _write_json(path: Path, config: RollingConfig, context: int, curves: Mapping
         file.write(json.dumps(content).encode())
 
 
-def draw(path: Path, heading: str, curves: Mapping[str, Curve], context: int) -> bool:
-    """Draw the curves, each point the perplexity of a quarter of a context; return whether that could be done."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        _say(f"warning: no {path}: matplotlib is not installed")
-        return False
-    figure = Figure(figsize=(9, 5), layout="constrained")
+def draw_perplexities(figure: Any, heading: str, curves: Mapping[str, Curve], context: int) -> None:
+    """Draw a curve for each method; a point is the perplexity of a quarter of a context."""
+    figure.set_size_inches(9, 5)
     axes = figure.subplots()
     width = max(1, context // 4)
     for name, curve in curves.items():
@@ -244,23 +238,16 @@ def draw(path: Path, heading: str, curves: Mapping[str, Curve], context: int) ->
     axes.set(xlabel="position", ylabel="perplexity", yscale="log", title=heading)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    return True
 
 
 def _with_progress(scores: Iterator[Losses]) -> Iterator[Losses]:
-    """Pass the scores on; tell how far they are on stderr, every few seconds."""
-    told = time.monotonic()
+    """Pass the scores on, and print the position to stderr every few seconds."""
+    printed = time.monotonic()
     for position, score in enumerate(scores):
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            _say(f"  position {position}")
+        if time.monotonic() - printed > 5:
+            printed = time.monotonic()
+            log(f"  position {position}")
         yield score
-
-
-def _say(message: str) -> None:
-    """Print a line that is no part of the result."""
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,22 @@
-"""How fast the runtime is on this machine, beside the machine's memory and, if they are named, llama.cpp and llama2.c.
+"""How fast the runtime is on this machine, compared with its memory and, if given, with llama.cpp and llama2.c.
 
 make bench
 make bench ARGS="--peer-llama-bench=PATH/llama-bench --peer-run=PATH/run --peer-runq=PATH/runq"
 python -m benchmarks.runtime --shapes=15M --dtypes=q8 --figures=decode --turns=3
 
-The models have random weights, which cost as much as trained ones, and no more context than the figures need. Machines
-are noisy: all contenders take turns, and every figure is the median of its turns. Build llama.cpp as Release with
-GGML_NATIVE, llama2.c with `make runomp`.
+The models have random weights, which cost as much as trained ones, and only as much context as the figures need.
+Machines are noisy, so all contenders take turns, and every figure is the median over the turns. Build llama.cpp as
+Release with GGML_NATIVE, llama2.c with `make runomp`.
 """
 
 import dataclasses
-import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ import numba
 import numpy as np
 
 from benchmarks import peers, report
+from benchmarks.harness import OUT, load_average, log, machine, one_line, peak_resident_bytes, run_benchmark
 from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
 from llamalet import model_file, tokenizer
@@ -45,19 +42,18 @@ POSITIONS = (1, 128, 256, 512, 1024)
 PROMPTS = (128, 512)
 BATCHES = (1, 16, 64)
 
-# sample.py's start is measured with a story of so many positions.
+# Length of the story with which sample.py's start is measured.
 START_POSITIONS = 16
 
-# With more load than this at the start, the figures say little about the peers.
+# Above this load at the start, the comparison with the peers is not reliable.
 BUSY = 0.5
 
 SAMPLE = Path(__file__).parent.parent / "sample.py"
-OUT = Path("out") / "bench"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A model's shape and how much of each work a turn does, ours and the peers' alike."""
+    """A model's shape, and the amount of work per turn, the same for us and the peers."""
 
     config: ModelConfig
     dtypes: tuple[str, ...] = DTYPES
@@ -80,7 +76,7 @@ SHAPES = {
         ),
         repeats=2,
     ),
-    # Llama 3.2 1B. Its float32 file has 5 GB, so it is made on request only.
+    # Llama 3.2 1B. Its float32 file has 5 GB, so it is only written on request.
     "1B": Shape(
         config=ModelConfig.create(
             dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, vocab_size=128256, max_seq_len=CONTEXT,
@@ -97,27 +93,27 @@ SHAPES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
+class RuntimeBenchConfig:
     """The options of benchmarks/runtime.py."""
 
     shapes: str = ",".join(SHAPES)
-    """The models, with commas between them: 15M, 110M, 1B."""
+    """The models, separated by commas: 15M, 110M, 1B."""
     dtypes: str | None = None
-    """The weights' types: f32, bf16, q8, q4; all of them if not given, of 1B only q8 and q4."""
+    """The weights' types: f32, bf16, q8, q4. By default all, and q8 and q4 for 1B."""
     figures: str = ",".join(FIGURES)
-    """What to measure; start is the time to the first word and the resident memory."""
+    """What to measure; start is the time to the first word, and resident memory."""
     turns: int = 5
-    """How many turns each contender has."""
+    """Turns of each contender."""
     tokens: int | None = None
-    """How many tokens a turn decodes; 128, or 32 with the 1B shape, if not given."""
+    """Tokens decoded per turn; by default 128, or 32 for 1B."""
     threads: int | None = None
-    """How many threads compute, the peers' too; one for each physical core if not given."""
+    """Threads, the peers' too; by default one per physical core."""
     out: str = str(OUT)
-    """The folder for runtime.json and runtime.png."""
+    """Folder for runtime.json and runtime.png."""
     peer_llama_bench: str | None = None
     """llama.cpp's llama-bench, on GGUF files of the same shapes."""
     peer_batched_bench: str | None = None
-    """llama.cpp's llama-batched-bench; the one beside llama-bench if not given."""
+    """llama.cpp's llama-batched-bench; by default the one next to llama-bench."""
     peer_run: str | None = None
     """llama2.c's run, on float32 files of the same shapes."""
     peer_runq: str | None = None
@@ -136,16 +132,16 @@ class BenchConfig:
         for option in ("peer_llama_bench", "peer_batched_bench", "peer_run", "peer_runq"):
             path = getattr(self, option)
             if path is not None and not os.access(path, os.X_OK):
-                problems.append(f"{option}={path}: no program there")
+                problems.append(f"{option}={path}: not an executable program")
         if problems:
             raise ConfigError.from_problems(problems)
 
     def names(self, option: str) -> list[str]:
-        """Return the names that an option lists."""
+        """Return the names listed in an option."""
         return [name.strip() for name in (getattr(self, option) or "").split(",") if name.strip()]
 
     def shape(self, name: str) -> Shape:
-        """Return a shape as the options want it."""
+        """Return a shape with the dtypes and tokens that the options ask for."""
         shape = SHAPES[name]
         dtypes = tuple(self.names("dtypes")) or shape.dtypes
         return dataclasses.replace(shape, dtypes=dtypes, tokens=self.tokens or shape.tokens)
@@ -155,17 +151,17 @@ class BenchConfig:
         """The path of llama-batched-bench, if there is one."""
         if self.peer_batched_bench is not None or self.peer_llama_bench is None:
             return self.peer_batched_bench
-        beside = Path(self.peer_llama_bench).with_name("llama-batched-bench")
-        return str(beside) if os.access(beside, os.X_OK) else None
+        neighbour = Path(self.peer_llama_bench).with_name("llama-batched-bench")
+        return str(neighbour) if os.access(neighbour, os.X_OK) else None
 
     def llama2c(self, dtype: str) -> str | None:
         """Return llama2.c's program for models of this type, if there is one."""
         return {"f32": self.peer_run, "q8": self.peer_runq}.get(dtype)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Contest:
-    """A shape and a type of weights: where the files are and our model."""
+    """A shape and a dtype: the paths of the files, and our model, None if it failed."""
 
     name: str
     shape: Shape
@@ -176,54 +172,30 @@ class Contest:
     transformer: Transformer | None
 
     def file(self, program: str) -> Path:
-        """Return the path of the model for llamalet, llama.cpp or llama2.c."""
+        """Return the model's path for llamalet (bin), llama.cpp (gguf) or llama2.c (llama2c)."""
         return self.files / f"{self.name}-{self.dtype}.{program}"
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure and print; return 0."""
-    config = parse(BenchConfig, argv, program="python -m benchmarks.runtime", description=__doc__ or "")
+    config = parse(RuntimeBenchConfig, argv, program="python -m benchmarks.runtime", description=__doc__ or "")
     threads = thread_count(config.threads)
-    builds = machine(threads) | peer_builds(config)
-    for name, text in builds.items():
-        print(f"{name}: {text}", flush=True)
-    facts: dict[str, Any] = {"builds": builds, "options": config, "shapes": {}, "load": load()}
-    if facts["load"] > BUSY:
-        say(f"warning: load {facts['load']:.1f}: other programs are busy, which costs the peers more than us")
-    results, out, start = Results(), Path(config.out), time.perf_counter()
-    for name in config.names("shapes"):
-        with tempfile.TemporaryDirectory(prefix="llamalet-bench-") as folder:
-            measure_shape(config, name, Path(folder), threads, results)
-        for line in report.shape_lines(results, name, SHAPES[name].config, config.turns):
-            print(line, flush=True)
-        facts["shapes"][name] = config.shape(name)
-        report.write_json(out / "runtime.json", results, facts | {"seconds": time.perf_counter() - start})
-        report.write_chart(out / "runtime.png", results, list(facts["shapes"]))
+    if (busy := load_average()) > BUSY:
+        log(f"warning: load {busy:.1f}: other programs are running, which slows the peers more than us")
+
+    def measure(name: str, folder: Path, results: Results) -> Iterator[str]:
+        measure_shape(config, name, folder, threads, results)
+        return report.shape_lines(results, name, SHAPES[name].config, config.turns)
+
+    facts = {"builds": machine(threads) | peer_builds(config), "options": config}
+    shapes = {name: config.shape(name) for name in config.names("shapes")}
+    results = run_benchmark("runtime", facts, shapes, measure, report.draw_runtime, Path(config.out))
     for check in results.checks():
         print(check)
-    say(f"{out / 'runtime.json'} and runtime.png written after {time.perf_counter() - start:.0f} s")
     return 0
 
 
-def machine(threads: int) -> dict[str, str]:
-    """Return in words what the figures depend on."""
-    model = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        model = next((value.strip() for key, _, value in lines if key.strip() == "model name"), model)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "numba", "llvmlite"))
-    return {
-        "machine": f"{model}, {os.cpu_count()} processors, {threads} threads, load {load():.1f} at the start",
-        "versions": f"Python {platform.python_version()}, {versions}; {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
-    }
-
-
-def load() -> float:
-    """Return how many programs wanted to compute in the last minute; 0 where that is not known."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-
-
-def peer_builds(config: BenchConfig) -> dict[str, str]:
+def peer_builds(config: RuntimeBenchConfig) -> dict[str, str]:
     """Return the peers' versions and build flags."""
     builds = {}
     for name, program, describe in (
@@ -237,8 +209,8 @@ def peer_builds(config: BenchConfig) -> dict[str, str]:
     return builds
 
 
-def measure_shape(config: BenchConfig, name: str, folder: Path, threads: int, results: Results) -> None:
-    """Make the files of a shape and let all contenders take their turns."""
+def measure_shape(config: RuntimeBenchConfig, name: str, folder: Path, threads: int, results: Results) -> None:
+    """Write the files of a shape and let all contenders take their turns."""
     contests = [make_contest(config, name, dtype, folder, threads, results) for dtype in config.shape(name).dtypes]
     for turn in range(config.turns):
         for contest in contests:
@@ -246,17 +218,17 @@ def measure_shape(config: BenchConfig, name: str, folder: Path, threads: int, re
             for key, value in found:
                 results.add(key, value)
             rates = ", ".join(f"{key.contender} {key.figure} {value:.4g}" for key, value in found)
-            say(f"{name} {contest.dtype} turn {turn + 1} of {config.turns}: {rates}")
+            log(f"{name} {contest.dtype} turn {turn + 1} of {config.turns}: {rates}")
 
 
-def make_contest(config: BenchConfig, name: str, dtype: str, folder: Path, threads: int, results: Results) -> Contest:
-    """Write the files of ours and the peers', load our model and compile its kernels."""
+def make_contest(
+    config: RuntimeBenchConfig, name: str, dtype: str, folder: Path, threads: int, results: Results
+) -> Contest:
+    """Write our file and the peers', load our model and compile its kernels."""
     shape, rng = config.shape(name), np.random.default_rng(0)
-    say(f"{name} {dtype}: writing files")
+    log(f"{name} {dtype}: writing files")
     vocabulary = folder / "tokenizer.bin"
-    contest = Contest(
-        name=name, shape=shape, dtype=dtype, files=folder, vocabulary=vocabulary, threads=threads, transformer=None
-    )
+    contest = Contest(name, shape, dtype, files=folder, vocabulary=vocabulary, threads=threads, transformer=None)
     peers.write_vocabulary(vocabulary, shape.config.vocab_size)
     if config.peer_llama_bench or config.batched_bench:
         peers.write_gguf(contest.file("gguf"), shape.config, dtype, rng)
@@ -265,10 +237,10 @@ def make_contest(config: BenchConfig, name: str, dtype: str, folder: Path, threa
     try:
         peers.write_llamalet(contest.file("bin"), shape.config, dtype, rng)
         transformer = Transformer(model_file.read(contest.file("bin")), threads=threads)
-        # Everything once: what is compiled or allocated at its first use is not to count.
+        # One warm-up of everything that is compiled or allocated at first use.
         transformer.decode(transformer.new_cache(), tokenizer.BOS_ID)
         transformer.prefill(transformer.new_cache(), range(1, PROMPTS[0] + 1))
-    except Exception as error:  # one model that does not run must not cost the figures of the others
+    except Exception as error:  # the other models are measured even if this one fails
         results.missing[Key(name, dtype, "decode")] = one_line(error)
         return contest
     results.add(Key(name, dtype, "file"), contest.file("bin").stat().st_size)
@@ -278,8 +250,8 @@ def make_contest(config: BenchConfig, name: str, dtype: str, folder: Path, threa
 # -- turns ------------------------------------------------------------------------------------------------------------
 
 
-def our_turn(config: BenchConfig, contest: Contest, results: Results) -> Iterator[tuple[Key, float]]:
-    """Measure every figure of ours once; note those that cannot be."""
+def our_turn(config: RuntimeBenchConfig, contest: Contest, results: Results) -> Iterator[tuple[Key, float]]:
+    """Measure each of our figures once; record why any is missing."""
     if contest.transformer is None:
         return
     measures: Mapping[str, Callable[[Contest, Transformer], Iterator[tuple[str, float]]]] = {
@@ -293,12 +265,12 @@ def our_turn(config: BenchConfig, contest: Contest, results: Results) -> Iterato
         try:
             for figure, value in measures[group](contest, contest.transformer):
                 yield Key(contest.name, contest.dtype, figure), value
-        except Exception as error:  # as above
+        except Exception as error:  # as in make_contest
             results.missing[Key(contest.name, contest.dtype, group)] = f"{group}: {one_line(error)}"
 
 
-def peer_turns(config: BenchConfig, contest: Contest) -> Iterator[tuple[Key, float]]:
-    """Let each peer take its turn at what it can do."""
+def peer_turns(config: RuntimeBenchConfig, contest: Contest) -> Iterator[tuple[Key, float]]:
+    """Let each peer take its turn at the figures that it can measure."""
     figures, shape = config.names("figures"), contest.shape
     rates: peers.Rates = {}
     prompts, tokens = PROMPTS if "prefill" in figures else (), shape.tokens if "decode" in figures else 0
@@ -320,7 +292,7 @@ def peer_turns(config: BenchConfig, contest: Contest) -> Iterator[tuple[Key, flo
 
 
 def measure_decode(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the tokens/s of the first tokens of a story, the likeliest each, and the memory's bytes/s."""
+    """Yield the tokens/s of greedy decoding from the start of a story, and the memory's bytes/s."""
     cache = transformer.new_cache(contest.shape.tokens)
 
     def story() -> None:
@@ -334,7 +306,7 @@ def measure_decode(contest: Contest, transformer: Transformer) -> Iterator[tuple
 
 
 def measure_positions(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the tokens/s of decoding at one position; what the cache holds does not matter for that."""
+    """Yield the tokens/s of decoding at each of POSITIONS; the cache's content does not matter."""
     cache = transformer.new_cache(CONTEXT)
     cache.keys.fill(0.01)
     cache.values.fill(0.01)
@@ -363,7 +335,7 @@ def measure_prefill(contest: Contest, transformer: Transformer) -> Iterator[tupl
 
 
 def measure_batches(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the tokens/s of sequences that decode together, after a short prompt each."""
+    """Yield the tokens/s of sequences decoded together, each after a short prompt."""
     n_tokens = contest.shape.batch_tokens
     for size in BATCHES:
         caches = [transformer.new_cache(peers.BATCH_PROMPT + n_tokens) for _ in range(size)]
@@ -382,7 +354,7 @@ def measure_batches(contest: Contest, transformer: Transformer) -> Iterator[tupl
 
 
 def measure_start(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the seconds from starting sample.py to its first word, its resident bytes, and those of its KV cache."""
+    """Yield the seconds from starting sample.py to its first word, its resident bytes, and its KV cache's bytes."""
     options = ["-t", "0", "-n", str(START_POSITIONS), "--ignore-eos", f"--threads={contest.threads}"]
     command = [sys.executable, str(SAMPLE), str(contest.file("bin")), "-z", str(contest.vocabulary), *options]
     resident, start = 0, time.perf_counter()
@@ -404,28 +376,15 @@ def measure_start(contest: Contest, transformer: Transformer) -> Iterator[tuple[
 
 
 def seconds(work: Callable[[], None], repeats: int = 1) -> float:
-    """Return how long `work` takes, on average."""
+    """Return the mean duration of `work`."""
     start = time.perf_counter()
     for _ in range(repeats):
         work()
     return (time.perf_counter() - start) / repeats
 
 
-def peak_resident_bytes(process: int) -> int:
-    """Return the most memory that a process has held resident, mapped files included; 0 where that is not known.
-
-    Not from getrusage: on Linux a new process inherits there the peak of the one that started it.
-    """
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0
-    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-    return 1024 * int(sizes[0]) if sizes else 0
-
-
 def read_bandwidth(n_bytes: int, threads: int) -> float:
-    """Return the bytes/s at which all threads together read memory of this size, again and again."""
+    """Return the bytes/s at which all threads together read memory of this size, repeatedly."""
     memory = np.ones(n_bytes // 4, np.float32)
     shares = np.array_split(memory, threads)
     passes = max(2, int(4e9 / n_bytes))
@@ -440,23 +399,13 @@ def read_bandwidth(n_bytes: int, threads: int) -> float:
 
 @numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _sum(memory: Any, passes: int) -> float:
-    """Add everything up, several times; each begins elsewhere, or the compiler would do it once for all."""
+    """Sum an array several times; each pass starts elsewhere, or the compiler would compute only one."""
     total = np.float32(0)
     for number in range(passes):
-        rest = memory[number % 64 :]  # of a slice the compiler knows that it needs no index from the end
+        rest = memory[number % 64 :]  # with a slice the compiler knows that no index is negative
         for index in range(len(rest)):
             total += rest[index]
     return float(total)
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's kind and the beginning of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def say(message: str) -> None:
-    """Print a line about the progress."""
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

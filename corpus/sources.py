@@ -19,7 +19,7 @@ from llamalet.files import sha256_of
 # To add a source: write a file like tinyshakespeare.py, whose function puts the text into data_dir/NAME and describes
 # it in source.json unless that is done already, and enter it here under NAME.
 NAMED_SOURCES: Mapping[str, Callable[[Path], Record]] = {
-    "tinyshakespeare": tinyshakespeare.fetch,
+    "tinyshakespeare": tinyshakespeare.make_source,
 }
 DEFAULT_SOURCE = "roneneldan/TinyStories"
 SYNTHETIC = "synthetic"

@@ -25,7 +25,7 @@ VAL_SHARE = 0.1
 TIMEOUT_S = 60
 
 
-def fetch(data_dir: Path) -> Record:
+def make_source(data_dir: Path) -> Record:
     """Fill data_dir/tinyshakespeare with train.jsonl, val.jsonl and source.json, unless that is done already.
 
     Raises:

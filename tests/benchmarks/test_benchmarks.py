@@ -200,7 +200,7 @@ def test_the_lines_say_what_is_missing() -> None:
     results.missing[Key("15M", "q8", "decode")] = "no such kernel"
     text = "\n".join(report.shape_lines(results, "15M", CONFIG, 1))
     assert "not available        2000.0" in text and "not available: no such kernel" in text
-    assert "milliseconds of a token by position: 2.000 at 128" in text
+    assert "milliseconds per token by position: 2.000 at 128" in text
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_trainer_that_fails_costs_the_others_nothing(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(training, "ours", ours)
     shape = {"dim": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 16, "batch_size": 2}
-    results, config = Results(), training.BenchConfig(turns=1, steps=1)
+    results, config = Results(), training.TrainingBenchConfig(turns=1, steps=1)
     training.measure(config, "15M", shape, torch.device("cpu"), 1, tmp_path, results)
     assert [key.contender for key in training.contenders_of(results, "15M")] == ["eager"]
     ((key, reason),) = results.missing.items()
@@ -287,24 +287,24 @@ def test_a_trainer_that_fails_costs_the_others_nothing(tmp_path: Path, monkeypat
 
 
 def test_each_shape_is_that_of_its_configuration() -> None:
-    config, gpu, cpu = training.BenchConfig(shapes="15M,110M"), torch.device("cuda"), torch.device("cpu")
+    config, gpu, cpu = training.TrainingBenchConfig(shapes="15M,110M"), torch.device("cuda"), torch.device("cpu")
     assert config.shape("110M", gpu) == dict(dim=768, n_layers=12, n_heads=12, max_seq_len=1024, batch_size=16)
     assert [config.shape(name, cpu)["batch_size"] for name in ("15M", "110M")] == [8, 2]
     with pytest.raises(ConfigError) as caught:
-        training.BenchConfig(shapes="15M,7B", turns=0, peer_train="/no/peer")
+        training.TrainingBenchConfig(shapes="15M,7B", turns=0, peer_train="/no/peer")
     assert all(part in str(caught.value) for part in ("shapes=7B", "turns=0", "peer_train=/no/peer"))
 
 
 def test_options_are_checked_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        runtime.BenchConfig(shapes="15M,7B", dtypes="q5", figures="speed", turns=0, tokens=1, peer_run="/no/run")
+        runtime.RuntimeBenchConfig(shapes="15M,7B", dtypes="q5", figures="speed", turns=0, tokens=1, peer_run="/no/run")
     text = str(caught.value)
     assert all(part in text for part in ("shapes=7B", "dtypes=q5", "figures=speed", "turns=0", "tokens=1", "peer_run="))
 
 
 def test_large_shapes_leave_out_float32_unless_asked() -> None:
-    assert runtime.BenchConfig().shape("1B").dtypes == ("q8", "q4")
-    assert runtime.BenchConfig(dtypes="f32, q8").shape("1B").dtypes == ("f32", "q8")
+    assert runtime.RuntimeBenchConfig().shape("1B").dtypes == ("q8", "q4")
+    assert runtime.RuntimeBenchConfig(dtypes="f32, q8").shape("1B").dtypes == ("f32", "q8")
 
 
 def test_bandwidth_reads_everything_each_time() -> None:

@@ -8,7 +8,8 @@ import torch
 from toy import toy_data
 
 from benchmarks import learning, llama2c
-from benchmarks.learning import OURS, PEER, Results, Run
+from benchmarks.harness import save_chart
+from benchmarks.learning import OURS, PEER, LearningRun, RunsFile
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, DataError
 from llamalet.shards import Shards
@@ -19,15 +20,15 @@ VOCAB = 300
 SETTING = "--optimizer=muon"
 
 
-def run_of(side: str, options: str, loss: float, seed: int = 0, tokens: int = 1000) -> Run:
+def run_of(side: str, options: str, loss: float, seed: int = 0, tokens: int = 1000) -> LearningRun:
     curve = [[0, 9.0], [500, loss + 0.2], [tokens, loss]]
-    return Run(
+    return LearningRun(
         side=side, options=options, seed=seed, tokens=tokens, seconds=1.0, loss=loss, chunked_loss=loss + 0.1,
         curve=curve,
     )  # fmt: skip
 
 
-def peer_of(rate: float, batch: int, loss: float, seed: int = 0) -> Run:
+def peer_of(rate: float, batch: int, loss: float, seed: int = 0) -> LearningRun:
     return run_of(PEER, f"--learning_rate={rate:g} --gradient_accumulation_steps={batch}", loss, seed)
 
 
@@ -75,7 +76,7 @@ def test_its_checkpoint_is_read_as_a_model_of_ours_and_measured_whole(tmp_path):
 def test_finished_runs_are_not_repeated_and_the_best_setting_is_the_one_with_more_seeds(tmp_path, monkeypatch):
     toy_data(tmp_path / "toy", VOCAB)
     data = Shards.open(tmp_path / "toy")
-    results = Results.open(tmp_path / "out" / "results.json", {"dim": 8})
+    results = RunsFile.open(tmp_path / "out" / "results.json", {"dim": 8})
     made = []
 
     def train_peer(config, data, results, rate, accumulation, seed):
@@ -89,10 +90,10 @@ def test_finished_runs_are_not_repeated_and_the_best_setting_is_the_one_with_mor
     learning.train_peers(config, data, results)
     assert len(made) == len(learning.PEER_RATES) * len(learning.PEER_BATCHES) + 1
     assert made[-1] == (4e-3, 1, 1)
-    learning.train_peers(config, data, Results.open(results.path, {"dim": 8}))
+    learning.train_peers(config, data, RunsFile.open(results.path, {"dim": 8}))
     assert len(made) == 7
     with pytest.raises(ConfigError, match="another file"):
-        Results.open(results.path, {"dim": 16})
+        RunsFile.open(results.path, {"dim": 16})
 
 
 def test_the_table_has_all_runs_and_what_it_takes_to_reach_the_peers_loss(tmp_path):
@@ -101,17 +102,17 @@ def test_the_table_has_all_runs_and_what_it_takes_to_reach_the_peers_loss(tmp_pa
     ours = [run_of(OURS, SETTING, loss, seed, tokens=2000) for seed, loss in enumerate((0.7, 0.9, 1.2))]
     tried = run_of(OURS, "--optimizer=adamw", 3.0)
     theirs = [peer_of(2e-3, 1, 1.5), *(peer_of(4e-3, 1, 1.0, seed) for seed in range(3))]
-    results = Results(tmp_path / "r.json", {}, [*theirs, tried, *ours], {PEER: 100.0, OURS: 400.0})
+    results = RunsFile(tmp_path / "r.json", {}, [*theirs, tried, *ours], {PEER: 100.0, OURS: 400.0})
     lines = "\n".join(learning.table(results, data, SETTING)).splitlines()
     assert sum(line.startswith((f"| {PEER} |", f"| {OURS} |")) for line in lines) == len(results.runs)
     assert "| llama2.c, 3 seeds | 1,000 (1) | 1.0000 | 1.1000 | 1,000 | 10 s at 100 tok/s |" in lines
     assert "| ours, 3 seeds | 2,000 (2) | 0.9000 | 1.0000 | 2,000 | 5 s at 400 tok/s |" in lines
     assert learning.reached(ours, 0.5) == "never" and learning.reached(ours, 1.1) == "500"
     picture = tmp_path / "new" / "loss.png"
-    learning.draw(picture, results, data, SETTING)
+    save_chart(picture, lambda figure: learning.draw_losses(figure, results, data, SETTING))
     assert picture.read_bytes().startswith(b"\x89PNG")
     results.save()
-    assert Results.open(results.path, {}) == results
+    assert RunsFile.open(results.path, {}) == results
 
 
 def test_bad_options_are_refused_together():

@@ -99,7 +99,7 @@ def test_the_real_text(shared_data, monkeypatch):
     path = shared_data / "tinyshakespeare.txt"
     assert path.stat().st_size == tinyshakespeare.TEXT_BYTES
     monkeypatch.setattr(tinyshakespeare, "URL", path.as_uri())
-    record = tinyshakespeare.fetch(Path("data"))
+    record = tinyshakespeare.make_source(Path("data"))
     rows = [json.loads(line) for split in ("train", "val") for line in open(f"data/tinyshakespeare/{split}.jsonl")]
     assert "\n\n".join(row["text"] for row in rows) == path.read_text().rstrip("\n")
     sizes = {split: files[0].bytes for split, files in record.files.items()}
