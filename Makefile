@@ -23,8 +23,8 @@ demo: .venv/train  ## write a corpus, train a small model, export it, prove it, 
 test: .venv/dev  ## run every test (offline, CPU, minutes)
 	$(RUN) -m pytest --numprocesses=2 --dist=worksteal
 
-test-fast: .venv/dev  ## run the tests that start no training and compile nothing
-	$(RUN) -m pytest --numprocesses=2 --dist=worksteal -m "not trains and not compiles"
+test-fast: .venv/dev  ## run all tests but those that train, compile or take seconds (a minute)
+	$(RUN) -m pytest --numprocesses=2 --dist=worksteal -m "not trains and not compiles and not slow"
 
 test-bounds: .venv/dev  ## run the runtime's tests with every index of the kernels checked
 	NUMBA_BOUNDSCHECK=1 $(RUN) -m pytest tests/llamalet/kernels tests/parity \

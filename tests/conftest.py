@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "simd_path: depends on the processor's instructions; run on every path")
     config.addinivalue_line("markers", "trains: starts training in other processes; not in `make test-fast`")
     config.addinivalue_line("markers", "compiles: compiles kernels afresh for seconds; not in `make test-fast`")
+    config.addinivalue_line("markers", "slow: takes seconds for another reason; not in `make test-fast`")
     if os.environ.get(TEST_DATA) and not data_folder().is_dir():
         raise pytest.UsageError(f"{TEST_DATA}={os.environ[TEST_DATA]}: no such folder")
     if config.getoption("--torture"):

@@ -206,6 +206,7 @@ def test_the_lines_say_what_is_missing() -> None:
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setattr(runtime, "SHAPES", {"15M": runtime.Shape(config=CONFIG, tokens=8, batch_tokens=2)})

@@ -13,6 +13,7 @@ CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
 WAYS = ["roll", "no-first", "cut", "grow", "recompute"]
 
 
+@pytest.mark.slow
 def test_a_rolling_cache_reads_on_where_plain_cutting_falls_apart(shared_data):
     """The claim on real text and a real model, past the context by one and a half."""
     model = Model.load(shared_data / "stories260K.bin", tokenizer=shared_data / "tok512.bin", backend="numpy")

@@ -19,6 +19,8 @@ import pytest
 
 from llamalet.shards import Shards, find_newest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 REPO = "roneneldan/TinyStories"
 COMMIT = "c0ffee" + "0" * 34

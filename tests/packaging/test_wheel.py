@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DEPENDENCIES = (numpy, numba, llvmlite, sentencepiece)
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="links the dependencies")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="links the dependencies")]
 
 
 # Not needed for the wheel, or not part of the project.

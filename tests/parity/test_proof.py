@@ -40,8 +40,9 @@ LLAMA3 = dataclasses.replace(
 )
 MODELS = {**SMALL_MODELS, **PRESETS, "llama3": LLAMA3}
 VERSIONS = ((0, None), (1, None), (2, None), (3, "f32"), (3, "bf16"), (3, "q8"), (3, "q4"))
+LARGE = ("stories42M", "stories110M")
 CASES = [
-    (name, version, dtype)
+    pytest.param(name, version, dtype, marks=[pytest.mark.slow] if name in LARGE else [])
     for name in MODELS
     for version, dtype in VERSIONS
     if (name, version) not in {("stories260K", 2), ("llama3", 0)}

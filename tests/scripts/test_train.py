@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -45,10 +46,13 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+WANDB = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+
 def run(*argv: str, processes: int = 1, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run train.py as people do, in its own processes."""
+    """Run train.py as people do, through torchrun if in several processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | WANDB
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *argv]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
@@ -137,8 +141,9 @@ def test_windows_begin_at_documents_and_the_stream_depends_on_seed_and_place_alo
 @pytest.mark.trains
 def test_two_processes_are_one_with_twice_the_accumulation_bit_for_bit(project):
     batch = f"--total_batch_tokens={2 * 2 * 32}"
-    run(*SMALL, batch, "--out_dir=one", cwd=project)
-    run(*SMALL, batch, "--out_dir=two", processes=2, cwd=project)
+    for name, processes in (("one", 1), ("two", 2)):
+        ended = forked.run(project, [*SMALL, batch, f"--out_dir={name}"], processes=processes)
+        assert ended.codes == [0] * processes, ended.err
     assert weights_of(project / "one", 4) == weights_of(project / "two", 4)
     losses = [
         [json.loads(line).get("val_loss") for line in (project / name / "metrics.jsonl").read_text().splitlines()]
@@ -152,7 +157,8 @@ def test_compile_ddp_wandb_evaluation_save_and_resume_together(project):
     """What llama2.c's users asked for in vain: all of it in one run."""
     options = [*SMALL, "--compile=True", "--wandb_log", "--total_batch_tokens=128"]
     run(*options, "--out_dir=parts", "--max_iters=2", processes=2, cwd=project)
-    run(*options, "--out_dir=parts", "--resume", processes=2, cwd=project)
+    ended = forked.run(project, [*options, "--out_dir=parts", "--resume"], processes=2, environment=WANDB)
+    assert ended.codes == [0, 0], ended.err
     assert list(project.glob("**/offline-run-*"))
     for step in (2, 4):
         assert (project / "parts" / "checkpoints" / f"step-{step:08d}").is_dir()

@@ -75,6 +75,7 @@ def test_a_text_ends_at_any_of_several_tokens(toy):
     assert (toy.bos_id, toy.eos_id) == (N_RANKS, N_RANKS + 1)
 
 
+@pytest.mark.slow
 def test_a_megabyte_of_one_letter(toy):
     for letter in "aq \n\u00e9":
         assert toy.decode(toy.encode(letter * (1 << 20))) == letter * (1 << 20)
