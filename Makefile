@@ -33,10 +33,11 @@ test-bounds: .venv/dev  ## run the runtime's tests with every index of the kerne
 torture: .venv/dev  ## kill, fill, flip and interrupt runs by the hundred (an hour), for benchmarks/torture.log
 	$(RUN) -m pytest --torture --torture-log=benchmarks/torture.log $(ARGS)
 
-lint: .venv/dev  ## check style (ruff) and types (mypy)
+lint: .venv/dev  ## check style (ruff), types (mypy) and which room imports which (import-linter)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: .venv/train  ## measure the runtime's speed on this machine
 	$(RUN) -m benchmarks.runtime $(ARGS)

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import parse
-from llamalet import model_file, shards, tokenizer
+from llamalet import model_file, shards
 from llamalet.convert import formats
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.convert.target import Target, read_back, write
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
+from llamalet.model_file import checkpoint
 from llamalet.model_file.tensors import Rows
 
 OUT_ROOT = Path("out")
-CHECKPOINTS = "checkpoints"  # of a run's folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +94,7 @@ class ExportConfig:
 
     def path(self, source: Path) -> Path:
         """Return the file or folder to write when the checkpoint `source` is exported."""
-        run_dir = source.parent.parent if source.parent.name == CHECKPOINTS else source.parent
+        run_dir = source.parent.parent if source.parent.name == checkpoint.FOLDER else source.parent
         return self.target.path(OUT_ROOT if self.checkpoint is None else run_dir)
 
 
@@ -127,26 +127,15 @@ def _open(config: ExportConfig) -> tuple[ImportedModel, str | None]:
     elif config.rope_theta is not None or config.rope_scaling is not None:
         raise ConfigError("rope_theta, rope_scaling: a checkpoint says what they are; leave them out")
     else:
-        source, trained_on = _open_checkpoint(config.checkpoint)
+        source = formats.read("checkpoint", str(_find_checkpoint(config.checkpoint)))
+        state = checkpoint.read_state(Path(source.name))
+        print(f"checkpoint of step {state['step']}:")
+        trained_on = state.get("data")
     if config.tokenizer is not None:
         source = formats.with_tokenizer(source, Path(config.tokenizer))
+    elif kind is None:
+        formats.tokenizer_of(source)  # every checkpoint has one
     return source, trained_on
-
-
-def _open_checkpoint(named: str | None) -> tuple[ImportedModel, str | None]:
-    """Open a checkpoint of train.py's; return it and the data that it was trained on."""
-    from training.run import checkpoint
-
-    found = checkpoint.load(_find_checkpoint(named))
-    print(f"checkpoint of step {found.state.step}:")
-    source = ImportedModel(
-        name=str(found.path),
-        config=found.model_config,
-        tensors=found.tensors,
-        tokenizer=tokenizer.load(found.tokenizer_path, found.model_config.vocab_size),
-        tokenizer_data=found.tokenizer_path.read_bytes(),
-    )
-    return source, found.state.data
 
 
 def _verify(path: Path, named_data: str | None) -> int:
@@ -172,22 +161,15 @@ def _prove(path: Path, data: shards.Shards | None, originals: Mapping[str, Rows]
 
 
 def _find_checkpoint(named: str | None) -> Path:
-    """Return the checkpoint to export: the one named, the best of the run named, or the newest run's best."""
-    from training.run import checkpoint
-
+    """Return the checkpoint, or the run's folder, to export: what is named, or the newest run's best checkpoint."""
     path = checkpoint.newest_best(OUT_ROOT) if named is None else Path(named)
     if path is None:
-        raise CheckpointError(f"no sound checkpoint under {OUT_ROOT}/; train a model first: python train.py")
+        raise CheckpointError(f"no valid checkpoint under {OUT_ROOT}/; train a model first: python train.py")
     if path.suffix == ".bin":
         raise UsageError(f"{path}: is a model file, not a checkpoint; name it with --bin, or --verify it")
-    if not checkpoint.list_steps(path):
-        if not (path / checkpoint.MANIFEST).is_file() and (kind := formats.other_kind("checkpoint", path)):
-            raise UsageError(f"{path}: is not a checkpoint; it looks as if it were for --{kind}")
-        return path
-    best = checkpoint.find_best(path)
-    if best is None:
-        raise CheckpointError(f"{path}: none of its checkpoints is sound")
-    return best
+    if kind := formats.other_kind("checkpoint", path):
+        raise UsageError(f"{path}: is not a checkpoint; it looks as if it were for --{kind}")
+    return path
 
 
 def _find_data(named: str | None, trained_on: str | None, tokenizer_sha256: str | None) -> shards.Shards | None:

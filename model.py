@@ -26,14 +26,14 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         targets: int64 (B, T); IGNORED ones do not count.
 
     Returns:
-        A float32 scalar; NaN where every target is ignored.
+        A float32 scalar; NaN if every target is ignored.
     """
     logits = F.linear(hidden, weight)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Mix the values of the positions up to each one, weighted by how well its query meets their keys.
+    """Causal attention: average the values up to each position, weighted by the softmax of its query with their keys.
 
     Args:
         q: float (B, H, T, D).
@@ -50,15 +50,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring values of a head by its position's angle (Meta's interleaved RoPE).
+    """Rotate each pair of adjacent values of a head by the angle of its position (Meta's interleaved RoPE).
 
     Args:
         x: float (B, T, heads, D).
-        cos: float32 (T, 1, D / 2), the cosines of the angles.
-        sin: float32 (T, 1, D / 2), the sines.
+        cos: float32 (T, 1, D / 2), cosines of the angles.
+        sin: float32 (T, 1, D / 2), sines of the angles.
 
     Returns:
-        The rotated heads in the type of `x`; the arithmetic is float32.
+        The rotated heads in the type of `x`, computed in float32.
 
     Source: RoFormer, https://arxiv.org/abs/2104.09864, equation 34.
     """
@@ -71,7 +71,7 @@ class Attention(nn.Module):
     """Causal self-attention with grouped key and value heads.
 
     Attributes:
-        attend: the arithmetic between the projections; training may put a faster equivalent here.
+        attend: what happens between the projections; training may replace it by a faster equivalent.
     """
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Mix (B, T, C) over the positions up to each one; cos and sin are `rotate`'s."""
+        """Map (B, T, C) to (B, T, C), each position attending to those up to it; cos and sin are `rotate`'s."""
         B, T, _ = x.shape
         q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin)  # (B, T, H, D)
         k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin)  # (B, T, G, D)
@@ -108,12 +108,12 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C), each position by itself."""
+        """Map (B, T, C) to (B, T, C), independently at each position."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each behind a norm and added to the residual stream."""
+    """One layer: attention, then feed-forward, each after a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Llama(nn.Module):
 
     Attributes:
         config: the shape.
-        head_loss: how final hidden states become a loss; training may put a faster equivalent here.
+        head_loss: computes the loss of final hidden states; training may replace it by a faster equivalent.
     """
 
     cos: Tensor
@@ -157,7 +157,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights from torch's global generator: normal, narrower where a projection adds to the residual.
+        """Draw all matrices from torch's global generator: normal, narrower if they add to the residual stream.
 
         Source: GPT-2 (Radford et al. 2019), section 2.3: 2 L projections add to the residual stream, so each is drawn
         with std / sqrt(2 L).
@@ -172,11 +172,11 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def start_by_copying(self) -> None:
-        """Let each attention head begin by attending to tokens like its own, and by passing on what it attends to.
+        """Initialize attention so that each head attends to similar tokens and copies them.
 
-        Copying, which is otherwise discovered late and suddenly, is there from the first step: `wo` is the transpose of
-        `wv`. It does no harm before it is needed: `wq` is `wk`, so drawn that a token at first weighs itself about as
-        much as max_seq_len others together.
+        Copying, which models otherwise discover late and suddenly, works from the first step: `wo` is the transpose of
+        `wv`. At first it does no harm: `wq` equals `wk`, scaled so that a token's weight on itself is about that of
+        max_seq_len other tokens together.
 
         Source: Mimetic Initialization of Self-Attention Layers, https://arxiv.org/abs/2305.09828.
         """
@@ -190,14 +190,14 @@ class Llama(nn.Module):
                 module.wq.weight.copy_(self._per_query_head(module.wk.weight))
 
     def _per_query_head(self, weight: Tensor) -> Tensor:
-        """Return a key or value projection (G D, C) with each head once for each query head that shares it (H D, C)."""
+        """Repeat each head of a key or value projection (G D, C) for every query head that shares it: (H D, C)."""
         config = self.config
         heads = weight.view(config.n_kv_heads, config.head_dim, -1)  # (G, D, C)
         return heads.repeat_interleave(config.n_heads // config.n_kv_heads, dim=0).flatten(0, 1)
 
     @property
     def output_weight(self) -> Tensor:
-        """The output projection (V, C): the embedding table itself where the model is tied."""
+        """The output projection (V, C): the embedding table if the model is tied."""
         return self.tok_embeddings.weight if self.config.tied else self.output.weight
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -205,7 +205,7 @@ class Llama(nn.Module):
 
         Args:
             tokens: int64 (B, T), T at most max_seq_len.
-            targets: int64 (B, T), the token after each one; IGNORED (-1) where it does not count.
+            targets: int64 (B, T), the next tokens; IGNORED (-1) ones do not count.
 
         Returns:
             Logits (B, T, V), or with targets their mean cross-entropy in nats, a float32 scalar.

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configurator import parse
-from llamalet import Model, errors, model_file, tokenizer
-from llamalet.convert import bin_file
+from llamalet import Model, errors, model_file
+from llamalet.convert import bin_file, formats
 from llamalet.errors import CheckpointError, ConfigError
+from llamalet.model_file.checkpoint import find_best
 from training.config import TrainConfig, with_defaults, with_shape
 from training.data import open_data
 from training.run import checkpoint, plot, run_folder
@@ -162,20 +163,12 @@ def finish(trainer: "Trainer") -> None:
     run_dir = trainer.run_dir
     if picture := plot.draw_or_warn(run_dir):
         print(f"loss curve: {picture}")
-    best_path = checkpoint.find_best(run_dir)
+    best_path = find_best(run_dir)
     if best_path is None:
         raise CheckpointError(f"{run_dir}: no valid checkpoint to export")
-    best, target = checkpoint.load(best_path), run_dir / "model.bin"
-    version = model_file.float_version(best.model_config)
-    bin_file.write(
-        target,
-        version,
-        best.model_config,
-        best.tensors,
-        tokenizer.load(best.tokenizer_path, best.model_config.vocab_size),
-        best.tokenizer_path.read_bytes(),
-        dtype="f32" if version == 3 else None,
-    )
+    source, target = formats.read("checkpoint", str(best_path)), run_dir / "model.bin"
+    version = model_file.float_version(source.config)
+    bin_file.write(target, source, version, dtype="f32" if version == 3 else None)
     print(f"best checkpoint: {best_path}, exported to {target}")
     if trainer.config.sample:
         print()

@@ -39,6 +39,7 @@ from configurator import parse
 from llamalet.config import IGNORED, ModelConfig
 from llamalet.errors import ConfigError, UsageError, run
 from llamalet.files import replacing
+from llamalet.model_file.checkpoint import find_best
 from llamalet.shards import Shards
 from model import Llama
 from training.batches import Windows
@@ -259,7 +260,7 @@ def train_ours(config: LearnConfig, data: Shards, results: RunsFile, options: st
         words = [f"--{key}={value}" for key, value in (shape(config) | own | {"out_dir": folder}).items()]
         subprocess.run([sys.executable, str(TRAIN), *words, *options.split()], check=True, stdout=subprocess.DEVNULL)
         rows = metrics.read(Path(folder) / metrics.METRICS_FILE)
-        path = checkpoint.find_best(Path(folder))
+        path = find_best(Path(folder))
         assert path is not None
         kept = checkpoint.load(path)
         model = Llama(kept.model_config)

@@ -14,6 +14,7 @@ from configurator import parse
 from corpus.story_grammar import log_prob
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, run
 from llamalet.evaluate import report
+from llamalet.model_file.checkpoint import find_best
 from llamalet.runtime import Model
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents, read_documents
 from llamalet.shards import Shards
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     """Report on a run; return 0, or FormatError's code if a file is not proved."""
     config = parse(DemoConfig, argv, program="python -m parity.demo", description=__doc__ or "", positional=("run",))
     folder = Path(config.run)
-    best = checkpoint.find_best(folder)
+    best = find_best(folder)
     if best is None:
         raise CheckpointError(f"{folder}: holds no checkpoint; train one first: python train.py configs/demo.toml")
     source = checkpoint.load(best)

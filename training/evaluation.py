@@ -1,7 +1,7 @@
 """Loss and bits per byte of a checkpoint on the whole validation split, as `llamalet evaluate` finds them.
 
-The same cut and the same arithmetic, float32 throughout, but through PyTorch, in batches, and on as many processes as
-there are. A training run's own evaluations are quicker and rougher: some windows, in the precision of training.
+The text is cut in the same way and computed in float32, but with PyTorch, in batches, and on all processes of the run.
+The evaluations during training are faster and rougher: some windows, in the precision of training.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,11 @@ from training.run.checkpoint import Checkpoint
 from training.weights import load_model, to_torch
 
 LOGITS_BYTES = 1 << 27
-"""Logits in float32 that a batch may have."""
+"""Largest size of a batch's logits in float32 on a CPU; on a GPU, 8 times that."""
 
 
 def evaluate_checkpoint(checkpoint: Checkpoint, data: Shards, group: Processes) -> str:
-    """Return what was evaluated and the table of what came out, the same in every process.
+    """Return what was evaluated and the table of results, the same in every process.
 
     Raises:
         ConfigError: if the data have another vocabulary than the model.
@@ -35,7 +35,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, data: Shards, group: Processes) 
     """
     if checkpoint.state.tokenizer_sha256 != data.tokenizer_sha256:
         raise ConfigError(
-            f"data={data.folder}: its vocabulary is not that of {checkpoint.path}; name others with --data"
+            f"data={data.folder}: its vocabulary is not that of {checkpoint.path}; name other data with --data"
         )
     model = load_model(checkpoint.model_config, to_torch(checkpoint.model_state)).to(group.device)
     documents = list(read_documents(data.split("val"), data.meta.bos_id))[group.rank :: group.count]
@@ -52,11 +52,11 @@ def evaluate_checkpoint(checkpoint: Checkpoint, data: Shards, group: Processes) 
 def evaluate_batches(
     model: Llama, vocabulary: Tokenizer, documents: Sequence[Ids], device: torch.device
 ) -> Iterator[Evaluation]:
-    """Yield the scores of documents cut as `llamalet.scoring.evaluate_documents` cuts them, in batches of like length.
+    """Yield scores of documents, cut as `llamalet.scoring.evaluate_documents` cuts them, in batches of similar length.
 
     Args:
         model: in evaluation mode, on `device`.
-        vocabulary: of the model.
+        vocabulary: the model's tokenizer.
         documents: ids (T + 1,) of each: BOS, its tokens, BOS.
         device: where to compute.
     """
@@ -67,7 +67,7 @@ def evaluate_batches(
         room = LOGITS_BYTES if device.type == "cpu" else 8 * LOGITS_BYTES
         size = max(1, room // (4 * config.vocab_size * longest))
         batch, parts = parts[-size:], parts[:-size]
-        # What fills a row up comes after everything that is scored, and so changes nothing.
+        # Padding comes after all scored tokens, so it changes nothing.
         inputs = torch.zeros(len(batch), longest, dtype=torch.int64)
         targets = torch.full_like(inputs, IGNORED)
         for row, (tokens, first) in enumerate(batch):
@@ -82,5 +82,5 @@ def evaluate_batches(
 
 
 def _length(part: tuple[Ids, int]) -> int:
-    """Return how many positions of a sequence go into the model."""
+    """Return the number of positions of a sequence that go into the model."""
     return len(part[0]) - 1

@@ -1,4 +1,4 @@
-"""Whether an optimizer step may be taken: decided on the device, alike in all processes, before anything changes."""
+"""Decide whether to take an optimizer step: on the device, the same in all processes, before anything changes."""
 
 import torch
 from torch import Tensor
@@ -6,29 +6,29 @@ from torch import Tensor
 from llamalet.errors import NonFiniteError
 
 WINDOW = 100
-"""Steps over which the gradient norm is averaged; before as many have been seen, no norm is a spike."""
+"""Steps over which the gradient norm is averaged; before that many steps, no norm counts as a spike."""
 
 
 class Guard:
     """Refuses steps whose loss or gradient is not finite, and steps whose gradient norm is a spike.
 
-    A refused step uses up its data and changes nothing else. The decision needs no look at the device: it is a tensor,
-    made of values that are the same in all processes.
+    A refused step uses up its data and changes nothing else. The decision is a tensor on the device, so the host need
+    not wait for it; it depends only on values that are the same in all processes.
 
     Args:
-        device: where losses and norms are.
-        spike_factor: how many times its running mean a gradient norm may be; 0 for any.
-        max_skipped: how many steps in a row may be refused.
+        device: device of losses and norms.
+        spike_factor: largest gradient norm as a multiple of its running mean; 0 allows any.
+        max_skipped: number of steps in a row that may be refused.
     """
 
     def __init__(self, device: torch.device, *, spike_factor: float, max_skipped: int) -> None:
         self.spike_factor, self.max_skipped = spike_factor, max_skipped
         # The mean norm, the norms in it, the steps skipped in a row, and in all.
         self._state = torch.zeros(4, device=device)
-        self._most_in_a_row = torch.zeros((), device=device)  # since the last look
+        self._most_in_a_row = torch.zeros((), device=device)  # since the last check
 
     def refuses(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Return whether the step must be skipped, a bool scalar on the device, and remember what was decided.
+        """Return whether the step must be skipped, a bool scalar on the device, and update the statistics.
 
         Args:
             loss: mean loss of the step over all processes.
@@ -46,7 +46,7 @@ class Guard:
         return skip
 
     def check(self) -> int:
-        """Return how many steps were skipped so far; this waits for the device.
+        """Return the number of steps skipped so far; this waits for the device.
 
         Raises:
             NonFiniteError: if more than `max_skipped` were skipped in a row.
@@ -56,16 +56,16 @@ class Guard:
         if in_a_row > self.max_skipped:
             spike = f", or a gradient norm over {self.spike_factor:g} times its mean" if self.spike_factor else ""
             raise NonFiniteError(
-                f"{in_a_row:.0f} steps in a row had a loss or gradient that is not finite{spike}; the weights are as "
-                "they were before. Go on from the newest checkpoint with --resume and a lower --learning_rate or a "
+                f"{in_a_row:.0f} steps in a row had a loss or gradient that is not finite{spike}; the weights are "
+                "unchanged since. Continue from the newest checkpoint with --resume and a lower --learning_rate or a "
                 "longer --warmup_iters"
             )
         return int(skipped)
 
     def state(self) -> list[float]:
-        """Return what a checkpoint must keep, as exact floats."""
+        """Return the state to save: the running mean of the norm, norms in it, steps skipped in a row and in all."""
         return self._state.tolist()
 
     def load_state(self, state: list[float]) -> None:
-        """Go on from `state`."""
+        """Restore `state`."""
         self._state = torch.tensor(state, device=self._state.device)

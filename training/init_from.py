@@ -9,6 +9,7 @@ from corpus.prepare import command_for
 from llamalet.config import ModelConfig
 from llamalet.convert import formats
 from llamalet.errors import CheckpointError, ConfigError
+from llamalet.model_file.checkpoint import MANIFEST, find_best, list_steps
 from llamalet.shards import Shards
 from training.run import checkpoint
 from training.weights import read_state, to_torch
@@ -61,12 +62,12 @@ def read(path: str) -> StartingPoint:
         FormatError: if it is damaged, or no model at all.
     """
     folder = Path(path)
-    if checkpoint.list_steps(folder):
-        best = checkpoint.find_best(folder)
+    if list_steps(folder):
+        best = find_best(folder)
         if best is None:
             raise CheckpointError(f"{folder}: none of its checkpoints is sound")
         folder = best
-    if (folder / checkpoint.MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         found = checkpoint.load(folder)
         return StartingPoint(
             name=str(folder),

@@ -1,4 +1,4 @@
-"""AdamW and Muon as one optimizer, and the clipping of gradients."""
+"""AdamW and Muon as one optimizer, and gradient clipping."""
 
 from collections.abc import Iterable
 
@@ -11,26 +11,26 @@ from training.machine.distributed import ShardedMuon, gather_slots, shard, total
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Scale the gradients of `parameters` so that their common norm is at most `largest`; return the norm before.
+    """Scale the gradients of `parameters` so that their total norm is at most `largest`; return the norm before that.
 
     Args:
-        parameters: those without a gradient do not count.
+        parameters: those without a gradient are ignored.
         largest: the bound; 0 only measures.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    # The CPU can look at the norm and pass over a product with 1; on a GPU looking would mean waiting for it.
+    # On the CPU the norm is known, so a product with 1 can be skipped; on a GPU reading it would mean waiting.
     if largest and (norm.device.type != "cpu" or norm > largest):
         clip_grads_with_norm_(parameters, largest, norm)
     return norm
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Take a step, and put everything back where `skip` is true; on a GPU this costs a copy, and looking a wait.
+    """Take a step and undo it if `skip` is true; this costs a copy, but the host need not wait to read `skip`.
 
     Args:
         skip: a bool scalar on the parameters' device.
-        optimizer: one whose state begins with zeros, and is all tensors.
+        optimizer: its state must be tensors that start as zeros.
     """
 
     def tensors() -> list[Tensor]:
@@ -45,11 +45,11 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 class Optimizer:
-    """One or two of torch's optimizers as one: AdamW for all parameters, or Muon for the layers' matrices beside it.
+    """AdamW for all parameters, or Muon for the matrices of the layers and AdamW for the rest.
 
-    AdamW decays the matrices alone: norms are no directions that could shrink without harm. Its updates run in one
-    fused kernel where the device has one (CPU and CUDA). Muon's updates are scaled to the size of AdamW's, so that one
-    learning rate serves both; embeddings and output are no maps between activations, so they stay with AdamW.
+    Only matrices are decayed: shrinking the gains of the norms would do harm. AdamW uses torch's fused kernel for CPU
+    and CUDA. Muon's updates are scaled to the size of AdamW's, so one learning rate serves both. The embedding and the
+    output do not map activations to activations, so AdamW trains them.
 
     Source: Muon is Keller Jordan's, https://kellerjordan.github.io/posts/muon/, its scaling Moonlight's,
     https://arxiv.org/abs/2502.16982, section 2.2.
@@ -63,9 +63,9 @@ class Optimizer:
         Args:
             model: the model.
             kind: adamw or muon.
-            rate: the first learning rate.
-            betas: AdamW's moments.
-            weight_decay: of the matrices, relative to the learning rate.
+            rate: the initial learning rate.
+            betas: AdamW's decay rates of the moments.
+            weight_decay: decay of the matrices, as a multiple of the learning rate.
         """
         self._model = model
         vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -80,11 +80,11 @@ class Optimizer:
             self._parts.append(muon(orthogonal, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, rate: float, skip: Tensor | None = None) -> None:
-        """Update the parameters with the learning rate `rate`, and drop their gradients.
+        """Update the parameters with the learning rate `rate`, then drop their gradients.
 
         Args:
             rate: the learning rate.
-            skip: a bool scalar on the parameters' device; where it is true, only the gradients are dropped.
+            skip: a bool scalar on the parameters' device; if true, only drop the gradients.
         """
         for part in self._parts:
             for group in part.param_groups:
@@ -95,22 +95,22 @@ class Optimizer:
                 if not skip:
                     part.step()
             elif isinstance(part, torch.optim.AdamW):
-                part.found_inf = skip.float()  # type: ignore[attr-defined]  # the fused kernel looks, so that nobody has to wait
+                part.found_inf = skip.float()  # type: ignore[attr-defined]  # read by the fused kernel, so the host need not wait
                 part.step()
             else:
                 step_unless(skip, part)
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the optimizer's tensors, each named `parameter:slot`, so that no order of parameters matters.
+        """Return the optimizer's tensors, named `parameter:slot` so that the order of parameters does not matter.
 
-        Where they are sharded, every process must call this, and only the main one gets them.
+        If they are sharded, every process must call this, and only the main process gets them.
         """
         slots = gather_slots(self._model, self._parts)
         return {f"{name}:{slot}": value for name, state in slots.items() for slot, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put `state_dict`'s tensors back.
+        """Restore the tensors of `state_dict`.
 
         Raises:
             KeyError: if a tensor belongs to no parameter of the model.
@@ -120,6 +120,6 @@ class Optimizer:
             name, _, slot = key.rpartition(":")
             parameter = parameters[name]
             part = next(p for p in self._parts if any(parameter is q for g in p.param_groups for q in g["params"]))
-            # AdamW counts its steps in a scalar, which the fused CUDA kernel wants on the device as well.
+            # AdamW counts its steps in a scalar, which the fused CUDA kernel needs on the device too.
             value = value.to(parameter.device, copy=True)
             part.state[parameter][slot] = shard(value, like=parameter) if value.dim() else value

@@ -9,20 +9,20 @@ Schedule = Literal["cosine", "wsd"]
 def learning_rate(
     step: int, *, peak: float, floor: float, warmup: int, total: int, schedule: Schedule = "cosine", decay: int = 0
 ) -> float:
-    """Return the learning rate of an optimizer step: a linear warm-up, then down to `floor` as the schedule says.
+    """Return the learning rate of an optimizer step: a linear warm-up, then a decay to `floor`.
 
     Args:
         step: 0 for the first step.
         peak: the highest rate.
-        floor: the rate that the last step comes down to.
-        warmup: steps of warm-up; the first has peak / warmup, never 0.
+        floor: the rate of the last step.
+        warmup: steps of warm-up; the first has the rate peak / warmup, not 0.
         total: steps of the whole run.
-        schedule: cosine follows half a cosine from the end of the warm-up on; wsd (warm-up, stable, decay) stays at the
-            peak until the decay, which is a straight line.
-        decay: for wsd, the number of last steps in which the rate falls.
+        schedule: cosine decays along half a cosine from the end of the warm-up; wsd (warmup-stable-decay) stays at the
+            peak, then decays linearly.
+        decay: number of steps of the decay of wsd.
 
     Source: SGDR, https://arxiv.org/abs/1608.03983, equation 5, without restarts; MiniCPM,
-    https://arxiv.org/abs/2404.06395, section 4, with the straight line of https://arxiv.org/abs/2405.18392.
+    https://arxiv.org/abs/2404.06395, section 4, with the linear decay of https://arxiv.org/abs/2405.18392.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

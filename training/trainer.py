@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from llamalet.config import IGNORED, ModelConfig
 from llamalet.errors import DataError, NonFiniteError
+from llamalet.model_file.checkpoint import FOLDER
 from llamalet.shards import Shards
 from model import Llama
 from training import resume_check
@@ -229,7 +230,7 @@ class Trainer:
         if state.guard is not None:
             self.guard.load_state(state.guard)
         self.step, self.val_loss = state.step, state.val_loss
-        if resumed.path.resolve().parent == (self.run_dir / checkpoint.FOLDER).resolve():
+        if resumed.path.resolve().parent == (self.run_dir / FOLDER).resolve():
             self.saved, self.continues = (self.step, self.val_loss), True
 
     def print_sample(self, record: metrics.Metrics | None) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert import bin_file
+from llamalet.convert.imported_model import ImportedModel
 from llamalet.model_file.quantize import dequantize
 from llamalet.model_file.tensors import ModelFile, Rows
 from model import Llama
@@ -90,6 +91,11 @@ def write_bin(
         NonFiniteError: if a weight is NaN or infinite.
     """
     vocabulary = tokenizer.load(tokenizer_path, config.vocab_size)
-    return bin_file.write(
-        path, version, config, to_arrays(state), vocabulary, tokenizer_path.read_bytes(), dtype=dtype, force=force
+    source = ImportedModel(
+        name=str(path),
+        config=config,
+        tensors=to_arrays(state),
+        tokenizer=vocabulary,
+        tokenizer_data=tokenizer_path.read_bytes(),
     )
+    return bin_file.write(path, source, version, dtype=dtype, force=force)

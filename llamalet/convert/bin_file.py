@@ -1,7 +1,6 @@
 """The raw binary (llamalet/model_file) and the tokenizer beside it, as one more format to read and write."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +8,13 @@ import numpy as np
 
 from llamalet import model_file, tokenizer
 from llamalet.chat_template import TEMPLATE_FILES, read_template
-from llamalet.config import ModelConfig, RopeScaling
+from llamalet.config import RopeScaling
 from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale
 from llamalet.errors import ConfigError
 from llamalet.files import replacing
 from llamalet.model_file.companions import SUFFIXES, beside, load_tokenizer
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
 from llamalet.model_file.tensors import ModelFile, Rows
-from llamalet.tokenizer import Tokenizer
 
 TEMPLATE_SUFFIX = f".{TEMPLATE_FILES[0]}"
 
@@ -89,55 +87,49 @@ def tensors_of(file: ModelFile) -> dict[str, Rows]:
 
 def write(
     path: str | Path,
+    source: ImportedModel,
     version: int,
-    config: ModelConfig,
-    tensors: Mapping[str, Rows],
-    vocabulary: Tokenizer | None,
-    tokenizer_data: bytes,
     *,
-    chat_template: str | None = None,
-    keep: Path | None = None,
     dtype: str | None = None,
     force: bool = False,
+    keep: Path | None = None,
 ) -> ModelFile:
     """Write a model file and its tokenizer.
 
-    Version 3 has the tokenizer inside. With the others it goes beside them as it is, into NAME.tokenizer.SUFFIX, and
-    for llama2.c, which reads them, into NAME.tokenizer.bin in its layout, where that can hold it.
+    Version 3 has the tokenizer inside. The other versions get it next to them, unchanged, as NAME.tokenizer.SUFFIX, and
+    for llama2.c as NAME.tokenizer.bin too, if that layout can hold it. The chat template goes into
+    NAME.chat_template.jinja.
 
     Args:
         path: NAME.bin, the file to make or replace.
+        source: the model; its tensors are read once, in blocks.
         version: 0 to 3.
-        config: the model's shape.
-        tensors: the weights by name; each is read once, in blocks.
-        vocabulary: the tokenizer that the model was trained with; None where it is not known.
-        tokenizer_data: its file, as it is.
-        chat_template: how a conversation becomes a prompt; it goes into NAME.chat_template.jinja.
+        dtype: see `llamalet.model_file.write`.
+        force: see `llamalet.model_file.write`.
         keep: a file that is never removed: the tokenizer that the user named.
-        dtype: see `llamalet.model_file.tensors.write`.
-        force: see `llamalet.model_file.tensors.write`.
 
     Raises:
-        ConfigError: if the version cannot carry the model.
-        TokenizerError: if llama2.c's layout cannot carry the tokenizer.
+        ConfigError: if the version cannot hold the model.
+        TokenizerError: if llama2.c's layout cannot hold the tokenizer.
         NonFiniteError: if a weight is NaN or infinite.
     """
-    path = Path(path)
+    path, vocabulary = Path(path), source.tokenizer
     sha256 = None if vocabulary is None else vocabulary.sha256
-    inside = (vocabulary.suffix, tokenizer_data) if vocabulary is not None and version == 3 else None
+    inside = (vocabulary.suffix, source.tokenizer_data) if vocabulary is not None and version == 3 else None
     written = model_file.write(
-        path, version, config, tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside, force=force
-    )
-    paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
+        path, version, source.config, source.tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside,
+        force=force,
+    )  # fmt: skip
     if vocabulary is not None and version < 3:
+        paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
         if not isinstance(vocabulary, tokenizer.JsonTokenizer):
             tokenizer.write_bin(paths["bin"], vocabulary)
         if vocabulary.suffix != "bin":
             with replacing(paths[vocabulary.suffix]) as file:
-                file.write(tokenizer_data)
+                file.write(source.tokenizer_data)
         earlier = SUFFIXES[: SUFFIXES.index(vocabulary.suffix)]
         remove_stale([paths[suffix] for suffix in earlier], keep)
-    if chat_template is not None:
+    if source.chat_template is not None:
         with replacing(path.with_suffix(TEMPLATE_SUFFIX)) as file:
-            file.write(chat_template.encode())
+            file.write(source.chat_template.encode())
     return written

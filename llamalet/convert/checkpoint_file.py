@@ -9,7 +9,7 @@ from llamalet.convert import safetensors_file
 from llamalet.convert.bin_file import BinTensor
 from llamalet.convert.imported_model import ImportedModel, check_shapes
 from llamalet.errors import CheckpointError, TokenizerError, UsageError
-from llamalet.model_file.checkpoint import MODEL, best_first, list_steps, read_state, verify
+from llamalet.model_file.checkpoint import MODEL, best_first, best_of, list_steps, read_state, verify
 from llamalet.model_file.tensors import tensor_specs
 
 SUFFIX = ".weight"
@@ -20,15 +20,15 @@ def read(name: str, *, check: bool = False) -> ImportedModel:
 
     Args:
         name: the checkpoint's folder or the run's.
-        check: whether to compare the checkpoint's files with their digests.
+        check: whether to compare the checkpoint's files with their digests; of a run, the best valid one is taken then.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the tensors do not match the config.
     """
     folder = Path(name)
-    if steps := best_first(list_steps(folder)):
-        folder = steps[0]
-    if check:
+    if steps := list_steps(folder):
+        folder = best_of(folder) if check else best_first(steps)[0]
+    elif check:
         verify(folder)
     state = read_state(folder)
     try:

@@ -1,10 +1,9 @@
 """Every format that a model can come in: telling them apart, reading them, and opening any of them to run it.
 
-A format is named by export.py's option for it. Its reader is imported when it is needed.
+A format is named by export.py's option for it. The readers are imported when they are needed: a .bin needs none.
 """
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +17,6 @@ from llamalet.model_file.tensors import ModelFile
 from llamalet.tokenizer import Tokenizer
 
 FORMATS = ("hf", "meta_llama", "llama2c", "gguf", "bin")
-# The module of each format that reads it.
-READERS = {
-    "checkpoint": "checkpoint_file", "hf": "huggingface", "meta_llama": "meta_llama", "llama2c": "llama2c",
-    "gguf": "gguf_file", "bin": "bin_file",
-}  # fmt: skip
 FILES = (".bin", ".gguf", ".pt", ".pth")
 PYTORCH_STARTS = (b"PK", b"\x80\x02")  # of torch.save's files, new and old
 GGUF_START = b"GGUF"
@@ -108,7 +102,7 @@ def read(kind: str, name: str, *, rope_theta: float | None = None, rope_scaling:
     """Open a model to convert it.
 
     Args:
-        kind: one of FORMATS, or checkpoint.
+        kind: one of FORMATS, or checkpoint: that is verified, and of a run's folder the best valid one is taken.
         name: its path, or with hf the ID of a repository on the Hub.
         rope_theta: what the model was trained with, for llama2.c's files, which do not say.
         rope_scaling: the factor of Llama 3.1's RoPE scaling, for the same files.
@@ -120,19 +114,20 @@ def read(kind: str, name: str, *, rope_theta: float | None = None, rope_scaling:
     """
     if kind not in ("llama2c", "bin") and (rope_theta is not None or rope_scaling is not None):
         raise ConfigError(f"rope_theta, rope_scaling: {name} says what they are; leave them out")
-    options: dict[str, object] = {}
-    if kind in ("llama2c", "bin"):
-        scaling = None if rope_scaling is None else llama3_scaling(rope_scaling)
-        options = {"rope_theta": rope_theta, "rope_scaling": scaling}
-    # A .bin of llama2.c's is read as any .bin.
-    module = "bin_file" if kind == "llama2c" and not _is_pytorch(Path(name)) else READERS[kind]
+    from llamalet.convert import bin_file, checkpoint_file, gguf_file, huggingface, llama2c, meta_llama
+
     try:
-        source: ImportedModel = importlib.import_module(f"llamalet.convert.{module}").read(name, **options)
+        if kind in ("llama2c", "bin"):
+            scaling = None if rope_scaling is None else llama3_scaling(rope_scaling)
+            reader = llama2c.read if kind == "llama2c" and _is_pytorch(Path(name)) else bin_file.read
+            return reader(name, rope_theta=rope_theta, rope_scaling=scaling)
+        if kind == "checkpoint":
+            return checkpoint_file.read(name, check=True)
+        return {"hf": huggingface.read, "meta_llama": meta_llama.read, "gguf": gguf_file.read}[kind](name)
     except FormatError as error:
         if other := other_kind(kind, Path(name)):
             raise FormatError(f"{error}; it looks as if it were for --{other}") from None
         raise
-    return source
 
 
 def other_kind(kind: str, path: Path) -> str | None:

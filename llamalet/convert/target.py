@@ -119,22 +119,20 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
     print(f"{source.name}: {describe(source.config)}")
     for note in source.notes:
         print(f"note: {note}")
-    start, dtype, tensors = time.perf_counter(), target.dtype or "f32", Reported(source.tensors, source.config)
+    start, dtype = time.perf_counter(), target.dtype or "f32"
+    watched = dataclasses.replace(source, tensors=Reported(source.tensors, source.config))
     notes: list[str] = []
     if target.format == "bin":
-        written = bin_file.write(
-            path, target.version, source.config, tensors, source.tokenizer, source.tokenizer_data,
-            chat_template=source.chat_template, keep=keep, dtype=target.dtype, force=force,
-        )  # fmt: skip
+        written = bin_file.write(path, watched, target.version, dtype=target.dtype, keep=keep, force=force)
         kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
         what, checked = f"version {target.version}, {kind}", ", read back and compared"
         if target.version < 3 and (lost := model_file.llama2c_differences(source.config)):
             notes.append(f"llama2.c's programs will compute something else from this file: {', '.join(lost)}")
     elif target.format == "hf":
-        huggingface.write(path, dataclasses.replace(source, tensors=tensors), dtype, keep=keep)
+        huggingface.write(path, watched, dtype, keep=keep)
         what, checked = f"hf, {dtype}", ""
     else:
-        others = gguf_file.write(path, dataclasses.replace(source, tensors=tensors), dtype)
+        others = gguf_file.write(path, watched, dtype)
         what, checked = f"gguf, {dtype}", ""
         if others:
             notes.append(

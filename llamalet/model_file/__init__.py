@@ -6,6 +6,7 @@ a new version, with a reader, a golden file and a line in docs/formats.md.
 
 from llamalet.model_file.header import Header
 from llamalet.model_file.tensors import (
+    DEFAULT_DTYPES,
     ModelFile,
     Rows,
     Tensor,
@@ -18,6 +19,6 @@ from llamalet.model_file.tensors import (
 )
 
 __all__ = [
-    "Header", "ModelFile", "Rows", "Tensor", "float_version", "in_memory", "llama2c_differences", "read",
-    "tensor_specs", "write",
+    "DEFAULT_DTYPES", "Header", "ModelFile", "Rows", "Tensor", "float_version", "in_memory", "llama2c_differences",
+    "read", "tensor_specs", "write",
 ]  # fmt: skip

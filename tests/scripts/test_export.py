@@ -12,6 +12,7 @@ import export
 from llamalet import model_file, shards, tokenizer
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
 from llamalet.kernels.transformer import Transformer
+from llamalet.model_file.checkpoint import MODEL
 from llamalet.runtime import Model
 from parity import proof
 from training.run import checkpoint
@@ -81,16 +82,16 @@ def test_another_run_is_exported_into_its_own_folder(project, capsys):
 
 
 def test_damaged_checkpoints_are_not_exported(project, capsys):
-    best, last = (project / "out" / "checkpoints" / f"step-{step:08d}" / checkpoint.MODEL for step in (10, 20))
+    best, last = (project / "out" / "checkpoints" / f"step-{step:08d}" / MODEL for step in (10, 20))
     best.write_bytes(b"damaged")
     assert export.main(["--no-check"]) == 0
     assert "step-00000010 is skipped" in capsys.readouterr().err
     expected = random_tensors(CONFIG, seed=20, scale=0.05)
     np.testing.assert_array_equal(model_file.read(project / "out" / "model.bin").tensors["norm"], expected["norm"])
     last.write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="out: none of its checkpoints is sound"):
+    with pytest.raises(CheckpointError, match="out: none of its checkpoints is valid"):
         export.main(["--checkpoint=out"])
-    with pytest.raises(CheckpointError, match="no sound checkpoint under out/"):
+    with pytest.raises(CheckpointError, match="no valid checkpoint under out/"):
         export.main([])
 
 

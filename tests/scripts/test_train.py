@@ -20,6 +20,7 @@ import train
 from configurator import parse
 from llamalet import model_file
 from llamalet.errors import CheckpointError, ConfigError, DataError, UsageError
+from llamalet.model_file.checkpoint import MODEL, find_best, find_latest, list_steps, newest_best
 from llamalet.shards import Shards
 from llamalet.tokenizer import BOS_ID, write_bin
 from model import Llama
@@ -60,7 +61,7 @@ def run(*argv: str, processes: int = 1, cwd: Path, code: int = 0) -> subprocess.
 
 
 def weights_of(run_dir: Path, step: int) -> str:
-    path = run_dir / "checkpoints" / f"step-{step:08d}" / checkpoint.MODEL
+    path = run_dir / "checkpoints" / f"step-{step:08d}" / MODEL
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -176,9 +177,9 @@ def test_resuming_is_exact(project):
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(project, capsys):
     train.main([*SMALL, "--keep=9", "--no-sample"])
-    path = project / "out" / "checkpoints" / "step-00000004" / checkpoint.MODEL
+    path = project / "out" / "checkpoints" / "step-00000004" / MODEL
     damage(path)
-    assert checkpoint.find_latest("out") == Path("out/checkpoints/step-00000002")
+    assert find_latest("out") == Path("out/checkpoints/step-00000002")
     assert "step-00000004 is skipped" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
         checkpoint.load(path.parent)
@@ -191,7 +192,7 @@ def save_steps(run_dir: Path, losses: dict[int, float | None], keep: int = 9) ->
             run_dir, toy_state(SMALL_MODELS["gqa-tied"], step, loss), model_state={"w": np.ones(2, np.float32)},
             optimizer_state={}, tokenizer_data=b"t", keep=keep,
         )  # fmt: skip
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.list_steps(run_dir)]
+    return [int(path.name.removeprefix("step-")) for path in list_steps(run_dir)]
 
 
 def damage(path: Path) -> None:
@@ -203,12 +204,12 @@ def damage(path: Path) -> None:
 def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(tmp_path, capsys):
     save_steps(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: None})
     for best in (2, 3, 1, 4):
-        found = checkpoint.find_best(tmp_path)
+        found = find_best(tmp_path)
         assert found == tmp_path / "checkpoints" / f"step-{best:08d}"
-        damage(found / checkpoint.MODEL)
-    assert checkpoint.find_best(tmp_path) is None
+        damage(found / MODEL)
+    assert find_best(tmp_path) is None
     assert "step-00000002 is skipped" in capsys.readouterr().err
-    assert checkpoint.find_best(tmp_path / "nowhere") is None
+    assert find_best(tmp_path / "nowhere") is None
 
 
 def test_going_back_leaves_the_later_checkpoints_out(tmp_path):
@@ -219,7 +220,7 @@ def test_going_back_leaves_the_later_checkpoints_out(tmp_path):
     moved = checkpoint.go_back(tmp_path, 400)
     assert [path.name for path in moved] == ["step-00000900", "step-00001000"] and not debris.exists()
     assert checkpoint.load(moved[0]).state.step == 900
-    assert checkpoint.find_latest(tmp_path) == checkpoint.find_best(tmp_path) == checkpoint.newest_best(tmp_path)
+    assert find_latest(tmp_path) == find_best(tmp_path) == newest_best(tmp_path)
     assert save_steps(tmp_path, {500: 2.4, 900: 2.3}, keep=2) == [500, 900]
     assert [path.name for path in checkpoint.go_back(tmp_path, 500)] == ["step-00000900"]
 
@@ -228,12 +229,12 @@ def test_resuming_from_an_earlier_checkpoint_is_exact_and_leaves_the_later_ones(
     options = [*SMALL, "--no-sample", "--max_iters=6"]
     assert train.main([*options, "--keep=9"]) == 0
     whole = weights_of(project / "out", 6)
-    damage(project / "out" / "checkpoints" / "step-00000006" / checkpoint.MODEL)
+    damage(project / "out" / "checkpoints" / "step-00000006" / MODEL)
     assert train.main([*options, "--keep=1", "--resume=out/checkpoints/step-00000002"]) == 0
     assert "checkpoints/abandoned/step-00000006" in capsys.readouterr().out
     assert weights_of(project / "out", 6) == whole
     assert checkpoint.load("out/checkpoints/abandoned/step-00000004").state.step == 4
-    assert checkpoint.find_latest("out") == Path("out/checkpoints/step-00000006")
+    assert find_latest("out") == Path("out/checkpoints/step-00000006")
 
 
 def test_the_checkpoints_of_two_runs_are_not_mixed(project):
@@ -301,7 +302,7 @@ def test_a_run_from_before_there_was_a_choice_of_schedules_keeps_its_own():
 
 def test_a_warm_up_longer_than_the_run_is_told(project, capsys):
     train.main([*SMALL, "--no-sample", "--max_iters=2", "--warmup_iters=9"])
-    assert "never done: it has 9 steps, the run 2" in capsys.readouterr().out
+    assert "never ends: it has 9 steps, the run 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from llamalet import model_file
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, TokenizerError
+from llamalet.model_file.checkpoint import find_best
 from training.run import checkpoint
 
 VOCAB = 300
@@ -81,7 +82,7 @@ def test_large_contexts_are_not_trained_unless_asked_for(project):
 def test_runs_and_checkpoints_and_other_formats_are_read(project):
     path = toy_model(project, SMALL_MODELS["gqa-untied"])
     first = train_further(path, out="first")
-    best = checkpoint.find_best("first")
+    best = find_best("first")
     assert best is not None
     ended = checkpoint.load(best).model_state
     for name in ("first", str(best)):
@@ -100,7 +101,7 @@ def test_a_resumed_run_does_not_start_over(project, capsys):
     assert train.main([*FEW_STEPS, f"--init_from={path}", "--out_dir=further", "--resume=auto", "--max_iters=3"]) == 0
     assert "after step 2 of 3" in capsys.readouterr().out
     for resume in ("--resume", "--resume=further"):
-        with pytest.raises(CheckpointError, match=r"model\.bin: a run that goes on has its own weights; leave out"):
+        with pytest.raises(CheckpointError, match=r"model\.bin: a resumed run has its own weights; leave out"):
             train_further(path, resume)
 
 
@@ -113,8 +114,7 @@ def test_the_command_that_is_printed_makes_data_that_fit(project, form):
     elif form == "run":
         train_further("model.bin", out="first")
     else:
-        parts = (source.config, source.tensors, source.tokenizer, source.tokenizer_data)
-        bin_file.write(path, 1 if form == "bin beside" else 3, *parts, dtype=None if form == "bin beside" else "f32")
+        bin_file.write(path, source, 1 if form == "bin beside" else 3, dtype=None if form == "bin beside" else "f32")
     (project / "plays.txt").write_text("\n\n".join(f"band {i} and an end. " * 20 for i in range(40)))
     shutil.rmtree("data")
     text = ["pretokenize", "plays.txt", "--document=blankline", "--vocab-size=290", "--workers=1"]

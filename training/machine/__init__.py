@@ -1,4 +1,5 @@
-"""What a run runs on: processes, devices, threads, and the CPU's own kernels.
+"""What a run runs on: processes, devices, threads, and kernels for the CPU.
 
-May import torch, model and llamalet. The number of processes must not change the stream of tokens.
+May import torch, model, llamalet, training.config and training.run. The number of processes must not change the stream
+of tokens.
 """

@@ -1,8 +1,8 @@
-"""The same attention and the same loss, arranged for a CPU's caches.
+"""Attention and loss of the model, arranged for a CPU's caches.
 
 On a CPU the output head with its loss is half of a small model's step, and PyTorch's flash attention runs its bfloat16
-backward pass at a fifth of the matrix product's speed. Both are put together here from products that run at full speed:
-the logits never exist as a whole, and the scores only for a block of queries at a time.
+backward pass at a fifth of the speed of a matrix product. Here both consist of products that run at full speed: the
+logits never exist as a whole, and attention scores only for a block of queries at a time.
 """
 
 import math
@@ -16,17 +16,17 @@ from llamalet.config import IGNORED
 from model import Attention, Llama
 
 BLOCK = 128
-"""Queries that share one product with the keys before them."""
+"""Queries per product with the keys up to them."""
 
 CHUNK_BYTES = 1 << 24
-"""Logits turned into gradients at a time: what stays in the last-level cache."""
+"""Bytes of logits turned into gradients at a time: these stay in the last-level cache."""
 
 SLAB_BYTES = 1 << 27
-"""Logit gradients kept for one product that gives the weight's gradient."""
+"""Bytes of logit gradients kept for one product that gives the weight's gradient."""
 
 
 def use_cpu_kernels(model: Llama, *, compiled: bool) -> None:
-    """Let `model` compute its attention and its loss as this module does.
+    """Make `model` compute its attention and its loss with this module.
 
     Args:
         model: the model, on the CPU.
@@ -35,11 +35,11 @@ def use_cpu_kernels(model: Llama, *, compiled: bool) -> None:
     model.head_loss = HeadLoss(compiled=compiled)
     for module in model.modules():
         if isinstance(module, Attention):
-            module.attend = attend
+            module.attend = attend_in_blocks
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Do what `model.attend` does, by blocks of queries, so that few of the scores that do not count are computed."""
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Compute `model.attend` in blocks of queries, so that few masked scores are computed."""
     B, H, T, D = q.shape
     G, R = k.shape[1], H // k.shape[1]  # R query heads share a kv head
     q = (q / math.sqrt(D)).reshape(B, G, R, T, D)
@@ -58,11 +58,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 class HeadLoss:
-    """Mean cross-entropy of the output head; its gradients are computed along with it, chunk by chunk of positions.
+    """Mean cross-entropy of the output head, computed together with its gradients, in chunks of positions.
 
-    A chunk's logits are computed, replaced by their gradient in place, and used for the gradient of the hidden states
-    while they are still in the cache. The weight's gradient is one product at the end, over the gradients kept in a
-    buffer that lives from step to step: fresh memory would cost more than the arithmetic on it.
+    A chunk's logits are computed, replaced in place by their gradient, and used for the gradient of the hidden states
+    while they are still in the cache. The weight's gradient is one product per slab, over gradients in a buffer that is
+    kept from step to step: new memory would cost more than the arithmetic on it.
     """
 
     def __init__(self, *, compiled: bool) -> None:
@@ -71,13 +71,13 @@ class HeadLoss:
 
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Do what `model.head_loss` does; the backward pass can run once."""
+        """Compute `model.head_loss`; the backward pass can run only once."""
         return _HeadLoss.apply(hidden, weight, targets, self, torch.is_grad_enabled())
 
     def forward(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss and, if wanted, its gradients by `hidden` and (in float32) by `weight`.
+        """Return the loss and, if wanted, its gradients by `hidden` and, in float32, by `weight`.
 
         Args:
             hidden: (N, C), in the type of the matrix products.
@@ -91,7 +91,7 @@ class HeadLoss:
         slab = max(SLAB_BYTES // row_bytes // chunk, 1) * chunk
         if self._buffer is None or self._buffer.shape != (min(slab, N), V) or self._buffer.dtype != hidden.dtype:
             self._buffer = torch.empty(min(slab, N), V, dtype=hidden.dtype)
-        scale = (targets != IGNORED) / (targets != IGNORED).sum()  # (N,), what each position counts in the mean
+        scale = (targets != IGNORED) / (targets != IGNORED).sum()  # (N,), weight of each position in the mean
         labels = targets.clamp(min=0)
         loss = torch.zeros(())
         by_hidden, by_weight = torch.empty_like(hidden), torch.empty(0)
@@ -124,11 +124,11 @@ def scaled_softmax_(logits: Tensor, scale: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Hands the gradients that HeadLoss.forward computed to autograd."""
+    """Passes the gradients that HeadLoss.forward computed to autograd."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: HeadLoss, gradients: bool) -> Tensor:
-        """Compute the loss; in autocast's type where it is on."""
+        """Compute the loss, in autocast's type if autocast is enabled."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         loss, by_hidden, by_weight = head.forward(
@@ -140,7 +140,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Scale the gradients in place, and give them away."""
+        """Return the gradients, scaled in place."""
         by_hidden, by_weight = ctx.gradients
         ctx.gradients = None
         if grad != 1:

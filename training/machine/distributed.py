@@ -1,9 +1,9 @@
 """The processes of a run, as torchrun starts them, and how they share its model; without torchrun there is one.
 
-With ddp every process holds the whole model and its optimizer's state, and gradients are summed while the backward pass
-goes on. With fsdp each holds a share of every tensor, and a layer's weights are gathered just for its passes. Both
-compute the same: the weights stay float32, autocast decides the precision of the products, gradients are summed in
-float32. So the checkpoints of both, and of a single process, are the same files.
+With ddp every process holds the whole model and optimizer state, and gradients are summed during the backward pass.
+With fsdp each holds a shard of every tensor, and a layer's weights are gathered only for its passes. Both compute the
+same: weights are float32, autocast decides the precision of the products, gradients are summed in float32. So both, and
+a single process, write the same checkpoints.
 """
 
 import os
@@ -35,23 +35,23 @@ from model import Llama
 from training.run.progress import say
 
 REST_S = 0.2
-"""Between the last exchange of a group and its end."""
+"""Seconds between the last communication of a group and its end."""
 
 
 class PeerError(LlamaletError):
-    """Another process of the run that cannot be reached."""
+    """Another process of the run cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process and its place among the others."""
+    """This process among the processes of the run."""
 
     rank: int
     count: int
     local_count: int
     device: torch.device
     launch: str | None = None
-    """Drawn when torchrun was started, and kept when it starts processes again; None without torchrun."""
+    """Random name of the torchrun command, the same after it restarts processes; None without torchrun."""
 
     @property
     def is_main(self) -> bool:
@@ -73,7 +73,7 @@ class Processes:
         return total.tolist()
 
     def mean(self, value: Tensor) -> Tensor:
-        """Return the mean of a scalar over all processes, on the device and without waiting for it."""
+        """Return the mean of a scalar over all processes, on the device; the host does not wait."""
         if self.count == 1:
             return value
         total = value.clone()
@@ -81,7 +81,7 @@ class Processes:
         return total / self.count
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` is set in any process; every process must call this, and the device does not matter."""
+        """Return whether `flag` is set in any process; every process must call this. The GPU is not involved."""
         if self.count == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
@@ -89,7 +89,7 @@ class Processes:
         return bool(flags)
 
     def all_gather(self, text: str) -> list[str]:
-        """Return the `text` of every process, cut to 64 bytes, by rank; every process must call this."""
+        """Return the `text` of every process by rank, cut to 64 bytes; every process must call this."""
         if self.count == 1:
             return [text]
         own = torch.frombuffer(bytearray(text.encode()[:64].ljust(64)), dtype=torch.uint8)
@@ -102,10 +102,10 @@ class Processes:
         self.any(False)  # dist.barrier would go through the GPU
 
     def on(self, device: str) -> Self:
-        """Return this process with the device that `device` means for it.
+        """Return this process with `device` resolved for it.
 
         Args:
-            device: auto (CUDA, else MPS, else CPU), or a torch device; with torchrun each process takes its own GPU.
+            device: auto (CUDA, else MPS, else CPU), or a torch device; cuda is the GPU of the local rank.
 
         Raises:
             ConfigError: if there is no such device.
@@ -115,10 +115,10 @@ class Processes:
 
 @contextmanager
 def process_group() -> Iterator[Processes]:
-    """Join the group that torchrun has started, if any, and leave it at the end; the device is the CPU until `on`.
+    """Join the process group that torchrun started, if any, and leave it at the end; the device is the CPU until `on`.
 
     Raises:
-        ConfigError: if the environment speaks of several processes and not of where they meet.
+        ConfigError: if the environment asks for several processes but does not say where they meet.
         PeerError: if another process cannot be reached, or has ended.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
@@ -128,27 +128,27 @@ def process_group() -> Iterator[Processes]:
     try:
         store, group = _meet()
         if group.count > 1:
-            # What the hosts agree on goes through gloo, and so needs no wait for a GPU.
+            # Tensors on the CPU go through gloo, so that flags and names need not wait for a GPU.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.count)
         yield group
-    except RuntimeError as error:  # gloo's errors have no type of their own
+    except RuntimeError as error:  # gloo raises plain RuntimeErrors
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise PeerError(
-            f"process {rank} of {count} has lost another one, whose own message says why if it had the time; go on "
+            f"process {rank} of {count} has lost another one, whose own message may say why; continue "
             f"with --resume (torch: {' '.join(str(error).split()).partition('. This is')[0]})"
         ) from error
     finally:
         if dist.is_initialized():
-            # gloo's threads need the interpreter to drop the tensors of the last exchange, and DDP, the last to let go
-            # of the group, waits for them holding it: a deadlock (pytorch issue 56297), unless they are done before.
+            # gloo's threads need the GIL to free the tensors of the last exchange. DDP, when it frees the group, waits
+            # for them while it holds the GIL: a deadlock (pytorch issue 56297), unless they have finished before.
             time.sleep(REST_S)
             dist.destroy_process_group()
 
 
 def _meet() -> tuple[dist.Store, Processes]:
-    """Return a store that the processes of this start share, and this process's place among them."""
+    """Return a store shared by the processes of this start, and this process among them."""
     try:
         store, rank, count = next(dist.rendezvous("env://"))
         local_count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -160,15 +160,15 @@ def _meet() -> tuple[dist.Store, Processes]:
         ) from None
     launch = store.compare_set("launch", "", uuid.uuid4().hex).decode()
     group = Processes(rank, count, local_count, torch.device("cpu"), launch)
-    return dist.PrefixStore(_name_of_start(store, rank, count), store), group
+    return dist.PrefixStore(_agree_on_name(store, rank, count), store), group
 
 
-def _name_of_start(store: dist.Store, rank: int, count: int) -> str:
-    """Return a name that all processes running now have agreed on, and none that ran before them.
+def _agree_on_name(store: dist.Store, rank: int, count: int) -> str:
+    """Return a name that all processes running now agree on, and that no earlier ones used.
 
-    torchrun keeps its store when it starts processes again, and in it the addresses of those that are gone, which gloo
-    would wait for (pytorch issue 135712); and each machine has its own count of restarts. So the first process makes up
-    a name, the others answer with one of their own, and who finds its answer confirmed knows that the name is new.
+    When torchrun restarts processes it keeps its store, and in it the addresses of the old processes, which gloo would
+    wait for (pytorch issue 135712); and each machine counts its restarts by itself. So rank 0 publishes a random name,
+    the others answer with an id, and a rank that sees its id confirmed knows that the name is current.
     """
     own = uuid.uuid4().hex
     if rank == 0:
@@ -186,12 +186,12 @@ def _name_of_start(store: dist.Store, rank: int, count: int) -> str:
             if own in store.get(f"{name}/heard").decode():
                 return name
         if time.monotonic() > deadline:
-            raise dist.DistStoreError("process 0 has not come")
+            raise dist.DistStoreError("process 0 did not start")
         time.sleep(0.05)
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the torch device that `name` means for the process `local_rank` of this machine.
+    """Return the torch device for process `local_rank` of this machine.
 
     Raises:
         ConfigError: if there is no such device.
@@ -214,11 +214,11 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def parallelize(model: Llama, kind: str, group: Processes, *, compiled: bool) -> nn.Module:
-    """Let all processes train `model` together; return what to call in training, where `model` is for all else.
+    """Prepare `model` for training by all processes; return what to call in training, in place of `model`.
 
     Args:
-        model: with the same weights in every process, on the process's device.
-        kind: ddp or fsdp; one process needs neither.
+        model: on the process's device, with the same weights in every process.
+        kind: ddp or fsdp; ignored for a single process.
         group: the processes.
         compiled: whether to use torch.compile.
     """
@@ -227,21 +227,21 @@ def parallelize(model: Llama, kind: str, group: Processes, *, compiled: bool) ->
             model.compile()
         if group.count == 1:
             return model
-        # The buffers are constants; gradients that lie in the buckets that are sent need no second copy.
+        # The buffers are constants. With gradients as views of the communication buckets there is no second copy.
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(group.device.type, (group.count,))
     for layer in model.layers:
-        if compiled:  # by layers: the compiler cannot look through FSDP's hooks, and compiles one for all
+        if compiled:  # layer by layer: FSDP's hooks are opaque to the compiler, which compiles one layer for all
             layer.compile()
         fully_shard(layer, mesh=mesh)
-    if compiled and group.device.type != "cpu":  # the CPU's own loss is compiled where it pays
+    if compiled and group.device.type != "cpu":  # the CPU's loss compiles itself
         model.head_loss = torch.compile(model.head_loss)
     fully_shard(model, mesh=mesh)
     return model
 
 
 def sum_gradients(model: nn.Module, now: bool) -> None:
-    """Say whether the next backward pass ends an accumulation, and so sums the gradients over the processes."""
+    """Set whether the next backward pass sums the gradients over the processes, as the last of an accumulation does."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
@@ -249,28 +249,28 @@ def sum_gradients(model: nn.Module, now: bool) -> None:
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of `model`; where it is sharded, all must call this, and only the main process gets it."""
+    """Return the state dict of `model`. If it is sharded, all processes must call this; only the main one gets it."""
     state: Any = get_model_state_dict(model, options=_whole(model))
     return state
 
 
 def gather_slots(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
-    """Return the optimizers' tensors by parameter and slot; where they are sharded, as `gather_weights` does."""
+    """Return the optimizers' tensors by parameter and slot; if they are sharded, see `gather_weights`."""
     if isinstance(model, FSDPModule):
-        model.reshard()  # a forward pass without a backward pass leaves some weights gathered, which have no state
-    # Where there is no state yet, torch would take a step to make some.
+        model.reshard()  # after a forward pass alone, some weights are still gathered and have no state
+    # Without state, torch would take a step to create it.
     started = [optimizer for optimizer in optimizers if optimizer.state]
     state: Any = get_optimizer_state_dict(model, started, options=_whole(model)) if started else {}
     return state.get("state", {})
 
 
 def _whole(model: nn.Module) -> StateDictOptions:
-    """Gather shards into the main process's memory, one tensor after the other; leave what is whole where it is."""
+    """Gather shards into the main process's memory, one tensor at a time; leave whole tensors where they are."""
     return StateDictOptions(full_state_dict=True, cpu_offload=isinstance(model, FSDPModule))
 
 
 def shard(whole: Tensor, like: Tensor) -> Tensor:
-    """Return this process's share of a tensor that every process has, cut as `like` is."""
+    """Return this process's shard of a tensor that every process has, sharded like `like`."""
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
@@ -281,21 +281,21 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     first = gradients[0]
     if not isinstance(first, DTensor):
         return get_total_norm(gradients)
-    # One sum over the processes; torch would do one a gradient.
+    # One sum over the processes; torch would do one per gradient.
     shares = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
     return DTensor.from_local(get_total_norm(shares).square(), first.device_mesh, [Partial()]).full_tensor().sqrt()
 
 
 class ShardedMuon(torch.optim.Muon):
-    """Muon on matrices of which each process holds some rows.
+    """Muon for matrices of which each process holds some rows.
 
-    An update is orthogonalized as a whole. torch's own step would do each of its fifteen products in parts, with an
-    exchange and another rounding each; here the matrix and its update are gathered once, and torch does the rest.
+    An update is orthogonalized as a whole. torch's own step would split each of its fifteen products over the
+    processes, with communication and other rounding; here the matrix and its update are gathered once.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the matrices as Muon does."""
+        """Take a step of Muon."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 state, gradient, beta = self.state[matrix], matrix.grad, group["momentum"]

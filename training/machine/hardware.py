@@ -16,7 +16,7 @@ from training.config import TrainConfig
 from training.machine.distributed import Processes
 
 # Peak of dense bf16 matrix products in TFLOP/s, by a part of the name that CUDA reports.
-# Source: NVIDIA's data sheets; the SXM figure where a form factor is not part of the name.
+# Source: NVIDIA's data sheets; the SXM figure unless the name contains the form factor.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -34,7 +34,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the peak of the device in TFLOP/s where it is known, else None."""
+    """Return the device's peak in TFLOP/s, or None if it is unknown."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -56,7 +56,7 @@ def machine_facts(config: TrainConfig, group: Processes, dtype: torch.dtype, *, 
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type of the matrix products: `name`, where auto means bfloat16 if the hardware computes in it.
+    """Return the type of the matrix products: `name`, or for auto, bfloat16 if the hardware has it, else float32.
 
     Raises:
         ConfigError: if bfloat16 is asked for on a GPU without it.
@@ -70,40 +70,39 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         native = False
     if name == "bfloat16" and not native and device.type != "cpu":
-        raise ConfigError(f"dtype=bfloat16: {device} does not compute in it; use --dtype=float32")
+        raise ConfigError(f"dtype=bfloat16: {device} does not support it; use --dtype=float32")
     return torch.bfloat16 if native or name == "bfloat16" else torch.float32
 
 
 def compile_problem(device: torch.device) -> str | None:
-    """Return why torch.compile cannot be used here, or None if it can; found out by compiling something small."""
+    """Return why torch.compile cannot be used here, or None if it can; it is tried on a small function."""
     if device.type == "mps":
         return "torch.compile is not reliable on MPS"
     try:
         torch.compile(_probe)(torch.zeros(16, device=device))
-    except Exception as error:  # compilers fail in many ways; all mean the same here
+    except Exception as error:  # compilers fail in many ways
         return "torch.compile does not work here: " + " ".join(str(error).split())[:200]
     return None
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:
-    """Give the compiler something to do."""
+    """Return something for the compiler to compile."""
     return (x + 1).sin()
 
 
 def count_threads(n_processes: int) -> int:
-    """Return the share of the physical cores of one of `n_processes` on this machine.
+    """Return one process's share of the physical cores, for `n_processes` on this machine.
 
-    Two hardware threads of a core share its multipliers, so a second one has nothing to give to a matrix product.
-    OMP_NUM_THREADS does not count: torchrun sets it to 1 for whoever has not.
+    The hardware threads of a core share its multipliers, so a second one does not speed up a matrix product.
+    OMP_NUM_THREADS is ignored: torchrun sets it to 1 if it is not set.
     """
     return max(physical_cores() // n_processes, 1)
 
 
 def tune_allocator(device: torch.device) -> None:
-    """Keep freed memory for the next step instead of giving it back and faulting it in again, and use huge pages.
+    """Keep freed memory for the next step instead of returning it and faulting it in again, and use huge pages.
 
-    A fresh page costs more than the arithmetic on it. Only for training on the CPU under Linux with glibc; elsewhere
-    nothing happens.
+    A new page costs more than the arithmetic on it. Has an effect only for training on the CPU on Linux with glibc.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
@@ -111,23 +110,25 @@ def tune_allocator(device: torch.device) -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch when it allocates its first tensor of 2 MB
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it first allocates 2 MB
     trim_threshold, mmap_max = -1, -4  # malloc.h
-    mallopt(mmap_max, 0)  # blocks from mmap go back at once, however large the threshold below which they are kept
+    mallopt(mmap_max, 0)  # memory from mmap would be returned at once, whatever the trim threshold
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def set_threads(threads: int | None, n_processes: int) -> None:
-    """Let PyTorch use so many threads; None means this process's share of the cores."""
+    """Set PyTorch's number of threads; None means this process's share of the cores."""
     torch.set_num_threads(threads or count_threads(n_processes))
 
 
 def set_precision(device: torch.device, deterministic: bool | None) -> None:
-    """Choose repeatable algorithms, which None means on the CPU alone, and TF32 for what stays float32 on a GPU."""
+    """Use deterministic algorithms (None: on the CPU only), and on a GPU TF32 for products that stay float32."""
     if deterministic or (deterministic is None and device.type == "cpu"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable with a fixed workspace only
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is deterministic only with a fixed workspace
         torch.use_deterministic_algorithms(True)
-        # A debugging aid that costs a pass over memory.
+        # A debugging aid that costs a pass over the memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -135,7 +136,7 @@ def set_precision(device: torch.device, deterministic: bool | None) -> None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raise what torch raises when memory runs out, a RuntimeError, as a MemoryError."""
+    """Turn the RuntimeError that torch raises when memory runs out into a MemoryError."""
     try:
         yield
     except RuntimeError as error:

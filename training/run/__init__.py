@@ -1,4 +1,4 @@
-"""What a run leaves and survives: its folder, checkpoints, metrics, pictures and signals.
+"""What a run leaves behind and survives: its folder, checkpoints, metrics, plots and signals.
 
-May import llamalet and training.config, and needs no torch. No kill, full disk or signal may cost a saved checkpoint.
+May import llamalet and training.config, but not torch. No kill, full disk or signal may cost a saved checkpoint.
 """

@@ -1,11 +1,4 @@
-"""Checkpoints: folders that describe themselves, appear whole or not at all, and are verified before use.
-
-    out/checkpoints/step-00001000/
-        model.safetensors       the weights, under the names of the PyTorch model
-        optimizer.safetensors   the optimizer's tensors, as `parameter:slot`
-        state.json              step, validation loss, settings, data, model config: see RunState
-        tokenizer.bin           the vocabulary the model was trained with
-        manifest.json           size and sha256 of each file above; written last
+"""Save, load and retire the checkpoints of a run. llamalet/model_file/checkpoint.py describes their files.
 
 A checkpoint is written to .step-N.tmp, synced to disk and renamed, so a step-* folder is complete unless it was damaged
 later, which the digests show. An existing checkpoint of the same step is first renamed to .step-N.old, which counts as
@@ -18,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,21 +23,29 @@ from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig
 from llamalet.convert import safetensors_file
-from llamalet.errors import CheckpointError, ConfigError, DiskError, FormatError, NonFiniteError
+from llamalet.errors import CheckpointError, DiskError, FormatError, NonFiniteError
 from llamalet.files import sync_folder
-from llamalet.model_file.checkpoint import best_first
+from llamalet.model_file.checkpoint import (
+    ABANDONED,
+    FOLDER,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    VERSION,
+    best_first,
+    list_steps,
+    step_of,
+    verify,
+)
 from training.run.run_state import RunState
 
-FORMAT = "llamalet checkpoint"
-VERSION = 1
-FOLDER, ABANDONED = "checkpoints", "abandoned"
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 SUFFIX = ".weight"
 """Ends every name in model.safetensors, as in a PyTorch state dict; names in model files lack it."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_STEP = re.compile(r"step-(\d{8,})|\.step-(\d{8,})\.old")
 _DTYPES = {np.dtype(numpy_name): name for name, numpy_name in safetensors_file.DTYPES.items() if name != "BF16"}
 
 
@@ -163,7 +163,7 @@ def load(path: str | Path) -> Checkpoint:
     try:
         return Checkpoint(
             path=path,
-            state=read_state(path),
+            state=RunState.read(path),
             model_state=safetensors_file.read_arrays(path / MODEL),
             optimizer_state=safetensors_file.read_arrays(path / OPTIMIZER),
         )
@@ -171,93 +171,10 @@ def load(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
 
-def read_state(path: Path) -> RunState:
-    """Return the contents of a checkpoint's state.json.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    try:
-        return RunState.from_json(_read_json(path / STATE))
-    except KeyError as error:
-        raise CheckpointError(f"{path / STATE}: has no {error}") from None
-    except (TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"{path / STATE}: cannot be read: {error}") from None
-
-
 def label(path: Path) -> str:
     """Return a checkpoint's name and the start of its manifest's sha256, to tell two checkpoints apart."""
     manifest = path / MANIFEST
     return f"{path.name} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:8] if manifest.exists() else 'missing'}"
-
-
-def verify(path: Path, *, digests: bool = True) -> None:
-    """Compare a checkpoint's files with its manifest; their sizes alone if `digests` is false.
-
-    Raises:
-        CheckpointError: naming the file and what is wrong with it.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint; a checkpoint is a folder out/checkpoints/step-00001000")
-    manifest = _read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path / MANIFEST}: format is {manifest.get('format')!r}, must be {FORMAT!r}")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path / MANIFEST}: version is {manifest.get('version')!r}, this program reads {VERSION}"
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not {MODEL, OPTIMIZER, STATE} <= files.keys():
-        raise CheckpointError(f"{path / MANIFEST}: must list {MODEL}, {OPTIMIZER} and {STATE}")
-    for name, entry in files.items():
-        if Path(name).name != name or not isinstance(entry, dict):
-            raise CheckpointError(f"{path / MANIFEST}: bad entry for {name!r}")
-        try:
-            with (path / name).open("rb") as file:
-                size, digest = os.fstat(file.fileno()).st_size, None
-                if digests and size == entry.get("bytes"):
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise CheckpointError(f"{path / name}: {error.strerror}") from None
-        if size != entry.get("bytes"):
-            raise CheckpointError(f"{path / name}: has {size} bytes, must have {entry.get('bytes')}")
-        if digests and digest != entry.get("sha256"):
-            raise CheckpointError(f"{path / name}: damaged, its sha256 does not match the manifest")
-    if manifest.get("step") != _read_json(path / STATE).get("step"):
-        raise CheckpointError(f"{path / MANIFEST}: step is {manifest.get('step')!r}, not that of {STATE}")
-
-
-def find_latest(run_dir: str | Path) -> Path | None:
-    """Return the newest checkpoint of a run that passes `verify`, or None; warn of each one that does not."""
-    return _first_valid(reversed(list_steps(run_dir)))
-
-
-def find_best(run_dir: str | Path) -> Path | None:
-    """Return the best checkpoint of a run that passes `verify`, or None; warn of each one that does not.
-
-    The best has the lowest validation loss; if none was measured, the newest is the best.
-    """
-    return _first_valid(best_first(list_steps(run_dir)))
-
-
-def newest_best(root: str | Path = "out") -> Path | None:
-    """Return the best valid checkpoint of the run below `root` that saved last, or None if there is none."""
-    folders = [path for path in Path(root).glob(f"**/{FOLDER}") if list_steps(path.parent)]
-    newest = max(folders, key=lambda path: list_steps(path.parent)[-1].stat().st_mtime_ns, default=None)
-    return find_best(newest.parent) if newest else None
-
-
-def list_steps(run_dir: str | Path) -> list[Path]:
-    """Return the run's checkpoint folders, valid or not, one for each step, in the order of steps."""
-    paths = sorted((Path(run_dir) / FOLDER).glob("*"))  # .step-N.old sorts before step-N, which replaces it in `found`
-    found = {step: path for path in paths if (step := step_of(path)) is not None}
-    return [found[step] for step in sorted(found)]
-
-
-def step_of(path: Path) -> int | None:
-    """Return the step of a checkpoint's folder, or None for any other path."""
-    match = _STEP.fullmatch(path.name)
-    return int(match[1] or match[2]) if match else None
 
 
 def remove_all(run_dir: Path) -> None:
@@ -319,19 +236,6 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object or raise CheckpointError."""
-    try:
-        table = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is incomplete") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
-    return table
-
-
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | str]:
     """Write and sync one file, and return its entry in the manifest."""
     size, digest = 0, hashlib.sha256()
@@ -343,18 +247,6 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | 
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _first_valid(paths: Iterable[Path]) -> Path | None:
-    """Return the first checkpoint that passes `verify`, or None; warn of each one before it."""
-    for path in paths:
-        try:
-            verify(path)
-        except CheckpointError as error:
-            print(f"warning: checkpoint {path.name} is skipped: {error}", file=sys.stderr, flush=True)
-        else:
-            return path
-    return None
 
 
 def _retire(run_dir: Path, keep: int, written: Path) -> None:

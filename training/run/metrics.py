@@ -1,6 +1,6 @@
-"""What a run leaves to be read: metrics.jsonl, and wandb where it is wanted.
+"""The record of a run: metrics.jsonl, and wandb if it is enabled.
 
-Nothing here stops a run: what cannot be written costs one line on stderr, and a wandb out of reach works offline.
+Nothing here stops a run: a failed write costs one line on stderr, and without a connection wandb works offline.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.damaged.jsonl"
 WANDB_ID_FILE = "wandb/id"
 LARGEST = 3.5e38
-"""No number of a run is greater, for they come from float32; so what draws them in float64 meets no infinity."""
+"""Largest number in a record: all come from float32. Plots, which use float64, never overflow on such numbers."""
 
 Row = Mapping[str, Any]
 
 
 class Metrics:
-    """The record of a run; rows go to metrics.jsonl at once, and to wandb where it is on.
+    """The record of a run; rows go to metrics.jsonl at once, and to wandb if it is enabled.
 
-    Each row gets `elapsed_s`: seconds since the run began, with all that a run does but train, the hours between two
-    stretches of it left out.
+    Each row gets `elapsed_s`: the seconds that the run has been running, evaluation and saving included, the time
+    between an interruption and a resume excluded.
 
     Args:
         run_dir: the run's out_dir.
-        resumed_at: the step that the run goes on after, and whether its evaluation is done; rows of what is about to
-            be repeated are dropped. None starts afresh.
+        resumed_at: the step that the run resumes after, and whether its evaluation is done; later rows are dropped,
+            for they will be written again. None starts a new record.
         wandb: keyword arguments of wandb.init, or None for no wandb.
     """
 
@@ -53,19 +53,19 @@ class Metrics:
             with replacing(self.path) as file:
                 kept = [row for row in rows if (row["step"], "val_loss" in row) <= (resumed_at or (0, False))]
                 file.write(b"".join(map(_line, kept)))
-            # What the dropped rows took was spent as well.
+            # The time of dropped rows counts: it was spent.
             self._began -= max((row.get("elapsed_s") or 0.0 for row in rows), default=0.0)
         except (OSError, DiskError) as error:
             self._warn(error)
         self._wandb = _start_wandb(wandb, run_dir, resumed_at is not None) if wandb is not None else None
 
     def log(self, row: Row) -> None:
-        """Append one row; it needs `step`, and numbers that are not finite are recorded as null."""
+        """Append a row, which needs `step`; numbers that are not finite become null."""
         row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         row["elapsed_s"] = round(time.monotonic() - self._began, 3)
         self._unwritten += _line(row)
         try:
-            # Opened each time and unbuffered: what a full disk does not take now, it gets with a later row.
+            # Opened for each row and unbuffered: what a full disk refuses is written with a later row.
             with self.path.open("ab", buffering=0) as file:
                 while self._unwritten:
                     self._unwritten = self._unwritten[file.write(self._unwritten) :]
@@ -74,7 +74,7 @@ class Metrics:
         self._to_wandb(row, row["step"])
 
     def log_story(self, step: int, text: str) -> None:
-        """Show wandb what the model tells after a step."""
+        """Log a sample of the model after a step to wandb."""
         self._to_wandb({"story": text}, step)
 
     def __enter__(self) -> Self:
@@ -88,24 +88,24 @@ class Metrics:
                 print(f"warning: wandb: {_one_line(failure)}", file=sys.stderr, flush=True)
 
     def _to_wandb(self, row: Row, step: int) -> None:
-        """Pass a row on; the first failure is the last."""
+        """Log a row to wandb, until the first failure."""
         if self._wandb is not None:
             try:
                 self._wandb.log(dict(row), step=step)
-            except Exception as error:  # wandb's errors share no base class
+            except Exception as error:  # wandb's errors have no common base class
                 print(f"warning: wandb stopped: {_one_line(error)}", file=sys.stderr, flush=True)
                 self._wandb = None
 
     def _warn(self, error: OSError) -> None:
-        """Say, once, that rows are not written."""
+        """Warn, once, that rows are missing."""
         if not self._warned:
             reason = getattr(error, "strerror", None) or _one_line(error)
-            print(f"warning: {self.path} is incomplete: {reason}; training goes on", file=sys.stderr, flush=True)
+            print(f"warning: {self.path} is incomplete: {reason}; training continues", file=sys.stderr, flush=True)
         self._warned = True
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl: numbers and None; a last line that was cut off is left out, a missing file has no rows.
+    """Read metrics.jsonl: rows of numbers and None. An incomplete last line is ignored; a missing file has no rows.
 
     Raises:
         DataError: if the file cannot be read, or another line is damaged.
@@ -120,7 +120,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Return the rows of metrics.jsonl, and what is wrong with each other line, but for a last one that was cut off."""
+    """Return the valid rows of metrics.jsonl and the damage by line number; an incomplete last line is ignored."""
     if not path.exists():
         return [], {}
     rows, damage = [], {}
@@ -134,52 +134,54 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
 
 
 def _row(line: bytes) -> dict[str, Any]:
-    """Read a line of metrics.jsonl.
+    """Parse a line of metrics.jsonl.
 
     Raises:
-        DataError: if it is none that `Metrics.log` writes.
+        DataError: if `Metrics.log` cannot have written it.
     """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise DataError("no JSON") from None
+        raise DataError("not JSON") from None
     if not isinstance(row, dict) or "step" not in row:
-        raise DataError("no row with a step")
+        raise DataError("not a row with a step")
     for key, value in row.items():
         kinds = int if key == "step" else int | float
         number = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= LARGEST
         if not number and (value is not None or key == "step"):
-            raise DataError(f"{json.dumps({key: value})[1:-1]:.80} is no number that a run has")
+            raise DataError(f"{json.dumps({key: value})[1:-1]:.80} is not a number that a run records")
     return row
 
 
 def _salvage(path: Path) -> list[dict[str, Any]]:
-    """Return the sound rows of a run to go on with; if there are others, the file as it is goes aside."""
+    """Return the valid rows of a run to resume; if there is damage, first move the whole file to DAMAGED_FILE."""
     rows, damage = _parse(path)
     if damage:
-        aside = path.replace(path.with_name(DAMAGED_FILE))
+        backup = path.replace(path.with_name(DAMAGED_FILE))
         number, what = next(iter(damage.items()))
         lines = f"line {number} damaged" if len(damage) == 1 else f"{len(damage)} lines damaged, the first is {number}"
-        print(f"warning: {path}: {lines}: {what}; left out, all of it is in {aside}", file=sys.stderr, flush=True)
+        print(
+            f"warning: {path}: {lines}: {what}; left out; {backup} has the original file", file=sys.stderr, flush=True
+        )
     return rows
 
 
 def _line(row: Row) -> bytes:
-    """Return a row as it stands in metrics.jsonl."""
+    """Return a row as a line of metrics.jsonl."""
     return (json.dumps(row) + "\n").encode()
 
 
 def _one_line(error: Exception) -> str:
-    """Return what an error says, without line breaks."""
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _start_wandb(settings: Mapping[str, Any], run_dir: Path, resumed: bool) -> Any:
-    """Start or go on with the run's wandb run: online if that works at once, else offline, else not at all (None).
+    """Start or resume the run in wandb: online if that works at once, else offline, else not at all (None).
 
-    A run keeps its id in its folder, so that all its stretches are one run in wandb.
+    The id is kept in the run's folder, so that a resumed run is the same run in wandb.
     """
-    # wandb may wait for its server, but not for long; it must not stand between the run and its output.
+    # wandb may wait for its server, but not long enough to hold up the run.
     patience = {"WANDB_INIT_TIMEOUT": "10", "WANDB_FINISH_TIMEOUT": "10", "WANDB_CONSOLE": "off", "WANDB_QUIET": "true"}
     for name, value in patience.items():
         os.environ.setdefault(name, value)
@@ -191,7 +193,7 @@ def _start_wandb(settings: Mapping[str, Any], run_dir: Path, resumed: bool) -> A
             with _no_terminal():
                 return wandb.init(**arguments)
         except Exception as error:
-            wandb.teardown()  # what is left of a run that did not start has its id
+            wandb.teardown()  # or the failed run would keep its id
             run = wandb.init(**arguments, mode="offline")
             reason = _one_line(error).rstrip(".")
             print(f"warning: wandb is offline: {reason}; `wandb sync` sends it later", file=sys.stderr, flush=True)
@@ -202,7 +204,7 @@ def _start_wandb(settings: Mapping[str, Any], run_dir: Path, resumed: bool) -> A
 
 
 def _wandb_id(run_dir: Path, resumed: bool) -> str:
-    """Return the run's id in wandb, a new one for a run that starts."""
+    """Return the run's id in wandb; a new run gets a new one."""
     path = run_dir / WANDB_ID_FILE
     if resumed and path.exists() and (known := path.read_text(encoding="utf-8").strip()):
         return known
@@ -213,7 +215,7 @@ def _wandb_id(run_dir: Path, resumed: bool) -> str:
 
 @contextlib.contextmanager
 def _no_terminal() -> Any:
-    """Leave nobody to ask: without a key, wandb would put a question and wait for the answer for ever."""
+    """Close stdin for wandb, which would otherwise ask for a missing key and wait for ever."""
     stdin, sys.stdin = sys.stdin, io.StringIO()
     try:
         yield

@@ -1,11 +1,10 @@
-"""Pictures of how runs learned: loss against tokens and against time.
+"""Plot the losses of runs against tokens and against time.
 
     python -m training.run.plot out                        out/loss.png
     python -m training.run.plot out/a out/b out/c          compare.png
 
-Faint lines are the training loss as it was logged, thick ones are smoothed, dots are the validation loss. The corpus
-entropy, where a run's data have one, is the floor: no model can get below it. Needs no torch and no data, and may be
-called while the runs go on.
+Faint lines show the training loss as logged, thick lines the smoothed one, dots the validation loss, and a dashed line
+the corpus entropy, if known: no model can get below it. Needs neither torch nor the data; the runs may be unfinished.
 """
 
 import argparse
@@ -36,49 +35,49 @@ Points = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A run as its metrics.jsonl tells it."""
+class LoggedRun:
+    """A run's metrics.jsonl."""
 
     name: str
     rows: list[dict[str, Any]]
 
     def points(self, x: str, y: str) -> Points:
-        """Return the pairs of two columns where a row has both: (2, n)."""
+        """Return two columns of the rows that have both: float64 (2, n)."""
         pairs = [(row[x], row[y]) for row in self.rows if row.get(x) is not None and row.get(y) is not None]
         return np.array(pairs, dtype=np.float64).reshape(-1, 2).T
 
     @property
     def floor(self) -> float | None:
-        """The corpus entropy in nats per token, where it is known."""
+        """The corpus entropy in nats per token, if known."""
         return next((row["entropy"] for row in reversed(self.rows) if row.get("entropy") is not None), None)
 
     @property
     def label(self) -> str:
-        """The run's name and where it has got to."""
+        """The run's name and its last validation loss."""
         *_, last = self.points("step", "val_loss")[1].tolist() or [None]
         return self.name if last is None else f"{self.name}: validation {last:.4f}"
 
 
-def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read runs; they are named after their folders, in full where two have the same name.
+def open_runs(folders: Sequence[Path]) -> list[LoggedRun]:
+    """Read runs. Each is named after its folder, with the full path if two folders have the same name.
 
     Raises:
-        DataError: if there is no such run, or it has logged nothing, or its record is damaged.
+        DataError: if a run does not exist, has logged no losses, or has a damaged record.
     """
     runs = []
     for folder in folders:
         if not (folder / METRICS_FILE).is_file():
-            raise DataError(f"{folder}: no run (a folder that train.py made, with {METRICS_FILE} in it)")
+            raise DataError(f"{folder}: not a run (a folder made by train.py, with {METRICS_FILE} in it)")
         rows = read(folder / METRICS_FILE)
         if not any(row.get("loss") is not None or row.get("val_loss") is not None for row in rows):
-            raise DataError(f"{folder / METRICS_FILE}: no losses yet; try again when the run has logged some")
+            raise DataError(f"{folder / METRICS_FILE}: has no losses yet; try again when the run has logged some")
         twins = [other for other in folders if other.resolve().name == folder.resolve().name]
-        runs.append(Run(folder.resolve().name if len(twins) == 1 else str(folder), rows))
+        runs.append(LoggedRun(folder.resolve().name if len(twins) == 1 else str(folder), rows))
     return runs
 
 
 def smooth(losses: Points) -> Points:
-    """Return running means over a twenty-fifth of the values; windows are symmetric, so that nothing comes late."""
+    """Return running means over a twenty-fifth of the values; symmetric windows keep the curve from lagging."""
     n = len(losses)
     at = np.arange(n)
     reach = np.minimum(max(n // 50, 1), np.minimum(at, n - 1 - at))
@@ -87,29 +86,29 @@ def smooth(losses: Points) -> Points:
 
 
 def draw(folders: Sequence[Path], path: Path, *, log_y: bool = False) -> Path:
-    """Draw runs into one picture.
+    """Plot runs in one picture.
 
     Args:
-        folders: their out_dirs.
-        path: the picture to make or replace; its ending says of which kind, and without one it gets .png.
-        log_y: whether losses are on a logarithmic scale.
+        folders: the runs' out_dirs.
+        path: the picture to write, .png, .svg or .pdf; .png is added to a name without suffix.
+        log_y: whether to plot losses on a logarithmic scale.
 
     Returns:
         The picture's path.
 
     Raises:
-        UsageError: if the ending is of no kind that can be drawn.
+        UsageError: if the suffix is another one.
         LlamaletError: if matplotlib is missing, a run cannot be read, or the picture cannot be written.
     """
     path = path if path.suffix or not path.name else path.with_name(f"{path.name}.png")
     if (kind := path.suffix.lower().removeprefix(".")) not in KINDS:
-        raise UsageError(f"{path}: its ending names no kind of picture; it must be one of {', '.join(KINDS)}")
+        raise UsageError(f"{path}: the suffix must be one of {', '.join(KINDS)}")
     runs = open_runs(folders)
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
-        raise LlamaletError("matplotlib is not installed; get it with `pip install matplotlib`") from None
+        raise LlamaletError("matplotlib is not installed; install it with `pip install matplotlib`") from None
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     longest = max((run.points("elapsed_s", "step")[0].max(initial=0.0) for run in runs), default=0.0)
@@ -147,16 +146,16 @@ def draw(folders: Sequence[Path], path: Path, *, log_y: bool = False) -> Path:
 
 
 def draw_or_warn(run_dir: Path) -> Path | None:
-    """Draw a run into its loss.png; where that fails, say why and return None."""
+    """Plot a run in its loss.png; if that fails, warn and return None."""
     try:
         return draw([run_dir], run_dir / PLOT_FILE)
-    except Exception as error:  # a picture is never worth a run
+    except Exception as error:  # a picture is not worth a run
         print(f"warning: no {run_dir / PLOT_FILE}: {error}", file=sys.stderr, flush=True)
         return None
 
 
-def _draw_run(axes: "Axes", run: Run, x: str, unit: float, colour: str) -> None:
-    """Draw a run's losses against one of its columns."""
+def _draw_run(axes: "Axes", run: LoggedRun, x: str, unit: float, colour: str) -> None:
+    """Plot a run's losses against one of its columns."""
     at, losses = run.points(x, "loss")
     axes.plot(at / unit, losses, color=colour, linewidth=0.7, alpha=0.3)
     axes.plot(at / unit, smooth(losses), color=colour, linewidth=1.6, alpha=0.9)
@@ -164,8 +163,8 @@ def _draw_run(axes: "Axes", run: Run, x: str, unit: float, colour: str) -> None:
     axes.plot(at / unit, losses, color=colour, linewidth=0.8, marker="o", markersize=4, markeredgecolor="white")
 
 
-def _limits(runs: Sequence[Run], floors: set[float], log_y: bool) -> tuple[float, float]:
-    """Return the range of losses worth a look; a linear scale leaves out how high the first steps begin."""
+def _limits(runs: Sequence[LoggedRun], floors: set[float], log_y: bool) -> tuple[float, float]:
+    """Return the limits of the loss axis; a linear scale cuts off the first steps."""
     losses = [np.concatenate([run.points("step", column)[1] for column in ("loss", "val_loss")]) for run in runs]
     low, high = min([*floors, *(float(each.min()) for each in losses)]), max(float(each.max()) for each in losses)
     if log_y:
@@ -177,7 +176,7 @@ def _limits(runs: Sequence[Run], floors: set[float], log_y: bool) -> tuple[float
 
 
 def _thousands(x: float) -> str:
-    """Return a number of tokens in K, M or G."""
+    """Format a number of tokens in K, M or G."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if x >= size:
             return f"{x / size:g} {letter}"
@@ -185,12 +184,12 @@ def _thousands(x: float) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draw the runs that the command line names."""
+    """Plot the runs named on the command line."""
     parser = errors.Parser(
         prog="python -m training.run.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="out_dir of a run")
-    parser.add_argument("--out", type=Path, help="the picture; RUN/loss.png of one run, compare.png of several")
+    parser.add_argument("--out", type=Path, help="picture to write (RUN/loss.png for one run, compare.png for several)")
     parser.add_argument("--log-y", "--log_y", action="store_true", help="losses on a logarithmic scale")
     args = parser.parse_args(argv)
     default = args.runs[0] / PLOT_FILE if len(args.runs) == 1 else Path(COMPARISON_FILE)

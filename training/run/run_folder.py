@@ -12,9 +12,11 @@ from typing import IO
 
 from llamalet.errors import CheckpointError, DiskError, LockedError
 from llamalet.files import replacing
+from llamalet.model_file.checkpoint import FOLDER, find_best, find_latest, list_steps
 from training.config import TrainConfig
 from training.run import checkpoint
 from training.run.progress import say
+from training.run.run_state import RunState
 
 try:
     import fcntl
@@ -73,7 +75,7 @@ def find_checkpoint(config: TrainConfig, launch: str | None = None) -> Path | No
         CheckpointError: if the checkpoint asked for does not exist, or --init_from contradicts --resume.
     """
     if launch is not None:  # torchrun may have restarted the processes
-        newest = checkpoint.find_latest(config.out_dir)
+        newest = find_latest(config.out_dir)
         if newest is not None and _is_of(launch, newest):
             return newest
     if config.resume not in (None, "auto") and config.init_from not in ("scratch", "resume"):
@@ -83,14 +85,14 @@ def find_checkpoint(config: TrainConfig, launch: str | None = None) -> Path | No
         )
     if config.resume not in (None, "latest", "auto"):
         named = Path(str(config.resume))
-        return checkpoint.find_latest(named) or named  # for a run's folder, its newest checkpoint
+        return find_latest(named) or named  # for a run's folder, its newest checkpoint
     wanted = config.resume == "latest" or config.init_from == "resume"
     if config.eval_only and not wanted:
-        best = checkpoint.find_best(config.out_dir)
+        best = find_best(config.out_dir)
         if best is None:
             raise CheckpointError(f"{config.out_dir}: no valid checkpoint to evaluate; name another --out_dir")
         return best
-    newest = checkpoint.find_latest(config.out_dir) if wanted or config.resume == "auto" else None
+    newest = find_latest(config.out_dir) if wanted or config.resume == "auto" else None
     if newest is None and wanted:
         raise CheckpointError(f"{config.out_dir}: no valid checkpoint to resume from; start with `python train.py`")
     return newest
@@ -98,7 +100,7 @@ def find_checkpoint(config: TrainConfig, launch: str | None = None) -> Path | No
 
 def _is_of(launch: str | None, path: Path) -> bool:
     """Return whether a checkpoint was written by the torchrun command `launch`."""
-    return launch is not None and checkpoint.read_state(path).launch == launch
+    return launch is not None and RunState.read(path).launch == launch
 
 
 def check(config: TrainConfig, resumed: Path | None, launch: str | None = None) -> None:
@@ -107,8 +109,8 @@ def check(config: TrainConfig, resumed: Path | None, launch: str | None = None) 
     Raises:
         CheckpointError: saying what the folder holds and what to do.
     """
-    earlier = checkpoint.list_steps(config.out_dir)
-    own = (Path(config.out_dir) / checkpoint.FOLDER).resolve()
+    earlier = list_steps(config.out_dir)
+    own = (Path(config.out_dir) / FOLDER).resolve()
     if earlier and resumed is not None and resumed.resolve().is_relative_to(own):
         if config.overwrite and not _is_of(launch, resumed):
             raise CheckpointError(f"{config.out_dir}: --overwrite would remove {resumed}; leave it out to resume")

@@ -1,11 +1,13 @@
 """What a checkpoint records of its run besides tensors: the contents of state.json."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from llamalet.config import ModelConfig
+from llamalet.errors import CheckpointError, ConfigError
+from llamalet.model_file.checkpoint import STATE, read_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +40,19 @@ class RunState:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Invert `to_json`; unknown keys are ignored.
+    def read(cls, folder: Path) -> Self:
+        """Read a checkpoint's state.json; unknown keys are ignored.
 
         Raises:
-            KeyError: if a required key is missing.
-            ConfigError: if the model config is invalid.
+            CheckpointError: if it cannot be read, or a required key is missing.
         """
-        optional = {"guard", "machine", "launch"}
-        known = {field.name for field in dataclasses.fields(cls)}
-        found = {name: values[name] for name in known if name in values or name not in optional}
-        return cls(**found | {"model_config": ModelConfig.from_dict(values["model_config"])})
+        values = read_state(folder)
+        try:
+            model_config = ModelConfig.from_dict(values["model_config"])
+            optional = {name: values[name] for name in ("guard", "machine", "launch") if name in values}
+            required = {name: values[name] for name in ("step", "val_loss", "tokenizer_sha256", "data", "train_config")}
+            return cls(**required, **optional, model_config=model_config, tokenizer=values["tokenizer"])
+        except KeyError as error:
+            raise CheckpointError(f"{folder / STATE}: has no {error}") from None
+        except (TypeError, AttributeError, ConfigError) as error:
+            raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from None

@@ -12,12 +12,14 @@ import safetensors.torch
 import torch
 from toy import SMALL_MODELS, random_tensors, toy_model, toy_tokenizer
 
+import training.run.checkpoint
 from llamalet import Chat, Model, model_file
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import CheckpointError, ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.model_file import checkpoint
 from llamalet.tokenizer import pack, write_bin
+from training.run.run_state import RunState
 
 ROOT = Path(__file__).parents[3]
 CONFIG = SMALL_MODELS["gqa-untied"]
@@ -34,13 +36,18 @@ MODEL = ImportedModel(
 IDS = np.arange(3, 3 + 20)
 
 
-def write_checkpoint(folder: Path, val_loss: float | None = None) -> None:
-    folder.mkdir(parents=True)
-    state = {name + ".weight": torch.tensor(tensor) for name, tensor in TENSORS.items()}
-    safetensors.torch.save_file(state, folder / checkpoint.MODEL)
-    write_bin(folder / "tokenizer.bin", VOCABULARY)
-    described = {"model_config": CONFIG.to_dict(), "tokenizer": "tokenizer.bin", "val_loss": val_loss}
-    (folder / checkpoint.STATE).write_text(json.dumps(described | {"tokenizer_sha256": VOCABULARY.sha256}))
+def write_checkpoint(run: Path) -> Path:
+    state = RunState(
+        step=2, val_loss=1.0, tokenizer_sha256=VOCABULARY.sha256, data="data", train_config={}, model_config=CONFIG,
+        tokenizer="tokenizer.bin",
+    )  # fmt: skip
+    return training.run.checkpoint.save(
+        run,
+        state,
+        model_state={name + ".weight": tensor for name, tensor in TENSORS.items()},
+        optimizer_state={},
+        tokenizer_data=MODEL.tokenizer_data,
+    )
 
 
 def half(tensor: np.ndarray) -> torch.Tensor:
@@ -51,8 +58,8 @@ def make(kind: str, folder: Path) -> Path:
     """Write MODEL in a format; return its path."""
     path = folder / "m"
     if kind in ("checkpoint", "run"):
-        write_checkpoint(path / "checkpoints" / "step-00000002")
-        return path if kind == "run" else path / "checkpoints" / "step-00000002"
+        step = write_checkpoint(path)
+        return path if kind == "run" else step
     if kind.startswith("gguf"):
         gguf_file.write(path.with_suffix(".gguf"), MODEL, kind.removeprefix("gguf "))
         return path.with_suffix(".gguf")
@@ -83,9 +90,7 @@ def make(kind: str, folder: Path) -> Path:
         write_bin(path.with_name("tokenizer.model"), VOCABULARY)
         return path.with_suffix(".pt")
     version, _, dtype = kind.removeprefix("bin v").partition(" ")
-    bin_file.write(
-        path.with_suffix(".bin"), int(version), CONFIG, TENSORS, VOCABULARY, MODEL.tokenizer_data, dtype=dtype or None
-    )
+    bin_file.write(path.with_suffix(".bin"), MODEL, int(version), dtype=dtype or None)
     return path.with_suffix(".bin")
 
 
@@ -126,7 +131,7 @@ def write_vocabulary(folder: Path) -> Path:
 def test_the_kernels_take_a_converted_model_as_they_take_a_file(tmp_path, dtype):
     path = make("hf f32", tmp_path)
     source = huggingface.read(str(path))
-    bin_file.write(tmp_path / "e.bin", 3, CONFIG, source.tensors, source.tokenizer, source.tokenizer_data, dtype=dtype)
+    bin_file.write(tmp_path / "e.bin", source, 3, dtype=dtype)
     model, exported = Model.load(path, dtype=dtype, threads=1), Model.load(tmp_path / "e.bin", threads=1)
     np.testing.assert_array_equal(model.logits(IDS), exported.logits(IDS))
 
@@ -219,7 +224,12 @@ def test_weights_that_are_not_finite_are_refused_by_file_and_name(tmp_path):
 
 def test_a_checkpoint_s_digests_are_compared_on_request(tmp_path):
     path = make("checkpoint", tmp_path)
-    with pytest.raises(CheckpointError, match="manifest.json"):
+    Model.load(path, backend="numpy", verify=True)
+    data = bytearray((path / checkpoint.MODEL).read_bytes())
+    data[-9] ^= 1
+    (path / checkpoint.MODEL).write_bytes(data)
+    Model.load(path, backend="numpy")
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
         Model.load(path, backend="numpy", verify=True)
 
 

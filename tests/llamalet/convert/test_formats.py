@@ -167,12 +167,12 @@ def test_the_old_spelling_of_the_rope_parameters_is_read(tmp_path):
 
 def test_rows_come_in_blocks_of_any_size(tmp_path, monkeypatch):
     saved(tmp_path / "hf", "llama-3.2-3b")
-    whole = huggingface.read(str(tmp_path / "hf"))
+    whole = dataclasses.replace(huggingface.read(str(tmp_path / "hf")), tokenizer=None)
     for dtype in ("f32", "bf16", "q8", "q4"):
-        bin_file.write(tmp_path / "a.bin", 3, whole.config, whole.tensors, None, b"", dtype=dtype)
+        bin_file.write(tmp_path / "a.bin", whole, 3, dtype=dtype)
         with monkeypatch.context() as small:
             small.setattr(tensors, "BLOCK_WEIGHTS", 1000)
-            bin_file.write(tmp_path / "b.bin", 3, whole.config, whole.tensors, None, b"", dtype=dtype)
+            bin_file.write(tmp_path / "b.bin", whole, 3, dtype=dtype)
         assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
@@ -395,7 +395,7 @@ def test_the_tokenizer_goes_where_its_readers_look(tmp_path):
     source = llama3_source()
     for version in (2, 3):
         path = tmp_path / f"v{version}.bin"
-        bin_file.write(path, version, source.config, source.tensors, source.tokenizer, source.tokenizer_data)
+        bin_file.write(path, source, version)
         found = formats.read("bin", str(path))
         assert found.tokenizer.sha256 == source.tokenizer.sha256 and found.tokenizer_data == source.tokenizer_data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v2.bin", "v2.tokenizer.bin", "v3.bin"]
@@ -417,8 +417,7 @@ def test_an_export_leaves_the_users_files(tmp_path, words, shared_data):
 def test_a_tokenizer_that_would_be_read_instead_is_removed_and_named(tmp_path, capsys, version, known, is_read):
     source, path, stale = llama3_source(), tmp_path / "m.bin", tmp_path / "m.tokenizer.json"
     stale.write_bytes(tokenizer_json.build(toy_tokenizer(VOCAB), b""))
-    vocabulary = source.tokenizer if known else None
-    bin_file.write(path, version, source.config, source.tensors, vocabulary, source.tokenizer_data)
+    bin_file.write(path, source if known else dataclasses.replace(source, tokenizer=None), version)
     assert stale.exists() != is_read and (f"note: removed {stale}" in capsys.readouterr().out) == is_read
     if known:
         assert formats.read("bin", str(path)).tokenizer.sha256 == source.tokenizer.sha256
@@ -707,7 +706,7 @@ def test_every_version_is_an_input(tmp_path, version):
     config = SMALL_MODELS["gqa-untied"]
     toy_model(tmp_path, config, version=version, dtype="q4" if version == 3 else None)
     found = formats.read(formats.kind_of(tmp_path / "model.bin"), str(tmp_path / "model.bin"))
-    bin_file.write(tmp_path / "copy.bin", 1, config, found.tensors, found.tokenizer, found.tokenizer_data)
+    bin_file.write(tmp_path / "copy.bin", found, 1)
     assert companions.beside(tmp_path / "copy.bin") == tmp_path / "copy.tokenizer.bin"
     copy, file = model_file.read(tmp_path / "copy.bin"), model_file.read(tmp_path / "model.bin")
     for name, tensor in bin_file.tensors_of(file).items():

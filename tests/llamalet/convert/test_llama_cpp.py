@@ -48,9 +48,7 @@ def theirs(path: Path, **options: object) -> "llama_cpp.Llama":
 def check_greedy(tmp_path: Path, source: ImportedModel, prompt: str) -> None:
     """The most likely tokens after a prompt are llama.cpp's, and so is their text."""
     gguf_file.write(tmp_path / "m.gguf", source)
-    bin_file.write(
-        tmp_path / "m.bin", 3, source.config, source.tensors, source.tokenizer, source.tokenizer_data, dtype="f32"
-    )
+    bin_file.write(tmp_path / "m.bin", source, 3, dtype="f32")
     peer = theirs(
         tmp_path / "m.gguf", n_ctx=source.config.max_seq_len, n_threads=1, type_k=FLOAT32, type_v=FLOAT32,
         flash_attn=False,

@@ -19,7 +19,7 @@ from torture import cases
 from toy import toy_data
 
 from llamalet.errors import CheckpointError, DiskError
-from training.run import checkpoint
+from llamalet.model_file.checkpoint import MODEL, OPTIMIZER, STATE, find_latest, list_steps, step_of
 from training.run.checkpoint import save
 
 pytestmark = pytest.mark.trains
@@ -49,7 +49,7 @@ def train(folder: Path, *argv: str, processes: int = 2, codes: tuple[int, ...] =
 
 def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     path = run_dir / "checkpoints" / f"step-{step:08d}"
-    return load_file(path / checkpoint.MODEL) | load_file(path / checkpoint.OPTIMIZER)
+    return load_file(path / MODEL) | load_file(path / OPTIMIZER)
 
 
 def distance(one: Path, other: Path, step: int = 4) -> float:
@@ -141,7 +141,7 @@ def test_processes_that_find_different_checkpoints_are_refused(project):
     train(project, "--out_dir=shared", "--max_iters=2", processes=1)
     ended = forked.run(
         project, [*SMALL, "--out_dir=shared", "--resume"], processes=2,
-        patches={"training.run.checkpoint.find_latest": own_newest},
+        patches={"training.run.run_folder.find_latest": own_newest},
     )  # fmt: skip
     assert ended.codes == [CheckpointError.exit_code] * 2
     assert len(ended.err.splitlines()) == 2
@@ -150,7 +150,7 @@ def test_processes_that_find_different_checkpoints_are_refused(project):
 
 
 def own_newest(run_dir):
-    return checkpoint.list_steps(run_dir)[-1 if os.environ["RANK"] == "0" else 0]
+    return list_steps(run_dir)[-1 if os.environ["RANK"] == "0" else 0]
 
 
 def test_a_process_that_cannot_start_does_not_leave_the_others_waiting(project):
@@ -176,7 +176,7 @@ def test_a_full_disk_of_the_main_process_ends_both(project, parallel):
     assert ended.codes == [DiskError.exit_code, 1], ended.err
     first, second = ended.err.splitlines()
     assert first == "error: step-00000002: cannot be saved" and "process 1 of 2 has lost another one" in second
-    assert checkpoint.step_of(checkpoint.find_latest(project / f"full-{parallel}")) == 0
+    assert step_of(find_latest(project / f"full-{parallel}")) == 0
 
 
 def save_until_the_disk_is_full(run_dir, state, **kwargs):
@@ -196,7 +196,7 @@ def test_when_a_process_dies_the_others_say_so_in_one_line(project, parallel):
     assert [process.exitcode for process in group] == [1, -signal.SIGKILL]
     err = (project / "err-0.txt").read_text()
     assert err.startswith("error: process 0 of 2 has lost another one") and err.count("\n") == 1
-    assert checkpoint.find_latest(project / f"dies-{parallel}") is not None
+    assert find_latest(project / f"dies-{parallel}") is not None
 
 
 KILLED_ONCE = """
@@ -233,5 +233,5 @@ def test_two_nodes_one_of_which_loses_its_process_are_one_process_with_twice_the
     assert (project / "killed").exists() and "resume   after step 3 of 4" in "".join(said)
     train(project, "--out_dir=alone", processes=1)
     assert distance(project / "alone", project / "nodes") == 0.0
-    state = json.loads((project / "nodes" / "checkpoints" / "step-00000004" / checkpoint.STATE).read_text())
+    state = json.loads((project / "nodes" / "checkpoints" / "step-00000004" / STATE).read_text())
     assert state["machine"]["processes"] == 2

@@ -33,6 +33,16 @@ from toy import SMALL_MODELS, random_tensors, toy_data, toy_state, toy_tokenizer
 import train
 from llamalet import errors, model_file
 from llamalet.errors import CheckpointError, DiskError, LockedError, NonFiniteError
+from llamalet.model_file.checkpoint import (
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    find_best,
+    find_latest,
+    list_steps,
+    step_of,
+)
 from llamalet.tokenizer import write_bin as write_tokenizer
 from training import weights
 from training.run import checkpoint, run_folder
@@ -216,12 +226,12 @@ def test_no_kill_during_a_save_costs_what_was_saved(tmp_path, monkeypatch, scena
         code, told, words = forked(work)
         assert code in (0, -signal.SIGKILL), words
         saved = [json.loads(line) for line in [*reported, *told]]
-        newest = checkpoint.find_latest(run_dir)
+        newest = find_latest(run_dir)
         if saved:
             newest_step = 2 if during is goes_back else max(step for step, _ in saved)
             assert newest is not None and load(newest)[0] >= newest_step, (at, hidden(run_dir))
             if losses := [loss for _, loss in saved if loss is not None]:
-                assert load(checkpoint.find_best(run_dir))[1] <= min(losses), at
+                assert load(find_best(run_dir))[1] <= min(losses), at
             if step_told := [tuple(pair) for pair in map(json.loads, told) if pair[0] == load(newest)[0]]:
                 assert load(newest) == step_told[-1]
         # What the next start does needs nobody: it tidies up, goes on, and its saves are found.
@@ -229,9 +239,9 @@ def test_no_kill_during_a_save_costs_what_was_saved(tmp_path, monkeypatch, scena
         checkpoint.go_back(run_dir, step)
         assert not hidden(run_dir), at
         if newest:
-            assert load(checkpoint.find_latest(run_dir))[0] == step
+            assert load(find_latest(run_dir))[0] == step
         save(run_dir, step + 1)
-        assert load(checkpoint.find_latest(run_dir))[0] == step + 1
+        assert load(find_latest(run_dir))[0] == step + 1
         shutil.rmtree(run_dir)
         if code == 0:
             break
@@ -271,7 +281,7 @@ def test_a_save_that_fails_says_so_and_leaves_what_was_there(tmp_path, monkeypat
                 assert digests(run_dir) == there, at
             assert not hidden(run_dir), at
         for step, val_loss in (json.loads(line) for line in told if line.startswith("[")):
-            found = checkpoint.find_latest(run_dir)
+            found = find_latest(run_dir)
             assert load(found)[0] >= step and (load(found)[0] > step or load(found)[1] == val_loss), at
         shutil.rmtree(run_dir)
         if int(told[-1]) <= at:
@@ -380,10 +390,10 @@ def test_no_power_failure_costs_what_was_saved(tmp_path, monkeypatch, scenario, 
         after_power_failed(journal[:end_], pending)
         saved = [entry for at, entry in saved_at if at <= end_]
         if saved:
-            newest = checkpoint.find_latest(run_dir)
+            newest = find_latest(run_dir)
             assert newest is not None and load(newest)[0] >= max(step for step, _ in saved), (end_, journal[:end_][-1])
             if losses := [loss for _, loss in saved if loss is not None]:
-                assert load(checkpoint.find_best(run_dir))[1] <= min(losses)
+                assert load(find_best(run_dir))[1] <= min(losses)
     record_property("cases", (len(journal) + 1) * len(choices))
 
 
@@ -425,10 +435,10 @@ def test_retention_counts_whole_checkpoints_alone(tmp_path):
     for step, val_loss in ((1, 1.0), (2, 3.0), (3, 2.0), (4, None)):
         save(tmp_path, step, val_loss)
     folder = tmp_path / "checkpoints"
-    (folder / "step-00000001" / checkpoint.MODEL).unlink()
-    (folder / "step-00000004" / checkpoint.STATE).write_bytes(b"")
+    (folder / "step-00000001" / MODEL).unlink()
+    (folder / "step-00000004" / STATE).write_bytes(b"")
     save(tmp_path, 5, None, keep=2)
-    assert [path.name for path in checkpoint.list_steps(tmp_path)] == ["step-00000003", "step-00000005"]
+    assert [path.name for path in list_steps(tmp_path)] == ["step-00000003", "step-00000005"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -459,19 +469,19 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path, capsys, record_property):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        found = checkpoint.find_latest(tmp_path)
+        found = find_latest(tmp_path)
         assert found is not None and load(found)[0] == 1, (path, bit)
         said = capsys.readouterr().err
         assert said.startswith("warning: checkpoint step-00000002 is skipped: ") and said.count("\n") == 1
         with pytest.raises(CheckpointError):
             checkpoint.load(path.parent)
         path.write_bytes(data)
-    assert load(checkpoint.find_latest(tmp_path))[0] == 2
+    assert load(find_latest(tmp_path))[0] == 2
     record_property("cases", len(wanted))
 
 
 def test_a_manifest_of_another_step_is_refused(tmp_path):
-    path = save(tmp_path, 2) / checkpoint.MANIFEST
+    path = save(tmp_path, 2) / MANIFEST
     path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
     with pytest.raises(CheckpointError, match=r"manifest\.json: step is 3, not that of state\.json"):
         checkpoint.load(path.parent)
@@ -489,15 +499,15 @@ class Evil:
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, MANIFEST])
 def test_a_pickle_in_the_place_of_a_file_is_refused(tmp_path, name, sealed):
     path = save(tmp_path, 1)
     evil = pickle.dumps(Evil(tmp_path / "canary"))
     (path / name).write_bytes(evil)
-    if sealed and name != checkpoint.MANIFEST:  # by one who knows the manifest
-        manifest = json.loads((path / checkpoint.MANIFEST).read_bytes())
+    if sealed and name != MANIFEST:  # by one who knows the manifest
+        manifest = json.loads((path / MANIFEST).read_bytes())
         manifest["files"][name] = {"bytes": len(evil), "sha256": hashlib.sha256(evil).hexdigest()}
-        (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+        (path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError):
         checkpoint.load(path)
     assert not (tmp_path / "canary").exists()
@@ -624,12 +634,9 @@ def run_whole(folder: Path, argv: Sequence[str], count: int) -> None:
 
 def final_state(folder: Path) -> dict[str, str]:
     """The digests of the weights and the optimizer that a run ended with."""
-    last = checkpoint.list_steps(folder / "out")[-1]
+    last = list_steps(folder / "out")[-1]
     assert last.name == "step-00000012"
-    return {
-        name: hashlib.sha256((last / name).read_bytes()).hexdigest()
-        for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)
-    }
+    return {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in (MODEL, OPTIMIZER)}
 
 
 def project(folder: Path) -> Path:
@@ -671,13 +678,13 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, unst
     killed = end(processes)
     assert set(killed) <= {0, 1, -signal.SIGKILL}, killed
     saved = (folder / "saved.txt").read_text().split() if (folder / "saved.txt").exists() else []
-    found = checkpoint.find_latest(folder / "out")
-    assert not saved or (found is not None and checkpoint.step_of(found) >= max(int(name[5:]) for name in saved))
+    found = find_latest(folder / "out")
+    assert not saved or (found is not None and step_of(found) >= max(int(name[5:]) for name in saved))
     run_whole(folder, [*UNSTOPPED, "--resume=auto"], count)
     assert final_state(folder) == state
     assert not hidden(folder / "out")
     went_on = (folder / "out-0.txt").read_text()
-    assert f"resume   after step {checkpoint.step_of(found)} of 12" in went_on if found else "resume " not in went_on
+    assert f"resume   after step {step_of(found)} of 12" in went_on if found else "resume " not in went_on
     rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == sorted(set(steps)) and steps[-1] == 12
@@ -694,7 +701,7 @@ def three_steps(tmp_path_factory) -> Path:
 @pytest.mark.trains
 def test_a_resumed_run_says_what_it_passes_over_and_what_it_takes(tmp_path, three_steps, monkeypatch, capsys):
     monkeypatch.chdir(shutil.copytree(three_steps, tmp_path / "run"))
-    damaged = Path("out/checkpoints/step-00000003") / checkpoint.OPTIMIZER
+    damaged = Path("out/checkpoints/step-00000003") / OPTIMIZER
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert train.main([*SMALL, "--resume", "--max_iters=3"]) == 0
     out, err = capsys.readouterr()
@@ -741,7 +748,7 @@ def test_a_full_file_system_costs_nothing_that_was_saved(tmp_path, pages):
                 save(tmp_path, step)
                 there = digests(tmp_path)
         assert digests(tmp_path) == there and not hidden(tmp_path)
-        assert load(checkpoint.find_latest(tmp_path))[0] == step - 1
+        assert load(find_latest(tmp_path))[0] == step - 1
         shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")
         save(tmp_path, step)
 
@@ -819,7 +826,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path, recor
     assert f"in use by process {first.pid} on " in said and said.count("\n") == 1
     first.kill()
     end([first])
-    before = checkpoint.step_of(checkpoint.find_latest(folder / "out"))
+    before = step_of(find_latest(folder / "out"))
     run_whole(folder, [*SMALL, "--resume", f"--max_iters={before + 2}"], 1)
 
 

@@ -57,7 +57,7 @@ def check(folder: Path, whole: Ended, stop: Stop, processes: int, compiled: bool
     assert took_s < WITHIN_S, ended
     if ended.codes != [0] * processes:  # the signal came before all was done
         assert_interrupted(ended, folder)
-        assert ended.err.count("once more stops at once") == (stop.ranks != (1,)), ended.err
+        assert ended.err.count("a second signal stops at once") == (stop.ranks != (1,)), ended.err
         assert ended.codes[0] == 75
         if ended.states[0]["step"] < 8:  # the others have nothing to do with the export
             assert ended.codes == [75] * processes, ended
@@ -169,7 +169,7 @@ def test_torchrun_passes_a_signal_on_and_both_processes_end_in_order(tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert re.fullmatch(r"interrupted at step \d+ of 100000, resume with: .*", out.splitlines()[-1]), out + err
-    assert err.count("once more stops at once") == 1
+    assert err.count("a second signal stops at once") == 1
     assert "exitcode  : 75" in err or "SignalException" in err  # torchrun's own code says nothing of it
     step = int(re.findall(r"interrupted at step (\d+)", out)[0])
     assert (tmp_path / "out" / "checkpoints" / f"step-{step:08d}").is_dir()
@@ -226,7 +226,7 @@ def test_a_run_whose_stdout_has_gone_goes_on_and_says_so_once(never_stopped, tmp
     ended = run(tmp_path, [*OPTIONS, "--compile=False"], stop=nobody_reads)
     assert ended.codes == [0] and ended.state == whole.state
     assert "step 1/8" in ended.out and "step 2/8" not in ended.out
-    assert ended.err == "warning: stdout: Broken pipe; training goes on without it\n"
+    assert ended.err == "warning: stdout: Broken pipe; training continues without it\n"
     assert rows(tmp_path / "out") == rows(whole.folder / "out")
     assert (tmp_path / "out" / "model.bin").read_bytes() == (whole.folder / "out" / "model.bin").read_bytes()
 
@@ -248,7 +248,7 @@ def test_a_signal_is_noted_and_raised_where_it_may_be(number, handlers, capfd):
         signal.raise_signal(number)  # so soon after, as timeout(1) sends it: the same one
         with pytest.raises(Interrupted), signals.at_once():
             raise AssertionError("the block is not entered")
-    assert capfd.readouterr().err.count("once more") == 1
+    assert capfd.readouterr().err.count("a second signal") == 1
 
 
 def test_a_signal_that_a_destructor_swallows_is_raised_all_the_same(monkeypatch, handlers):

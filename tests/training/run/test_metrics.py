@@ -82,7 +82,7 @@ def test_what_is_no_number_is_damage_and_stops_no_run(key, value, tmp_path, caps
     path = tmp_path / "metrics.jsonl"
     bad = json.dumps({"step": 2, key: "HERE"}).replace('"HERE"', value)
     path.write_text(f'{{"step": 1, "loss": null, "elapsed_s": null}}\n{bad}\n')
-    named = "no JSON" if value.startswith("[[") else f'"{key}": {"Infinity" if value == "1e999" else value[:50]}'
+    named = "not JSON" if value.startswith("[[") else f'"{key}": {"Infinity" if value == "1e999" else value[:50]}'
     with pytest.raises(DataError) as error:
         read(path)
     assert str(error.value).startswith(f"{path}: line 2 is damaged: {named}") and "\n" not in str(error.value)
@@ -97,7 +97,7 @@ def test_what_is_no_number_is_damage_and_stops_no_run(key, value, tmp_path, caps
 @pytest.mark.parametrize("step", ["null", "1.5"])
 def test_a_step_is_a_whole_number(step, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
-    with pytest.raises(DataError, match=f'line 1 is damaged: "step": {step} is no number'):
+    with pytest.raises(DataError, match=f'line 1 is damaged: "step": {step} is not a number'):
         read(tmp_path / "metrics.jsonl")
 
 
@@ -116,7 +116,7 @@ def test_a_disk_that_takes_nothing_costs_one_line_and_gets_the_rows_later(tmp_pa
     record.log({"step": 1})
     record.log({"step": 2})
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "training goes on" in err
+    assert err.count("\n") == 1 and "training continues" in err
     (folder / "metrics.jsonl").rmdir()
     record.log({"step": 3})
     assert [row["step"] for row in rows(folder)] == [1, 2, 3]
