@@ -16,20 +16,20 @@ from collections.abc import Iterator, Sequence
 
 from llamalet import cli, console
 from llamalet.errors import run
-from llamalet.generate import generate_batch, make_room, read
+from llamalet.generate import generate_batch, make_room, read_tokens
 from llamalet.runtime import Model
 from llamalet.sampler import Sampler, SamplingConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Tell stories, or hold a conversation, as the command line says."""
-    args = cli.read_sample_options(argv, "sample.py", __doc__ or "")
-    model = cli.load(args)  # the weights, the functions that compute with them, and the vocabulary
-    if args.mode == "chat":
-        cli.talk(model, args)
+    options = cli.read_sample_options(argv, "sample.py", __doc__ or "")
+    model = cli.load(options)  # the weights, the functions that compute with them, and the vocabulary
+    if options.mode == "chat":
+        cli.talk(model, options)
         return 0
-    ids = model.tokenizer.encode(args.prompt, bos=True)  # text -> token ids
-    configs = cli.story_configs(args, ids, model.config.max_seq_len)
+    ids = model.tokenizer.encode(options.prompt, bos=True)  # text -> token ids
+    configs = cli.story_configs(options, ids, model.config.max_seq_len)
     if len(configs) == 1:
         events = tell(model, ids, configs[0])
     else:  # the same loop for many stories at once, each of them as it would be alone
@@ -50,7 +50,9 @@ def tell(model: Model, ids: list[int], config: SamplingConfig) -> Iterator[tuple
     stop_tokens = () if config.ignore_eos else model.stop_tokens
     # The cache holds the keys and values of every position so far: each token goes through the model once.
     cache = model.transformer.new_cache()
-    logits = read(model.transformer, cache, ids, config.keep)  # (V,): a score for each token that could come next
+    logits = read_tokens(
+        model.transformer, cache, ids, config.keep
+    )  # (V,): a score for each token that could come next
     n_new = 0
     while (token := sampler.sample(logits)) not in stop_tokens:
         yield 0, token

@@ -13,7 +13,7 @@ from typing import Any
 
 from llamalet.chat_template import Message, find_template
 from llamalet.errors import ConfigError, UsageError
-from llamalet.generate import check_keep, make_room, read
+from llamalet.generate import check_keep, make_room, read_tokens
 from llamalet.runtime import Model
 from llamalet.sampler import Sampler, SamplingConfig
 from llamalet.tokenizer import StreamDecoder
@@ -121,6 +121,6 @@ class Chat:
             else:  # it has rolled: positions that are needed now are gone
                 self._cache, known = self._model.transformer.new_cache(), 0
         self.n_read = len(ids) - known
-        logits = read(self._model.transformer, self._cache, ids[known:], self._sampling.keep)
+        logits = read_tokens(self._model.transformer, self._cache, ids[known:], self._sampling.keep)
         self._seen = ids
         return logits

@@ -5,15 +5,18 @@ short flags are those of llama2.c's run. A mistake ends in one line that names t
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
+import inspect
 import io
+import itertools
 import sys
 import time
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llamalet import __version__, console
 from llamalet.chat import Chat
@@ -21,7 +24,7 @@ from llamalet.errors import ConfigError, DataError, FormatError, Parser, UsageEr
 from llamalet.generate import check_prompt, generate_batch
 from llamalet.runtime import BACKENDS, Model
 from llamalet.sampler import KEEP, SamplingConfig
-from llamalet.shards import SPLITS, Shards, find_newest
+from llamalet.shards import Shards, find_newest
 
 OVERVIEW = f"""llamalet {__version__}: small Llama models in Python, without PyTorch
 
@@ -44,10 +47,139 @@ DEMO_MODEL = Path(__file__).parent / "assets" / "demo.bin"
 DEFAULT_STEPS = 256
 MAX_STORIES = 100_000
 
-SHORT_FLAGS = {"temperature": "-t", "top_p": "-p", "seed": "-s"}  # of SamplingConfig's fields
-STORY_OPTIONS = ("ignore_eos",)  # of them
-
+# Other spellings of options, most of them llama2.c's.
+ALIASES = {
+    "model": "--checkpoint", "prompt": "-i", "tokenizer": "-z", "temperature": "-t", "top_p": "-p", "seed": "-s",
+    "steps": "-n", "mode": "-m", "system_prompt": "-y", "source_format": "--from",
+}  # fmt: skip
+STORY_OPTIONS: dict[str, Any] = {"steps": None, "num_samples": 1, "ignore_eos": False}  # and their defaults
+CHAT_OPTIONS: dict[str, Any] = {"system_prompt": None, "chat_template": None}
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How the model runs."""
+
+    tokenizer: str | None = None
+    """the tokenizer's file; the one inside the model or beside it if not given"""
+    dtype: str | None = None
+    """what the weights become: f32, bf16, q8 or q4; they keep their width if not given"""
+    threads: int | None = None
+    """number of threads; one for each physical core if not given"""
+    backend: str = BACKENDS[0]
+    """numba, or numpy, which is slow and needs no compiler"""
+    verify: bool | None = None
+    """verify the checksums of a large file or a checkpoint; those of small files always are"""
+
+    def load(self, path: str | Path) -> Model:
+        """Open the model at a path."""
+        return Model.load(
+            path, dtype=self.dtype, tokenizer=self.tokenizer, backend=self.backend, threads=self.threads,
+            verify=self.verify,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(SamplingConfig, ModelOptions):
+    """What to tell."""
+
+    model: str | None = None
+    """the model's file or folder, also as the first word; if not given, the newest .bin under out/, else the demo
+    model"""
+    prompt: str = ""
+    """the beginning of the story or the first message; - reads it from stdin"""
+    steps: int | None = None
+    """end at this many positions, prompt included (256, unless there is --max-new-tokens); 0 ends where the context
+    does, or never if that rolls"""
+    num_samples: int = 1
+    """number of stories, up to 64 at once; each has its own seed, one more than the last"""
+    mode: Literal["generate", "chat"] = "generate"
+    """generate continues the prompt; chat is for models that were trained to answer, one message a line"""
+    system_prompt: str | None = None
+    """instructions for a chat model"""
+    chat_template: str | None = None
+    """llama2, llama3, or a file with a Jinja template; the model's own if not given"""
+
+    def __post_init__(self) -> None:
+        """Raise one ConfigError that lists every value out of range."""
+        problems = []
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            problems.append(str(error))
+        if self.steps is not None and self.max_new_tokens is not None:
+            problems.append("-n counts the prompt and --max-new-tokens does not: give one of them")
+        if self.steps is not None and self.steps < 0:
+            problems.append(f"steps={self.steps}: must not be negative (0 continues to the end of the context)")
+        if self.keep != KEEP and self.overflow != "roll":
+            problems.append(f"keep={self.keep}: says what a rolling context keeps; give --overflow=roll too")
+        if self.mode == "chat":
+            others, why = STORY_OPTIONS, "is for stories; in a chat --max-new-tokens ends each answer"
+        else:
+            others, why = CHAT_OPTIONS, "is for chats; use llamalet chat, or add -m chat to sample.py"
+        problems += [f"{name}: {why}" for name, default in others.items() if getattr(self, name) != default]
+        if self.num_samples > MAX_STORIES:
+            problems.append(f"num_samples={self.num_samples}: must be at most {MAX_STORIES}")
+        if self.num_samples > 1 and self.steps == 0 and self.overflow == "roll" and self.ignore_eos:
+            problems.append(f"num_samples={self.num_samples}: the first story would never end; give -n a number")
+        for name in ("max_new_tokens", "num_samples", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                problems.append(f"{name}={value}: must be positive")
+        if self.model == "":
+            problems.append("model='': must name a file or folder")
+        if problems:
+            raise ConfigError.from_problems(problems)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The sampler's part of the options."""
+        return SamplingConfig(**{field.name: getattr(self, field.name) for field in fields(SamplingConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions):
+    """What to score."""
+
+    model: str | None = None
+    """the model's file or folder, also as the first word"""
+    data: str | None = None
+    """a text file, or a folder of prepared data, also as the second word; the newest below data/ if not given"""
+    split: Literal["train", "val"] | None = None
+    """the stories of prepared data to score; val if not given"""
+    max_tokens: int | None = None
+    """score about this many tokens instead of all"""
+    windows: bool = False
+    """cut the text into windows of the context, not into stories"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What to write."""
+
+    model: str | None = None
+    """the model's file or folder, also as the first word"""
+    out: str | None = None
+    """the file or folder to write, also as the second word"""
+    format: str | None = None
+    """bin, gguf, or hf (a Hugging Face folder); what the ending of OUT says if not given"""
+    version: int | None = None
+    """of a .bin, 0 to 3; if not given 1, or 3 if there is a --dtype"""
+    dtype: str | None = None
+    """of the weights. In a .bin of version 3: f32, bf16, q8 or q4; hf: f32 or bf16; gguf: f32, f16, q8_0 or q4_0"""
+    source_format: str | None = None
+    """of MODEL: checkpoint, hf, meta_llama, llama2c, gguf or bin; what its files say if not given. hf also takes the ID
+    of a repository on the Hub, and fetches it"""
+    tokenizer: str | None = None
+    """the tokenizer's file; the model's own if not given"""
+    rope_theta: float | None = None
+    """for llama2.c's files, which do not say; Llama 3's is 500000"""
+    rope_scaling: float | None = None
+    """the factor of the RoPE scaling, for the same files: 8 for Llama 3.1 and 3.3, 32 for the 1B and 3B of 3.2"""
+    force: bool = False
+    """write version 0 even if it loses the norm_eps"""
+    check: bool = True
+    """read a .gguf or a folder back and compare; --no-check skips this"""
 
 
 def run_main() -> None:
@@ -71,77 +203,83 @@ def main(argv: Sequence[str]) -> int:
     return commands[argv[0]](argv[1:])
 
 
-class Options(Parser):
-    """A parser of one command's options in all their spellings."""
+# --- the options in all their spellings ---
 
-    def __init__(self, program: str, description: str, words: Mapping[str, str]) -> None:
-        """Begin without options.
 
-        Args:
-            program: what the user types for it.
-            description: printed by --help, above the options.
-            words: the options that bare words fill, in this order: name in the usage line -> flag.
-        """
-        self._actions_by_flag: dict[str, argparse.Action] = {}
-        self._word_flags = list(words.values())
-        super().__init__(
-            prog=program, usage=" ".join([program, *(f"[{name}]" for name in words), "[--option=value ...]"]),
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+def read_options(
+    config_class: type[Any], argv: Sequence[str], program: str, description: str, *,
+    words: Sequence[str] = ("model",), hidden: Collection[str] = (), **fixed: Any,
+) -> Any:  # fmt: skip
+    """Build a `config_class` from the words of a command line; --help prints the options and exits.
 
-    def add(self, *flags: str, help: str, group: Any = None, type: Any = str, **details: Any) -> None:
-        """Add an option, in its group; a `type` of bool makes it a switch, and its default shows in the help."""
-        if details.get("default") not in (None, False, "", argparse.SUPPRESS) and help != argparse.SUPPRESS:
-            help = f"{help} ({details['default']})"
-        if type is bool:
-            details |= {"nargs": "?", "metavar": "BOOL"}
-        elif "choices" not in details:
-            details.setdefault("metavar", {int: "INT", float: "FLOAT", _positive: "INT"}.get(type, "TEXT"))
-        reader = _truth if type is bool else type
-        action = (group or self).add_argument(*flags, type=reader, help=help.replace("%", "%%"), **details)
-        self._actions_by_flag |= dict.fromkeys(flags, action)
+    Args:
+        config_class: a dataclass whose fields have defaults, each with a string under it as help.
+        argv: the command line without the program's name.
+        program: what the user types for it.
+        description: printed by --help, above the options.
+        words: fields that words without a dash fill, in this order.
+        hidden: fields that --help does not list.
+        fixed: values of fields that are not options.
 
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Return the options' values; --help prints the options and exits.
+    Raises:
+        UsageError: on an unknown option, a stray word, a missing or unreadable value, or a word that is not text.
+        ConfigError: from the dataclass.
+    """
+    parser = Parser(
+        prog=program, usage=" ".join([program, *(f"[{name.upper()}]" for name in words), "[--option=value ...]"]),
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    hints, defaults = get_type_hints(config_class), {field.name: field.default for field in fields(config_class)}
+    actions: dict[str, argparse.Action] = {}
+    for owner in config_class.__mro__[:-1]:
+        group = parser.add_argument_group((owner.__doc__ or "").partition(".")[0].lower())
+        for name, help in _field_help(owner).items():
+            if name in fixed:
+                continue
+            default = defaults[name]
+            shown = f" ({default})" if default not in (None, "") and default is not False else ""
+            details = _value_details(hints[name]) | {"default": default}
+            flags = [*([ALIASES[name]] if name in ALIASES else []), "--" + name.replace("_", "-")]
+            help = argparse.SUPPRESS if name in hidden else help.replace("%", "%%") + shown
+            actions |= dict.fromkeys(flags, group.add_argument(*flags, dest=name, help=help, **details))
+    if any(word in ("-h", "--help") for word in argv):
+        parser.parse_args(["--help"])
+    left, names, spelled = list(argv), list(words), []
+    while left:
+        word = left.pop(0)
+        if word.startswith("-") and word != "-":
+            action, value = _read_option(word, left, actions)
+        elif names:
+            action, value = actions["--" + names.pop(0)], word
+        else:
+            raise UsageError(f"unexpected argument '{word}'; options start with --, see --help")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise UsageError(f"{action.dest}={value!a}: not valid UTF-8")
+        spelled.append(f"{action.option_strings[-1]}={value}")
+    return config_class(**vars(parser.parse_args(spelled)), **fixed)
 
-        Raises:
-            UsageError: on an unknown option, a stray word, a missing or unreadable value, or a word that is not text.
-        """
-        if any(word in ("-h", "--help") for word in argv):
-            self.parse_args(["--help"])
-        words, word_flags, spelled = list(argv), list(self._word_flags), []
-        while words:
-            word = words.pop(0)
-            if word.startswith("-") and word != "-":
-                action, value = self._read_option(word, words)
-            elif word_flags:
-                action, value = self._actions_by_flag[word_flags.pop(0)], word
-            else:
-                raise UsageError(f"unexpected argument '{word}'; options start with --, see --help")
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise UsageError(f"{action.dest}={value!a}: not valid UTF-8")
-            spelled.append(f"{action.option_strings[-1]}={value}")
-        return self.parse_args(spelled)
 
-    def _read_option(self, word: str, following: list[str]) -> tuple[argparse.Action, str]:
-        """Return an option and its value, which may be the next of the following words; that is then removed."""
-        flag, equals, value = word.partition("=")
-        name = flag.replace("_", "-") if flag.startswith("--") else flag
-        negated = self._actions_by_flag.get("--" + name.removeprefix("--no-"))
-        action = self._actions_by_flag.get(name)
-        if action is None and negated is not None and negated.type is _truth and not equals:
-            return negated, "false"
-        if action is None:
-            names = {name.lstrip("-"): name for name in self._actions_by_flag if name.startswith("--")}
-            near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.5)
-            raise UsageError(f"unknown option {flag}; {f'did you mean {names[near[0]]}?' if near else 'see --help'}")
-        if equals:
-            return action, value
-        if action.type is _truth:
-            return action, following.pop(0) if following and following[0].lower() in TRUTH else "true"
-        if not following or following[0].startswith("--"):
-            raise UsageError(f"{word}: needs a value, as in {word}=VALUE")
-        return action, following.pop(0)
+def _field_help(config_class: type) -> dict[str, str]:
+    """Return the string under each of the fields that a class defines itself."""
+    (tree,) = ast.parse(inspect.getsource(config_class)).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, text in itertools.pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    return found
+
+
+def _value_details(hint: Any) -> dict[str, Any]:
+    """Return what argparse needs to know about an option of this type."""
+    hints = [hint, *get_args(hint)]
+    for literal in hints:
+        if get_origin(literal) is Literal:
+            return {"choices": get_args(literal)}
+    if bool in hints:
+        return {"type": _truth, "nargs": "?", "metavar": "BOOL"}
+    kind: Any = next((kind for kind in (int, float) if kind in hints), str)
+    return {"type": kind, "metavar": {int: "INT", float: "FLOAT", str: "TEXT"}[kind]}
 
 
 def _truth(word: str) -> bool:
@@ -151,157 +289,55 @@ def _truth(word: str) -> bool:
     return TRUTH[word.lower()]
 
 
-def _positive(word: str) -> int:
-    """Read an integer of at least 1."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be a positive integer")
-    return int(word)
-
-
-def _add_model_options(options: Options) -> None:
-    """Add what Model.load takes beside the model."""
-    group = options.add_argument_group("how the model runs")
-    options.add("-z", "--tokenizer", group=group, help="the tokenizer's file (the one inside the model or beside it)")
-    options.add("--threads", type=_positive, group=group, help="number of threads (one for each physical core)")
-    options.add(
-        "--backend", choices=BACKENDS, default=BACKENDS[0], group=group, help="numpy is slow, needs no compiler"
-    )
-    options.add(
-        "--verify", type=bool, group=group, help="verify the checksum of a large file too; small ones always are"
-    )
+def _read_option(word: str, left: list[str], actions: Mapping[str, argparse.Action]) -> tuple[argparse.Action, str]:
+    """Return an option and its value, which may be the first of the words that are left; that is then removed."""
+    flag, equals, value = word.partition("=")
+    name = flag.replace("_", "-") if flag.startswith("--") else flag
+    action, negated = actions.get(name), actions.get("--" + name.removeprefix("--no-"))
+    if action is None and negated is not None and negated.type is _truth and not equals:
+        return negated, "false"
+    if action is None:
+        names = {name.lstrip("-"): name for name in actions if name.startswith("--")}
+        near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.5)
+        raise UsageError(f"unknown option {flag}; {f'did you mean {names[near[0]]}?' if near else 'see --help'}")
+    if equals:
+        return action, value
+    if action.type is _truth:
+        return action, left.pop(0) if left and left[0].lower() in TRUTH else "true"
+    if not left or left[0].startswith("--"):
+        raise UsageError(f"{word}: needs a value, as in {word}=VALUE")
+    return action, left.pop(0)
 
 
 # --- generate and chat ---
 
 
-def read_sample_options(
-    argv: Sequence[str], program: str, description: str, mode: str | None = None
-) -> argparse.Namespace:
-    """Return the options for stories and conversations, checked, with their SamplingConfig as `sampling`.
-
-    Args:
-        argv: the words of the command line.
-        program: what the user types for it.
-        description: printed by --help.
-        mode: generate or chat; None: the user chooses with -m.
+def read_sample_options(argv: Sequence[str], program: str, description: str, **fixed: Any) -> SampleOptions:
+    """Return the options of sample.py, or with a fixed mode those of llamalet generate and llamalet chat.
 
     Raises:
-        UsageError: see Options.read.
+        UsageError: see read_options; or if the prompt comes from stdin and is not text.
         ConfigError: listing every value out of range and every option that the mode does not have.
     """
     for word, value in zip(argv, argv[1:], strict=False):
-        if word == "-p" and not _is_number(value):  # llama.cpp's -p
+        if word == "-p" and value[:1].isalpha():  # llama.cpp's -p
             raise UsageError(f"-p '{value}': -p is top-p, a number, as in llama2.c; the prompt is -i")
-    options = Options(program, description, {"MODEL": "--checkpoint"})
-    options.add(
-        "--checkpoint", metavar="MODEL",
-        help="the model's file or folder, also as the first word (the newest .bin under out/, else the demo model)",
-    )  # fmt: skip
-    if mode is None:
-        options.add(
-            "-m", "--mode", choices=("generate", "chat"), default="generate",
-            help="generate continues the prompt; chat is for models that were trained to answer, one line a message",
-        )  # fmt: skip
-    options.add(
-        "-i", "--prompt", default="", help="the beginning of the story or the first message; - reads it from stdin"
-    )
-    groups = {
-        "sampling": options.add_argument_group("how tokens are chosen"),
-        "generate": options.add_argument_group("stories"),
-        "chat": options.add_argument_group("conversations"),
-    }
-
-    def add(of: str, *flags: str, help: str, **details: Any) -> None:
-        """Add an option; one of the other mode is known, for its error message, but not listed."""
-        listed = mode is None or of in ("sampling", mode)
-        options.add(*flags, group=groups[of], help=help if listed else argparse.SUPPRESS, **details)
-
-    types = typing.get_type_hints(SamplingConfig)
-    for field in dataclasses.fields(SamplingConfig):
-        flags = [*([SHORT_FLAGS[field.name]] if field.name in SHORT_FLAGS else []), "--" + field.name.replace("_", "-")]
-        help = field.metadata["help"] + (f" ({field.default})" if field.default not in (None, False) else "")
-        of = "generate" if field.name in STORY_OPTIONS else "sampling"
-        value_type = next(
-            (t for t in (bool, int, float) if t in (types[field.name], *get_args(types[field.name]))), str
-        )
-        details = {"type": value_type} if value_type is not str else {"choices": get_args(types[field.name])}
-        add(of, *flags, help=help, default=argparse.SUPPRESS, **details)
-    add(
-        "generate", "-n", "--steps", type=int,
-        help=f"end at this many positions, prompt included ({DEFAULT_STEPS}, unless there is --max-new-tokens); 0: at "
-        "the end of the context, or never if that rolls",
-    )  # fmt: skip
-    add(
-        "generate", "--num-samples", type=int, default=1,
-        help="number of stories, up to 64 at once; each has its own seed, one more than the last",
-    )  # fmt: skip
-    add("chat", "-y", "--system-prompt", help="instructions for the model")
-    add("chat", "--chat-template", help="llama2, llama3, or a file with a Jinja template (the model's own)")
-    _add_model_options(options)
-    args = options.read(argv)
-    args.mode = mode or args.mode
-    _check(args, "add -m chat" if mode is None else "use llamalet chat")
+    hidden = {None: {}, "generate": CHAT_OPTIONS, "chat": STORY_OPTIONS}[fixed.get("mode")]
+    options: SampleOptions = read_options(SampleOptions, argv, program, description, hidden=hidden, **fixed)
     for standard in (sys.stdin, sys.stdout):
         if isinstance(standard, io.TextIOWrapper):
             standard.reconfigure(encoding="utf-8")
-    if args.prompt == "-":
-        args.prompt = console.read_stdin()
-    return args
+    return dataclasses.replace(options, prompt=console.read_stdin()) if options.prompt == "-" else options
 
 
-def _is_number(word: str) -> bool:
-    """Return whether a word is a number."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _check(args: argparse.Namespace, how_to_chat: str) -> None:
-    """Build the SamplingConfig; raise one ConfigError that lists all problems."""
-    given = {f.name: vars(args)[f.name] for f in dataclasses.fields(SamplingConfig) if f.name in args}
-    problems = []
-    try:
-        args.sampling = SamplingConfig.create(None, given)
-    except ConfigError as error:
-        problems.append(str(error))
-    steps, n_new = args.steps, given.get("max_new_tokens")
-    if steps is not None and n_new is not None:
-        problems.append("-n counts the prompt and --max-new-tokens does not: give one of them")
-    if steps is not None and steps < 0:
-        problems.append(f"steps={steps}: must not be negative (0 continues to the end of the context)")
-    rolls = given.get("overflow") == "roll"
-    if given.get("keep", KEEP) != KEEP and not rolls:
-        problems.append(f"keep={given['keep']}: says what a rolling context keeps; give --overflow=roll too")
-    if args.mode == "chat":
-        why = "is for stories; in a chat --max-new-tokens ends each answer"
-        others = {"steps": steps, "num_samples": args.num_samples != 1, "ignore_eos": given.get("ignore_eos")}
-    else:
-        why = f"is for chats; {how_to_chat}"
-        others = {"system_prompt": args.system_prompt, "chat_template": args.chat_template}
-    problems += [f"{name}: {why}" for name, value in others.items() if value is not None and value is not False]
-    if not 1 <= args.num_samples <= MAX_STORIES:
-        problems.append(f"num_samples={args.num_samples}: must be between 1 and {MAX_STORIES}")
-    if args.num_samples > 1 and steps == 0 and rolls and given.get("ignore_eos"):
-        problems.append(f"num_samples={args.num_samples}: the first story would never end; give -n a number")
-    if n_new == 0:
-        problems.append("max_new_tokens=0: must be positive")
-    if args.checkpoint == "":
-        problems.append("checkpoint='': must name a model")
-    if problems:
-        raise ConfigError.from_problems(problems)
-
-
-def load(args: argparse.Namespace) -> Model:
+def load(options: SampleOptions) -> Model:
     """Open the model that the options name, else the newest .bin under out/, else the demo model; say which."""
-    path = Path(args.checkpoint) if args.checkpoint is not None else _choose_model()
+    path = Path(options.model) if options.model is not None else _choose_model()
     start = time.perf_counter()
-    model = Model.load(path, tokenizer=args.tokenizer, backend=args.backend, threads=args.threads, verify=args.verify)
+    model = options.load(path)
     load_s = time.perf_counter() - start
-    console.note(
-        f"model {model.path}: {model.config.n_params / 1e6:.2f}M parameters, {model.dtype}, loaded in {load_s:.2f} s"
-    )
+    size = f"{model.config.n_params / 1e6:.2f}M parameters"
+    console.note(f"model {model.path}: {size}, {model.dtype}, loaded in {load_s:.2f} s")
     return model
 
 
@@ -317,20 +353,19 @@ def _choose_model() -> Path:
     return newest
 
 
-def story_configs(args: argparse.Namespace, prompt: Sequence[int], context: int) -> list[SamplingConfig]:
+def story_configs(options: SampleOptions, prompt: Sequence[int], context: int) -> list[SamplingConfig]:
     """Return the settings of each story: its own seed, and -n as a number of new tokens.
 
     Args:
-        args: the options.
+        options: those of the command line.
         prompt: its ids, BOS included.
         context: number of positions of the model's context.
 
     Raises:
         UsageError: if the prompt is too long for -n or for the context.
     """
-    sampling: SamplingConfig = args.sampling
-    n_prompt = len(prompt)
-    steps = DEFAULT_STEPS if args.steps is None else args.steps
+    sampling, n_prompt = options.sampling, len(prompt)
+    steps = DEFAULT_STEPS if options.steps is None else options.steps
     if sampling.max_new_tokens is None and steps:
         # llama2.c counts passes through the model, and the pass over the last prompt token already gives a new one.
         if steps < n_prompt:
@@ -342,22 +377,22 @@ def story_configs(args: argparse.Namespace, prompt: Sequence[int], context: int)
     room = context - n_prompt + 1
     if sampling.overflow == "stop" and sampling.max_new_tokens is not None and sampling.max_new_tokens > room:
         console.note(f"the context has room for {room} new tokens; to continue after them, give --overflow=roll")
-    return sampling.for_texts(args.num_samples)
+    return sampling.for_texts(options.num_samples)
 
 
-def talk(model: Model, args: argparse.Namespace) -> None:
+def talk(model: Model, options: SampleOptions) -> None:
     """Hold a conversation at the terminal."""
-    (sampling,) = args.sampling.for_texts(1)
-    chat = Chat(model, sampling, system=args.system_prompt, template=args.chat_template)
-    console.converse(chat, args.prompt, sampling.seed)
+    (sampling,) = options.sampling.for_texts(1)
+    chat = Chat(model, sampling, system=options.system_prompt, template=options.chat_template)
+    console.converse(chat, options.prompt, sampling.seed)
 
 
 def generate(argv: Sequence[str]) -> int:
     """Tell stories as the command line says."""
-    args = read_sample_options(argv, "llamalet generate", "Tell a story, or many at once.", "generate")
-    model = load(args)
-    ids = model.tokenizer.encode(args.prompt, bos=True)
-    configs = story_configs(args, ids, model.config.max_seq_len)
+    options = read_sample_options(argv, "llamalet generate", "Tell a story, or many at once.", mode="generate")
+    model = load(options)
+    ids = model.tokenizer.encode(options.prompt, bos=True)
+    configs = story_configs(options, ids, model.config.max_seq_len)
     events = generate_batch(model.transformer, [ids] * len(configs), configs, stop_tokens=model.stop_tokens)
     console.print_stories(model.tokenizer, ids, [config.seed for config in configs], events)
     return 0
@@ -366,12 +401,12 @@ def generate(argv: Sequence[str]) -> int:
 def chat(argv: Sequence[str]) -> int:
     """Talk to a model as the command line says."""
     description = "Talk to a model that was trained to answer: each line is a message, until Ctrl-D."
-    args = read_sample_options(argv, "llamalet chat", description, "chat")
-    talk(load(args), args)
+    options = read_sample_options(argv, "llamalet chat", description, mode="chat")
+    talk(load(options), options)
     return 0
 
 
-# --- evaluate ---
+# --- evaluate and convert ---
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -379,76 +414,58 @@ def evaluate(argv: Sequence[str]) -> int:
     from llamalet.evaluate import evaluate_shards, evaluate_text
 
     description = "Loss and bits per byte of a model on a text file or on prepared data."
-    options = Options("llamalet evaluate", description, {"MODEL": "--checkpoint", "DATA": "--data"})
-    options.add("--checkpoint", metavar="MODEL", help="the model's file or folder, also as the first word")
-    options.add(
-        "--data", help="a text file, or a folder of prepared data, also as the second word (the newest below data/)"
+    options: EvaluateOptions = read_options(
+        EvaluateOptions, argv, "llamalet evaluate", description, words=("model", "data")
     )
-    options.add("--split", choices=SPLITS, help="the stories to score, of prepared data (val)")
-    options.add("--max-tokens", type=_positive, help="score about this many tokens instead of all")
-    options.add("--windows", type=bool, default=False, help="cut into windows of the context, not into stories")
-    _add_model_options(options)
-    args = options.read(argv)
-    if not args.checkpoint:
+    if not options.model:
         raise UsageError("name a model; see --help")
-    limits = {"windows": args.windows, "max_tokens": args.max_tokens}
-    data = Path(args.data) if args.data is not None else find_newest()
+    for name in ("max_tokens", "threads"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UsageError(f"{name}={value}: must be positive; see --help")
+    data = Path(options.data) if options.data is not None else find_newest()
     if data is None:
         raise DataError("no prepared data below data/; name a text file, or a folder made by tinystories.py")
-    running = {"backend": args.backend, "threads": args.threads, "verify": args.verify}
     if data.is_file():
-        if args.split is not None:
-            raise ConfigError(f"split={args.split}: only prepared data has splits, and {data} is a text")
-        model = Model.load(args.checkpoint, tokenizer=args.tokenizer, **running)
+        if options.split is not None:
+            raise ConfigError(f"split={options.split}: only prepared data has splits, and {data} is a text")
+        model = options.load(options.model)
         print(f"{model.path} on {data}", flush=True)
-        print(evaluate_text(model, data, **limits))
+        print(evaluate_text(model, data, windows=options.windows, max_tokens=options.max_tokens))
         return 0
-    if args.tokenizer is not None:
-        raise ConfigError(f"tokenizer={args.tokenizer}: is for a text; prepared data brings its own")
-    shards, split = Shards.open(data), args.split or "val"
-    model = Model.load(args.checkpoint, tokenizer=shards.tokenizer_path, **running)
+    if options.tokenizer is not None:
+        raise ConfigError(f"tokenizer={options.tokenizer}: is for a text; prepared data brings its own")
+    shards, split = Shards.open(data), options.split or "val"
+    model = dataclasses.replace(options, tokenizer=str(shards.tokenizer_path)).load(options.model)
     print(f"{model.path} on the {split} split of {shards.folder}", flush=True)
-    print(evaluate_shards(model, shards, split, **limits))
+    print(evaluate_shards(model, shards, split, windows=options.windows, max_tokens=options.max_tokens))
     return 0
-
-
-# --- convert ---
 
 
 def convert(argv: Sequence[str]) -> int:
     """Write a model in another format, as the command line says; return FormatError's code if it is not as meant."""
-    from llamalet.convert import formats, target
+    from llamalet.convert import formats
+    from llamalet.convert.target import Target, read_back, write
 
     description = (
         "Write any model as a .bin, a .gguf or a Hugging Face folder, with its tokenizer. OUT ends in .bin or .gguf, "
         "or is a folder.\nThe result is read back and compared."
     )
-    options = Options("llamalet convert", description, {"MODEL": "--model", "OUT": "--out"})
-    options.add("--model", help="the model's file or folder, also as the first word")
-    options.add("--out", help="the file or folder to write, also as the second word")
-    options.add("--format", choices=tuple(target.FORMAT_DTYPES), help="of OUT (what its ending says)")
-    options.add("--version", type=int, help="of a .bin: 0 to 3; only 3 has a --dtype (1, or 3 if there is a --dtype)")
-    dtypes = "; ".join(f"{format}: {', '.join(dtypes)}" for format, dtypes in target.FORMAT_DTYPES.items())
-    options.add("--dtype", help=f"of the weights; {dtypes} (f32)")
-    options.add(
-        "--from", dest="kind", choices=formats.FORMATS,
-        help="the format of MODEL (what its files say); hf takes the ID of a repository on the Hub too and fetches it",
-    )  # fmt: skip
-    options.add("-z", "--tokenizer", help="the tokenizer's file (the model's own)")
-    options.add("--rope-theta", type=float, help="for llama2.c's files, which do not say; Llama 3's is 500000")
-    options.add("--rope-scaling", type=float, help="its factor, for the same files: 8 for Llama 3.1, 32 for 3.2")
-    options.add("--force", type=bool, default=False, help="write version 0 even if it loses the norm_eps")
-    options.add("--check", type=bool, default=True, help="read a .gguf or a folder back and compare; or --no-check")
-    args = options.read(argv)
-    if not args.model or args.out is None:
+    options: ConvertOptions = read_options(
+        ConvertOptions, argv, "llamalet convert", description, words=("model", "out")
+    )
+    if not options.model or options.out is None:
         raise UsageError("name the model and the file or folder to write; see --help")
-    aim = target.Target(out=args.out, named_format=args.format, named_version=args.version, dtype=args.dtype)
-    kind = args.kind or formats.kind_of(Path(args.model))
-    source = formats.read(kind, args.model, rope_theta=args.rope_theta, rope_scaling=args.rope_scaling)
-    keep = None if args.tokenizer is None else Path(args.tokenizer)
+    target = Target(
+        out=options.out, named_format=options.format, named_version=options.version, dtype=options.dtype
+    )  # fmt: skip
+    kind = options.source_format or formats.kind_of(Path(options.model))
+    if kind not in formats.READERS:
+        raise ConfigError(f"from={kind}: must be one of {', '.join(formats.READERS)}")
+    source = formats.read(kind, options.model, rope_theta=options.rope_theta, rope_scaling=options.rope_scaling)
+    path, keep = Path(options.out), None if options.tokenizer is None else Path(options.tokenizer)
     if keep is not None:
         source = formats.with_tokenizer(source, keep)
-    target.write(source, aim, Path(args.out), keep=keep, force=args.force)
-    if aim.format != "bin" and args.check and not target.read_back(source, aim, Path(args.out)):
+    write(source, target, path, keep=keep, force=options.force)
+    if target.format != "bin" and options.check and not read_back(source, target, path):
         return FormatError.exit_code
     return 0

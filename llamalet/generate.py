@@ -142,7 +142,7 @@ def _generate(transformer: ForwardPass, waiting: deque[_Text], batch_size: int) 
                 continue
             if shared is None:
                 text.cache = transformer.new_cache()
-                logits = read(transformer, text.cache, text.prompt, text.keep)
+                logits = read_tokens(transformer, text.cache, text.prompt, text.keep)
             else:
                 text.cache, logits = shared
             shared = (text.cache.copy(), logits) if waiting and waiting[0].same_start(text) else None
@@ -170,7 +170,7 @@ def make_room(cache: KVCache, keep: int) -> None:
         cache.roll(keep, max(1, (cache.context - keep) // 2))
 
 
-def read(transformer: ForwardPass, cache: KVCache, tokens: Sequence[int], keep: int) -> Logits:
+def read_tokens(transformer: ForwardPass, cache: KVCache, tokens: Sequence[int], keep: int) -> Logits:
     """Append tokens, at least one, to a cache, which rolls whenever it is full.
 
     Returns:

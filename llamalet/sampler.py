@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -33,43 +33,31 @@ KEEP = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How a text's tokens are chosen and when it ends. The command line takes its options and their help from here.
+    """How tokens are chosen and when the text ends. The command line takes its options and their help from here.
 
     The filters apply after the temperature, in the order top-k, top-p, min-p; each works on what the previous one left.
     Values out of range are refused together, in one ConfigError.
     """
 
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "divide the logits by this: 0 takes the most likely token, 1 draws as the model has learnt"},
-    )
-    top_p: float = field(
-        default=0.9,
-        metadata={"help": "draw from the fewest most likely tokens whose probabilities exceed this sum; 0 or 1: off"},
-    )
-    top_k: int = field(default=0, metadata={"help": "draw from this many of the most likely tokens; 0: off"})
-    min_p: float = field(
-        default=0.0, metadata={"help": "drop tokens below this share of the most likely one's probability; 0: off"}
-    )
-    seed: int = field(default=-1, metadata={"help": "the same seed gives the same text; -1 picks one at random"})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "end the text, or each answer of a chat, after this many new tokens"}
-    )
-    ignore_eos: bool = field(default=False, metadata={"help": "keep generating past the end-of-text token"})
-    overflow: Overflow = field(
-        default="stop",
-        metadata={
-            "help": "when the context is full: stop, or roll, which forgets its older half, except the --keep first "
-            "tokens, and continues"
-        },
-    )
-    keep: int = field(
-        default=KEEP,
-        metadata={
-            "help": "number of initial tokens that a rolling context always keeps; without a few of them models lose "
-            "the thread"
-        },
-    )
+    temperature: float = 1.0
+    """divide the logits by this: 0 takes the most likely token, 1 draws as the model has learnt"""
+    top_p: float = 0.9
+    """draw from the fewest most likely tokens whose probabilities exceed this sum; 0 and 1 switch it off"""
+    top_k: int = 0
+    """draw from this many of the most likely tokens; 0 switches it off"""
+    min_p: float = 0.0
+    """drop tokens below this share of the most likely one's probability; 0 switches it off"""
+    seed: int = -1
+    """the same seed gives the same text; -1 picks one at random"""
+    max_new_tokens: int | None = None
+    """end the text, or each answer of a chat, after this many new tokens"""
+    ignore_eos: bool = False
+    """keep generating past the end-of-text token"""
+    overflow: Overflow = "stop"
+    """when the context is full: stop, or roll, which forgets its older half, except the first --keep tokens, and
+    continues"""
+    keep: int = KEEP
+    """number of initial tokens that a rolling context always keeps; without a few of them models lose the thread"""
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""

@@ -187,7 +187,7 @@ def kind_of(path: Path) -> str:
         from llamalet.convert.huggingface import HUB_ID
 
         on_the_hub = HUB_ID.fullmatch(str(path)) and path.suffix not in FILES
-        advice = f"; if it is one of the Hub: python export.py NAME.bin --hf {path}" if on_the_hub else ""
+        advice = f"; if it is one of the Hub: llamalet convert {path} NAME.bin --from=hf" if on_the_hub else ""
         raise FormatError(f"{path}: no such model file or folder{advice}")
     if _is_pytorch(path):
         return "meta_llama" if (path.parent / META_PARAMS).is_file() else "llama2c"

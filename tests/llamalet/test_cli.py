@@ -1,6 +1,8 @@
 import io
 import re
 import sys
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 from toy import SMALL_MODELS, toy_model
@@ -116,14 +118,37 @@ def test_chat_is_for_chats_and_generate_for_stories(model, monkeypatch, capsys):
 # --- the spellings ---
 
 
-def read(*words: str):
-    options = cli.Options("program", "", {"MODEL": "--model", "DATA": "--data-folder"})
-    for flags, kind in (
-        (("--model",), str), (("--data-folder",), str), (("-n", "--steps"), int), (("-t", "--heat"), float),
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Some options."""
+
+    model: str | None = None
+    """the first word"""
+    data_folder: str | None = None
+    """the second word"""
+    steps: int | None = None
+    """a number"""
+    temperature: float = 1.0
+    """another one, 100 % of the time"""
+    check: bool | None = None
+    """a switch"""
+    mode: Literal["generate", "chat"] = "chat"
+    """one of two"""
+
+
+def read(*words: str) -> Config:
+    return cli.read_options(Config, words, "program", "", words=("model", "data-folder"))
+
+
+def test_help_shows_each_field_with_its_string_and_default(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    out = " ".join(capsys.readouterr().out.split())
+    for shown in (
+        "usage: program [MODEL] [DATA-FOLDER]", "--data-folder TEXT the second word", "-n INT, --steps INT a number",
+        "another one, 100 % of the time (1.0)", "--check [BOOL]", "one of two (chat)", "some options:",
     ):  # fmt: skip
-        options.add(*flags, type=kind, help="")
-    options.add("--check", type=bool, help="")
-    return options.read(words)
+        assert shown in out
 
 
 @pytest.mark.parametrize(
@@ -143,8 +168,8 @@ def read(*words: str):
         (["-n=5"], "steps", 5),
         (["-n", "-5"], "steps", -5),
         (["-n", "5", "-n", "6"], "steps", 6),
-        (["-t", "1e-3"], "heat", 1e-3),
-        (["-t", "-1"], "heat", -1.0),
+        (["-t", "1e-3"], "temperature", 1e-3),
+        (["-t", "-1"], "temperature", -1.0),
         (["--check"], "check", True),
         (["--check", "-n", "1"], "check", True),
         (["--check", "m"], "check", True),
@@ -173,7 +198,8 @@ def test_every_spelling_is_read(words, name, value):
         (["--steps"], "--steps: needs a value, as in --steps=VALUE"),
         (["--steps", "--check"], "--steps: needs a value"),
         (["-n", "five"], "argument -n/--steps: invalid int value: 'five'; see --help"),
-        (["-t", "hot"], "argument -t/--heat: invalid float value: 'hot'"),
+        (["-t", "hot"], "argument -t/--temperature: invalid float value: 'hot'"),
+        (["-m", "poem"], "argument -m/--mode: invalid choice: 'poem'"),
         (["--check=maybe"], "argument --check: maybe: must be true or false"),
         (["--data-folder=\udcff"], "data_folder=.*: not valid UTF-8"),
     ],
@@ -185,8 +211,8 @@ def test_a_mistake_is_one_line(words, complaint):
 
 
 def test_the_sampling_options_are_those_of_the_class():
-    args = cli.read_sample_options(["-t", "0.5", "-p", "0.7", "--top_k=3", "--seed=9", "--min-p", "0.1"], "x", "")
-    assert args.sampling == llamalet.SamplingConfig(temperature=0.5, top_p=0.7, top_k=3, seed=9, min_p=0.1)
+    options = cli.read_sample_options(["-t", "0.5", "-p", "0.7", "--top_k=3", "--seed=9", "--min-p", "0.1"], "x", "")
+    assert options.sampling == llamalet.SamplingConfig(temperature=0.5, top_p=0.7, top_k=3, seed=9, min_p=0.1)
     assert cli.read_sample_options([], "x", "").sampling == llamalet.SamplingConfig()
 
 
@@ -229,8 +255,8 @@ def test_convert_takes_the_tokenizer_that_is_named(model, tmp_path):
         (["model.bin", "b.bin", "--version=7"], "version=7: must be one of 0, 1, 2, 3"),
         (["model.bin", "model.bin"], "model.bin: is the model to export, which would be lost"),
         (["model.bin", "b.bin", "--rope_theta=5", "--from", "hf"], "rope_theta, rope_scaling: model.bin says"),
-        (["gone.bin", "b.bin"], "gone.bin: no such file"),
-        (["model.bin", "b.bin", "--from=onnx"], "argument --from: invalid choice: 'onnx'"),
+        (["gone.bin", "b.bin"], "gone.bin: no such model file or folder"),
+        (["model.bin", "b.bin", "--from=onnx"], "from=onnx: must be one of checkpoint, hf"),
     ],
 )
 def test_convert_refuses_what_means_nothing(model, words, complaint):

@@ -232,7 +232,9 @@ def test_wrong_words_end_in_one_line(model, capsys):
     assert "-n counts the prompt and --max-new-tokens does not" in refuse(capsys, model, "-n", 5, "--max-new-tokens=5")
     assert "unexpected argument" in refuse(capsys, model, "Once upon a time")
     assert "not a chat model" in refuse(capsys, model, "-m", "chat")
-    assert "system_prompt: is for chats; add -m chat" in refuse(capsys, model, "-y", "You are a pirate")
+    assert "system_prompt: is for chats; use llamalet chat, or add -m chat" in refuse(
+        capsys, model, "-y", "You are a pirate"
+    )
     assert "steps: is for stories" in refuse(capsys, model, "-m", "chat", "-n", 5)
     assert "mode" in refuse(capsys, model, "-m", "poem")
     assert "backend" in refuse(capsys, model, "--backend=gpu")
@@ -241,7 +243,7 @@ def test_wrong_words_end_in_one_line(model, capsys):
     assert "keep=32: a context of 32 positions" in refuse(capsys, model, "--overflow=roll", "--keep=32")
     endless = ["-n", 0, "--overflow=roll", "--ignore-eos", "--num-samples=2"]
     assert "the first story would never end" in refuse(capsys, model, *endless)
-    assert "checkpoint=''" in refuse(capsys, "")
+    assert "model=''" in refuse(capsys, "")
     line = refuse(
         capsys, model, "-t", -1, "-p", 2, "--top-k=-3", "--min-p=7", "-s", -9, "--num-samples=0", "-n", -1, "--keep=-1"
     )

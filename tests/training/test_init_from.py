@@ -144,7 +144,7 @@ def test_another_shape_or_vocabulary_is_refused(project):
         train_further(path, "--dim=32")
     for name, words in (
         ("nowhere.bin", "nowhere.bin: no such model file or folder$"),
-        ("meta-llama/Llama-3.2-1B", "python export.py NAME.bin --hf meta-llama/Llama-3.2-1B$"),
+        ("meta-llama/Llama-3.2-1B", "llamalet convert meta-llama/Llama-3.2-1B NAME.bin --from=hf$"),
         ("data", "data: holds no model"),
     ):
         with pytest.raises(FormatError, match=words):

@@ -206,7 +206,7 @@ def test_what_is_no_model_is_refused(tmp_path):
     ):
         with pytest.raises(FormatError, match=words):
             Model.load(tmp_path / name, backend="numpy")
-    with pytest.raises(FormatError, match=r"export.py NAME.bin --hf meta-llama/Llama-3.2-1B"):
+    with pytest.raises(FormatError, match=r"llamalet convert meta-llama/Llama-3.2-1B NAME.bin --from=hf"):
         Model.load("meta-llama/Llama-3.2-1B", backend="numpy")
     with pytest.raises(ConfigError, match="dtype='q5': must be one of f32, bf16, q8, q4"):
         Model.load(make("gguf f32", tmp_path), dtype="q5", backend="numpy")
