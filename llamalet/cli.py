@@ -459,8 +459,8 @@ def convert(argv: Sequence[str]) -> int:
         out=options.out, named_format=options.format, named_version=options.version, dtype=options.dtype
     )  # fmt: skip
     kind = options.source_format or formats.kind_of(Path(options.model))
-    if kind not in formats.READERS:
-        raise ConfigError(f"from={kind}: must be one of {', '.join(formats.READERS)}")
+    if kind not in (kinds := ("checkpoint", *formats.FORMATS)):
+        raise ConfigError(f"from={kind}: must be one of {', '.join(kinds)}")
     source = formats.read(kind, options.model, rope_theta=options.rope_theta, rope_scaling=options.rope_scaling)
     path, keep = Path(options.out), None if options.tokenizer is None else Path(options.tokenizer)
     if keep is not None:
