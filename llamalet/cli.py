@@ -167,8 +167,8 @@ class ConvertOptions:
     """of a .bin, 0 to 3; if not given 1, or 3 if there is a --dtype"""
     dtype: str | None = None
     """of the weights. In a .bin of version 3: f32, bf16, q8 or q4; hf: f32 or bf16; gguf: f32, f16, q8_0 or q4_0"""
-    source_format: str | None = None
-    """of MODEL: checkpoint, hf, meta_llama, llama2c, gguf or bin; what its files say if not given. hf also takes the ID
+    source_format: Literal["checkpoint", "hf", "meta_llama", "llama2c", "gguf", "bin"] | None = None
+    """of MODEL; what its files say if not given. hf also takes the ID
     of a repository on the Hub, and fetches it"""
     tokenizer: str | None = None
     """the tokenizer's file; the model's own if not given"""
@@ -459,8 +459,6 @@ def convert(argv: Sequence[str]) -> int:
         out=options.out, named_format=options.format, named_version=options.version, dtype=options.dtype
     )  # fmt: skip
     kind = options.source_format or formats.kind_of(Path(options.model))
-    if kind not in (kinds := ("checkpoint", *formats.FORMATS)):
-        raise ConfigError(f"from={kind}: must be one of {', '.join(kinds)}")
     source = formats.read(kind, options.model, rope_theta=options.rope_theta, rope_scaling=options.rope_scaling)
     path, keep = Path(options.out), None if options.tokenizer is None else Path(options.tokenizer)
     if keep is not None:
