@@ -15,11 +15,10 @@ from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert import bin_file
 from llamalet.convert.imported_model import ImportedModel
+from llamalet.model_file.checkpoint import SUFFIX
 from llamalet.model_file.quantize import dequantize
 from llamalet.model_file.tensors import ModelFile, Rows
 from model import Llama
-
-SUFFIX = ".weight"
 
 
 def to_arrays(state: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:

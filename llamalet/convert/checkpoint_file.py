@@ -9,10 +9,8 @@ from llamalet.convert import safetensors_file
 from llamalet.convert.bin_file import BinTensor
 from llamalet.convert.imported_model import ImportedModel, check_shapes
 from llamalet.errors import CheckpointError, TokenizerError, UsageError
-from llamalet.model_file.checkpoint import MODEL, best_first, best_of, list_steps, read_state, verify
+from llamalet.model_file.checkpoint import MODEL, SUFFIX, best_first, best_of, list_steps, read_state, verify
 from llamalet.model_file.tensors import tensor_specs
-
-SUFFIX = ".weight"
 
 
 def read(name: str, *, check: bool = False) -> ImportedModel:

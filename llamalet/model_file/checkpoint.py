@@ -29,6 +29,8 @@ FORMAT = "llamalet checkpoint"
 VERSION = 1
 FOLDER, ABANDONED = "checkpoints", "abandoned"
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+SUFFIX = ".weight"
+"""Ends every name in model.safetensors, as in a PyTorch state dict; names in model files lack it."""
 
 _STEP = re.compile(r"step-(\d{8,})|\.step-(\d{8,})\.old")
 

@@ -33,6 +33,7 @@ from llamalet.model_file.checkpoint import (
     MODEL,
     OPTIMIZER,
     STATE,
+    SUFFIX,
     VERSION,
     best_first,
     list_steps,
@@ -40,9 +41,6 @@ from llamalet.model_file.checkpoint import (
     verify,
 )
 from training.run.run_state import RunState
-
-SUFFIX = ".weight"
-"""Ends every name in model.safetensors, as in a PyTorch state dict; names in model files lack it."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
