@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Before numpy and torch are imported: threads that wait must leave the cores to the tests in the other process.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import pytest
 import torture
 from toy import SMALL_MODELS
