@@ -4,24 +4,21 @@ Every option can be written --key=value or --key value, with - or _ in its name;
 short flags are those of llama2.c's run. A mistake ends in one line that names the nearest option, and exit code 2.
 """
 
-import argparse
-import ast
 import dataclasses
 import difflib
-import inspect
 import io
-import itertools
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from llamalet import __version__, console
 from llamalet.chat import Chat
-from llamalet.errors import ConfigError, DataError, FormatError, Parser, UsageError, run
+from llamalet.errors import ConfigError, DataError, FormatError, UsageError, run
 from llamalet.generate import check_prompt, generate_batch
+from llamalet.options import read_options
 from llamalet.runtime import BACKENDS, Model
 from llamalet.sampler import KEEP, SamplingConfig
 from llamalet.shards import Shards, find_newest
@@ -54,7 +51,6 @@ ALIASES = {
 }  # fmt: skip
 STORY_OPTIONS: dict[str, Any] = {"steps": None, "num_samples": 1, "ignore_eos": False}  # and their defaults
 CHAT_OPTIONS: dict[str, Any] = {"system_prompt": None, "chat_template": None}
-TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,112 +199,6 @@ def main(argv: Sequence[str]) -> int:
     return commands[argv[0]](argv[1:])
 
 
-# --- the options in all their spellings ---
-
-
-def read_options(
-    config_class: type[Any], argv: Sequence[str], program: str, description: str, *,
-    words: Sequence[str] = ("model",), hidden: Collection[str] = (), **fixed: Any,
-) -> Any:  # fmt: skip
-    """Build a `config_class` from the words of a command line; --help prints the options and exits.
-
-    Args:
-        config_class: a dataclass whose fields have defaults, each with a string under it as help.
-        argv: the command line without the program's name.
-        program: what the user types for it.
-        description: printed by --help, above the options.
-        words: fields that words without a dash fill, in this order.
-        hidden: fields that --help does not list.
-        fixed: values of fields that are not options.
-
-    Raises:
-        UsageError: on an unknown option, a stray word, a missing or unreadable value, or a word that is not text.
-        ConfigError: from the dataclass.
-    """
-    parser = Parser(
-        prog=program, usage=" ".join([program, *(f"[{name.upper()}]" for name in words), "[--option=value ...]"]),
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    hints, defaults = get_type_hints(config_class), {field.name: field.default for field in fields(config_class)}
-    actions: dict[str, argparse.Action] = {}
-    for owner in config_class.__mro__[:-1]:
-        group = parser.add_argument_group((owner.__doc__ or "").partition(".")[0].lower())
-        for name, help in _field_help(owner).items():
-            if name in fixed:
-                continue
-            default = defaults[name]
-            shown = f" ({default})" if default not in (None, "") and default is not False else ""
-            details = _value_details(hints[name]) | {"default": default}
-            flags = [*([ALIASES[name]] if name in ALIASES else []), "--" + name.replace("_", "-")]
-            help = argparse.SUPPRESS if name in hidden else help.replace("%", "%%") + shown
-            actions |= dict.fromkeys(flags, group.add_argument(*flags, dest=name, help=help, **details))
-    if any(word in ("-h", "--help") for word in argv):
-        parser.parse_args(["--help"])
-    left, names, spelled = list(argv), list(words), []
-    while left:
-        word = left.pop(0)
-        if word.startswith("-") and word != "-":
-            action, value = _read_option(word, left, actions)
-        elif names:
-            action, value = actions["--" + names.pop(0)], word
-        else:
-            raise UsageError(f"unexpected argument '{word}'; options start with --, see --help")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UsageError(f"{action.dest}={value!a}: not valid UTF-8")
-        spelled.append(f"{action.option_strings[-1]}={value}")
-    return config_class(**vars(parser.parse_args(spelled)), **fixed)
-
-
-def _field_help(config_class: type) -> dict[str, str]:
-    """Return the string under each of the fields that a class defines itself."""
-    (tree,) = ast.parse(inspect.getsource(config_class)).body
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, text in itertools.pairwise(tree.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            found[field.target.id] = " ".join(ast.literal_eval(text.value).split())
-    return found
-
-
-def _value_details(hint: Any) -> dict[str, Any]:
-    """Return what argparse needs to know about an option of this type."""
-    hints = [hint, *get_args(hint)]
-    for literal in hints:
-        if get_origin(literal) is Literal:
-            return {"choices": get_args(literal)}
-    if bool in hints:
-        return {"type": _truth, "nargs": "?", "metavar": "BOOL"}
-    kind: Any = next((kind for kind in (int, float) if kind in hints), str)
-    return {"type": kind, "metavar": {int: "INT", float: "FLOAT", str: "TEXT"}[kind]}
-
-
-def _truth(word: str) -> bool:
-    """Read the value of a switch."""
-    if word.lower() not in TRUTH:
-        raise argparse.ArgumentTypeError(f"{word}: must be true or false")
-    return TRUTH[word.lower()]
-
-
-def _read_option(word: str, left: list[str], actions: Mapping[str, argparse.Action]) -> tuple[argparse.Action, str]:
-    """Return an option and its value, which may be the first of the words that are left; that is then removed."""
-    flag, equals, value = word.partition("=")
-    name = flag.replace("_", "-") if flag.startswith("--") else flag
-    action, negated = actions.get(name), actions.get("--" + name.removeprefix("--no-"))
-    if action is None and negated is not None and negated.type is _truth and not equals:
-        return negated, "false"
-    if action is None:
-        names = {name.lstrip("-"): name for name in actions if name.startswith("--")}
-        near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.5)
-        raise UsageError(f"unknown option {flag}; {f'did you mean {names[near[0]]}?' if near else 'see --help'}")
-    if equals:
-        return action, value
-    if action.type is _truth:
-        return action, left.pop(0) if left and left[0].lower() in TRUTH else "true"
-    if not left or left[0].startswith("--"):
-        raise UsageError(f"{word}: needs a value, as in {word}=VALUE")
-    return action, left.pop(0)
-
-
 # --- generate and chat ---
 
 
@@ -316,14 +206,17 @@ def read_sample_options(argv: Sequence[str], program: str, description: str, **f
     """Return the options of sample.py, or with a fixed mode those of llamalet generate and llamalet chat.
 
     Raises:
-        UsageError: see read_options; or if the prompt comes from stdin and is not text.
+        UsageError: see options.read_options; or if the prompt comes from stdin and is not text.
         ConfigError: listing every value out of range and every option that the mode does not have.
     """
     for word, value in zip(argv, argv[1:], strict=False):
         if word == "-p" and value[:1].isalpha():  # llama.cpp's -p
             raise UsageError(f"-p '{value}': -p is top-p, a number, as in llama2.c; the prompt is -i")
     hidden = {None: {}, "generate": CHAT_OPTIONS, "chat": STORY_OPTIONS}[fixed.get("mode")]
-    options: SampleOptions = read_options(SampleOptions, argv, program, description, hidden=hidden, **fixed)
+    options = read_options(
+        SampleOptions, argv, program=program, description=description, positional=("model",), aliases=ALIASES,
+        hidden=hidden, **fixed,
+    )  # fmt: skip
     for standard in (sys.stdin, sys.stdout):
         if isinstance(standard, io.TextIOWrapper):
             standard.reconfigure(encoding="utf-8")
@@ -414,9 +307,10 @@ def evaluate(argv: Sequence[str]) -> int:
     from llamalet.evaluate import evaluate_shards, evaluate_text
 
     description = "Loss and bits per byte of a model on a text file or on prepared data."
-    options: EvaluateOptions = read_options(
-        EvaluateOptions, argv, "llamalet evaluate", description, words=("model", "data")
-    )
+    options = read_options(
+        EvaluateOptions, argv, program="llamalet evaluate", description=description, positional=("model", "data"),
+        aliases=ALIASES,
+    )  # fmt: skip
     if not options.model:
         raise UsageError("name a model; see --help")
     for name in ("max_tokens", "threads"):
@@ -450,9 +344,10 @@ def convert(argv: Sequence[str]) -> int:
         "Write any model as a .bin, a .gguf or a Hugging Face folder, with its tokenizer. OUT ends in .bin or .gguf, "
         "or is a folder.\nThe result is read back and compared."
     )
-    options: ConvertOptions = read_options(
-        ConvertOptions, argv, "llamalet convert", description, words=("model", "out")
-    )
+    options = read_options(
+        ConvertOptions, argv, program="llamalet convert", description=description, positional=("model", "out"),
+        aliases=ALIASES,
+    )  # fmt: skip
     if not options.model or options.out is None:
         raise UsageError("name the model and the file or folder to write; see --help")
     target = Target(

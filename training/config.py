@@ -21,7 +21,7 @@ _INTERVAL = re.compile(r"(\d+) *(|[smh])")
 class TrainConfig:
     """All settings of a run; the defaults are the shape of stories15M."""
 
-    out_dir: str = field(default="out", metadata={"heading": "file"})
+    out_dir: str = field(default="out", metadata={"heading": "files"})
     """Folder of the run."""
     data: str | None = None
     """Folder of prepared data, or a folder above it; by default the newest in data/."""
@@ -68,7 +68,7 @@ class TrainConfig:
     """Initial weights: normal is GPT-2's initialization; copying makes attention heads start by attending to similar
     tokens and passing them on."""
 
-    batch_size: int = field(default=32, metadata={"heading": "batch"})
+    batch_size: int = field(default=32, metadata={"heading": "batches"})
     """Sequences per process and micro-step; limited by memory."""
     total_batch_tokens: int | None = None
     """Tokens per optimizer step over all processes; by default one micro-step of each process."""

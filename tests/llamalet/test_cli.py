@@ -1,8 +1,6 @@
 import io
 import re
 import sys
-from dataclasses import dataclass
-from typing import Literal
 
 import pytest
 from toy import SMALL_MODELS, toy_model
@@ -115,101 +113,6 @@ def test_chat_is_for_chats_and_generate_for_stories(model, monkeypatch, capsys):
         cli.main(["chat", model, "-m", "chat"])
 
 
-# --- the spellings ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Some options."""
-
-    model: str | None = None
-    """the first word"""
-    data_folder: str | None = None
-    """the second word"""
-    steps: int | None = None
-    """a number"""
-    temperature: float = 1.0
-    """another one, 100 % of the time"""
-    check: bool | None = None
-    """a switch"""
-    mode: Literal["generate", "chat"] = "chat"
-    """one of two"""
-
-
-def read(*words: str) -> Config:
-    return cli.read_options(Config, words, "program", "", words=("model", "data-folder"))
-
-
-def test_help_shows_each_field_with_its_string_and_default(capsys):
-    with pytest.raises(SystemExit):
-        read("--help")
-    out = " ".join(capsys.readouterr().out.split())
-    for shown in (
-        "usage: program [MODEL] [DATA-FOLDER]", "--data-folder TEXT the second word", "-n INT, --steps INT a number",
-        "another one, 100 % of the time (1.0)", "--check [BOOL]", "one of two (chat)", "some options:",
-    ):  # fmt: skip
-        assert shown in out
-
-
-@pytest.mark.parametrize(
-    ("words", "name", "value"),
-    [
-        (["--data-folder=x"], "data_folder", "x"),
-        (["--data_folder=x"], "data_folder", "x"),
-        (["--data-folder", "x"], "data_folder", "x"),
-        (["--data_folder", "x"], "data_folder", "x"),
-        (["--data-folder=a=b_c"], "data_folder", "a=b_c"),
-        (["--data-folder="], "data_folder", ""),
-        (["--data-folder", "-x"], "data_folder", "-x"),
-        (["m", "x"], "data_folder", "x"),
-        (["m", "-n", "5", "-"], "data_folder", "-"),
-        (["--model=a", "m"], "model", "m"),
-        (["-n", "5"], "steps", 5),
-        (["-n=5"], "steps", 5),
-        (["-n", "-5"], "steps", -5),
-        (["-n", "5", "-n", "6"], "steps", 6),
-        (["-t", "1e-3"], "temperature", 1e-3),
-        (["-t", "-1"], "temperature", -1.0),
-        (["--check"], "check", True),
-        (["--check", "-n", "1"], "check", True),
-        (["--check", "m"], "check", True),
-        (["--check", "no"], "check", False),
-        (["--check=Off"], "check", False),
-        (["--check=TRUE"], "check", True),
-        (["--no-check"], "check", False),
-        (["--no_check"], "check", False),
-        ([], "check", None),
-    ],
-)
-def test_every_spelling_is_read(words, name, value):
-    assert getattr(read(*words), name) == value
-
-
-@pytest.mark.parametrize(
-    ("words", "complaint"),
-    [
-        (["--stps=1"], "unknown option --stps; did you mean --steps?"),
-        (["--data_foldr", "x"], "unknown option --data_foldr; did you mean --data-folder?"),
-        (["-q"], "unknown option -q; see --help"),
-        (["--ste=1"], "unknown option --ste; did you mean --steps?"),
-        (["--no-steps"], "unknown option --no-steps"),
-        (["--no-check=1"], "unknown option --no-check"),
-        (["a", "b", "c"], "unexpected argument 'c'; options start with --, see --help"),
-        (["--steps"], "--steps: needs a value, as in --steps=VALUE"),
-        (["--steps", "--check"], "--steps: needs a value"),
-        (["-n", "five"], "argument -n/--steps: invalid int value: 'five'; see --help"),
-        (["-t", "hot"], "argument -t/--temperature: invalid float value: 'hot'"),
-        (["-m", "poem"], "argument -m/--mode: invalid choice: 'poem'"),
-        (["--check=maybe"], "argument --check: maybe: must be true or false"),
-        (["--data-folder=\udcff"], "data_folder=.*: not valid UTF-8"),
-    ],
-)
-def test_a_mistake_is_one_line(words, complaint):
-    with pytest.raises(UsageError, match=complaint.replace("?", "[?]")) as caught:
-        read(*words)
-    assert "\n" not in str(caught.value)
-
-
 def test_the_sampling_options_are_those_of_the_class():
     options = cli.read_sample_options(["-t", "0.5", "-p", "0.7", "--top_k=3", "--seed=9", "--min-p", "0.1"], "x", "")
     assert options.sampling == llamalet.SamplingConfig(temperature=0.5, top_p=0.7, top_k=3, seed=9, min_p=0.1)
@@ -256,7 +159,7 @@ def test_convert_takes_the_tokenizer_that_is_named(model, tmp_path):
         (["model.bin", "model.bin"], "model.bin: is the model to export, which would be lost"),
         (["model.bin", "b.bin", "--rope_theta=5", "--from", "hf"], "rope_theta, rope_scaling: model.bin says"),
         (["gone.bin", "b.bin"], "gone.bin: no such model file or folder"),
-        (["model.bin", "b.bin", "--from=onnx"], "argument --from/--source-format: invalid choice: 'onnx'"),
+        (["model.bin", "b.bin", "--from=onnx"], "--source_format=onnx: must be one of checkpoint, hf"),
     ],
 )
 def test_convert_refuses_what_means_nothing(model, words, complaint):

@@ -30,7 +30,7 @@ def run(code: str, *argv: object, allows: str = ALL_BUT_TORCH) -> subprocess.Com
 
 def test_the_blockade_holds():
     assert "No module named 'torch'" in run("import torch").stderr
-    for name in ("torch", "train", "corpus", "tyro"):
+    for name in ("torch", "train", "corpus", "safetensors"):
         assert f"No module named '{name}'" in run(f"import {name}", allows=RUNTIME).stderr
 
 
@@ -45,7 +45,7 @@ def test_the_runtime_imports_only_what_pip_installs():
 def test_importing_the_package_is_cheap():
     done = run("import llamalet, llamalet.config, llamalet.errors; print(*sys.modules)")
     assert "llamalet.errors" in done.stdout
-    assert not set(done.stdout.split()) & {"numba", "sentencepiece", "tyro", "llamalet.runtime"}
+    assert not set(done.stdout.split()) & {"numba", "sentencepiece", "llamalet.runtime"}
 
 
 # sample.py and the command need nothing else, and with --backend=numpy not even numba.
