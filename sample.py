@@ -50,9 +50,7 @@ def tell(model: Model, ids: list[int], config: SamplingConfig) -> Iterator[tuple
     stop_tokens = () if config.ignore_eos else model.stop_tokens
     # The cache holds the keys and values of every position so far: each token goes through the model once.
     cache = model.transformer.new_cache()
-    logits = read_tokens(
-        model.transformer, cache, ids, config.keep
-    )  # (V,): a score for each token that could come next
+    logits = read_tokens(model.transformer, cache, ids, config.keep)  # (V,): a score for each possible next token
     n_new = 0
     while (token := sampler.sample(logits)) not in stop_tokens:
         yield 0, token

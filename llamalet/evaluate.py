@@ -113,13 +113,13 @@ def report(evaluation: Evaluation, entropy: Entropy | None = None) -> str:
 
 def with_progress(scores: Iterator[Evaluation], n_tokens: int) -> Iterator[Evaluation]:
     """Pass the scores on, and every few seconds print the progress on stderr."""
-    start = told = time.monotonic()
+    start = shown = time.monotonic()
     done = 0
     for score in scores:
         done += score.tokens
         now = time.monotonic()
-        if now - told > PROGRESS_AFTER_S:
-            told = now
+        if now - shown > PROGRESS_AFTER_S:
+            shown = now
             speed = done / (now - start)
             print(f"{done} of about {n_tokens} tokens, {speed:.0f} tokens/s", file=sys.stderr, flush=True)
         yield score

@@ -59,7 +59,7 @@ def generate_batch(
 ) -> Iterator[tuple[int, int | None]]:
     """Return the tokens that continue each of several prompts, as (number of the prompt, token).
 
-    A token is computed when it is asked for. After a text's last token comes (number, None). Up to `batch_size` texts
+    Tokens are computed one by one, on demand. After a text's last token comes (number, None). Up to `batch_size` texts
     share the weights' trip through memory; the others wait and take the places of those that end. Every text is the
     one that its prompt and its settings give alone.
 
