@@ -21,8 +21,8 @@ from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.convert import gguf_file
 from llamalet.convert.imported_model import expand
 from llamalet.errors import ConfigError, UsageError
-from llamalet.model_file.header import HEADER_BYTES, V3_GROUP_SIZES, Header, pack_header
-from llamalet.model_file.quantize import to_bfloat16
+from llamalet.model_file.header import HEADER_BYTES, Header, pack_header
+from llamalet.model_file.quantize import ENCODINGS, to_bfloat16
 
 GGUF_TYPES = {"f32": "F32", "bf16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}
 
@@ -62,7 +62,7 @@ def write_llamalet(path: Path, config: ModelConfig, dtype: str, rng: np.random.G
         dtype: one of DTYPES.
         rng: the source of the weights.
     """
-    group_size, crc = V3_GROUP_SIZES[dtype], 0
+    group_size, crc = ENCODINGS[dtype].group_size, 0
     with open(path, "wb") as file:
         file.write(bytes(HEADER_BYTES))
         for spec in model_file.tensor_specs(3, config, dtype, group_size):

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from configurator import parse
 from corpus.story_grammar import log_prob
+from llamalet.convert import bin_file, formats
+from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, run
 from llamalet.evaluate import report
-from llamalet.model_file.checkpoint import find_best
+from llamalet.model_file.checkpoint import find_best, read_state
 from llamalet.runtime import Model
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents, read_documents
 from llamalet.shards import Shards
 from parity.proof import Proof, prove
-from training import weights
-from training.run import checkpoint
 
 # The version, what v3's matrices are made of, and the name of each file.
 FILES = (
@@ -35,7 +35,7 @@ FLOAT_FILE, TOLD_WITH = "model.bin", "model_v3_q8.bin"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """The options of benchmarks/demo.py."""
+    """The options of `python -m parity.demo`."""
 
     run: str = "out/demo"
     """The folder of the trained run, also as the first word."""
@@ -57,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
     best = find_best(folder)
     if best is None:
         raise CheckpointError(f"{folder}: holds no checkpoint; train one first: python train.py configs/demo.toml")
-    source = checkpoint.load(best)
-    data = Shards.open(source.state.data)
+    source = formats.read("checkpoint", str(best))
+    data = Shards.open(read_state(best)["data"])
     if data.meta.entropy is None:
         raise DataError(f"{data.folder}: has no known entropy; only data from `tinystories.py synthesize` has")
     proofs = [_export(folder / name, version, dtype, source, data) for version, dtype, name in FILES]
@@ -78,12 +78,10 @@ def main(argv: Sequence[str]) -> int:
     return 0 if all(proof.ok for proof in proofs) else FormatError.exit_code
 
 
-def _export(path: Path, version: int, dtype: str | None, source: checkpoint.Checkpoint, data: Shards) -> Proof:
+def _export(path: Path, version: int, dtype: str | None, source: ImportedModel, data: Shards) -> Proof:
     """Write one version and prove it."""
     print(f"exporting and proving {path} ...", flush=True)
-    weights.write_bin(
-        path, version, source.model_config, weights.to_torch(source.model_state), source.tokenizer_path, dtype=dtype
-    )
+    bin_file.write(path, source, version, dtype=dtype)
     return prove(path, originals=source.tensors, data=data)
 
 

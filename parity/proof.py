@@ -116,7 +116,7 @@ class LayeredLogits:
         for layer in range(c.n_layers):
             prefix = f"layers.{layer}."
             names = [name for name in self.tensors if name.startswith(prefix)]
-            state = weights.read_state({name.removeprefix(prefix): self.tensors[name] for name in names})
+            state = weights.to_state_dict({name.removeprefix(prefix): self.tensors[name] for name in names})
             block.load_state_dict(state, assign=True)
             x = block(x, cos, sin)
         norm = torch.from_numpy(np.array(self.tensors["norm"][0 : c.dim]))
@@ -170,7 +170,7 @@ def _in_torch(tensors: Mapping[str, Rows], config: ModelConfig) -> TorchLogits |
     """Return the training model with these weights; of a large one, a layer at a time."""
     if config.n_params > LARGE_PARAMS:
         return LayeredLogits(tensors, config)
-    return TorchLogits(weights.load_model(config, weights.read_state(tensors)), config)
+    return TorchLogits(weights.load_model(config, weights.to_state_dict(tensors)), config)
 
 
 def _compare_weights(proof: Proof, file: model_file.ModelFile, originals: Mapping[str, Rows]) -> None:

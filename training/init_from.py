@@ -1,4 +1,4 @@
-"""The model that a run trains further: another run's, or one in any format that llamalet/convert reads."""
+"""The weights that a run starts from with --init_from: another run's, or a model's in any format."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,35 +8,30 @@ from torch import Tensor
 from corpus.prepare import command_for
 from llamalet.config import ModelConfig
 from llamalet.convert import formats
-from llamalet.errors import CheckpointError, ConfigError
-from llamalet.model_file.checkpoint import MANIFEST, find_best, list_steps
+from llamalet.errors import ConfigError
 from llamalet.shards import Shards
-from training.run import checkpoint
-from training.weights import read_state, to_torch
+from training.weights import to_state_dict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartingPoint:
-    """Weights to begin with; nothing else of what made them."""
+    """Weights to start from, without the optimizer's state or the step."""
 
     name: str
     config: ModelConfig
     state: dict[str, Tensor]
     """The state dict, float32."""
     tokenizer_sha256: str | None
-    """Of its vocabulary, where that is known."""
+    """Identity of its tokenizer, if that is known."""
     tokenizer_path: str | None
-    """What to prepare data with: the file of the vocabulary, or the model that it comes with."""
+    """The model's path as typed, which `tinystories.py pretokenize --vocab` takes too; None if it has no tokenizer."""
 
     def check(self, config: ModelConfig, data: Shards) -> None:
-        """Refuse to train the model further in another shape than its own, or on another vocabulary.
+        """Raise a ConfigError that lists what differs if the run has another shape or vocabulary than these weights.
 
         Args:
             config: the shape to train; the context may differ.
-            data: what to train on.
-
-        Raises:
-            ConfigError: listing what differs, and what to do.
+            data: the data to train on.
         """
         old, new = self.config.to_dict(), config.to_dict()
         differs = [key for key in old if key not in ("max_seq_len", "vocab_size") and old[key] != new[key]]
@@ -52,35 +47,20 @@ class StartingPoint:
 
 
 def read(path: str) -> StartingPoint:
-    """Open the model to train further.
+    """Open the model to start from.
 
     Args:
-        path: a run (its best checkpoint is taken), a checkpoint, or a model in a format that llamalet/convert reads.
+        path: a run's folder (its best checkpoint is taken), a checkpoint, or a model in any other format.
 
     Raises:
-        CheckpointError: if the run has no sound checkpoint, or the checkpoint is damaged.
-        FormatError: if it is damaged, or no model at all.
+        CheckpointError: if the checkpoint is damaged, or the run has no valid one.
+        FormatError: if there is no model, or it is damaged.
     """
-    folder = Path(path)
-    if list_steps(folder):
-        best = find_best(folder)
-        if best is None:
-            raise CheckpointError(f"{folder}: none of its checkpoints is sound")
-        folder = best
-    if (folder / MANIFEST).is_file():
-        found = checkpoint.load(folder)
-        return StartingPoint(
-            name=str(folder),
-            config=found.model_config,
-            state=to_torch(found.model_state),
-            tokenizer_sha256=found.state.tokenizer_sha256,
-            tokenizer_path=str(found.tokenizer_path),
-        )
-    source = formats.read(formats.kind_of(folder), path)
+    source = formats.read(formats.kind_of(Path(path)), path)
     return StartingPoint(
         name=source.name,
         config=source.config,
-        state=read_state(source.tensors),
-        tokenizer_sha256=source.tokenizer.sha256 if source.tokenizer else None,
+        state=to_state_dict(source.tensors),
+        tokenizer_sha256=source.tokenizer.sha256 if source.tokenizer else source.tokenizer_sha256,
         tokenizer_path=path if source.tokenizer else None,
     )

@@ -9,7 +9,7 @@ from llamalet.config import RopeScaling
 from llamalet.convert.imported_model import ImportedModel, build_config, check_shapes, find_tokenizer
 from llamalet.convert.pytorch_file import MATRICES, TorchTensor, check_weights, load, same
 from llamalet.errors import FormatError
-from llamalet.model_file.header import LLAMA2C_NORM_EPS, LLAMA2C_ROPE_THETA
+from llamalet.model_file.header import LLAMA2C
 from llamalet.model_file.tensors import LLAMA3_VOCAB, tensor_specs
 
 SUFFIX = ".weight"
@@ -65,8 +65,8 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
             "n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads,
             "head_dim": dim // n_heads,
             "hidden_dim": found["layers.0.feed_forward.w1"].shape[0],
-            "norm_eps": arguments.get("norm_eps", LLAMA2C_NORM_EPS),
-            "rope_theta": LLAMA2C_ROPE_THETA if rope_theta is None else rope_theta,
+            "norm_eps": arguments.get("norm_eps", LLAMA2C["norm_eps"]),
+            "rope_theta": LLAMA2C["rope_theta"] if rope_theta is None else rope_theta,
             "rope_scaling": rope_scaling,
             "tied": tied,
         },

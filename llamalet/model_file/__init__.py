@@ -4,7 +4,7 @@ May import llamalet's config, errors, files and tokenizer. What an existing file
 a new version, with a reader, a golden file and a line in docs/formats.md.
 """
 
-from llamalet.model_file.header import Header
+from llamalet.model_file.header import Header, llama2c_differences
 from llamalet.model_file.tensors import (
     DEFAULT_DTYPES,
     ModelFile,
@@ -12,7 +12,6 @@ from llamalet.model_file.tensors import (
     Tensor,
     float_version,
     in_memory,
-    llama2c_differences,
     read,
     tensor_specs,
     write,

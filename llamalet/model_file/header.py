@@ -22,15 +22,17 @@ llama2.c's v1 and v2 end at byte 41 and skip the rest, which may be all zero in 
 rope_theta are what its programs hard-code. Source of v0-v2: llama2.c, export.py, run.c and runq.c.
 """
 
+import dataclasses
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError, FormatError
-from llamalet.model_file.quantize import Q4_GROUP_SIZE, Q8_GROUP_SIZE
+from llamalet.model_file.quantize import ENCODINGS
 
 MAGIC = 0x616B3432
 SHAPE = struct.Struct("<7i")
@@ -42,15 +44,13 @@ CHECKSUM = struct.Struct("<I")
 TOKENIZER = struct.Struct("<QIIB")  # offset, length, CRC32, kind
 HEADER_BYTES = 256
 
-# What the matrices of a file are made of. v0 and v1 are f32, v2 is q8 with float32 scales.
-DTYPES = ("f32", "bf16", "q8", "q4")
-# What a tokenizer's file inside can be, by the ending that it would have beside the model.
+# The types of a file's matrices. v0 and v1 are f32, v2 is q8 with float32 scales.
+DTYPES = tuple(ENCODINGS)
+# The kinds of tokenizer files that can be inside, by the suffix that they have next to a model.
 TOKENIZER_KINDS = ("model", "bin", "json", "tiktoken")
-V3_GROUP_SIZES = {"f32": None, "bf16": None, "q8": Q8_GROUP_SIZE, "q4": Q4_GROUP_SIZE}
 
-# llama2.c's constants, and so the meaning of a header without extras.
-LLAMA2C_NORM_EPS = 1e-5
-LLAMA2C_ROPE_THETA = 10000.0
+# The fields of ModelConfig that llama2.c's headers lack, and the values that its programs assume.
+LLAMA2C: dict[str, Any] = {"norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}
 
 # Caps on what a file may claim, far above every model this project is for.
 MAX_WIDTH, MAX_LAYERS, MAX_VOCAB, MAX_CONTEXT = 1 << 18, 1 << 10, 1 << 20, 1 << 20
@@ -155,13 +155,23 @@ def _read_v0(path: Path, head: bytes) -> Header:
     return Header(0, config)
 
 
+def llama2c_differences(config: ModelConfig) -> list[str]:
+    """Return what llama2.c's programs, whose values are constants, take to be something else in this model."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, RopeScaling):
+            return f"llama3's by {value.factor:g}"
+        return "none" if value is None else f"{value:g}"
+
+    found = {name: (getattr(config, name), assumed) for name, assumed in LLAMA2C.items()}
+    return [f"{name} is {shown(a)} (llama2.c: {shown(b)})" for name, (a, b) in found.items() if a != b]
+
+
 @dataclass(frozen=True)
 class _Extras:
-    """The header's facts that llama2.c does not know, with llama2.c's values as defaults."""
+    """The fields that llama2.c does not have; the defaults are what a header without them means."""
 
-    norm_eps: float = LLAMA2C_NORM_EPS
-    rope_theta: float = LLAMA2C_ROPE_THETA
-    rope_scaling: RopeScaling | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=lambda: LLAMA2C)
     tokenizer_sha256: str | None = None
     payload_crc32: int | None = None
     head_dim: int | None = None  # dim / n_heads
@@ -200,7 +210,8 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
     sha256_hex = sha256.hex() if any(sha256) else None
-    return _Extras(eps, theta, rope_scaling, sha256_hex, payload_crc, head_dim, DTYPES[code], section)
+    fields = {"norm_eps": eps, "rope_theta": theta, "rope_scaling": rope_scaling}
+    return _Extras(fields, sha256_hex, payload_crc, head_dim, DTYPES[code], section)
 
 
 def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection, int]:
@@ -220,17 +231,7 @@ def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extra
     """Build the config of a header's integers, refusing what no sane model has before anything is computed."""
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = shape
     head_dim = extras.head_dim
-    values = [
-        dim,
-        hidden_dim,
-        n_layers,
-        n_heads,
-        n_kv_heads,
-        vocab_size,
-        max_seq_len,
-        1 if head_dim is None else head_dim,
-    ]
-    for (name, cap), value in zip(CAPS.items(), values, strict=True):
+    for (name, cap), value in zip(CAPS.items(), [*shape, 1 if head_dim is None else head_dim], strict=True):
         if not 1 <= value <= cap:
             raise FormatError(f"{path}: {name} is {value}: must lie in 1..{cap}")
     if head_dim is None:
@@ -240,8 +241,7 @@ def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extra
     try:
         return ModelConfig(
             dim=dim, hidden_dim=hidden_dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
-            head_dim=head_dim, vocab_size=vocab_size, max_seq_len=max_seq_len, tied=tied,
-            norm_eps=extras.norm_eps, rope_theta=extras.rope_theta, rope_scaling=extras.rope_scaling,
+            head_dim=head_dim, vocab_size=vocab_size, max_seq_len=max_seq_len, tied=tied, **extras.config,
         )  # fmt: skip
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
@@ -250,7 +250,7 @@ def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extra
 def _check_group_size(path: Path, version: int, dtype: str, group_size: int, config: ModelConfig) -> None:
     """Refuse a group size that is not the version's, or in v2 does not divide the rows."""
     if version != 2:
-        expected = V3_GROUP_SIZES[dtype] or 0
+        expected = ENCODINGS[dtype].group_size or 0
         if group_size != expected:
             raise FormatError(f"{path}: group_size {group_size}: must be {expected} in version {version} with {dtype}")
         return

@@ -323,3 +323,28 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
 def _as_float32(x: Floats | NDArray[np.uint16]) -> Floats:
     """Return float32 numbers as they are, and those of bfloat16 bits."""
     return from_bfloat16(x) if x.dtype == np.uint16 else x  # type: ignore[arg-type, return-value]
+
+
+# -- the types of version 3 --------------------------------------------------------------------------------------------
+
+
+class Encoding(NamedTuple):
+    """How version 3 stores a matrix.
+
+    bits: of a weight, without its scale.
+    group_size: columns that share a scale; None if the type has no scales.
+    encode: makes finite float32 (rows, cols) into what is stored.
+    """
+
+    bits: int
+    group_size: int | None
+    encode: Callable[[Floats], Weight]
+
+
+# By the name of the type. A header has its place in this table: new ones go to the end.
+ENCODINGS = {
+    "f32": Encoding(32, None, np.asarray),
+    "bf16": Encoding(16, None, to_bfloat16),
+    "q8": Encoding(8, Q8_GROUP_SIZE, pack_q8),
+    "q4": Encoding(4, Q4_GROUP_SIZE, pack_q4),
+}

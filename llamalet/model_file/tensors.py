@@ -32,15 +32,15 @@ from llamalet.files import replacing
 from llamalet.model_file.header import (
     DTYPES,
     HEADER_BYTES,
-    LLAMA2C_NORM_EPS,
-    LLAMA2C_ROPE_THETA,
-    V3_GROUP_SIZES,
+    LLAMA2C,
     Header,
     TokenizerSection,
+    llama2c_differences,
     pack_header,
     read_header,
 )
 from llamalet.model_file.quantize import (
+    ENCODINGS,
     MAX_GROUP_SIZE,
     MIN_GROUP_SIZE,
     ROW_BLOCK,
@@ -48,11 +48,8 @@ from llamalet.model_file.quantize import (
     Quantized,
     Weight,
     group_size_for,
-    pack_q4,
-    pack_q8,
     packed_shapes,
     quantize,
-    to_bfloat16,
 )
 
 # Payload checksums of larger files are verified on request only.
@@ -132,7 +129,7 @@ class TensorSpec:
         rows, cols = self.shape
         if self.version == 2:
             return Part("i1", self.shape), Part("<f4", (rows, cols // self.group_size))
-        values, scales = packed_shapes(rows, cols, {"q8": 8, "q4": 4}[self.dtype], self.group_size)
+        values, scales = packed_shapes(rows, cols, ENCODINGS[self.dtype].bits, self.group_size)
         return Part("u1", values), Part("<u2", scales)
 
     @property
@@ -146,11 +143,9 @@ class TensorSpec:
 
     def encode(self, weights: NDArray[np.float32]) -> Tensor:
         """Return float32 weights of its shape as the file has them."""
-        if self.group_size is None:
-            return weights if self.dtype == "f32" else to_bfloat16(weights)
-        if self.version == 2:
+        if self.version == 2 and self.group_size is not None:
             return quantize(weights, self.group_size)
-        return pack_q8(weights) if self.dtype == "q8" else pack_q4(weights)
+        return ENCODINGS[self.dtype].encode(weights)
 
     def assemble(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
         """Return the tensor whose parts these are."""
@@ -320,7 +315,7 @@ def write(
     if tokenizer is not None and version != 3:
         raise ConfigError(f"version {version} has no place for a tokenizer; take --version 3")
     dtype = dtype or DEFAULT_DTYPES[version]
-    group_size = {2: group_size_for(config.dim, config.hidden_dim), 3: V3_GROUP_SIZES[dtype]}.get(version)
+    group_size = {2: group_size_for(config.dim, config.hidden_dim), 3: ENCODINGS[dtype].group_size}.get(version)
     specs = list(tensor_specs(version, config, dtype, group_size))
     tables: dict[str, Rows] = {}
     if version == 0:
@@ -340,7 +335,7 @@ def write(
             file.write(data)
         header = Header(version, config, dtype, group_size, tokenizer_sha256, crc, section)
         if version == 0:  # no room for the rest; norm_eps becomes llama2.c's
-            header = Header(0, dataclasses.replace(config, norm_eps=LLAMA2C_NORM_EPS))
+            header = Header(0, dataclasses.replace(config, norm_eps=LLAMA2C["norm_eps"]))
         file.seek(0)
         file.write(pack_header(header))
         file.flush()
@@ -361,7 +356,7 @@ def in_memory(path: Path, config: ModelConfig, tensors: Mapping[str, Rows], dtyp
     Raises:
         NonFiniteError: if a weight is NaN or infinite.
     """
-    header = Header(3, config, dtype, V3_GROUP_SIZES[dtype])
+    header = Header(3, config, dtype, ENCODINGS[dtype].group_size)
     specs = list(tensor_specs(3, config, dtype, header.group_size))
     buffer = mmap.mmap(-1, sum(spec.n_bytes for spec in specs))
     try:
@@ -408,18 +403,6 @@ def check_can_carry(version: int, config: ModelConfig, *, dtype: str | None = No
         raise ConfigError("version 0 cannot say how RoPE is scaled; take --version 1")
     if version == 2 and group_size_for(config.dim, config.hidden_dim) < MIN_GROUP_SIZE:
         _refuse_group(config)
-
-
-def llama2c_differences(config: ModelConfig) -> list[str]:
-    """Return what llama2.c's programs, which hard-code these values, would take to be something else."""
-    found = []
-    if config.norm_eps != LLAMA2C_NORM_EPS:
-        found.append(f"norm_eps is {config.norm_eps:g} (llama2.c: {LLAMA2C_NORM_EPS:g})")
-    if config.rope_theta != LLAMA2C_ROPE_THETA:
-        found.append(f"rope_theta is {config.rope_theta:g} (llama2.c: {LLAMA2C_ROPE_THETA:g})")
-    if config.rope_scaling is not None:
-        found.append("RoPE is scaled (llama2.c: not)")
-    return found
 
 
 def _refuse_group(config: ModelConfig) -> NoReturn:
@@ -503,7 +486,7 @@ def _with_rope_theta(path: Path, header: Header, config: ModelConfig, rope_theta
     if config.vocab_size >= LLAMA3_VOCAB:
         raise FormatError(
             f"{path}: does not say its rope_theta, and with Llama 3's vocabulary ({config.vocab_size}) it is not "
-            f"llama2.c's {LLAMA2C_ROPE_THETA:g}: python export.py NEW.bin --bin {path} --rope_theta 500000"
+            f"llama2.c's {LLAMA2C['rope_theta']:g}: python export.py NEW.bin --bin {path} --rope_theta 500000"
         )
     return config
 

@@ -11,6 +11,7 @@ from toy import SMALL_MODELS, random_tensors
 
 from llamalet import model_file
 from llamalet.config import ModelConfig, RopeScaling
+from llamalet.convert.bin_file import tensors_of
 from llamalet.kernels.transformer import Transformer
 from llamalet.reference import NumpyTransformer
 from training import weights
@@ -56,7 +57,8 @@ def test_torch_numpy_and_kernels_agree(tmp_path, name, version, dtype):
     rounds = file.dtype in ("q8", "q4")
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, config.max_seq_len)
     with torch.inference_mode():
-        expected = weights.load_bin(tmp_path / "m.bin")(torch.from_numpy(tokens)[None])[0].numpy()
+        model = weights.load_model(config, weights.to_state_dict(tensors_of(file)))
+        expected = model(torch.from_numpy(tokens)[None])[0].numpy()
     in_numpy = NumpyTransformer(file).logits(tokens)
     in_kernels = Transformer(file).logits(tokens)
     one_by_one = Transformer(file)

@@ -1,11 +1,16 @@
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from toy import SMALL_MODELS, random_tensors
 
-from llamalet import model_file, tokenizer
+from llamalet import tokenizer
+from llamalet.config import ModelConfig
+from llamalet.convert import bin_file, formats
+from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import NonFiniteError, TokenizerError
 from llamalet.model_file import companions
 from llamalet.model_file.quantize import dequantize
@@ -24,6 +29,10 @@ def vocabulary(tmp_path):
     return path
 
 
+def model_of(config: ModelConfig, tensors: Mapping[str, np.ndarray], vocabulary: Path) -> ImportedModel:
+    return formats.with_tokenizer(ImportedModel(name="toy", config=config, tensors=tensors), vocabulary)
+
+
 @pytest.mark.parametrize(
     ("version", "dtype"), [(0, None), (1, None), (2, None), (3, "f32"), (3, "bf16"), (3, "q8"), (3, "q4")]
 )
@@ -31,10 +40,10 @@ def test_the_training_model_loads_every_version(tmp_path, version, dtype, small_
     torch.manual_seed(0)
     model = Llama(small_config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights.write_bin(tmp_path / "m.bin", version, small_config, model.state_dict(), vocabulary, dtype=dtype)
-    loaded = weights.load_bin(tmp_path / "m.bin")
+    source = model_of(small_config, weights.to_arrays(model.state_dict()), vocabulary)
+    file = bin_file.write(tmp_path / "m.bin", source, version, dtype=dtype)
+    loaded = weights.load_model(file.config, weights.to_state_dict(bin_file.tensors_of(file)))
     assert loaded.config == small_config and not loaded.training
-    file = model_file.read(tmp_path / "m.bin")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(model.state_dict()[name], before[name])  # exporting changed nothing
         np.testing.assert_array_equal(tensor.numpy(), dequantize(file.tensors[name.removesuffix(".weight")]))
@@ -49,8 +58,7 @@ def test_the_training_model_loads_every_version(tmp_path, version, dtype, small_
 
 def test_the_tokenizer_goes_beside_the_file(tmp_path, vocabulary):
     config = SMALL_MODELS["gqa-tied"]
-    state = weights.to_state(random_tensors(config))
-    written = weights.write_bin(tmp_path / "story.bin", 1, config, state, vocabulary)
+    written = bin_file.write(tmp_path / "story.bin", model_of(config, random_tensors(config), vocabulary), 1)
     assert companions.beside(tmp_path / "story.bin") == tmp_path / "story.tokenizer.bin"
     assert (tmp_path / "story.tokenizer.bin").read_bytes() == vocabulary.read_bytes()
     assert written.tokenizer_sha256 == tokenizer.load(vocabulary).sha256
@@ -58,32 +66,31 @@ def test_the_tokenizer_goes_beside_the_file(tmp_path, vocabulary):
 
 def test_llama2c_s_layout_of_the_tokenizer_is_for_its_versions(tmp_path, shared_data):
     config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=32000)
-    state = weights.to_state(random_tensors(config))
+    source = model_of(config, random_tensors(config), shared_data / "llama2-tokenizer.model")
     for version, expected in ((1, {".bin", ".model"}), (3, set())):
         folder = tmp_path / str(version)
-        weights.write_bin(folder / "m.bin", version, config, state, shared_data / "llama2-tokenizer.model")
+        bin_file.write(folder / "m.bin", source, version)
         assert {path.suffix for path in folder.glob("m.tokenizer.*")} == expected
 
 
-def test_a_tokenizer_of_another_size_is_refused_before_anything_is_written(tmp_path, vocabulary):
+def test_a_tokenizer_of_another_size_is_refused(vocabulary):
     config = SMALL_MODELS["gqa-tied"]
     vocabulary.write_bytes(tokenizer.pack(tokenizer.load(vocabulary).pieces()[:-1]))
     with pytest.raises(TokenizerError, match="299"):
-        weights.write_bin(tmp_path / "m.bin", 1, config, weights.to_state(random_tensors(config)), vocabulary)
-    assert not (tmp_path / "m.bin").exists()
+        model_of(config, random_tensors(config), vocabulary)
 
 
 def test_a_non_finite_model_is_not_exported(tmp_path, vocabulary):
     config = SMALL_MODELS["gqa-tied"]
-    state = weights.to_state(random_tensors(config))
-    state["layers.1.feed_forward.w2.weight"][3, 4] = float("inf")
+    tensors = random_tensors(config)
+    tensors["layers.1.feed_forward.w2"][3, 4] = float("inf")
     with pytest.raises(NonFiniteError, match=r"layers\.1\.feed_forward\.w2"):
-        weights.write_bin(tmp_path / "m.bin", 1, config, state, vocabulary)
+        bin_file.write(tmp_path / "m.bin", model_of(config, tensors, vocabulary), 1)
 
 
 def test_unknown_and_missing_names_are_refused():
     config = SMALL_MODELS["gqa-tied"]
-    state = weights.to_state(random_tensors(config))
+    state = weights.to_state_dict(random_tensors(config))
     state["_orig_mod.norm.weight"] = state.pop("norm.weight")
     with pytest.raises(RuntimeError, match="norm.weight"):
         weights.load_model(config, state)
@@ -91,5 +98,5 @@ def test_unknown_and_missing_names_are_refused():
 
 def test_an_earlier_exports_tokenizer_does_not_stay_beside_the_model(tmp_path, small_config, vocabulary):
     (tmp_path / "m.tokenizer.model").write_bytes(b"of an earlier export")
-    weights.write_bin(tmp_path / "m.bin", 1, small_config, Llama(small_config).state_dict(), vocabulary)
+    bin_file.write(tmp_path / "m.bin", model_of(small_config, random_tensors(small_config), vocabulary), 1)
     assert companions.beside(tmp_path / "m.bin") == tmp_path / "m.tokenizer.bin"

@@ -32,6 +32,8 @@ from toy import SMALL_MODELS, random_tensors, toy_data, toy_state, toy_tokenizer
 
 import train
 from llamalet import errors, model_file
+from llamalet.convert import bin_file
+from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import CheckpointError, DiskError, LockedError, NonFiniteError
 from llamalet.model_file.checkpoint import (
     MANIFEST,
@@ -43,8 +45,6 @@ from llamalet.model_file.checkpoint import (
     list_steps,
     step_of,
 )
-from llamalet.tokenizer import write_bin as write_tokenizer
-from training import weights
 from training.run import checkpoint, run_folder
 
 CONFIG = SMALL_MODELS["gqa-tied"]
@@ -565,12 +565,15 @@ def test_the_search_finds_what_it_looks_for(source):
 @pytest.mark.campaign("kill -9 before each file operation of an export")
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_killed_export_leaves_the_old_model_or_the_new_one(tmp_path, earlier, record_property):
-    states = [weights.to_state(random_tensors(CONFIG, seed)) for seed in (0, 1)]
+    vocabulary = toy_tokenizer(CONFIG.vocab_size)
+    models = [
+        ImportedModel(name="toy", config=CONFIG, tensors=random_tensors(CONFIG, seed), tokenizer=vocabulary)
+        for seed in (0, 1)
+    ]
     (tmp_path / "template").mkdir()
-    write_tokenizer(tmp_path / "tokenizer.bin", toy_tokenizer(CONFIG.vocab_size))
     if earlier:
-        weights.write_bin(tmp_path / "template" / "model.bin", 1, CONFIG, states[0], tmp_path / "tokenizer.bin")
-    weights.write_bin(tmp_path / "new.bin", 1, CONFIG, states[1], tmp_path / "tokenizer.bin")
+        bin_file.write(tmp_path / "template" / "model.bin", models[0], 1)
+    bin_file.write(tmp_path / "new.bin", models[1], 1)
     whole = {
         hashlib.sha256(path.read_bytes()).hexdigest()
         for path in tmp_path.rglob("*.bin")
@@ -582,7 +585,7 @@ def test_a_killed_export_leaves_the_old_model_or_the_new_one(tmp_path, earlier, 
 
         def work(tell: Told, target: Path = run_dir / "model.bin", at: int = at) -> None:
             FileSystem(at, kill)
-            weights.write_bin(target, 1, CONFIG, states[1], tmp_path / "tokenizer.bin")
+            bin_file.write(target, models[1], 1)
 
         code, _, words = forked(work)
         assert code in (0, -signal.SIGKILL), words
