@@ -19,7 +19,7 @@ demo: .venv/train  ## write a corpus, train a small model, export it, prove it, 
 	$(RUN) train.py configs/demo.toml --overwrite
 	$(RUN) -m parity.demo out/demo
 
-# Two processes at a time: about half of what the tests do is to wait. Each has its kernels in two threads.
+# In two processes, because the tests spend half of their time waiting.
 test: .venv/dev  ## run every test (offline, CPU, minutes)
 	$(RUN) -m pytest --numprocesses=2 --dist=worksteal
 

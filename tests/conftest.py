@@ -1,6 +1,7 @@
 """Command-line options, markers and fixtures that tests of every folder use."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before numpy and torch are imported: threads that wait must leave the cores to the tests in the other process.
@@ -29,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "campaign(name): tries many cases, and all of them with --torture")
     config.addinivalue_line("markers", "simd_path: depends on the processor's instructions; run on every path")
     config.addinivalue_line("markers", "trains: starts training in other processes; not in `make test-fast`")

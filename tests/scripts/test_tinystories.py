@@ -650,8 +650,11 @@ def test_stopping_the_command_stops_its_workers(sent, to_group, status):
     while not list(Path().glob("data/synthetic/.train.jsonl.tmp-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
-    (os.killpg if to_group else os.kill)(process.pid, sent)
-    _, err = process.communicate(timeout=60)  # ends only when the workers, too, have closed the pipes
+    try:
+        (os.killpg if to_group else os.kill)(process.pid, sent)
+        _, err = process.communicate(timeout=60)  # ends only when the workers, too, have closed the pipes
+    finally:
+        process.kill()
     assert process.returncode == status, err
     if status == 130:
         assert err == "error: stopped by Ctrl-C\n"
