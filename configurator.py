@@ -69,6 +69,5 @@ def read_toml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
     values = {key.replace("-", "_"): value for key, value in table.items()}
     problems = [f"{path}: {unknown_option(key, options)}" for key in table if key.replace("-", "_") not in options]
     problems += [f"{path}: {key}: must be one value" for key, value in table.items() if isinstance(value, dict | list)]
-    if problems:
-        raise ConfigError.from_problems(problems)
+    ConfigError.raise_for(problems)
     return {name: options[name].convert(str(value)) for name, value in values.items()}

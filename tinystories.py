@@ -31,7 +31,6 @@ from corpus.prepare import (
     DATA_DIR,
     PretokenizeConfig,
     TextConfig,
-    check_positive,
     check_vocab_size,
     find_source,
     prepare_shards,
@@ -43,7 +42,7 @@ from corpus.sources import DEFAULT_SOURCE, NAMED_SOURCES
 from corpus.synthetic import synthesize
 from corpus.workers import Workers
 from llamalet import errors
-from llamalet.errors import ConfigError, UsageError
+from llamalet.errors import ConfigError, UsageError, not_positive
 
 Config = TypeVar("Config")
 
@@ -65,7 +64,7 @@ class DownloadConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        check_positive(max_files=self.max_files)
+        ConfigError.raise_for(not_positive(self, "max_files"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ class SynthesizeConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        check_positive(stories=self.stories, val_stories=self.val_stories, workers=self.workers)
+        ConfigError.raise_for(not_positive(self, "stories", "val_stories", "workers"))
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must not be negative")
         if self.size is not None and (self.stories is not None or not self.size_bytes):

@@ -37,7 +37,7 @@ from benchmarks import training as speed
 from benchmarks.harness import save_chart
 from configurator import parse
 from llamalet.config import IGNORED, ModelConfig
-from llamalet.errors import ConfigError, UsageError, run
+from llamalet.errors import ConfigError, UsageError, not_positive, run
 from llamalet.files import replacing
 from llamalet.model_file.checkpoint import find_best
 from llamalet.shards import Shards
@@ -100,15 +100,13 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
-        names = ("batch_size", "max_seq_len", "tokens", "seeds", "turns")
-        problems = [f"{name}={getattr(self, name)}: must be positive" for name in names if getattr(self, name) < 1]
+        problems = not_positive(self, "batch_size", "max_seq_len", "tokens", "seeds", "turns")
         problems += [f"shares={share}: must lie in (0, 1]" for share in self.shares if not 0 < share <= 1]
         if self.peer_train is not None and not (Path(self.peer_train) / "train.py").is_file():
             problems.append(f"peer_train={self.peer_train}: has no train.py")
         if self.time and self.peer_train is None:
             problems.append("time: needs --peer_train=PATH/llama2.c")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
     def steps(self, share: float, accumulation: int = 1) -> int:
         """Return the optimizer steps of a run on a share of the tokens, a multiple of POINTS."""

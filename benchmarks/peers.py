@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.report import LLAMA_CPP, LLAMA_CPP_FLASH
 from llamalet import model_file, tokenizer
-from llamalet.config import ModelConfig, rope_frequencies
+from llamalet.config import ModelConfig
 from llamalet.convert import gguf_file
 from llamalet.convert.imported_model import expand
 from llamalet.errors import ConfigError, UsageError
@@ -108,43 +108,23 @@ def write_gguf(path: Path, config: ModelConfig, dtype: str, rng: np.random.Gener
         import gguf
     except ImportError:
         raise ConfigError("llama.cpp's files need the gguf package: pip install gguf") from None
-    c = config
     writer = gguf.GGUFWriter(None, "llama")
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_context_length(c.max_seq_len)
-    writer.add_embedding_length(c.dim)
-    writer.add_block_count(c.n_layers)
-    writer.add_feed_forward_length(c.hidden_dim)
-    writer.add_head_count(c.n_heads)
-    writer.add_head_count_kv(c.n_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
+    gguf_file.add_shape(writer, config)
     writer.add_tokenizer_model("no_vocab")
     types = {1: gguf.GGMLQuantizationType.F32, 2: gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]}
-    names = expand(gguf_file.NAMES, c.n_layers)
+    names = expand(gguf_file.NAMES, config.n_layers)
     shapes = {names[spec.name]: spec.shape for spec in model_file.tensor_specs(1, config)}
-    if c.rope_scaling is not None:
-        shapes[gguf_file.ROPE_FACTORS] = (c.head_dim // 2,)
+    if config.rope_scaling is not None:
+        shapes[gguf_file.ROPE_FACTORS] = (config.head_dim // 2,)
     for name, shape in shapes.items():
-        block, block_bytes = gguf.GGML_QUANT_SIZES[types[len(shape)]]
-        n_bytes = int(np.prod(shape)) // block * block_bytes
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=types[len(shape)])
+        gguf_file.add_tensor_info(writer, name, shape, types[len(shape)])
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, shape in shapes.items():
-        weights = _rope_factors(c) if name == gguf_file.ROPE_FACTORS else random_weights(rng, shape)
+        weights = gguf_file.rope_factors(config) if name == gguf_file.ROPE_FACTORS else random_weights(rng, shape)
         writer.write_tensor_data(gguf.quants.quantize(weights, types[len(shape)]))
     writer.close()
-
-
-def _rope_factors(config: ModelConfig) -> NDArray[np.float32]:
-    """Return the divisors of RoPE's frequencies by which GGUF represents Llama 3's scaling: (D / 2,)."""
-    plain = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    return (plain / rope_frequencies(config)).astype(np.float32)
 
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------

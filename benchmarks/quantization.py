@@ -22,7 +22,7 @@ from benchmarks.harness import aligned
 from configurator import parse
 from corpus import story_grammar
 from llamalet import model_file
-from llamalet.errors import ConfigError, DataError, run
+from llamalet.errors import ConfigError, DataError, not_positive, run
 from llamalet.model_file.companions import load_tokenizer
 from llamalet.model_file.quantize import Floats, Packed, Quantized, Weight, dequantize, pack_q4, pack_q8, to_bfloat16
 from llamalet.reference import NumpyTransformer
@@ -50,8 +50,7 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.stories < 1:
-            raise ConfigError(f"stories={self.stories}: must be positive")
+        ConfigError.raise_for(not_positive(self, "stories"))
 
 
 class Row(NamedTuple):

@@ -73,8 +73,7 @@ class RollingConfig:
             problems.append(f"streams={self.streams}: must lie between 1 and {MAX_BATCH}")
         if self.keep < 0:
             problems.append(f"keep={self.keep}: must not be negative")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
 
 class CutCache(KVCache):

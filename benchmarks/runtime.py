@@ -30,7 +30,7 @@ from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
 from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.errors import ConfigError, UsageError, run
+from llamalet.errors import ConfigError, UsageError, not_positive, run
 from llamalet.kernels.threads import thread_count
 from llamalet.kernels.transformer import Transformer
 from llamalet.kv_cache import KVCache
@@ -121,20 +121,17 @@ class RuntimeBenchConfig:
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
-        problems = []
+        problems = not_positive(self, "turns")
         for option, known in (("shapes", SHAPES), ("dtypes", DTYPES), ("figures", FIGURES)):
             unknown = [name for name in self.names(option) if name not in known]
             problems += [f"{option}={name}: must be one of {', '.join(known)}" for name in unknown]
         if self.tokens is not None and not 2 <= self.tokens <= CONTEXT:
             problems.append(f"tokens={self.tokens}: must lie between 2 and {CONTEXT}")
-        if self.turns < 1:
-            problems.append(f"turns={self.turns}: must be positive")
         for option in ("peer_llama_bench", "peer_batched_bench", "peer_run", "peer_runq"):
             path = getattr(self, option)
             if path is not None and not os.access(path, os.X_OK):
                 problems.append(f"{option}={path}: not an executable program")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
     def names(self, option: str) -> list[str]:
         """Return the names listed in an option."""
@@ -361,7 +358,7 @@ def measure_start(contest: Contest, transformer: Transformer) -> Iterator[tuple[
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         if not os.read(process.stdout.fileno(), 1):
-            raise UsageError(f"{' '.join(command)}: told no story")
+            raise UsageError(f"{' '.join(command)}: printed nothing")
         yield "start", time.perf_counter() - start
         while os.read(process.stdout.fileno(), 4096):
             resident = peak_resident_bytes(process.pid) or resident

@@ -37,7 +37,7 @@ from benchmarks.harness import OUT, aligned, log, machine, one_line, peak_reside
 from benchmarks.report import Key, Results
 from configurator import parse
 from llamalet import shards, tokenizer
-from llamalet.errors import ConfigError, UsageError, run
+from llamalet.errors import ConfigError, UsageError, not_positive, run
 from llamalet.shards import Meta, Split, TokenBlock
 from training.config import TrainConfig
 from training.machine.distributed import Processes, find_device
@@ -101,17 +101,12 @@ class TrainingBenchConfig:
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
-        problems = [
-            f"{name}={getattr(self, name)}: must be positive"
-            for name in ("batch_size", "turns", "steps", "threads", "peak_tflops")
-            if getattr(self, name) is not None and not getattr(self, name) > 0
-        ]
+        problems = not_positive(self, "batch_size", "turns", "steps", "threads", "peak_tflops")
         unknown = [name for name in self.shapes.split(",") if name not in SHAPES]
         problems += [f"shapes={name}: must be one of {', '.join(SHAPES)}" for name in unknown]
         if self.peer_train is not None and not (Path(self.peer_train) / "train.py").is_file():
             problems.append(f"peer_train={self.peer_train}: has no train.py")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
     def shape(self, name: str, device: torch.device) -> dict[str, int]:
         """Return train.py's options for a shape."""
@@ -302,14 +297,14 @@ def make_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: 
     trainer.compile()
     compile_s = time.perf_counter() - start if rung.compile else 0.0
     trainer.optimizer_step()
-    forward(trainer)
+    forward_only(trainer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return trainer, compile_s
 
 
 @torch.no_grad()
-def forward(trainer: Trainer) -> None:
+def forward_only(trainer: Trainer) -> None:
     """Run the forward pass alone, as in an evaluation."""
     trainer.model.eval()
     trainer.loss(trainer.model, trainer.training_batch(0))
@@ -321,7 +316,7 @@ def take_turn(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: str
     trainer, _ = make_trainer(options, rung, device_name)
     device = trainer.group.device
     figures = {}
-    for figure, work in (("step", trainer.optimizer_step), ("forward", lambda: forward(trainer))):
+    for figure, work in (("step", trainer.optimizer_step), ("forward", lambda: forward_only(trainer))):
         wait_for(device)
         start = time.perf_counter()
         for _ in range(steps):

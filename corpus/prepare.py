@@ -21,7 +21,7 @@ from corpus.pretokenize import check_source, check_tokenizer, pretokenize
 from corpus.sources import Source, open_source
 from corpus.workers import Workers
 from llamalet.convert import formats
-from llamalet.errors import ConfigError, DataError
+from llamalet.errors import ConfigError, DataError, not_positive
 from llamalet.files import replacing
 from llamalet.shards import DATA_ROOT, SPLITS, Meta, Shards
 
@@ -71,7 +71,7 @@ class PretokenizeConfig(TextConfig):
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         super().__post_init__()
-        check_positive(max_documents=self.max_documents, workers=self.workers)
+        ConfigError.raise_for(not_positive(self, "max_documents", "workers"))
         if self.vocab_size is not None:
             check_vocab_size(self.vocab_size)
 
@@ -196,13 +196,6 @@ def command_for(data: Shards, vocab: str) -> str:
 def progress_bar(what: str, total: int | None) -> "tqdm[Any]":
     """Return a progress bar over bytes of text, hidden unless stderr is a terminal."""
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None)
-
-
-def check_positive(**numbers: int | None) -> None:
-    """Raise one ConfigError that names every number below 1."""
-    problems = [f"{name}={n}: must be positive" for name, n in numbers.items() if n is not None and n < 1]
-    if problems:
-        raise ConfigError.from_problems(problems)
 
 
 def check_vocab_size(vocab_size: int) -> None:

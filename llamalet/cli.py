@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from llamalet import __version__, console
 from llamalet.chat import Chat
-from llamalet.errors import ConfigError, DataError, FormatError, UsageError, run
+from llamalet.errors import ConfigError, DataError, FormatError, UsageError, not_positive, run
 from llamalet.generate import check_prompt, generate_batch
 from llamalet.options import read_options
 from llamalet.runtime import BACKENDS, Model
@@ -119,13 +119,10 @@ class SampleOptions(SamplingConfig, ModelOptions):
             problems.append(f"num_samples={self.num_samples}: must be at most {MAX_STORIES}")
         if self.num_samples > 1 and self.steps == 0 and self.overflow == "roll" and self.ignore_eos:
             problems.append(f"num_samples={self.num_samples}: the first story would never end; give -n a number")
-        for name in ("max_new_tokens", "num_samples", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                problems.append(f"{name}={value}: must be positive")
+        problems += not_positive(self, "max_new_tokens", "num_samples", "threads")
         if self.model == "":
             problems.append("model='': must name a file or folder")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
     @property
     def sampling(self) -> SamplingConfig:

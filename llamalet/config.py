@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.errors import ConfigError
+from llamalet.errors import ConfigError, not_positive
 
 IGNORED = -1
 """A training target with this value does not count towards the loss."""
@@ -42,8 +42,7 @@ class RopeScaling:
             )
         if self.original_max_seq_len < 1:
             problems.append(f"rope_scaling.original_max_seq_len={self.original_max_seq_len}: must be positive")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +64,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
-        problems = []
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_seq_len"):
-            value = getattr(self, name)
-            if value < 1:
-                problems.append(f"{name}={value}: must be positive")
+        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_seq_len")
+        problems = not_positive(self, *sizes)
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads={self.n_heads}: must be a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
@@ -78,8 +74,7 @@ class ModelConfig:
             problems.append(f"norm_eps={self.norm_eps}: must lie between 0 and 1")
         if not 0 < self.rope_theta < math.inf:
             problems.append(f"rope_theta={self.rope_theta}: must be positive")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
     @classmethod
     def create(

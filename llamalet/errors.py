@@ -9,8 +9,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, Self
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -33,9 +33,10 @@ class ConfigError(LlamaletError, ValueError):
     exit_code = 2
 
     @classmethod
-    def from_problems(cls, problems: Iterable[str]) -> Self:
-        """Put all `problems` into one error, so that the user can fix them together."""
-        return cls("; ".join(problems))
+    def raise_for(cls, problems: Sequence[str]) -> None:
+        """Raise one error with all `problems`, if there are any, so that the user can fix them together."""
+        if problems:
+            raise cls("; ".join(problems))
 
 
 class DataError(LlamaletError, ValueError):
@@ -78,6 +79,12 @@ class DiskError(LlamaletError, OSError):
     """A file that could not be written."""
 
     exit_code = 8
+
+
+def not_positive(config: object, *names: str) -> list[str]:
+    """Return a problem for each of the named fields that is not above 0; None is allowed."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"{name}={n}: must be positive" for name, n in values.items() if n is not None and not n > 0]
 
 
 class Parser(argparse.ArgumentParser):

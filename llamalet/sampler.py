@@ -80,8 +80,7 @@ class SamplingConfig:
             problems.append(f"overflow={self.overflow!r}: must be one of {', '.join(get_args(Overflow))}")
         if self.keep < 0:
             problems.append(f"keep={self.keep}: must not be negative")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
     @classmethod
     def create(cls, base: Self | None, options: Mapping[str, Any]) -> Self:

@@ -23,6 +23,7 @@ DATA_ROOT = "data"
 META_FILE = "meta.json"
 META_FORMAT = "llamalet shards"
 META_VERSION = 1
+META_FIELDS = ("bos_id", "eos_id", "vocab_size", "tokenizer", "tokenizer_sha256")
 SPLITS = ("train", "val")
 
 Ids = NDArray[np.integer[Any]]
@@ -119,20 +120,10 @@ class Meta:
             }
             for name, split in self.splits.items()
         }
-        return {
-            "format": META_FORMAT,
-            "version": META_VERSION,
-            "source": self.source,
-            "recipe": dict(self.recipe),
-            "dtype": self.dtype.name,
-            "bos_id": self.bos_id,
-            "eos_id": self.eos_id,
-            "vocab_size": self.vocab_size,
-            "tokenizer": self.tokenizer,
-            "tokenizer_sha256": self.tokenizer_sha256,
-            "splits": splits,
-            "entropy": dataclasses.asdict(self.entropy) if self.entropy else None,
-        }
+        entropy = dataclasses.asdict(self.entropy) if self.entropy else None
+        first = {"format": META_FORMAT, "version": META_VERSION, "source": self.source, "recipe": dict(self.recipe)}
+        rest = {name: getattr(self, name) for name in META_FIELDS}
+        return first | {"dtype": self.dtype.name} | rest | {"splits": splits, "entropy": entropy}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
@@ -150,8 +141,7 @@ class Meta:
             splits = {
                 name: Split(tuple(Shard(**shard) for shard in table["splits"][name]["shards"])) for name in SPLITS
             }
-            rest = {key: table[key] for key in ("source", "recipe", "bos_id", "eos_id", "vocab_size")}
-            rest |= {key: table[key] for key in ("tokenizer", "tokenizer_sha256")}
+            rest = {name: table[name] for name in ("source", "recipe", *META_FIELDS)}
             meta = cls(splits=splits, entropy=Entropy(**table["entropy"]) if table["entropy"] else None, **rest)
             written = meta.to_dict()
         except KeyError as error:
@@ -339,7 +329,7 @@ def write_shard(path: Path, blocks: Iterable[TokenBlock], vocab_size: int) -> Sh
         The file's entry for meta.json.
 
     Raises:
-        DataError: if there are no tokens, or an id lies outside the vocabulary.
+        DataError: if there are no tokens, or an id is outside the vocabulary.
         DiskError: if the disk is full or fails.
     """
     dtype = id_dtype(vocab_size).newbyteorder("<")

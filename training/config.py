@@ -172,8 +172,7 @@ class TrainConfig:
             problems.append(f"save_every={self.save_every}: must be steps, as in 500, or a time, as in 90s, 15m, 2h")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.append(f"dtype={self.dtype}: must be auto, float32 or bfloat16")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
     @property
     def save_steps(self) -> int | None:

@@ -42,8 +42,7 @@ class StartingPoint:
                 f"({self.config.vocab_size}); prepare the text with that one: "
                 f"{command_for(data, self.tokenizer_path or 'ITS_TOKENIZER')}"
             )
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
 
 def read(path: str) -> StartingPoint:

@@ -28,8 +28,7 @@ def check(resumed: Checkpoint, config: TrainConfig, model_config: ModelConfig, d
         problems.append(f"optimizer={config.optimizer}: the checkpoint has {optimizer}'s state")
     if resumed.state.tokenizer_sha256 != data.tokenizer_sha256:
         problems.append(f"{data.folder}: its vocabulary is not that of {resumed.state.data}, which the run used")
-    if problems:
-        raise ConfigError.from_problems(problems)
+    ConfigError.raise_for(problems)
 
 
 def changes(state: RunState, config: TrainConfig, machine: Mapping[str, Any]) -> list[str]:

@@ -272,7 +272,7 @@ def _shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _factors(config: ModelConfig) -> Floats:
+def rope_factors(config: ModelConfig) -> Floats:
     """Return what llama3's scaling divides each frequency by, float32 (D / 2,)."""
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
     return (plain / rope_frequencies(config)).astype(np.float32)
@@ -285,7 +285,7 @@ def _scaling_of(path: Path, config: ModelConfig, factors: NDArray[np.float64]) -
         FormatError: if no factor with Llama 3.1's constants does.
     """
     scaling = llama3_scaling(max(1.0, round(float(factors.max()), 4)))
-    expected = _factors(dataclasses.replace(config, rope_scaling=scaling))
+    expected = rope_factors(dataclasses.replace(config, rope_scaling=scaling))
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise FormatError(f"{path}: {ROPE_FACTORS} is not what Llama 3.1's RoPE scaling gives with any factor")
     return scaling
@@ -381,14 +381,14 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
     plan: list[tuple[str, str, Any]] = []
     if config.rope_scaling is not None:
         plan.append((ROPE_FACTORS, ROPE_FACTORS, kinds.F32))
-        _add_info(writer, ROPE_FACTORS, (config.head_dim // 2,), kinds.F32)
+        add_tensor_info(writer, ROPE_FACTORS, (config.head_dim // 2,), kinds.F32)
     for spec in tensor_specs(1, config):
         kind = kinds.F32 if len(spec.shape) == 1 else kinds[DTYPES[dtype][0]]
         if kind in (kinds.Q8_0, kinds.Q4_0) and spec.shape[-1] % BLOCK:
             kind = kinds.F16
             others.append(spec.name)
         plan.append((spec.name, names[spec.name], kind))
-        _add_info(writer, names[spec.name], spec.shape, kind)
+        add_tensor_info(writer, names[spec.name], spec.shape, kind)
     with replacing(path) as file:
         # The writer's own way to a file opens it by name: here it is given one, as its state machine allows.
         writer.fout, writer.state = [file], type(writer.state).EMPTY
@@ -396,7 +396,7 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for ours, _, kind in plan:
-            tensor = _factors(config) if ours == ROPE_FACTORS else source.tensors[ours]
+            tensor = rope_factors(config) if ours == ROPE_FACTORS else source.tensors[ours]
             writer.write_padding(file, file.tell())
             for data in _encoded(ours, tensor, kind):
                 file.write(data)
@@ -404,7 +404,7 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
     return others
 
 
-def _add_info(writer: "gguf.GGUFWriter", name: str, shape: tuple[int, ...], kind: Any) -> None:
+def add_tensor_info(writer: "gguf.GGUFWriter", name: str, shape: tuple[int, ...], kind: Any) -> None:
     """Announce a tensor."""
     block, block_bytes = _package().GGML_QUANT_SIZES[kind]
     n_bytes = math.prod(shape) // block * block_bytes
@@ -422,10 +422,26 @@ def _encoded(name: str, tensor: Rows, kind: Any) -> Iterator[memoryview]:
 
 def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, name: str, file_type: Any) -> None:
     """Put the model's shape and its tokenizer into the metadata."""
-    c = source.config
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(_package().GGML_QUANT_VERSION)
+    add_shape(writer, source.config)
+    assert source.tokenizer is not None  # check_can_carry
+    if _is_llama3(source.tokenizer):
+        _add_llama3(writer, byte_level.table(source.tokenizer, source.tokenizer_data))
+    else:
+        _add_llama2(writer, source.tokenizer)
+    writer.add_bos_token_id(source.tokenizer.bos_id)
+    writer.add_eos_token_id(source.tokenizer.eos_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    if source.chat_template is not None:
+        writer.add_chat_template(source.chat_template)
+
+
+def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
+    """Put a model's shape into the metadata."""
+    c = config
     writer.add_vocab_size(c.vocab_size)
     writer.add_context_length(c.max_seq_len)
     writer.add_embedding_length(c.dim)
@@ -438,17 +454,6 @@ def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, name: str, fil
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_theta)
-    assert source.tokenizer is not None  # check_can_carry
-    if _is_llama3(source.tokenizer):
-        _add_llama3(writer, byte_level.table(source.tokenizer, source.tokenizer_data))
-    else:
-        _add_llama2(writer, source.tokenizer)
-    writer.add_bos_token_id(source.tokenizer.bos_id)
-    writer.add_eos_token_id(source.tokenizer.eos_id)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    if source.chat_template is not None:
-        writer.add_chat_template(source.chat_template)
 
 
 def _is_llama3(vocabulary: Tokenizer) -> bool:

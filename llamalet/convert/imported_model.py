@@ -240,8 +240,7 @@ def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
             else:
                 values[key] = float(value)
     try:
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
         return ModelConfig(**values)
     except ConfigError as error:
         raise FormatError(f"{name}: {error}") from None

@@ -56,7 +56,7 @@ class SentencePieceTokenizer(Tokenizer):
         if bos_id < 0 or eos_id < 0:
             raise TokenizerError(f"{name}: bos_id={bos_id}, eos_id={eos_id}: the vocabulary must have both")
         rows = {bos_id: BOS_ROW, eos_id: EOS_ROW}
-        self._pieces = [(rows.get(id, text), score) for id, text, score in zip(ids, texts, scores, strict=True)]
+        self._rows = [(rows.get(id, text), score) for id, text, score in zip(ids, texts, scores, strict=True)]
         special = {}
         for id in ids:
             if self._processor.is_byte(id):
@@ -67,10 +67,6 @@ class SentencePieceTokenizer(Tokenizer):
         first = self._processor.id_to_piece(self._processor.encode("a")[:1])
         adds_space = bool(first) and first[0].startswith(SPACE_MARK)
         super().__init__(texts, bos_id=bos_id, eos_id=eos_id, special=special, adds_space=adds_space)
-
-    def pieces(self) -> list[TokenizerRow]:
-        """Return (bytes, score) per id, the rows of its tokenizer.bin."""
-        return self._pieces
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -101,11 +97,7 @@ class BinTokenizer(MergingTokenizer):
         texts[:FIRST_TEXT_ID] = [b""] * N_CONTROLS + [bytes([byte]) for byte in range(N_BYTES)]
         special = {"<unk>": 0, "<s>": BOS_ID, "</s>": EOS_ID}
         super().__init__(texts, bos_id=BOS_ID, eos_id=EOS_ID, special=special, adds_space=True)
-        self._pieces = pieces
-
-    def pieces(self) -> list[TokenizerRow]:
-        """Return (bytes, score) per id."""
-        return self._pieces
+        self._rows = pieces
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
@@ -115,9 +107,9 @@ class BinTokenizer(MergingTokenizer):
     @functools.cached_property
     def _ranks(self) -> dict[str, int]:
         """The rank of each piece's score: 0 is the highest score, equal scores share a rank."""
-        scores = sorted({score for _, score in self._pieces}, reverse=True)
+        scores = sorted({score for _, score in self._rows}, reverse=True)
         rank = {score: number for number, score in enumerate(scores)}
-        return {piece: rank[self._pieces[id][1]] for piece, id in self._ids.items()}
+        return {piece: rank[self._rows[id][1]] for piece, id in self._ids.items()}
 
     @functools.cached_property
     def _words_are_apart(self) -> bool:

@@ -68,11 +68,7 @@ class Llama3Tokenizer(MergingTokenizer):
             adds_space=False,
         )
         self.suffix = suffix  # type: ignore[misc]
-        self._pieces = pieces
-
-    def pieces(self) -> list[TokenizerRow]:
-        """Return (bytes, id) per id; a special token's bytes are its name."""
-        return self._pieces
+        self._rows = pieces
 
     def _words(self, text: str) -> list[str]:
         words: list[str] = self._find_words(text)

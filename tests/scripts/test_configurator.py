@@ -38,8 +38,7 @@ class Options:
             problems.append(f"batch_size={self.batch_size}: must be positive")
         if self.temperature < 0:
             problems.append(f"temperature={self.temperature}: must not be negative")
-        if problems:
-            raise ConfigError.from_problems(problems)
+        ConfigError.raise_for(problems)
 
 
 def options(*argv, **kwargs):
