@@ -284,8 +284,8 @@ def make_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: 
     device, dtype = find_device(device_name), "bfloat16" if rung.dtype == "bf16" else "float32"
     config = TrainConfig(**dict(options), dtype=dtype, compile=rung.compile)
     trainer = Trainer(config, Processes(0, 1, 1, device))
-    if rung.compile and trainer.not_compiled is not None:
-        raise UsageError(trainer.not_compiled)
+    if rung.compile and trainer.machine.not_compiled is not None:
+        raise UsageError(trainer.machine.not_compiled)
     if rung.plain:
         trainer.model.head_loss = plain.head_loss
         for module in trainer.model.modules():

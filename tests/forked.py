@@ -253,15 +253,15 @@ class Probe:
         """Wrap the functions that show where the run is."""
         import train
         from llamalet.shards import TokenArray
-        from training import trainer
         from training.batches import Windows
+        from training.machine import hardware
         from training.run import checkpoint
         from training.run.interrupts import Interrupts
         from training.trainer import Trainer
 
         wrap(Interrupts, "__enter__", after=lambda signals: self.at("start"))
         wrap(Trainer, "__init__", before=lambda *a, **k: self.at("set-up"))
-        wrap(trainer, "compile_problem", before=lambda device: self.at("compiler"))
+        wrap(hardware, "compile_problem", before=lambda device: self.at("compiler"))
         wrap(train, "finish", before=lambda trainer: self.at("finish"))
         wrap(Trainer, "train", before=self.begin)
         wrap(Trainer, "compile", before=lambda t: self.compiles(True), after=lambda t: self.compiles(False))

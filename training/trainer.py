@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,9 @@ from training.config import TrainConfig
 from training.data import fingerprint, open_data, read_tokenizer
 from training.guard import Guard
 from training.init_from import StartingPoint
+from training.machine import hardware
 from training.machine.cpu import use_cpu_kernels
 from training.machine.distributed import Processes, gather_weights, parallelize, sum_gradients
-from training.machine.hardware import (
-    choose_dtype,
-    compile_problem,
-    machine_facts,
-    peak_tflops,
-    set_precision,
-    set_threads,
-    tune_allocator,
-)
 from training.optimizer import Optimizer, clip_gradients
 from training.run import checkpoint, metrics, run_folder
 from training.run.checkpoint import Checkpoint
@@ -70,35 +63,18 @@ class Trainer:
     ) -> None:
         self.group, self.interrupts, self.run_dir = group, interrupts or Interrupts(), Path(config.out_dir)
 
-        # Data, shape and settings. What is found here becomes a setting, so a resumed run has the same data and steps.
         self.data, self.tokenizer_data = open_same_data(config, group, start)
-        earlier = resumed.model_config if resumed else start.config if start else None
-        self.model_config = config.model_config(self.data.vocab_size, earlier.rope_scaling if earlier else None)
+        self.config, self.model_config = config, model_config = settle(config, group, self.data, resumed, start)
         self.accumulation = config.accumulation(group.count)
         self.tokens_per_step = self.accumulation * group.count * config.batch_size * config.max_seq_len
-        self.config = config = dataclasses.replace(
-            config, total_batch_tokens=self.tokens_per_step, data=str(self.data.folder)
-        )
-        if resumed:
-            resume_check.check(resumed, config, self.model_config, self.data)
-        if start:
-            start.check(self.model_config, self.data)
         self.train_windows, self.val_windows = (open_windows(self.data, name, config) for name in ("train", "val"))
         self.batches = Prefetcher(self.training_batch, stride=group.count)
 
-        # The machine.
-        self.dtype = choose_dtype(config.dtype, group.device)
-        set_threads(config.threads, group.local_count)
-        set_precision(group.device, config.deterministic)
-        tune_allocator(group.device)
-        self.not_compiled = find_compiler(config, group, self.interrupts)
-        compiled = self.not_compiled is None
-        self.machine = machine_facts(config, group, self.dtype, compiled=compiled)
-
-        # The model and what trains it. `model` is for checkpoints and evaluation; `parallel` also sums gradients.
+        self.machine = machine = set_up_machine(config, group, self.interrupts)
         weights = to_torch(resumed.model_state) if resumed else start.state if start else None
-        self.model = build_model(config, self.model_config, weights, group.device, compiled=compiled)
-        self.parallel = parallelize(self.model, config.parallel, group, compiled=compiled)
+        self.model = build_model(config, model_config, weights, group.device, compiled=machine.compiled)
+        # `model` is for checkpoints and evaluation; training calls `parallel`, which also sums the gradients.
+        self.parallel = parallelize(self.model, config.parallel, group, compiled=machine.compiled)
         self.optimizer = Optimizer(
             self.model,
             kind=config.optimizer,
@@ -107,8 +83,12 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.guard = Guard(group.device, spike_factor=config.spike_factor, max_skipped=config.max_skipped)
+        self.sample_printer = (
+            SamplePrinter(model_config, self.data.tokenizer_path, config.seed, torch.get_num_threads())
+            if config.sample and group.is_main
+            else None
+        )
 
-        # The progress of the run.
         self.step = 0
         self.val_loss: float | None = None
         self.saved: tuple[int, float | None] | None = None
@@ -118,11 +98,6 @@ class Trainer:
         self.started_from = start.name if start else None
         if resumed:
             self.load(resumed)
-        self.sample_printer: SamplePrinter | None = None
-        if config.sample and group.is_main:
-            self.sample_printer = SamplePrinter(
-                self.model_config, self.data.tokenizer_path, config.seed, torch.get_num_threads()
-            )
 
     def train(self) -> None:
         """Run the loop from the current step to the last.
@@ -207,7 +182,7 @@ class Trainer:
                 tokenizer_sha256=self.data.tokenizer_sha256,
                 data=str(self.data.folder),
                 train_config=dataclasses.asdict(self.config),
-                machine=self.machine,
+                machine=self.machine.facts,
                 launch=self.group.launch,
                 model_config=self.model_config,
                 tokenizer=self.data.meta.tokenizer,
@@ -268,8 +243,8 @@ class Trainer:
     def print_summary(self) -> None:
         """Print what is about to run."""
         config, threads = self.config, torch.get_num_threads()
-        compiled = "compiled" if self.not_compiled is None else f"not compiled: {self.not_compiled}"
-        dtype = str(self.dtype).removeprefix("torch.")
+        compiled = "compiled" if self.machine.not_compiled is None else f"not compiled: {self.machine.not_compiled}"
+        dtype = str(self.machine.dtype).removeprefix("torch.")
         say(
             run_summary(
                 config,
@@ -278,7 +253,7 @@ class Trainer:
                 n_windows=len(self.train_windows),
                 n_processes=self.group.count,
                 machine=f"{self.group.device}, {threads} thread{'s' * (threads > 1)}, {dtype}, {compiled}",
-                itemsize=self.dtype.itemsize,
+                itemsize=self.machine.dtype.itemsize,
             )
         )
         if self.started_from:
@@ -286,7 +261,7 @@ class Trainer:
         if self.resumed_from:
             path, state = self.resumed_from
             say(f"{'resume':8} after step {self.step} of {config.max_iters}, from {path}")
-            if changes := resume_check.changes(state, config, self.machine):
+            if changes := resume_check.changes(state, config, self.machine.facts):
                 say(f"{'':8} not to the last bit what an unstopped run gives: {'; '.join(changes)}")
 
     # ---- what computes, with PyTorch ----
@@ -329,8 +304,8 @@ class Trainer:
         if device.type == "cuda":  # copies from pinned memory are asynchronous
             tokens, targets = tokens.pin_memory(), targets.pin_memory()
         tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        reduced = self.dtype != torch.float32
-        with torch.autocast(device.type, dtype=self.dtype) if reduced else nullcontext():
+        reduced = self.machine.dtype != torch.float32
+        with torch.autocast(device.type, dtype=self.machine.dtype) if reduced else nullcontext():
             return model(tokens, targets)
 
     @torch.no_grad()
@@ -358,7 +333,7 @@ class Trainer:
     def compile(self) -> None:
         """Run each kind of pass once and discard the results, so that compiling is not part of a step."""
         self.stop_if_asked()
-        if self.not_compiled is not None:
+        if self.machine.not_compiled is not None:
             return
         config, start = self.config, time.perf_counter()
         self.group.print(f"{'compile':8} takes up to a minute the first time")
@@ -392,7 +367,7 @@ class Trainer:
         row["tokens_per_s"] = tokens_per_s = self.tokens_per_step / seconds
         row["tflops"] = tflops = training_flops(self.model_config) * tokens_per_s / 1e12
         row["eta_s"] = seconds * (self.config.max_iters - self.step)
-        peak = self.config.peak_tflops or peak_tflops(self.group.device, self.dtype)
+        peak = self.config.peak_tflops or hardware.peak_tflops(self.group.device, self.machine.dtype)
         row["mfu"] = tflops / (peak * self.group.count) if peak else None
         return row
 
@@ -412,10 +387,62 @@ def open_same_data(config: TrainConfig, group: Processes, start: StartingPoint |
     return data, tokenizer_data
 
 
+def settle(
+    config: TrainConfig, group: Processes, data: Shards, resumed: Checkpoint | None, start: StartingPoint | None
+) -> tuple[TrainConfig, ModelConfig]:
+    """Return the settings, with the data folder and the tokens of a step filled in, and the shape of the model.
+
+    What is filled in is saved in checkpoints, so a resumed run has the same data and steps.
+
+    Raises:
+        ConfigError: if a setting does not fit the data, the processes, or the model to start from.
+    """
+    earlier = resumed.model_config if resumed else start.config if start else None
+    model_config = config.model_config(data.vocab_size, earlier.rope_scaling if earlier else None)
+    tokens_per_step = config.accumulation(group.count) * group.count * config.batch_size * config.max_seq_len
+    config = dataclasses.replace(config, total_batch_tokens=tokens_per_step, data=str(data.folder))
+    if resumed:
+        resume_check.check(resumed, config, model_config, data)
+    if start:
+        start.check(model_config, data)
+    return config, model_config
+
+
 def open_windows(data: Shards, split: str, config: TrainConfig) -> Windows:
     """Cut a split into sequences."""
     starts = data.document_starts(split) if config.align_documents else None
     return Windows(data.split(split), config.max_seq_len, starts)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How this process computes."""
+
+    dtype: torch.dtype
+    """Type of the matrix products."""
+    not_compiled: str | None
+    """Why torch.compile is not used; None if it is."""
+    facts: dict[str, Any]
+    """`hardware.machine_facts`."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile is used."""
+        return self.not_compiled is None
+
+
+def set_up_machine(config: TrainConfig, group: Processes, interrupts: Interrupts) -> Machine:
+    """Set PyTorch's threads, precision and memory, and find out whether there is a compiler.
+
+    Raises:
+        ConfigError: if the device cannot compute in the type asked for.
+    """
+    dtype = hardware.choose_dtype(config.dtype, group.device)
+    hardware.set_threads(config.threads, group.local_count)
+    hardware.set_precision(group.device, config.deterministic)
+    hardware.tune_allocator(group.device)
+    not_compiled = find_compiler(config, group, interrupts)
+    return Machine(dtype, not_compiled, hardware.machine_facts(config, group, dtype, compiled=not_compiled is None))
 
 
 def find_compiler(config: TrainConfig, group: Processes, interrupts: Interrupts) -> str | None:
@@ -424,7 +451,7 @@ def find_compiler(config: TrainConfig, group: Processes, interrupts: Interrupts)
         return "switched off"
     problem: str | None = "interrupted"
     with suppress(Interrupted), interrupts.at_once():  # the first use of a compiler takes long, even for little
-        problem = compile_problem(group.device)
+        problem = hardware.compile_problem(group.device)
     others = group.any(problem is not None)
     return problem or ("another process has no compiler that works" if others else None)
 
