@@ -140,7 +140,8 @@ def options_of(words):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         importlib.import_module(module).main([*command, "--help"])
-    return {option.replace("_", "-") for option in re.findall(r"(?<![\w-])--?\w[\w-]*", printed.getvalue())}, rest
+    options = re.findall(r"(?<![\w-])--?\w[\w-]*", printed.getvalue())
+    return {"--help"} | {option.replace("_", "-") for option in options}, rest
 
 
 @pytest.fixture(autouse=True)
