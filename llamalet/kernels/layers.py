@@ -158,16 +158,8 @@ def _layer_of(context: Any, builder: ir.IRBuilder, layers: Any, value: Any, inde
     first, distance = cgutils.unpack_tuple(builder, value)
     array = context.make_array(result)(context, builder, first)
     data = builder.gep(builder.bitcast(array.data, I8.as_pointer()), [builder.mul(index, distance)])
-    layer = context.make_array(result)(context, builder)
-    context.populate_array(
-        layer,
-        data=builder.bitcast(data, array.data.type),
-        shape=array.shape,
-        strides=array.strides,
-        itemsize=array.itemsize,
-        meminfo=None,  # no owner: numba does not count references to it
-    )
-    return layer._getvalue()
+    data = builder.bitcast(data, array.data.type)
+    return _array(context, builder, result, data, array.shape, array.strides, array.itemsize)
 
 
 @intrinsic
@@ -177,15 +169,15 @@ def floats_at(typing_context: Any, address: Any, rows: Any, cols: Any) -> Any:
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         address, rows, cols = args
-        array = context.make_array(result)(context, builder)
-        context.populate_array(
-            array,
-            data=builder.inttoptr(address, F32.as_pointer()),
-            shape=(rows, cols),
-            strides=(builder.mul(cols, i64(FLOAT_BYTES)), i64(FLOAT_BYTES)),
-            itemsize=i64(FLOAT_BYTES),
-            meminfo=None,
-        )
-        return array._getvalue()
+        data, row_bytes = builder.inttoptr(address, F32.as_pointer()), builder.mul(cols, i64(FLOAT_BYTES))
+        strides = (row_bytes, i64(FLOAT_BYTES))
+        return _array(context, builder, result, data, (rows, cols), strides, i64(FLOAT_BYTES))
 
     return result(types.intp, types.intp, types.intp), build
+
+
+def _array(context: Any, builder: ir.IRBuilder, result: Any, data: Any, shape: Any, strides: Any, itemsize: Any) -> Any:
+    """Return an array of type `result` without an owner, so that numba does not count references to it."""
+    array = context.make_array(result)(context, builder)
+    context.populate_array(array, data=data, shape=shape, strides=strides, itemsize=itemsize, meminfo=None)
+    return array._getvalue()

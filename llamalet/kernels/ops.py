@@ -11,17 +11,7 @@ import numpy as np
 from numba import float32, njit, types
 from numba.extending import overload
 
-from llamalet.kernels.simd import (
-    Q8_CHUNK_BYTES,
-    combine_lanes,
-    dot_rows,
-    exp,
-    float_of_bits,
-    magnitude_bits,
-    multiply_blocks,
-    rows_to_lanes,
-    softmax_lanes,
-)
+from llamalet.kernels import simd
 from llamalet.model_file.quantize import CHUNK_COLS, ROW_BLOCK
 
 # What LLVM may do to float arithmetic in a sum: reorder it, fuse multiplications into additions, use approximate
@@ -107,9 +97,9 @@ def attention(queries: Any, index: int, keys: Any, values: Any, length: int, sco
     whole = length - length % 4
     for s in range(0, whole, 4):
         rows = (s, s + 1, s + 2, s + 3)
-        scores[s], scores[s + 1], scores[s + 2], scores[s + 3] = dot_rows(keys, rows, queries, (index,))
+        scores[s], scores[s + 1], scores[s + 2], scores[s + 3] = simd.dot_rows(keys, rows, queries, (index,))
     for s in range(whole, length):
-        scores[s] = dot_rows(keys, (s,), queries, (index,))[0]
+        scores[s] = simd.dot_rows(keys, (s,), queries, (index,))[0]
     softmax(scores[:length], float32(1) / np.sqrt(float32(len(out))))
     out[:] = float32(0)
     for s in range(0, whole, 4):
@@ -147,13 +137,13 @@ def attention_of_lanes(
         for i in range(head_dim):
             lanes[i, t] = queries[first + t * step, i]
     for s in range(0, length, 8):
-        combine_lanes(keys, eight(s, length), head_dim, 1, lanes, head_dim, scores, 0)
+        simd.combine_lanes(keys, eight(s, length), head_dim, 1, lanes, head_dim, scores, 0)
     for s in range(start + 1, length):  # a position in the future of a query has no weight
         for t in range(s - start):
             scores[s, t] = -np.inf
-    softmax_lanes(scores, length, float32(1) / np.sqrt(float32(head_dim)))
+    simd.softmax_lanes(scores, length, float32(1) / np.sqrt(float32(head_dim)))
     for i in range(0, head_dim, 8):
-        combine_lanes(values, eight(i, head_dim), 1, head_dim, scores, length, lanes, 0)
+        simd.combine_lanes(values, eight(i, head_dim), 1, head_dim, scores, length, lanes, 0)
     for t in range(count):
         for i in range(head_dim):
             out[t, column + i] = lanes[i, t]
@@ -166,7 +156,7 @@ def softmax(x: Any, scale: float) -> None:
     for i in range(len(x)):
         largest = max(largest, x[i])
     for i in range(len(x)):
-        x[i] = exp((x[i] - largest) * scale)
+        x[i] = simd.exp((x[i] - largest) * scale)
     factor = float32(1) / total(x)
     for i in range(len(x)):
         x[i] *= factor
@@ -176,7 +166,7 @@ def softmax(x: Any, scale: float) -> None:
 def swiglu(gate: Any, up: Any) -> None:
     """Replace gate (n,) by silu(gate) * up."""
     for i in range(len(gate)):
-        gate[i] = gate[i] / (float32(1) + exp(-gate[i])) * up[i]
+        gate[i] = gate[i] / (float32(1) + simd.exp(-gate[i])) * up[i]
 
 
 def quantize_activations(x: Any, activations: Any, first: int, last: int) -> None:
@@ -205,8 +195,8 @@ def quantize_rows(x: Any, rows: Any, first: int, last: int) -> None:
             group = x[t, g * len(values) : min((g + 1) * len(values), x.shape[1])]
             bits = np.int32(0)
             for i in range(len(group)):
-                bits = max(bits, magnitude_bits(group[i]))
-            largest = float_of_bits(bits)
+                bits = max(bits, simd.magnitude_bits(group[i]))
+            largest = simd.float_of_bits(bits)
             rows.scales[t, g] = largest / float32(127)
             inverse = float32(127) / largest
             if not inverse < np.inf:  # a group of zeros, or of numbers too small to invert, or a NaN
@@ -219,14 +209,12 @@ def quantize_rows(x: Any, rows: Any, first: int, last: int) -> None:
             rows.zero_offsets[t, g] = -rows.zero_point * total
 
 
-def matmul(
-    matrix: Any, activations: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any
-) -> None:
+def matmul(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
     """Multiply blocks first..last, of 16 rows each, of a matrix with `count` vectors from first_t on.
 
     Args:
         matrix: (rows, cols), float32 or bfloat16, or PackedMatrix.
-        activations: the vectors (T, cols), float32, or QuantizedRows for a PackedMatrix.
+        x: the vectors (T, cols), float32, or QuantizedRows for a PackedMatrix.
         first_t: the first vector.
         count: number of vectors.
         out: (T, rows); its first `count` rows are written.
@@ -238,24 +226,16 @@ def matmul(
 
 
 @overload(matmul, jit_options=OPTIONS, strict=False)
-def _matmul(
-    matrix: Any, activations: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, scratch: Any
-) -> Any:
-    if not isinstance(matrix, types.Array):
-        return lambda matrix, activations, first_t, count, out, first, last, scratch: matmul_blocks(
-            matrix, activations, first_t, count, out, first, last
-        )
+def _matmul(matrix: Any, x: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, scratch: Any) -> Any:
+    return matmul_floats if isinstance(matrix, types.Array) else matmul_blocks
 
-    def multiply(
-        matrix: Any, activations: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any
-    ) -> None:
-        if count > 1 and len(scratch):
-            matmul_lanes(matrix, activations, first_t, count, out, first, last, scratch)
-        else:
-            n_rows = out.shape[1]
-            matmul_rows(matrix, activations, first_t, count, out, first * ROW_BLOCK, min(last * ROW_BLOCK, n_rows))
 
-    return multiply
+def matmul_floats(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
+    """Be `matmul` for a matrix of floats."""
+    if count > 1 and len(scratch):
+        matmul_lanes(matrix, x, first_t, count, out, first, last, scratch)
+    else:
+        matmul_rows(matrix, x, first_t, count, out, first * ROW_BLOCK, min(last * ROW_BLOCK, out.shape[1]))
 
 
 @kernel
@@ -263,9 +243,9 @@ def matmul_lanes(matrix: Any, x: Any, first_t: int, count: int, out: Any, first:
     """Multiply blocks of a matrix of floats, transposing each block into scratch so that its rows are lanes."""
     vectors, cols = x[first_t:], x.shape[1]
     for block in range(first, last):
-        rows_to_lanes(matrix, block * ROW_BLOCK, out.shape[1] - 1, scratch)
+        simd.rows_to_lanes(matrix, block * ROW_BLOCK, out.shape[1] - 1, scratch)
         for t in range(0, count, 8):
-            combine_lanes(vectors, eight(t, count), cols, 1, scratch, cols, out, block * ROW_BLOCK)
+            simd.combine_lanes(vectors, eight(t, count), cols, 1, scratch, cols, out, block * ROW_BLOCK)
 
 
 @kernel
@@ -280,30 +260,29 @@ def matmul_rows(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: 
         n = (last - first + 3) // 4
         for i in range(first, first + n):
             j, k, m = min(i + n, last - 1), min(i + 2 * n, last - 1), min(i + 3 * n, last - 1)
-            out[0, i], out[0, j], out[0, k], out[0, m] = dot_rows(matrix, (i, j, k, m), vectors, (0,))
+            out[0, i], out[0, j], out[0, k], out[0, m] = simd.dot_rows(matrix, (i, j, k, m), vectors, (0,))
         return
     for i in range(first, last, 4):
         rows = four(i, last)
         for t in range(0, count, 4):
             ts = four(t, count)
-            products = dot_rows(matrix, rows, vectors, ts)
+            products = simd.dot_rows(matrix, rows, vectors, ts)
             for r in range(4):
                 for v in range(4):
                     out[ts[v], rows[r]] = products[4 * r + v]
 
 
-@kernel
-def matmul_blocks(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int) -> None:
-    """Multiply blocks first..last of a PackedMatrix, as `matmul_rows`: one vector with 2 blocks, many by tiles."""
+def matmul_blocks(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
+    """Be `matmul` for a PackedMatrix: one vector is multiplied with 2 blocks at a time, many by tiles of 2 x 4."""
     if count == 1:
         n = (last - first + 1) // 2
         for i in range(first, first + n):
-            multiply_blocks(matrix, (i, min(i + n, last - 1)), x, (first_t,), out, first_t)
+            simd.multiply_blocks(matrix, (i, min(i + n, last - 1)), x, (first_t,), out, first_t)
         return
     for i in range(first, last, 2):
         blocks = (i, min(i + 1, last - 1))
         for t in range(first_t, first_t + count, 4):
-            multiply_blocks(matrix, blocks, x, four(t, first_t + count), out, first_t)
+            simd.multiply_blocks(matrix, blocks, x, four(t, first_t + count), out, first_t)
 
 
 def embed(matrix: Any, token: int, x: Any, group_size: int) -> None:
@@ -314,7 +293,7 @@ def embed(matrix: Any, token: int, x: Any, group_size: int) -> None:
 def _embed(matrix: Any, token: Any, x: Any, group_size: Any) -> Any:
     if isinstance(matrix, types.Array):
         return lambda matrix, token, x, group_size: widen(matrix[token], x)
-    if matrix.types[0].dtype.size == Q8_CHUNK_BYTES:
+    if matrix.types[0].dtype.size == simd.Q8_CHUNK_BYTES:
         return lambda matrix, token, x, group_size: unpack_row(matrix, token, x, group_size, 64, 0, 255, 128)
     return lambda matrix, token, x, group_size: unpack_row(matrix, token, x, group_size, 0, 4, 15, 8)
 
@@ -363,7 +342,7 @@ def as_float(x: Any) -> float:
 def _as_float(x: Any) -> Any:
     if isinstance(x, types.Float):
         return lambda x: x
-    return lambda x: float_of_bits(np.int32(np.uint32(x) << np.uint32(16)))
+    return lambda x: simd.float_of_bits(np.int32(np.uint32(x) << np.uint32(16)))
 
 
 @kernel
@@ -394,17 +373,3 @@ def total(x: Any) -> float:
     for i in range(len(x)):
         result += x[i]
     return result
-
-
-@kernel
-def add(x: Any, y: Any) -> None:
-    """Add y (n,) to x (n,)."""
-    for i in range(len(x)):
-        x[i] += y[i]
-
-
-@kernel
-def copy(x: Any, out: Any) -> None:
-    """Copy x (n,) to out (n,)."""
-    for i in range(len(x)):
-        out[i] = x[i]

@@ -111,10 +111,8 @@ def _dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, width: Any) -> list[A
     zeros = llvm.splat_constant(F32, 0.0, FLOAT_LANES)
     totals = llvm.variables(builder, [zeros] * (len(w_rows) * len(x_rows)))
     with cgutils.for_range_slice(builder, i64(0), n_whole, lanes, I64) as (col, _):
-        x, w = (
-            [llvm.load_floats(builder, builder.gep(row, [col]), FLOAT_LANES) for row in rows]
-            for rows in (x_rows, w_rows)
-        )
+        addresses = ([builder.gep(row, [col]) for row in rows] for rows in (x_rows, w_rows))
+        x, w = ([llvm.load_floats(builder, address, FLOAT_LANES) for address in group] for group in addresses)
         llvm.add_products(builder, totals, w, x)
     totals = llvm.variables(builder, [llvm.sum_lanes(builder, builder.load(total)) for total in totals])
     with cgutils.for_range_slice(builder, n_whole, width, i64(1), I64) as (col, _):
@@ -258,16 +256,12 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: Tab
         zero_offsets = [llvm.splat(builder, builder.load(zero_offset), ROW_BLOCK) for _, _, zero_offset in x]
         sums = llvm.variables(builder, [_first_sums(builder, offset) for _ in w_rows for offset in zero_offsets])
         first_chunk = builder.mul(group, i64(chunks_per_group))
-        add_chunks(
-            sums,
-            [builder.gep(chunks, [first_chunk]) for chunks, _ in w_rows],
-            [builder.bitcast(x_values, I8.as_pointer()) for x_values, _, _ in x],
-        )
+        w_chunks = [builder.gep(chunks, [first_chunk]) for chunks, _ in w_rows]
+        add_chunks(sums, w_chunks, [builder.bitcast(x_values, I8.as_pointer()) for x_values, _, _ in x])
         x_scales = [llvm.splat(builder, builder.load(scale), ROW_BLOCK) for _, scale, _ in x]
         w_scales = [_load_scales(builder, builder.gep(scales, [group])) for _, scales in w_rows]
-        for total, group_sums, (w_scale, x_scale) in zip(
-            totals, sums, itertools.product(w_scales, x_scales), strict=True
-        ):
+        scale_pairs = itertools.product(w_scales, x_scales)
+        for total, group_sums, (w_scale, x_scale) in zip(totals, sums, scale_pairs, strict=True):
             product = builder.sitofp(_last_sums(builder, builder.load(group_sums)), x_scale.type)
             llvm.add_product(builder, total, builder.fmul(product, x_scale), w_scale)
 
@@ -276,10 +270,8 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: Tab
         halves = [_chunk_halves(builder, builder.gep(chunk, [index]), n_bytes) for chunk in chunks]
         for half in range(2):
             offset = builder.add(builder.mul(index, i64(CHUNK_COLS)), i64(4 * half))
-            quads = [
-                builder.load(builder.bitcast(builder.gep(x, [offset]), I32.as_pointer()), align=1) for x in x_values
-            ]
-            quads = [llvm.splat(builder, quad, ROW_BLOCK) for quad in quads]
+            addresses = [builder.bitcast(builder.gep(x, [offset]), I32.as_pointer()) for x in x_values]
+            quads = [llvm.splat(builder, builder.load(address, align=1), ROW_BLOCK) for address in addresses]
             for total, (w, x) in zip(sums, itertools.product([pair[half] for pair in halves], quads), strict=True):
                 builder.store(_add_quads(builder, builder.load(total), w, x), total)
 

@@ -24,23 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from llamalet.kernels import threads
+from llamalet.kernels import ops, threads
 from llamalet.kernels.layers import FLOAT_BYTES, floats_at, layer_of
-from llamalet.kernels.ops import (
-    OPTIONS,
-    QUERY_LANES,
-    add,
-    attention,
-    attention_of_lanes,
-    copy,
-    embed,
-    kernel,
-    matmul,
-    quantize_activations,
-    rmsnorm,
-    rope,
-    swiglu,
-)
+from llamalet.kernels.ops import OPTIONS, QUERY_LANES, kernel
 from llamalet.model_file.quantize import ROW_BLOCK
 
 # For functions that take all weights or the whole workspace: for a call, numba would copy hundreds of words.
@@ -179,12 +165,11 @@ def attention_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: i
     if layer == 0:
         table = layer_of(weights.tok_embeddings, 0)
         for t in range(first, last):
-            embed(table, space.tokens[t], space.x[t], weights.group_size)
+            ops.embed(table, space.tokens[t], space.x[t], weights.group_size)
     else:
         add_rows(space.x, space.projected, first, last)
-    norm_rows(
-        space.x, weights.attention_norm[layer], weights.norm_eps, space.normed, space.normed_activations, first, last
-    )
+    norm, normed = weights.attention_norm[layer], space.normed
+    norm_rows(space.x, norm, weights.norm_eps, normed, space.normed_activations, first, last)
 
 
 @inlined_kernel
@@ -205,12 +190,13 @@ def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_block
     for t in range(first, last):
         slot = space.cache_slots[t]
         cos, sin = rope_tables.cos[slot.position], rope_tables.sin[slot.position]
-        rope(space.q[t], cos, sin)
-        rope(space.k[t], cos, sin)
+        ops.rope(space.q[t], cos, sin)
+        ops.rope(space.k[t], cos, sin)
         for g in range(n_kv_heads):
             keys, values = cached_head(slot, layer * n_kv_heads + g, head_dim)
-            copy(space.k[t, g * head_dim : (g + 1) * head_dim], keys[slot.position])
-            copy(space.v[t, g * head_dim : (g + 1) * head_dim], values[slot.position])
+            for i in range(head_dim):
+                keys[slot.position, i] = space.k[t, g * head_dim + i]
+                values[slot.position, i] = space.v[t, g * head_dim + i]
 
 
 @inlined_kernel
@@ -224,7 +210,7 @@ def attend(space: Any, layer: int, head: int) -> None:
         for t in range(0, count, QUERY_LANES):
             n, start = min(QUERY_LANES, count - t), space.cache_slots[t].position
             scores, lanes, out = space.lane_scores[head], space.lane_queries[head], space.attended[t : t + n]
-            attention_of_lanes(
+            ops.attention_of_lanes(
                 space.q_heads, t * n_heads + head, n_heads, n, start, keys, values, scores, lanes, out, column
             )
     else:
@@ -232,7 +218,7 @@ def attend(space: Any, layer: int, head: int) -> None:
             slot = space.cache_slots[t]
             keys, values = cached_head(slot, kv_head, head_dim)
             out = space.attended[t, column : column + head_dim]
-            attention(space.q_heads, t * n_heads + head, keys, values, slot.position + 1, space.scores[head], out)
+            ops.attention(space.q_heads, t * n_heads + head, keys, values, slot.position + 1, space.scores[head], out)
 
 
 @inlined_kernel
@@ -255,11 +241,9 @@ def gate_up(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thr
     """Multiply by the same share of the rows of w1 and w3, and join the results by swiglu."""
     count, activations = space.job[0].count, space.normed_activations
     multiply(space, layer_of(weights.w1, layer), activations, count, space.gate, block, n_blocks, thread)
-    multiply(space, layer_of(weights.w3, layer), activations, count, space.up, block, n_blocks, thread)
-    first, last = share_of(n_row_blocks(space.gate), block, n_blocks)
-    rows = slice(first * ROW_BLOCK, min(last * ROW_BLOCK, space.gate.shape[1]))
+    rows = multiply(space, layer_of(weights.w3, layer), activations, count, space.up, block, n_blocks, thread)
     for t in range(count):
-        swiglu(space.gate[t, rows], space.up[t, rows])
+        ops.swiglu(space.gate[t, rows], space.up[t, rows])
 
 
 @inlined_kernel
@@ -294,43 +278,39 @@ def share_of(n: int, block: int, n_blocks: int) -> Any:
     return n * block // n_blocks, n * (block + 1) // n_blocks
 
 
-@kernel
-def n_row_blocks(out: Any) -> int:
-    """Return the number of blocks of rows of the matrix whose products are `out` (T, rows)."""
-    return (out.shape[1] + ROW_BLOCK - 1) // ROW_BLOCK
-
-
 @inlined_kernel
 def multiply(
     space: Any, matrix: Any, activations: Any, n_vectors: int, out: Any, block: int, n_blocks: int, thread: int
-) -> None:
-    """Multiply the last n_vectors positions by a block's share of a matrix's rows."""
-    job = space.job[0]
-    first, last = share_of(n_row_blocks(out), block, n_blocks)
+) -> Any:
+    """Multiply the last n_vectors positions by a block's share of a matrix's rows; return these rows as a slice."""
+    job, n_rows = space.job[0], out.shape[1]
+    first, last = share_of((n_rows + ROW_BLOCK - 1) // ROW_BLOCK, block, n_blocks)
     scratch = space.scratch[thread, : space.scratch.shape[1] * job.one_sequence]
-    matmul(matrix, activations, job.count - n_vectors, n_vectors, out, first, last, scratch)
+    ops.matmul(matrix, activations, job.count - n_vectors, n_vectors, out, first, last, scratch)
+    return slice(first * ROW_BLOCK, min(last * ROW_BLOCK, n_rows))
 
 
 @inlined_kernel
 def quantize_share(space: Any, x: Any, activations: Any, block: int, n_blocks: int) -> None:
     """Quantize a share of the positions of x (T, cols) if the next matrix is a packed one."""
     first, last = share_of(space.job[0].count, block, n_blocks)
-    quantize_activations(x, activations, first, last)
+    ops.quantize_activations(x, activations, first, last)
 
 
 @kernel
 def add_rows(x: Any, y: Any, first: int, last: int) -> None:
     """Add y[first:last] to x[first:last], both (T, C)."""
     for t in range(first, last):
-        add(x[t], y[t])
+        for i in range(x.shape[1]):
+            x[t, i] += y[t, i]
 
 
 @kernel
 def norm_rows(x: Any, weight: Any, eps: float, normed: Any, activations: Any, first: int, last: int) -> None:
     """Normalise x[first:last] (T, C) and quantize the result if the next matrix is a packed one."""
     for t in range(first, last):
-        rmsnorm(x[t], weight, eps, normed[t])
-    quantize_activations(normed, activations, first, last)
+        ops.rmsnorm(x[t], weight, eps, normed[t])
+    ops.quantize_activations(normed, activations, first, last)
 
 
 @kernel

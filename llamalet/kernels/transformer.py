@@ -132,9 +132,8 @@ class Transformer:
         count, one_sequence = len(ids), len(caches) == 1
         logits = np.empty((min(n_logits, count), c.vocab_size), np.float32)
         with self._lock:
-            arguments = self._arguments_for(
-                1 if count == 1 else POSITIONS_PER_PASS, max(cache.capacity for cache in caches)
-            )
+            capacity = max(cache.capacity for cache in caches)
+            arguments = self._arguments_for(1 if count == 1 else POSITIONS_PER_PASS, capacity)
             _, space, _ = arguments
             space.job[0] = count, one_sequence, len(logits), address_of(logits)
             space.tokens[:count] = ids
@@ -206,22 +205,18 @@ class Transformer:
             n_bytes = rows * cols * self._bits // 8
             return max(BLOCKS_PER_THREAD * self._n_threads, -(-n_bytes // BLOCK_BYTES))
 
-        # A single position is left to the thread that finished the stage before.
-        positions = 1 if n_positions == 1 else BLOCKS_PER_THREAD * self._n_threads
-        layer = {
-            stages.ATTENTION_NORM: positions,
+        n_blocks = {
             stages.QKV: 3 * matrix(q_dim, c.dim),
-            stages.ROPE_AND_CACHE: positions,
             stages.ATTEND: c.n_heads,
-            stages.QUANTIZE_ATTENDED: positions,
             stages.ATTENTION_OUTPUT: matrix(c.dim, q_dim),
-            stages.FFN_NORM: positions,
             stages.GATE_UP: matrix(2 * c.hidden_dim, c.dim),
-            stages.QUANTIZE_HIDDEN: positions,
             stages.DOWN: matrix(c.dim, c.hidden_dim),
+            stages.LOGITS: matrix(c.vocab_size, c.dim),
         }
-        after = {stages.FINAL_NORM: positions, stages.LOGITS: matrix(c.vocab_size, c.dim)}
-        return np.array([*[layer[kind] for kind in sorted(layer)] * c.n_layers, *(after[k] for k in sorted(after)), 0])
+        # The other stages cut the positions. A single one is left to the thread that finished the stage before.
+        shares = 1 if n_positions == 1 else BLOCKS_PER_THREAD * self._n_threads
+        *layer, final_norm, logits = (n_blocks.get(stage, shares) for stage in range(stages.LOGITS + 1))
+        return np.array([*layer * c.n_layers, final_norm, logits, 0])
 
 
 def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[..., None]:
