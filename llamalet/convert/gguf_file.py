@@ -26,7 +26,9 @@ from llamalet.convert.imported_model import (
     build_config,
     check_shapes,
     expand,
+    head_dim_of,
     llama3_scaling,
+    stored_types,
 )
 from llamalet.convert.tokenizer_json import CONTROLS, FIRST_TEXT_ID
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
@@ -134,7 +136,7 @@ def read(name: str) -> ImportedModel:
         name=str(path),
         config=config,
         tensors=tensors,
-        stored=frozenset(tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2),
+        stored=stored_types(tensors.values()),
         tokenizer=vocabulary,
         tokenizer_data=b"" if vocabulary is None else pack(vocabulary.pieces()),
         chat_template=template if isinstance(template, str) else None,
@@ -227,19 +229,10 @@ def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderT
             f"{path}: RoPE is scaled the {fields.get(of('rope.scaling.type'))!r} way, which is not llama3's"
         )
     values = {ours: fields.needed(of(theirs)) for ours, theirs in FIELDS.items()}
-    n_heads = values["n_heads"]
-    n_kv_heads, key_length = fields.get(of("attention.head_count_kv")), fields.get(of("attention.key_length"))
-    dim = values["dim"]
-    if (
-        not isinstance(n_heads, int)
-        or not isinstance(dim, int)
-        or n_heads < 1
-        or (key_length is None and dim % n_heads)
-    ):
-        raise FormatError(
-            f"{path}: {of('attention.head_count')} is {n_heads!r}: must be one number that divides the width"
-        )
-    head_dim = dim // n_heads if key_length is None else key_length
+    n_heads, n_kv_heads = values["n_heads"], fields.get(of("attention.head_count_kv"))
+    head_dim = fields.get(of("attention.key_length"))
+    if head_dim is None:
+        head_dim = head_dim_of(str(path), values["dim"], n_heads)
     for other in ("attention.value_length", "rope.dimension_count"):
         if fields.get(of(other)) not in (None, head_dim):
             raise FormatError(

@@ -28,8 +28,10 @@ from llamalet.convert.imported_model import (
     check_shapes,
     expand,
     find_tokenizer,
+    head_dim_of,
     read_json,
     remove_stale,
+    stored_types,
 )
 from llamalet.errors import ConfigError, FormatError, UsageError
 from llamalet.files import replacing
@@ -121,7 +123,7 @@ def read(name: str) -> ImportedModel:
         name=str(folder),
         config=config,
         tensors=tensors,
-        stored=frozenset(tensor.dtype for tensor in found.values() if len(tensor.shape) == 2),
+        stored=stored_types(found.values()),
         tokenizer=vocabulary,
         tokenizer_data=data,
         chat_template=_chat_template(folder),
@@ -182,9 +184,7 @@ def _read_config(name: str, fields: Mapping[str, Any], tied: bool) -> ModelConfi
     values = {ours: fields[theirs] for ours, theirs in FIELDS.items()}
     n_heads, head_dim = values["n_heads"], fields.get("head_dim")
     if head_dim is None:
-        if not isinstance(n_heads, int) or n_heads < 1 or not isinstance(values["dim"], int) or values["dim"] % n_heads:
-            raise FormatError(f"{name}: hidden_size={values['dim']} is no multiple of num_attention_heads={n_heads}")
-        head_dim = values["dim"] // n_heads
+        head_dim = head_dim_of(name, values["dim"], n_heads)
     n_kv_heads = fields.get("num_key_value_heads")
     theta = rope.get("rope_theta", fields.get("rope_theta"))
     return build_config(

@@ -246,6 +246,18 @@ def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
         raise FormatError(f"{name}: {error}") from None
 
 
+def head_dim_of(name: str, dim: Any, n_heads: Any) -> int:
+    """Return dim / n_heads, or raise a FormatError if that is not a whole number."""
+    if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
+        raise FormatError(f"{name}: dim={dim!r} must be a multiple of n_heads={n_heads!r}")
+    return dim // n_heads
+
+
+def stored_types(tensors: Iterable[Any]) -> frozenset[str]:
+    """Return the types of the matrices among some tensors, which have a shape and a dtype."""
+    return frozenset(tensor.dtype for tensor in tensors if len(tensor.shape) == 2)
+
+
 def llama3_scaling(factor: float) -> RopeScaling:
     """Return the RoPE scaling of Llama 3.1 and later with this factor."""
     return RopeScaling(factor=factor, **LLAMA3_SCALING)  # type: ignore[arg-type]

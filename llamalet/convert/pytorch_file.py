@@ -1,30 +1,39 @@
-"""PyTorch's own files, mapped, nothing in them run as code. The one place here that needs torch."""
+"""PyTorch's files: mapped, and nothing in them is run as code. Only this module needs torch."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamalet.convert.imported_model import Floats
+from llamalet.convert.imported_model import (
+    Floats,
+    ImportedModel,
+    build_config,
+    check_shapes,
+    find_tokenizer,
+    head_dim_of,
+    stored_types,
+)
 from llamalet.errors import FormatError, UsageError
-from llamalet.model_file.tensors import BLOCK_WEIGHTS
+from llamalet.model_file.tensors import BLOCK_WEIGHTS, tensor_specs
 
 if TYPE_CHECKING:
     import torch
 
+SUFFIX = ".weight"  # ends every name
 ZIP_START = b"PK"
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# The matrices that tell the shape of a model; the first two must be there.
+# The matrices from which the model's shape is read; the first two must be there.
 MATRICES = ("tok_embeddings", "layers.0.feed_forward.w1", "output")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the dict that a file holds; its tensors stay in the file until they are read, unless it is too old.
+    """Return the dict that a file holds. Its tensors are mapped, except in files from before PyTorch 1.6.
 
     Raises:
-        FormatError: if it is missing, damaged, no dict, or asks for code to be run.
+        FormatError: if it is missing, damaged, not a dict, or cannot be read without running code.
         UsageError: if torch is not installed.
     """
     try:
@@ -39,9 +48,9 @@ def load(path: Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except MemoryError:
         raise
-    except Exception as error:  # the library raises what the damage leads to
+    except Exception as error:  # damage can lead to almost any error
         reason = str(error).strip().partition("\n")[0]
-        raise FormatError(f"{path}: no file of PyTorch's that can be read without running code: {reason}") from None
+        raise FormatError(f"{path}: not a PyTorch file that can be read without running code: {reason}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise FormatError(f"{path}: holds a {type(found).__name__}, not a dict of tensors by their names")
     return found
@@ -49,11 +58,11 @@ def load(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TorchTensor:
-    """A tensor in one or several PyTorch files, each with a part of it, whose rows are converted when asked for.
+    """A tensor in one PyTorch file or split over several; rows are converted to float32 on demand.
 
     Attributes:
-        parts: tensors of any floating type.
-        axis: along which the parts follow each other.
+        parts: tensors of any floating-point type.
+        axis: the axis along which they are concatenated.
     """
 
     parts: "tuple[torch.Tensor, ...]"
@@ -85,19 +94,65 @@ class TorchTensor:
 
 
 def check_weights(path: Path, name: str, value: Any, n_axes: Collection[int] = (1, 2)) -> None:
-    """Raise a FormatError unless what a file holds is a plain tensor of floating-point numbers with so many axes."""
+    """Raise a FormatError unless a file's value is a plain floating-point tensor with one of these numbers of axes."""
     import torch
 
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise FormatError(f"{path}: {name} is no tensor of floating-point weights: quantized models cannot be read")
+        raise FormatError(f"{path}: {name} is not a floating-point tensor: quantized models cannot be read")
     if value.layout != torch.strided or value.device.type != "cpu":
         raise FormatError(f"{path}: {name} is a sparse tensor, or one without values")
     if value.dim() not in n_axes or not value.numel():
-        raise FormatError(f"{path}: {name} has shape {tuple(value.shape)}, where weights are a matrix or a vector")
+        raise FormatError(f"{path}: {name} has shape {tuple(value.shape)}, where weights must be a matrix or a vector")
 
 
-def same(a: TorchTensor, b: TorchTensor) -> bool:
-    """Return whether two matrices are one, or hold the same values."""
+def imported(
+    name: Path, found: dict[str, TorchTensor], fields: Mapping[str, Any], vocabularies: Sequence[Path]
+) -> ImportedModel:
+    """Return the model that PyTorch's files hold.
+
+    Args:
+        name: the model, for messages.
+        found: its tensors by our names; a copy of the embeddings as output makes it a tied model.
+        fields: what the file says of ModelConfig's fields; widths that the tensors tell are left out.
+        vocabularies: where its tokenizer may be, the best first.
+
+    Raises:
+        FormatError: if the fields and the tensors are not a Llama model's.
+    """
+    tied = "output" not in found or _same(found["output"], found["tok_embeddings"])
+    if tied:
+        found.pop("output", None)
+    dim, n_heads, n_kv_heads = fields.get("dim"), fields.get("n_heads"), fields.get("n_kv_heads")
+    widths = {
+        "head_dim": head_dim_of(str(name), dim, n_heads),
+        "n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads,
+        "hidden_dim": found["layers.0.feed_forward.w1"].shape[0],
+        "tied": tied,
+    }
+    config = build_config(str(name), {**fields, **widths})
+    names = {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)}
+    check_shapes(str(name), config, {ours: tensor.shape for ours, tensor in found.items()}, names)
+    vocabulary, data, notes = find_tokenizer(vocabularies, config.vocab_size)
+    return ImportedModel(
+        name=str(name),
+        config=config,
+        tensors=found,
+        stored=stored_types(found.values()),
+        tokenizer=vocabulary,
+        tokenizer_data=data,
+        notes=notes,
+    )
+
+
+def check_present(name: Path, found: Container[str]) -> None:
+    """Raise a FormatError if a tensor is missing from which the model's shape is read."""
+    for needed in MATRICES[:2]:
+        if needed not in found:
+            raise FormatError(f"{name}: {needed}{SUFFIX} is missing")
+
+
+def _same(a: TorchTensor, b: TorchTensor) -> bool:
+    """Return whether two matrices share their memory or hold the same values."""
     if a.shape != b.shape or [part.data_ptr() for part in a.parts] == [part.data_ptr() for part in b.parts]:
         return a.shape == b.shape
     step = max(1, BLOCK_WEIGHTS // a.shape[1])
