@@ -1,6 +1,6 @@
-"""Write a model for others to run: a raw binary, a Hugging Face folder or a GGUF file, from any of these or Meta's.
+"""Convert a model to a raw binary, a Hugging Face folder or a GGUF file, and prove the result.
 
-  python export.py --dtype q8               the newest best checkpoint under out/ -> out/model_v3_q8.bin (8 bits)
+  python export.py --dtype q8               the newest run's best checkpoint -> out/model_v3_q8.bin (8 bits)
   python export.py                          the same -> out/model.bin (float32)
   python export.py story.bin --checkpoint out/run --version 0
   python export.py Llama-3.2-1B.bin --version 2 --hf meta-llama/Llama-3.2-1B
@@ -8,9 +8,9 @@
   python export.py story-hf --llama2c out/ckpt.pt --tokenizer tokenizer.model
   python export.py --verify out/model_q8.bin
 
-OUT ends in .bin or .gguf, or else is a Hugging Face folder. sample.py reads all versions of .bin, llama2.c's run
-version 0 and its runq version 2; the tokenizer goes beside the file. Every .bin is proved: the runtime computes from it
-what PyTorch does. The others are read back and compared.
+OUT ends in .bin or .gguf, or is a Hugging Face folder. llama2.c's run reads version 0 of a .bin, its runq version 2.
+The tokenizer goes with the model. Every .bin is proved: the runtime and PyTorch compute the same from it. Other formats
+are read back and compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,44 +34,44 @@ class ExportConfig:
     """The options of export.py."""
 
     out: str | None = None
-    """The file or folder to write, also as the first word; when left out, a .bin whose name says the version and dtype,
-    in the run's folder where --checkpoint names one, else in out/."""
+    """The file or folder to write, also as the first word; by default a .bin named after its version and dtype, in the
+    run's folder with --checkpoint, else in out/."""
     format: str | None = None
-    """bin, hf (a Hugging Face folder) or gguf; when left out, what OUT's ending says."""
+    """bin, hf (a Hugging Face folder) or gguf; by default what OUT's ending says."""
     version: int | None = None
-    """Of a .bin: 0 and 1 are float32, 2 is int8, 3 has a --dtype; 1 when left out, and 3 where there is a --dtype."""
+    """Of a .bin: 0 and 1 are float32, 2 is int8, 3 has a --dtype; by default 3 with a --dtype, else 1."""
     dtype: str | None = None
-    """What the weights become. Version 3: f32, bf16 (bfloat16), q8 or q4 (8 or 4 bits, in groups with a scale); q8 when
-    left out. hf: f32 or bf16. gguf: f32, f16, q8_0 or q4_0. Both are f32 when left out."""
+    """Type of the weights. Version 3: f32, bf16 (bfloat16), q8 or q4 (8 or 4 bits, in groups with a scale), by default
+    q8. hf: f32 or bf16. gguf: f32, f16, q8_0 or q4_0. Both are f32 by default."""
     checkpoint: str | None = None
-    """A checkpoint, or a run's folder, whose best one is taken; the newest run under out/ when no model is named."""
+    """A checkpoint, or a run's folder, whose best one is taken; by default the newest run under out/."""
     hf: str | None = None
-    """A Hugging Face folder, or the ID of a repository on the Hub, which is fetched first."""
+    """A Hugging Face folder, or the ID of a repository on the Hub, which is downloaded first."""
     meta_llama: str | None = None
-    """A folder of Meta's: params.json and consolidated.*.pth."""
+    """Meta's folder: params.json and consolidated.*.pth."""
     llama2c: str | None = None
-    """A checkpoint of llama2.c's (ckpt.pt), or a .bin of it or its descendants."""
+    """llama2.c's checkpoint (ckpt.pt), or a .bin of llama2.c or its forks."""
     gguf: str | None = None
     """A GGUF file."""
     bin: str | None = None
     """A .bin of any version."""
     tokenizer: str | None = None
-    """The model's tokenizer, where it does not lie beside the model."""
+    """The model's tokenizer, if it is not with the model."""
     rope_theta: float | None = None
-    """What the model was trained with, for llama2.c's files, which do not say; Llama 3's is 500000."""
+    """The rope_theta of llama2.c's files, which do not say it; Llama 3's is 500000."""
     rope_scaling: float | None = None
-    """The factor of its RoPE scaling, for the same files: 8 for Llama 3.1 and 3.3, 32 for the 1B and 3B of 3.2."""
+    """The factor of RoPE scaling of the same files: 8 for Llama 3.1 and 3.3, 32 for Llama 3.2's 1B and 3B."""
     check: bool = True
-    """Prove the file after writing it; --no-check skips that."""
+    """Prove or compare the result; --no-check skips that."""
     verify: str | None = None
     """Prove an existing .bin instead of writing one."""
     data: str | None = None
-    """Prepared data for the proof; when left out, what the model was trained on or the newest that fits."""
+    """Prepared data for the proof; by default what the model was trained on, or the newest that fits."""
     force: bool = False
-    """Write version 0 even where it loses what llama2.c hard-codes (norm_eps)."""
+    """Write version 0 even if that loses the model's norm_eps."""
 
     def __post_init__(self) -> None:
-        """Refuse combinations that mean nothing."""
+        """Raise a ConfigError about options that contradict each other."""
         self.target  # noqa: B018
         named = [name for name in ("checkpoint", *formats.FORMATS) if getattr(self, name) is not None]
         if len(named) > 1:
@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _open(config: ExportConfig) -> tuple[ImportedModel, str | None]:
-    """Open the model to export; return it and the data that it was trained on, where that is known."""
+    """Open the model to export; return it and the data that it was trained on, if that is known."""
     kind = next((kind for kind in formats.FORMATS if getattr(config, kind) is not None), None)
     trained_on = None
     if kind is not None:
@@ -173,11 +173,11 @@ def _find_checkpoint(named: str | None) -> Path:
 
 
 def _find_data(named: str | None, trained_on: str | None, tokenizer_sha256: str | None) -> shards.Shards | None:
-    """Return prepared data for the proof: what is named, else what the model was trained on, else the newest.
+    """Return prepared data for the proof: the named folder, else what the model was trained on, else the newest.
 
     Raises:
-        DataError: if the data that was named is missing, damaged or made with another tokenizer; what was not named is
-            passed over, and the proof says that it had no data.
+        DataError: if the named data is missing, damaged or was prepared with another tokenizer. Other data that cannot
+            be used is skipped, and the proof says that it had none.
     """
     if named is not None:
         data = shards.Shards.open(named)

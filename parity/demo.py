@@ -1,4 +1,4 @@
-"""The last step of `make demo`: export the model in every version, prove each, hold it against the floor, tell a story.
+"""The last step of `make demo`: export and prove every version, compare the loss with the corpus entropy, tell a story.
 
 python -m parity.demo out/demo
 """
@@ -22,7 +22,7 @@ from llamalet.scoring import NOTHING, Evaluation, evaluate_documents, read_docum
 from llamalet.shards import Shards
 from parity.proof import Proof, prove
 
-# The version, what v3's matrices are made of, and the name of each file.
+# The version, v3's dtype, and the name of each file.
 FILES = (
     (0, None, "model_v0.bin"),
     (1, None, "model.bin"),
@@ -40,7 +40,7 @@ class DemoConfig:
     run: str = "out/demo"
     """The folder of the trained run, also as the first word."""
     stories: int = 100
-    """How many stories to sample and put before the grammar."""
+    """Number of stories to sample and check against the grammar."""
     seed: int = 1
     """Seed of the first sampled story."""
 
@@ -86,7 +86,7 @@ def _export(path: Path, version: int, dtype: str | None, source: ImportedModel, 
 
 
 def _parity_table(proofs: list[Proof]) -> str:
-    """Return one line per version: size, the largest logit difference, the text, the bits per byte of both."""
+    """Return one line per version: size, largest logit difference, bits per byte of both, verdict and text."""
     lines = ["  version           bytes   logits differ by   PyTorch   runtime bits/byte   verdict"]
     for proof in proofs:
         size = proof.path.stat().st_size
@@ -105,13 +105,13 @@ def _evaluate(model: Model, data: Shards) -> Evaluation:
 
 
 def _stories(model: Model, count: int, seed: int) -> Iterator[str]:
-    """Yield `count` stories told from BOS at temperature 1.0, nothing cut off the distribution."""
-    told = time.monotonic()
+    """Yield `count` stories sampled from BOS at temperature 1.0 without top-p."""
+    reported = time.monotonic()
     for i in range(count):
         yield "".join(model.generate(temperature=1.0, top_p=1.0, seed=seed + i))
-        if time.monotonic() - told > 2:
-            told = time.monotonic()
-            print(f"{i + 1} of {count} stories told", file=sys.stderr, flush=True)
+        if time.monotonic() - reported > 2:
+            reported = time.monotonic()
+            print(f"{i + 1} of {count} stories sampled", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

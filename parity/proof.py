@@ -1,8 +1,8 @@
-"""The proof of an export: the PyTorch model and the torch-free runtime compute the same thing from one file.
+"""The proof of an export: the PyTorch model and the torch-free runtime compute the same from one file.
 
-Four comparisons, from the bytes to the text: the file's weights with the checkpoint's, the logits of both programs, the
-text that both find most likely, and the bits per byte that both need for validation data. Of a large model, PyTorch has
-one layer in memory at a time; then the texts are shorter, and no validation data is computed.
+Four comparisons: the file's weights with the checkpoint's, the logits of both programs, their most likely texts, and
+their bits per byte on validation data. For a large model PyTorch holds one layer at a time, the texts are shorter, and
+validation data is left out.
 """
 
 import time
@@ -32,21 +32,21 @@ LARGE_PARAMS = 250_000_000  # a gigabyte in float32
 LARGE_TOKENS = 32
 EVALUATION_TOKENS = 20_000
 
-# How far the two programs may differ on the file's weights. f32, bf16: rounding in another order, far above what was
-# seen (1e-5 of the largest logit) and far below what a wrong table or a swapped tensor gives. q8, q4: the runtime
-# rounds the activations too.
+# How far the two programs may differ on the file's weights. f32 and bf16 differ by the order of rounding; the bound is
+# far above the largest difference seen (1e-5 of the largest logit) and far below the effect of a wrong table or a
+# swapped tensor. With q8 and q4 the runtime rounds the activations too.
 LOGIT_BOUND = {"f32": 1e-4, "bf16": 1e-4, "q8": 0.1, "q4": 0.1}  # of the largest logit
-# What the file may cost against the checkpoint's weights. 4 bits cost the smallest models most: 8 % were seen on
-# 0.26 M parameters, 0.3 % on 0.8 M.
+# How much worse the file may be than the checkpoint. 4 bits cost the smallest models most: 8 % at 0.26 M parameters,
+# 0.3 % at 0.8 M.
 BITS_BOUND = {"f32": 1e-4, "bf16": 2e-3, "q8": 0.01, "q4": 0.2}  # of the bits per byte
-# How far rounded weights may be off. q8: half a step, and a little from float32 arithmetic. q4: root mean square, as a
-# share of the matrix's; trained weights have 0.1, and one with its columns in disorder more than 1.
+# How far rounded weights may be off. q8: half a step, plus a little float32 rounding. q4: the root mean square error
+# over that of the matrix: 0.1 for trained weights, more than 1 if columns are swapped.
 WEIGHT_BOUND = {"q8": 0.501, "q4": 0.3}
 
 
 @dataclass(kw_only=True)
 class Proof:
-    """What the comparisons found; an empty list of problems is the verdict "proved"."""
+    """The results of the comparisons; without problems the verdict is "proved"."""
 
     path: Path
     version: int
@@ -64,7 +64,7 @@ class Proof:
 
     @property
     def ok(self) -> bool:
-        """Whether every comparison is within its bound."""
+        """Whether all comparisons are within their bounds."""
         return not self.problems
 
     def lines(self) -> list[str]:
@@ -86,7 +86,7 @@ class Proof:
 
 
 class TorchLogits:
-    """The training model behind the runtime's interface, so that one evaluation serves both."""
+    """The training model with the runtime's interface, so that both are evaluated by the same code."""
 
     def __init__(self, model: Llama, config: ModelConfig) -> None:
         self.model = model
@@ -99,7 +99,7 @@ class TorchLogits:
 
 
 class LayeredLogits:
-    """The same for a large model: its layers are computed one after the other, each read when its turn comes."""
+    """The same for a large model: one layer is in memory at a time."""
 
     def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
         self.tensors = tensors
@@ -135,12 +135,12 @@ def prove(
     """Compare the PyTorch model and the runtime on one model file.
 
     Args:
-        path: the .bin; it is read with its checksum verified.
-        originals: the weights it was made from by name: they are compared, and PyTorch's bits per byte are theirs.
+        path: the .bin; its checksum is verified.
+        originals: the weights it was made from, by name: they are compared, and PyTorch's bits per byte use them.
         data: prepared data with the model's tokenizer; without it the logits are compared on random ids.
 
     Returns:
-        The proof, with every bound that was exceeded among its problems.
+        The proof; its problems name every bound that was exceeded.
 
     Raises:
         FormatError: if the file breaks a rule of its format.
@@ -167,14 +167,14 @@ def prove(
 
 
 def _in_torch(tensors: Mapping[str, Rows], config: ModelConfig) -> TorchLogits | LayeredLogits:
-    """Return the training model with these weights; of a large one, a layer at a time."""
+    """Return the training model with these weights; a large model is computed a layer at a time."""
     if config.n_params > LARGE_PARAMS:
         return LayeredLogits(tensors, config)
     return TorchLogits(weights.load_model(config, weights.to_state_dict(tensors)), config)
 
 
 def _compare_weights(proof: Proof, file: model_file.ModelFile, originals: Mapping[str, Rows]) -> None:
-    """Check that the weights are the checkpoint's, or what these are when rounded."""
+    """Check that the weights are the checkpoint's, rounded if the file's type is narrower."""
     errors = []
     for name, found in file.tensors.items():
         if isinstance(found, Quantized | Packed):
@@ -199,7 +199,7 @@ def _compare_weights(proof: Proof, file: model_file.ModelFile, originals: Mappin
 
 
 def _error(name: str, found: Quantized | Packed, original: Rows, dtype: str) -> float:
-    """Return how far a rounded matrix is off, in the unit of WEIGHT_BOUND."""
+    """Return the error of a rounded matrix in the unit of WEIGHT_BOUND."""
     tiny = np.finfo(np.float32).tiny
     start, steps, squares, total = 0, 0.0, 0.0, 0.0
     for block in row_blocks(name, original):
@@ -214,7 +214,7 @@ def _error(name: str, found: Quantized | Packed, original: Rows, dtype: str) -> 
 
 
 def _some_tokens(config: ModelConfig, data: shards.Shards | None, n: int) -> NDArray[np.int64]:
-    """Return n ids, fewer where the context is shorter: validation data, else seeded random ids."""
+    """Return n ids, or fewer if the context is shorter: validation data, else seeded random ids."""
     n = min(n, config.max_seq_len)
     if data is not None and len(data.split("val")) >= n:
         return data.split("val")[:n]
@@ -224,7 +224,7 @@ def _some_tokens(config: ModelConfig, data: shards.Shards | None, n: int) -> NDA
 def _compare_logits(
     proof: Proof, expected: NDArray[np.float32], found: NDArray[np.float32], relative_bound: float
 ) -> None:
-    """Check the largest difference of any logit against a bound relative to the largest logit."""
+    """Check the largest difference of a logit against a bound relative to the largest logit."""
     proof.logit_difference = float(np.abs(found - expected).max())
     proof.largest_logit = float(np.abs(expected).max())
     if not proof.logit_difference <= relative_bound * proof.largest_logit:
@@ -236,9 +236,10 @@ def _compare_logits(
 def _compare_text(
     proof: Proof, expected: TorchLogits | LayeredLogits, runtime: Transformer, data: shards.Shards | None, n: int
 ) -> None:
-    """Let the runtime write its most likely text and check that PyTorch finds each of its tokens most likely too.
+    """Check that PyTorch too finds each token of the runtime's most likely text the most likely.
 
-    Where they part, the two logits must be closer than the programs' difference there: a tie that rounding decides.
+    At the first token where they differ, the two logits must be closer than the programs' difference there: a tie that
+    rounding decides.
     """
     bos = data.meta.bos_id if data is not None else tokenizer.BOS_ID
     cache = runtime.new_cache()
@@ -271,7 +272,7 @@ def _compare_bits(
     data: shards.Shards,
     relative_bound: float,
 ) -> None:
-    """Check that both programs need the same bits for the same validation tokens."""
+    """Check that both programs have the same bits per byte on the same validation tokens."""
     vocabulary = tokenizer.load(data.tokenizer_path, data.meta.vocab_size)
     tokens = data.split("val")[: EVALUATION_TOKENS + 1]
     expected = sum(evaluate_windows(original, vocabulary, tokens), start=NOTHING)
@@ -279,6 +280,4 @@ def _compare_bits(
     proof.torch_bits_per_byte, proof.runtime_bits_per_byte = expected.bits_per_byte, found.bits_per_byte
     proof.evaluated_tokens = found.tokens
     if not abs(found.bits_per_byte - expected.bits_per_byte) <= relative_bound * expected.bits_per_byte:
-        proof.problems.append(
-            f"{found.bits_per_byte:.4f} bits per byte where PyTorch needs {expected.bits_per_byte:.4f}"
-        )
+        proof.problems.append(f"{found.bits_per_byte:.4f} bits per byte where PyTorch has {expected.bits_per_byte:.4f}")

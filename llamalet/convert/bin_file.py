@@ -1,4 +1,4 @@
-"""The raw binary (llamalet/model_file) and the tokenizer beside it, as one more format to read and write."""
+"""The raw binary (llamalet/model_file has its layout) and its tokenizer, as one more format to read and write."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ TEMPLATE_SUFFIX = f".{TEMPLATE_FILES[0]}"
 
 @dataclass(frozen=True)
 class BinTensor:
-    """A tensor of a model file in any of its forms, whose rows become float32 when they are asked for."""
+    """A tensor in any form that a model file has, whose rows are converted to float32 on demand."""
 
     weight: Weight
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape, of weights."""
+        """The shape, in weights."""
         if isinstance(self.weight, Packed):
             return self.weight.rows, self.weight.cols
         return (self.weight.values if isinstance(self.weight, Quantized) else self.weight).shape
@@ -45,13 +45,14 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
 
     Args:
         name: its path.
-        rope_theta: see `llamalet.model_file.tensors.read`.
+        rope_theta: see `llamalet.model_file.read`.
         rope_scaling: how RoPE is scaled, for a file that does not say.
 
     Raises:
-        FormatError: if the file breaks a rule of its format, or does not say what cannot be guessed.
+        FormatError: if the file breaks a rule of its format, or does not say its rope_theta.
         ConfigError: if either is given for a file that says it.
-        UsageError: if the chat template beside it cannot be read.
+        TokenizerError: if the tokenizer is damaged, or another model's.
+        UsageError: if the chat template next to it cannot be read.
     """
     file = model_file.read(name, rope_theta=rope_theta)
     config = file.config
@@ -64,7 +65,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
         data = found.read_bytes()
     notes: tuple[str, ...] = ()
     if file.dtype in ("q8", "q4"):
-        notes = (f"its weights have been rounded to {file.dtype} before: what is written holds those",)
+        notes = (f"its weights were already rounded to {file.dtype}; the export keeps that rounding",)
     path = Path(name).with_suffix(TEMPLATE_SUFFIX)
     template = read_template(path) if path.is_file() else None
     return ImportedModel(
@@ -81,7 +82,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
 
 
 def tensors_of(file: ModelFile) -> dict[str, Rows]:
-    """Return a model file's tensors, float32 on demand."""
+    """Return a model file's tensors, converted to float32 on demand."""
     return {name: BinTensor(tensor) for name, tensor in file.tensors.items()}
 
 

@@ -1,7 +1,9 @@
-"""Llama 3's vocabularies as Hugging Face and llama.cpp write them: visible characters for bytes, pairs to merge.
+"""Llama 3's vocabularies as Hugging Face and llama.cpp store them: a visible character per byte, and pairs to merge.
 
-Here a token's id is its rank, and the ranks alone say what is merged. There a list of pairs does; so each token gives
-one pair for every way to cut it into two tokens, in the order of the ids.
+In our files a token's id is its rank, and the ranks decide what is merged. In theirs a list of pairs does, so each
+token gives one pair for every way to split it into two tokens, in the order of the ids.
+
+Source: transformers, convert_llama_weights_to_hf.py and convert_slow_tokenizer.py (TikTokenConverter).
 """
 
 import json
@@ -17,9 +19,9 @@ from llamalet.tokenizer.llama3 import WORDS
 class Table(NamedTuple):
     """A vocabulary of this kind.
 
-    tokens: what each id is, a character for each byte; the special ones by their names.
-    merges: the pairs, the first to be merged first.
-    special: the ids of the special tokens by their names.
+    tokens: the token of each id, one character per byte; special tokens by name.
+    merges: the pairs, in the order in which they are merged.
+    special: the special tokens' ids by name.
     """
 
     tokens: list[str]
@@ -32,10 +34,10 @@ def table(vocabulary: Tokenizer, data: bytes) -> Table:
 
     Args:
         vocabulary: of Llama 3's kind.
-        data: its file; of a tokenizer.json, the pairs are in it.
+        data: its file; a tokenizer.json has the pairs.
 
     Raises:
-        TokenizerError: if it is a tokenizer.json that cuts texts into other words than Llama 3's.
+        TokenizerError: if it is a tokenizer.json that splits texts into other words than Llama 3's.
     """
     if isinstance(vocabulary, JsonTokenizer):
         return _of_json(vocabulary, json.loads(data))
@@ -56,33 +58,33 @@ def table(vocabulary: Tokenizer, data: bytes) -> Table:
 
 
 def _of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> Table:
-    """Return the table that a tokenizer.json holds."""
+    """Return the table in a tokenizer.json."""
     model = fields["model"]
     if model.get("type") != "BPE" or json.dumps(WORDS) not in json.dumps(fields.get("pre_tokenizer")):
-        raise TokenizerError("the tokenizer.json does not cut texts as Llama 3 does: only those can be written here")
+        raise TokenizerError("the tokenizer.json does not split texts as Llama 3 does; no other can be written here")
     names = {id: token for token, id in (model["vocab"] | vocabulary.special).items()}
     if sorted(names) != list(range(vocabulary.vocab_size)):
-        raise TokenizerError("the tokenizer.json leaves out some ids")
+        raise TokenizerError("the tokenizer.json has no token for some ids")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     return Table([names[id] for id in range(len(names))], [(left, right) for left, right in pairs], vocabulary.special)
 
 
 def from_table(tokens: Sequence[str], merges: Sequence[str], special: Sequence[int], name: str) -> Llama3Tokenizer:
-    """Make a vocabulary of its table.
+    """Return the vocabulary that a table describes.
 
     Args:
         tokens: see Table.
-        merges: the pairs, "LEFT RIGHT".
-        special: the ids of the special tokens.
-        name: where they are from, for messages.
+        merges: the pairs, as "LEFT RIGHT".
+        special: the special tokens' ids.
+        name: where the table is from, for messages.
 
     Raises:
-        TokenizerError: if the ids are not the ranks, so that it is not of Llama 3's kind.
+        TokenizerError: if it is damaged, or not of Llama 3's kind, where ids are ranks.
     """
     try:
         rows = rows_of_table(tokens, [merge.split(" ") for merge in merges], [tokens[id] for id in special])
     except (KeyError, ValueError, IndexError) as error:
-        raise TokenizerError(f"{name}: its tokens are damaged, or not spelt in bytes: {error}") from None
+        raise TokenizerError(f"{name}: its tokens are damaged, or not written byte by byte: {error}") from None
     if rows is None:
         raise TokenizerError(f"{name}: its pairs are not merged in the order of the ids, as Llama 3's are")
     return Llama3Tokenizer(rows, name, suffix="bin")

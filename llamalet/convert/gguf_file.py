@@ -1,7 +1,7 @@
-"""GGUF files of Llama models, as llama.cpp reads them, through its own `gguf` package.
+"""GGUF files of Llama models, as llama.cpp reads them, through its `gguf` package.
 
-The order of queries and keys is ours. llama3's RoPE scaling is a tensor there, rope_freqs: what each pair's frequency
-is divided by. Quantized rows come in blocks of 32 weights; a matrix whose rows do not is float16.
+Queries and keys have our order. llama3's RoPE scaling is a tensor, rope_freqs: the divisor of each pair's frequency.
+Quantized rows consist of blocks of 32 weights; a matrix whose rows cannot is stored as float16.
 
 Source: llama.cpp, docs/gguf.md and gguf-py; conversion of Llama models: convert_hf_to_gguf.py.
 """
@@ -69,7 +69,7 @@ FIELDS = {
     "dim": "embedding_length", "hidden_dim": "feed_forward_length", "n_layers": "block_count",
     "n_heads": "attention.head_count", "max_seq_len": "context_length", "norm_eps": "attention.layer_norm_rms_epsilon",
 }  # fmt: skip
-# Ours -> the package's names of tensor types and of files that mostly have them.
+# Our dtypes -> the package's names for the tensor type and for a file that mostly has it.
 DTYPES = {
     "f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
@@ -77,9 +77,9 @@ DTYPES = {
 BLOCK = 32
 END_OF_TURN = "<|eot_id|>"
 DEFAULT_ROPE_THETA = 10000.0
-# The kinds of tokens, and where none is set.
+# The kinds of tokens.
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-# What llama.cpp calls the way in which Llama 3 cuts a text into words.
+# llama.cpp's names for the way Llama 3 splits a text into words.
 LLAMA3_WORDS = ("llama-bpe", "llama3", "llama-v3")
 
 
@@ -101,10 +101,10 @@ def _package() -> Any:
 
 
 def read(name: str) -> ImportedModel:
-    """Open a file of any type that the package can turn into float32.
+    """Open a file of any type that the package can convert to float32.
 
     Raises:
-        FormatError: if it is no Llama model, or damaged.
+        FormatError: if it is damaged, or not a Llama model.
         UsageError: if the gguf package is not installed.
     """
     path = Path(name)
@@ -125,11 +125,11 @@ def read(name: str) -> ImportedModel:
     vocabulary: Tokenizer | None = None
     notes = []
     if rounded := sorted({tensor.tensor_type.name for tensor in stored.values()} - DECODERS.keys()):
-        notes.append(f"its weights have been rounded to {', '.join(rounded)} before: what is written holds those")
+        notes.append(f"its weights were already rounded to {', '.join(rounded)}; the export keeps that rounding")
     try:
         vocabulary = _read_tokenizer(str(path), fields)
     except (TokenizerError, UsageError) as error:
-        notes.append(f"its tokenizer is not taken: {error}")
+        notes.append(f"its tokenizer cannot be used: {error}")
     template = fields.get("tokenizer.chat_template")
     stops = {fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
     return ImportedModel(
@@ -146,10 +146,10 @@ def read(name: str) -> ImportedModel:
 
 
 def _strict_reader(path: Path) -> "gguf.GGUFReader":
-    """Return the package's reader; on its own it reads on behind the end of a damaged file, until memory ends.
+    """Return the package's reader, stopped at the end of a damaged file: it would read on until memory runs out.
 
     Raises:
-        ValueError: if the file ends within its metadata, or others of the package's errors.
+        ValueError: if the file ends within its metadata; or another of the package's errors.
     """
 
     class Reader(_package().GGUFReader):  # type: ignore[misc]
@@ -168,7 +168,7 @@ class _Fields:
         self._path, self._reader = path, reader
 
     def get(self, key: str) -> Any:
-        """Return a value as Python has it; None where there is none."""
+        """Return a value as a Python object; None if there is none."""
         field = self._reader.get_field(key)
         try:
             return None if field is None else field.contents()
@@ -176,7 +176,7 @@ class _Fields:
             raise FormatError(f"{self._path}: {key} is damaged: {error}") from None
 
     def needed(self, key: str) -> Any:
-        """Return a value that a file must have."""
+        """Return a value that every file must have."""
         value = self.get(key)
         if value is None:
             raise FormatError(f"{self._path}: has no {key}")
@@ -184,15 +184,15 @@ class _Fields:
 
 
 def _shape(tensor: "gguf.ReaderTensor") -> tuple[int, ...]:
-    """Return the shape, which GGUF writes with the columns first."""
+    """Return the shape; GGUF stores the columns first."""
     return tuple(int(size) for size in tensor.shape[::-1])
 
 
 def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
-    """Return a tensor whose rows are read and turned into float32 when they are asked for.
+    """Return a tensor whose rows are read and converted to float32 on demand.
 
     Raises:
-        FormatError: if the package cannot do that with its type.
+        FormatError: if the package cannot convert its type.
     """
     gguf, kind, shape = _package(), tensor.tensor_type, _shape(tensor)
     row_bytes = int(tensor.n_bytes) // shape[0]
@@ -201,33 +201,31 @@ def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
     try:
         gguf.quants.dequantize(np.zeros((1, row_bytes), np.uint8), kind)
     except NotImplementedError:
-        raise FormatError(f"{path}: {tensor.name} is {kind.name}, which cannot be turned into float32") from None
+        raise FormatError(f"{path}: {tensor.name} is {kind.name}, which cannot be converted to float32") from None
 
     def decode(raw: NDArray[np.uint8]) -> Floats:
-        with np.errstate(invalid="ignore", over="ignore"):  # damaged scales: NaN is refused later, with a name
+        with np.errstate(invalid="ignore", over="ignore"):  # damaged scales; NaN is refused later, by name
             return gguf.quants.dequantize(raw, kind)
 
     return FileTensor(path, int(tensor.data_offset), shape, kind.name, row_bytes, decode)
 
 
 def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
-    """Make a config of the metadata.
+    """Return the config that the metadata describes.
 
     Raises:
-        FormatError: if it is another architecture, or has what a Llama here has no place for.
+        FormatError: if it is another architecture, or a variant of Llama that cannot be run here.
     """
     if (architecture := fields.needed("general.architecture")) != ARCHITECTURE:
         raise FormatError(f"{path}: is a {architecture!r} model: only {ARCHITECTURE!r} ones can be read")
     of = functools.partial("{}.{}".format, ARCHITECTURE)
     if fields.get(of("expert_count")):
-        raise FormatError(f"{path}: is a mixture of {fields.get(of('expert_count'))} experts, which is no plain Llama")
+        raise FormatError(f"{path}: is a mixture of {fields.get(of('expert_count'))} experts, not a plain Llama")
     if fields.get(of("rope.scaling.type")) not in (None, "none") and fields.get(of("rope.scaling.factor")) not in (
         None,
         1.0,
     ):
-        raise FormatError(
-            f"{path}: RoPE is scaled the {fields.get(of('rope.scaling.type'))!r} way, which is not llama3's"
-        )
+        raise FormatError(f"{path}: RoPE is scaled the {fields.get(of('rope.scaling.type'))!r} way, not in llama3's")
     values = {ours: fields.needed(of(theirs)) for ours, theirs in FIELDS.items()}
     n_heads, n_kv_heads = values["n_heads"], fields.get(of("attention.head_count_kv"))
     head_dim = fields.get(of("attention.key_length"))
@@ -261,21 +259,21 @@ def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderT
 
 
 def _shortest(value: Any) -> Any:
-    """Return the number that a float32 stands for: 1e-5, not 9.999999747378752e-06; anything else as it is."""
+    """Return the shortest number that rounds to a float32: 1e-5, not 9.999999747378752e-06; other types unchanged."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def rope_factors(config: ModelConfig) -> Floats:
-    """Return what llama3's scaling divides each frequency by, float32 (D / 2,)."""
+    """Return the divisor of each frequency under llama3's scaling, float32 (D / 2,)."""
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
     return (plain / rope_frequencies(config)).astype(np.float32)
 
 
 def _scaling_of(path: Path, config: ModelConfig, factors: NDArray[np.float64]) -> RopeScaling:
-    """Return llama3's scaling that divides the frequencies by these factors.
+    """Return llama3's scaling with these divisors.
 
     Raises:
-        FormatError: if no factor with Llama 3.1's constants does.
+        FormatError: if Llama 3.1's constants do not give them with any factor.
     """
     scaling = llama3_scaling(max(1.0, round(float(factors.max()), 4)))
     expected = rope_factors(dataclasses.replace(config, rope_scaling=scaling))
@@ -288,8 +286,7 @@ def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
     """Return the vocabulary of a file.
 
     Raises:
-        TokenizerError: if it is neither Llama 3's, nor SentencePiece's BPE with byte fallback and a space put before
-            each text.
+        TokenizerError: if it is neither Llama 3's, nor SentencePiece's BPE with byte fallback and a space before texts.
     """
     kind, words = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if kind == "gpt2" and words in LLAMA3_WORDS:
@@ -299,9 +296,7 @@ def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
         special = [id for id, kind in enumerate(kinds) if kind == CONTROL]
         return byte_level.from_table(tokens, merges, special, name)
     if kind != "llama":
-        raise TokenizerError(
-            f"{name}: is of the kind {kind!r} with {words!r}: only Llama 2's and Llama 3's can be read"
-        )
+        raise TokenizerError(f"{name}: is of kind {kind!r} with {words!r}: only Llama 2's and Llama 3's can be read")
     if fields.get("tokenizer.ggml.add_space_prefix") is False:
         raise TokenizerError(f"{name}: puts no space before a text")
     tokens, scores, kinds = (fields.get(f"tokenizer.ggml.{part}") or [] for part in ("tokens", "scores", "token_type"))
@@ -314,7 +309,7 @@ def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
         (token.replace(SPACE_MARK, " ").encode(), _score(score)) for token, score in zip(tokens, scores, strict=True)
     ]
     if any(kind != NORMAL for kind in kinds[FIRST_TEXT_ID:]):
-        raise TokenizerError(f"{name}: has tokens of its own beside the text's, the control tokens and the bytes")
+        raise TokenizerError(f"{name}: has special tokens other than the control tokens")
     if tuple(tokens[: len(CONTROLS)]) != CONTROLS:
         raise TokenizerError(f"{name}: its first tokens are {tokens[: len(CONTROLS)]}, not {', '.join(CONTROLS)}")
     for id, row in ((BOS_ID, b"\n<s>\n"), (EOS_ID, b"\n</s>\n")):
@@ -323,7 +318,7 @@ def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
 
 
 def _score(score: Any) -> float:
-    """Return a score as tokenizer.bin has it."""
+    """Return a score as tokenizer.bin stores it."""
     return float(np.float32(score))
 
 
@@ -345,7 +340,7 @@ def check_can_carry(source: ImportedModel, dtype: str) -> None:
         BinTokenizer(source.tokenizer.pieces(), source.name)
     scaling = source.config.rope_scaling
     if scaling is not None and scaling != llama3_scaling(scaling.factor):
-        raise ConfigError(f"{scaling}: only Llama 3.1's constants, with any factor, can be told from a GGUF file")
+        raise ConfigError(f"{scaling}: a GGUF file can only hold Llama 3.1's constants, with any factor")
 
 
 def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
@@ -354,14 +349,14 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
     Args:
         path: the file to make or replace.
         source: the model; its tensors are read once, in blocks.
-        dtype: f32, f16, q8_0 or q4_0; norms are float32 whatever it is.
+        dtype: f32, f16, q8_0 or q4_0; norms are always float32.
 
     Returns:
-        The names of the matrices that are float16 instead, because their rows are no multiple of BLOCK.
+        The names of the matrices stored as float16, because their rows are not a multiple of BLOCK.
 
     Raises:
         ConfigError: on another dtype.
-        TokenizerError: if llama.cpp would cut texts differently.
+        TokenizerError: if llama.cpp would encode texts differently.
         NonFiniteError: if a weight is NaN or infinite.
         UsageError: if the gguf package is not installed.
     """
@@ -383,7 +378,7 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         plan.append((spec.name, names[spec.name], kind))
         add_tensor_info(writer, names[spec.name], spec.shape, kind)
     with replacing(path) as file:
-        # The writer's own way to a file opens it by name: here it is given one, as its state machine allows.
+        # The writer would open a file by name; its state machine accepts an open one too.
         writer.fout, writer.state = [file], type(writer.state).EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -409,7 +404,7 @@ def _encoded(name: str, tensor: Rows, kind: Any) -> Iterator[memoryview]:
     quants = _package().quants
     for block in row_blocks(name, tensor):
         if kind.name == "F16" and np.abs(block).max() > np.finfo(np.float16).max:
-            raise ConfigError(f"{name}: has a weight beyond what float16 holds; take --dtype f32")
+            raise ConfigError(f"{name}: has a weight that float16 cannot hold; take --dtype f32")
         yield np.ascontiguousarray(quants.quantize(block, kind)).data.cast("B")
 
 
@@ -450,7 +445,7 @@ def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
 
 
 def _is_llama3(vocabulary: Tokenizer) -> bool:
-    """Return whether a vocabulary is to be written as Llama 3's kind."""
+    """Return whether a vocabulary is written as Llama 3's kind."""
     return isinstance(vocabulary, Llama3Tokenizer | JsonTokenizer)
 
 
@@ -470,9 +465,9 @@ def _add_llama2(writer: "gguf.GGUFWriter", vocabulary: Tokenizer) -> None:
     """Put a vocabulary of Llama 2's kind into the metadata.
 
     Raises:
-        TokenizerError: if llama.cpp would cut texts differently.
+        TokenizerError: if llama.cpp would encode texts differently.
     """
-    copy = BinTokenizer(vocabulary.pieces(), "the tokenizer")  # refuses what is not of this kind
+    copy = BinTokenizer(vocabulary.pieces(), "the tokenizer")  # raises if it is not of this kind
     tokens = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in copy.pieces()]
     tokens[: len(CONTROLS)] = CONTROLS
     kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * (FIRST_TEXT_ID - len(CONTROLS))

@@ -1,7 +1,7 @@
 """Hugging Face folders of Llama models: config.json, safetensors (one file or several), the tokenizer's files.
 
-Their queries and keys have another order within a head: the first values of all RoPE pairs, then the second ones; ours
-(and Meta's) has each pair side by side. Everything else is a matter of names.
+Within a head, the rows of their queries and keys are ordered by halves: the first values of all RoPE pairs, then the
+second ones. Ours and Meta's have each pair side by side. Everything else differs in names only.
 
 Source: transformers, models/llama: configuration_llama.py, modeling_llama.py, convert_llama_weights_to_hf.py.
 """
@@ -52,7 +52,7 @@ NAMES = {
     "norm": "model.norm.weight",
     "output": "lm_head.weight",
 }
-# Our fields -> theirs, with their defaults; those that change the arithmetic to what a Llama has no place for.
+# Our fields -> theirs; and theirs that change the arithmetic, with the values that a plain Llama has.
 FIELDS = {
     "dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
@@ -85,15 +85,15 @@ IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 
 
 def read(name: str) -> ImportedModel:
-    """Open a folder, or a repository of the Hub, which is fetched first.
+    """Open a folder, or a repository on the Hub, which is downloaded first.
 
     Args:
         name: the folder, or the repository's ID, ORGANIZATION/NAME.
 
     Raises:
-        FormatError: if it is no Llama model in safetensors, or damaged.
-        UsageError: if the repository is not there, needs a login, or the Hub cannot be reached; or if the chat template
-            cannot be read.
+        FormatError: if it is damaged, or not a Llama model in safetensors.
+        UsageError: if the repository does not exist, needs a login, or the Hub cannot be reached; or if the chat
+            template cannot be read.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -105,12 +105,12 @@ def read(name: str) -> ImportedModel:
     notes: tuple[str, ...] = ()
     tied = bool(fields.get("tie_word_embeddings", False))
     if not tied and NAMES["output"] not in stored:
-        tied, notes = True, ("lm_head.weight is not there: the output is tied to the embeddings",)
+        tied, notes = True, ("lm_head.weight is missing: the output is tied to the embeddings",)
     config = _read_config(str(folder / CONFIG), fields, tied)
     names = expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
     found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if not IGNORED.fullmatch(theirs)}
-    if tied:  # whatever a file has there is not used
+    if tied:  # an output in the file is not used
         found.pop("output", None)
     check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
     heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
@@ -133,10 +133,10 @@ def read(name: str) -> ImportedModel:
 
 
 def fetch(repository: str) -> Path:
-    """Bring a repository's files here, into the Hub library's own cache, and return their folder.
+    """Download a repository into the Hub library's cache and return its folder.
 
     Raises:
-        UsageError: if that fails: one line with what to do.
+        UsageError: if that fails, with what to do.
     """
     try:
         import huggingface_hub
@@ -168,10 +168,10 @@ def fetch(repository: str) -> Path:
 
 
 def _read_config(name: str, fields: Mapping[str, Any], tied: bool) -> ModelConfig:
-    """Make a config of config.json's fields, with the RoPE parameters in the old spelling or the new one.
+    """Return the config that config.json describes, with the RoPE parameters in the old spelling or the new one.
 
     Raises:
-        FormatError: if it is another architecture, or has what a Llama here has no place for.
+        FormatError: if it is another architecture, or a variant of Llama that cannot be run here.
     """
     for key, plain in PLAIN.items():
         if (value := fields.get(key, plain)) != plain:
@@ -202,7 +202,7 @@ def _read_config(name: str, fields: Mapping[str, Any], tied: bool) -> ModelConfi
 
 
 def _read_scaling(name: str, rope: Mapping[str, Any]) -> RopeScaling | None:
-    """Return how RoPE is scaled; llama3's way alone is known."""
+    """Return how RoPE is scaled; only llama3's way is supported."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("default", None):
         return None
@@ -227,7 +227,7 @@ def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
     if not isinstance(table, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in table.values()
     ):
-        raise FormatError(f"{folder / INDEX}: its weight_map is no table of tensors and files")
+        raise FormatError(f"{folder / INDEX}: its weight_map is not a table of tensors and files")
     tensors: dict[str, FileTensor] = {}
     for file in sorted(set(table.values())):
         if not (folder / file).is_file():
@@ -239,12 +239,12 @@ def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
 
 
 def _pairs(rows: int, n_heads: int) -> NDArray[np.int64]:
-    """Return where, among their queries or keys, each row of ours is: the halves of a RoPE pair side by side."""
+    """Return the index among their queries or keys of each row of ours, which has RoPE pairs side by side."""
     return np.arange(rows).reshape(n_heads, 2, -1).swapaxes(1, 2).ravel()
 
 
 def _halves(rows: int, n_heads: int) -> NDArray[np.int64]:
-    """Return where, among our queries or keys, each row of theirs is: all first halves of a head, then all second."""
+    """Return the index among our queries or keys of each row of theirs, which has a head's first halves first."""
     return np.arange(rows).reshape(n_heads, -1, 2).swapaxes(1, 2).ravel()
 
 
@@ -271,21 +271,23 @@ def check_can_carry(source: ImportedModel, dtype: str) -> None:
     if dtype not in DTYPE_NAMES:
         raise ConfigError(f"dtype={dtype}: a Hugging Face folder has {' or '.join(DTYPE_NAMES)}")
     if c.dim % c.n_heads:
-        raise ConfigError(f"dim={c.dim}: transformers wants a multiple of n_heads={c.n_heads}, whatever head_dim is")
+        raise ConfigError(
+            f"dim={c.dim}: transformers wants a multiple of n_heads={c.n_heads}, even with another head_dim"
+        )
 
 
 def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path | None = None) -> None:
     """Write a model and its tokenizer as a folder that transformers' Auto classes load.
 
     Args:
-        folder: made where missing, and then whole or not at all; files of the same names are replaced, one by one.
+        folder: created if missing, and then completely or not at all; existing files are replaced one by one.
         source: the model; its tensors are read once, in blocks.
         dtype: f32, or bf16, rounded to nearest.
         keep: a file that is never removed: the tokenizer that the user named.
 
     Raises:
-        ConfigError: if the folder holds another model's files, or on another dtype.
-        TokenizerError: if transformers would cut texts differently.
+        ConfigError: if the folder holds another model's files, or the format cannot hold the model or dtype.
+        TokenizerError: if transformers would encode texts differently.
         NonFiniteError: if a weight is NaN or infinite.
     """
     check_can_carry(source, dtype)
@@ -325,7 +327,7 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else, which would be spoilt, or mixed with what is written."""
+    """Raise a ConfigError if a folder holds something else, which the new files would mix with or overwrite."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file; a Hugging Face model is a folder")
     foreign = ("checkpoints", "state.json", INDEX, "params.json")
@@ -362,7 +364,7 @@ def config_fields(source: ImportedModel, dtype: str) -> dict[str, Any]:
 
 
 def _special_ids(source: ImportedModel) -> dict[str, Any]:
-    """Return the ids that begin and end texts, where they are known."""
+    """Return the ids that begin and end texts, if they are known."""
     if source.tokenizer is None:
         return {}
     eos_id = source.tokenizer.eos_id
@@ -371,7 +373,7 @@ def _special_ids(source: ImportedModel) -> dict[str, Any]:
 
 
 def _tokenizer_files(source: ImportedModel) -> dict[str, bytes]:
-    """Return the tokenizer's files by name; none where the source has no tokenizer."""
+    """Return the tokenizer's files by name; none if the model has no tokenizer."""
     vocabulary, data = source.tokenizer, source.tokenizer_data
     if vocabulary is None:
         return {}

@@ -27,7 +27,7 @@ from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
 
 Floats = NDArray[np.float32]
 
-# What Llama 3.1 and its successors stretch RoPE's waves with; the factor alone differs: 8, and 32 in 3.2's 1B and 3B.
+# The RoPE scaling of Llama 3.1 and its successors, without its factor: 8, or 32 in Llama 3.2's 1B and 3B.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
 
 REPORT_AFTER_S = 2.0
@@ -71,7 +71,7 @@ class ImportedModel:
 
 
 class Reported(Mapping[str, Rows]):
-    """Tensors that are written one after the other; how far that is goes to stderr every other second."""
+    """Tensors that report on stderr, every other second, what share of the model has been asked for."""
 
     def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
         self._tensors = tensors
@@ -86,7 +86,7 @@ class Reported(Mapping[str, Rows]):
         return self._tensors[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors  # Mapping's own would ask for the tensor
+        return name in self._tensors  # Mapping's own would count the tensor as done
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -97,15 +97,15 @@ class Reported(Mapping[str, Rows]):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a file, whose rows are read and decoded when they are asked for.
+    """A tensor in a file, whose rows are read and decoded on demand.
 
     Attributes:
         path: the file.
-        offset: where the tensor begins in it.
-        shape: (rows, cols) or (cols,), of weights.
+        offset: byte offset of the tensor.
+        shape: (rows, cols) or (cols,), in weights.
         dtype: the type in which it is stored.
-        row_bytes: bytes of a row.
-        decode: makes uint8 (n, row_bytes) into float32 (n, cols).
+        row_bytes: number of bytes of a row.
+        decode: converts uint8 (n, row_bytes) to float32 (n, cols).
     """
 
     path: Path
@@ -133,7 +133,7 @@ class Reordered:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of both."""
+        """The shape, that of `tensor` too."""
         return self.tensor.shape
 
     def __getitem__(self, rows: slice) -> Floats:
@@ -142,7 +142,7 @@ class Reordered:
         return self.tensor[first : last + 1][wanted - first]
 
 
-# How the plain types of other formats become float32.
+# The plain types of other formats, and their conversion to float32.
 DECODERS: Mapping[str, Callable[[NDArray[np.uint8]], Floats]] = {
     "F32": lambda raw: raw.view("<f4"),
     "F16": lambda raw: raw.view("<f2").astype(np.float32),
@@ -151,9 +151,9 @@ DECODERS: Mapping[str, Callable[[NDArray[np.uint8]], Floats]] = {
 
 
 def difference(tensors: Mapping[str, Rows], others: Mapping[str, Rows]) -> float:
-    """Return how far two models' weights are apart; infinity if their names are not the same.
+    """Return the largest relative difference of two models' tensors; infinity if their names differ.
 
-    That is the root mean square of a tensor's difference as a share of the tensor's own, the largest of all.
+    A tensor's relative difference is the root mean square of the difference over that of the tensor.
     """
     worst = 0.0 if tensors.keys() == others.keys() else math.inf
     for name in tensors if not worst else ():
@@ -168,7 +168,7 @@ def difference(tensors: Mapping[str, Rows], others: Mapping[str, Rows]) -> float
 
 
 def expand(table: Mapping[str, str], n_layers: int) -> dict[str, str]:
-    """Return a format's table of names, ours -> theirs, with a row per layer for each that has a *."""
+    """Return a format's table of names, ours -> theirs, with one row per layer for names with a *."""
     return {
         ours.replace("*", str(layer)): theirs.replace("*", str(layer))
         for ours, theirs in table.items()
@@ -177,16 +177,13 @@ def expand(table: Mapping[str, str], n_layers: int) -> dict[str, str]:
 
 
 def check_shapes(name: str, config: ModelConfig, found: Mapping[str, Sequence[int]], names: Mapping[str, str]) -> None:
-    """Refuse a model whose tensors are not those that its config asks for.
+    """Raise a FormatError that names tensors which are missing, unknown or of another shape than the config says.
 
     Args:
         name: the model, for the message.
         config: its shape.
-        found: the shapes of its tensors by our names; tensors without one of our names by theirs.
+        found: the shapes of its tensors by our names; unknown tensors by theirs.
         names: ours -> theirs, for the message.
-
-    Raises:
-        FormatError: naming the first tensors that are missing, of another shape, or unknown.
     """
     expected = {spec.name: spec.shape for spec in tensor_specs(1, config)}
     problems = [f"{names[ours]} is missing" for ours in expected if ours not in found]
@@ -205,13 +202,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        FormatError: if it is missing, or no JSON object.
+        FormatError: if it is missing, or not a JSON object.
     """
     try:
         fields = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise FormatError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or too deep
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise FormatError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise FormatError(f"{path}: must hold a JSON object")
@@ -219,10 +216,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
-    """Return the config with these fields of a file; whole numbers may be written as 2.0, nothing else is converted.
+    """Return a config with these fields. Whole numbers may be written as 2.0; nothing else is converted.
 
     Raises:
-        FormatError: naming the file and every value that is missing, of another type or out of range.
+        FormatError: naming every value that is missing, of another type or out of range.
     """
     values, problems = dict(fields), []
     for key, value in fields.items():
@@ -259,16 +256,16 @@ def stored_types(tensors: Iterable[Any]) -> frozenset[str]:
 
 
 def llama3_scaling(factor: float) -> RopeScaling:
-    """Return the RoPE scaling of Llama 3.1 and later with this factor."""
+    """Return the RoPE scaling of Llama 3.1 and later models, which differs only in this factor."""
     return RopeScaling(factor=factor, **LLAMA3_SCALING)  # type: ignore[arg-type]
 
 
 def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
-    """Return the first of some files that is a tokenizer for a model, its bytes, and notes where none is.
+    """Return the first usable tokenizer among some files, its bytes, and notes on those that are not usable.
 
     Args:
-        paths: where one may lie, the best first.
-        vocab_size: the model's vocabulary.
+        paths: the files, the best first; they need not exist.
+        vocab_size: the size that the tokenizer must have.
     """
     notes = []
     for path in paths:
@@ -276,20 +273,20 @@ def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | 
             try:
                 return *compact(tokenizer.load(path, vocab_size), path.read_bytes()), ()
             except (TokenizerError, UsageError) as error:
-                notes.append(f"not taken as its tokenizer: {error}")
+                notes.append(f"cannot be used as its tokenizer: {error}")
     return None, b"", tuple(notes)
 
 
 def remove_stale(paths: Iterable[Path], keep: Path | None) -> None:
-    """Remove what would be read in place of what has just been written, but for `keep`, and say so."""
+    """Remove files that would be read instead of those just written, except `keep`, and print a note for each."""
     for path in paths:
         if path.is_file() and not (keep is not None and keep.exists() and path.samefile(keep)):
             path.unlink()
-            print(f"note: removed {path}, which would be read in place of what was written")
+            print(f"note: removed {path}, which would be read instead of what was written")
 
 
 def compact(vocabulary: Tokenizer, data: bytes) -> tuple[Tokenizer, bytes]:
-    """Return a vocabulary and its file; Llama 3's tokenizer.json of 17 MB as a rank table, which is a tenth of it."""
+    """Return a vocabulary and its file; a Llama 3 tokenizer.json (17 MB) becomes a rank table of a tenth the size."""
     if not isinstance(vocabulary, Llama3Tokenizer) or vocabulary.suffix != "json":
         return vocabulary, data
     rows = vocabulary.pieces()

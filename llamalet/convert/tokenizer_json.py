@@ -1,8 +1,10 @@
-"""A vocabulary as tokenizer.json, the file of Hugging Face's tokenizers library, with the ids that it has here.
+"""Write a vocabulary as tokenizer.json, the file of Hugging Face's tokenizers library, with the same ids.
 
-Llama 3's kind is byte_level.py's. SentencePiece joins neighbours by the score of what they become; the library joins
-pairs by their place in a list. So each piece gives one pair for every way to cut it in two, those with the highest
-score first.
+SentencePiece merges the neighbours whose merged piece has the highest score; the library merges pairs in the order of a
+list. So each piece gives one pair for every way to split it in two, highest scores first. Llama 3's kind goes through
+byte_level.py.
+
+Source: tokenizers, https://huggingface.co/docs/tokenizers/components; transformers, convert_slow_tokenizer.py.
 """
 
 import json
@@ -15,9 +17,9 @@ from llamalet.tokenizer.llama3 import WORDS
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 CONTROLS = (UNKNOWN, BOS, EOS)
-FIRST_TEXT_ID = len(CONTROLS) + 256  # behind the bytes
+FIRST_TEXT_ID = len(CONTROLS) + 256  # after the bytes
 
-# Texts on which both must agree: spaces, tabs, line ends, emoji and joiners, digits, what the vocabulary cannot spell.
+# Texts that both must encode alike: spaces, tabs, line ends, emoji, digits, characters without a token.
 PROBES = (
     "", " ", "  ", "Once upon a time", " leading and trailing ", "a\tb\n\nc\r\n", "1234567890 3.14", "\u00e9\u4e2d",
     "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "zero\u200bwidth", "a" * 21, "x" + " " * 33 + "y",
@@ -30,10 +32,10 @@ def build(vocabulary: Tokenizer, data: bytes) -> bytes:
 
     Args:
         vocabulary: any.
-        data: its file; a tokenizer.json is passed on as it is.
+        data: its file; a tokenizer.json is returned unchanged.
 
     Raises:
-        TokenizerError: if the library would cut texts differently.
+        TokenizerError: if the library would encode texts differently.
         UsageError: if the library is not installed.
     """
     if isinstance(vocabulary, JsonTokenizer):
@@ -48,8 +50,8 @@ def build(vocabulary: Tokenizer, data: bytes) -> bytes:
     for probe in PROBES:
         if found.encode(probe, add_special_tokens=False).ids != vocabulary.encode(probe):
             raise TokenizerError(
-                f"the tokenizers library would cut {probe!r} differently: of SentencePiece's, only BPE with byte "
-                "fallback, a space put in front and no folding of spaces becomes a tokenizer.json"
+                f"the tokenizers library would cut {probe!r} differently: only SentencePiece's BPE with byte "
+                "fallback, a space before each text and no merging of spaces can become a tokenizer.json"
             )
     return (found.to_str(pretty=True) + "\n").encode()
 
@@ -57,7 +59,7 @@ def build(vocabulary: Tokenizer, data: bytes) -> bytes:
 def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -> dict[str, Any]:
     """Return tokenizer_config.json's fields.
 
-    The class is the one that takes tokenizer.json as it is; LlamaTokenizer would change how spaces are treated.
+    The class is the one that uses tokenizer.json unchanged; LlamaTokenizer would treat spaces differently.
     """
     names = {id: name for name, id in vocabulary.special.items()}
     fields = {
@@ -75,10 +77,7 @@ def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -
 
 
 def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json's contents.
-
-    Source: tokenizers, https://huggingface.co/docs/tokenizers/components; transformers, convert_slow_tokenizer.py.
-    """
+    """Return tokenizer.json's contents for Llama 2's kind."""
     names, scores = _names(vocabulary), [score for _, score in vocabulary.pieces()]
     ids = {name: id for id, name in enumerate(names)}
     cuts = [
@@ -127,10 +126,7 @@ def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
 
 
 def _llama3_fields(vocabulary: Llama3Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json's contents for Llama 3's kind.
-
-    Source: tokenizers, https://huggingface.co/docs/tokenizers/components; transformers, convert_llama_weights_to_hf.py.
-    """
+    """Return tokenizer.json's contents for Llama 3's kind."""
     tokens, merges, special = byte_level.table(vocabulary, b"")
     names = {id: name for name, id in special.items()}
     bytes_in_words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -152,7 +148,7 @@ def _llama3_fields(vocabulary: Llama3Tokenizer) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token is that token, whatever the pairs would make of it
+            "ignore_merges": True,  # a word that is a token becomes that token, whatever merging would give
             "vocab": {token: id for id, token in enumerate(tokens) if id not in names},
             "merges": [list(pair) for pair in merges],
         },
@@ -166,7 +162,7 @@ def _special(name: str, id: int) -> dict[str, Any]:
 
 
 def _puts_in_front(name: str, id: int) -> dict[str, Any]:
-    """Return the processor that puts BOS in front of each text."""
+    """Return the post-processor that puts BOS before each text."""
     bos = {"SpecialToken": {"id": name, "type_id": 0}}
     first, second = ({"Sequence": {"id": text, "type_id": number}} for number, text in enumerate("AB"))
     return {
@@ -178,7 +174,7 @@ def _puts_in_front(name: str, id: int) -> dict[str, Any]:
 
 
 def _names(vocabulary: Tokenizer) -> list[str]:
-    """Return how the library writes each token: with a mark for spaces, the control tokens by their usual names."""
+    """Return the tokens as the library writes them: spaces as marks, control tokens by their usual names."""
     names = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in vocabulary.pieces()]
     if names[0] != UNKNOWN or (vocabulary.bos_id, vocabulary.eos_id) != (1, 2):
         raise TokenizerError("the vocabulary's first tokens are not <unk>, <s> and </s>")

@@ -39,7 +39,9 @@ def load_tokenizer(file: ModelFile, path: Path | None = None) -> Tokenizer:
     path = path or beside(file.path)
     if path is None:
         names = f"{file.path.stem}.tokenizer.{{{','.join(SUFFIXES)}}}"
-        raise TokenizerError(f"{file.path}: no tokenizer inside it and no tokenizer beside it ({names}); name one: -z")
+        raise TokenizerError(
+            f"{file.path}: no tokenizer inside it and no tokenizer beside it ({names}); name one with -z"
+        )
     found = tokenizer.load(path, file.config.vocab_size)
     check_identity(found, str(path), file.path, file.tokenizer_sha256)
     return found

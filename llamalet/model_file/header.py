@@ -1,25 +1,25 @@
 """The header of a model file, byte by byte. All numbers are little-endian.
 
     v0      0  7 int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len; a negative vocab_size
-               says that the output layer is not tied to the embeddings
+               means that the output layer is not tied to the embeddings
     v1-v3   0  uint32 magic 0x616b3432 and int32 version
             8  the 7 int32, vocab_size positive
            36  uint8 tied
-           37  int32 group_size: columns that share a scale, 0 where nothing is quantized
+           37  int32 group_size: columns that share a scale, 0 if nothing is quantized
            41  MARKER, float64 norm_eps and rope_theta
            61  uint8 whether RoPE is scaled; its float64 factor, low_freq_factor, high_freq_factor and int32
                original_max_seq_len
-           90  the tokenizer's sha256, zeros where unknown
+           90  the tokenizer's sha256, zeros if unknown
           122  CRC32 of the payload: of every byte from 256 to the end of the tensors
-    v3    126  int32 head_dim, uint8 dtype: its place in DTYPES
+    v3    126  int32 head_dim, uint8 dtype: its index in DTYPES
     v1-v3      then the CRC32 of all bytes before it
-    v3    135  zeros, or of the tokenizer's file inside, after the tensors: uint64 offset, uint32 length, uint32 CRC32,
-               uint8 kind: its place in TOKENIZER_KINDS, from 1; and again the CRC32 of all bytes before it
-    v1-v3      then zeros up to 256: reserved for later fields. Readers insist on them, so that none passes over a field
-               that it does not know
+    v3    135  zeros, or the place of the tokenizer's file after the tensors: uint64 offset, uint32 length, uint32
+               CRC32, uint8 kind: its index in TOKENIZER_KINDS plus 1; then the CRC32 of all bytes before it
+    v1-v3      then zeros up to 256, reserved for later fields. Readers refuse other bytes, so that no reader skips a
+               field that it does not know
 
-llama2.c's v1 and v2 end at byte 41 and skip the rest, which may be all zero in a file of theirs: then norm_eps and
-rope_theta are what its programs hard-code. Source of v0-v2: llama2.c, export.py, run.c and runq.c.
+llama2.c's v1 and v2 end at byte 41 and skip the rest. If that is all zero, norm_eps and rope_theta are the constants in
+llama2.c's programs. Source of v0-v2: llama2.c, export.py, run.c and runq.c.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ TOKENIZER_KINDS = ("model", "bin", "json", "tiktoken")
 # The fields of ModelConfig that llama2.c's headers lack, and the values that its programs assume.
 LLAMA2C: dict[str, Any] = {"norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}
 
-# Caps on what a file may claim, far above every model this project is for.
+# Caps on the values in a file, far above any model that this project is for.
 MAX_WIDTH, MAX_LAYERS, MAX_VOCAB, MAX_CONTEXT = 1 << 18, 1 << 10, 1 << 20, 1 << 20
 CAPS = {
     "dim": MAX_WIDTH, "hidden_dim": MAX_WIDTH, "n_layers": MAX_LAYERS, "n_heads": MAX_WIDTH, "n_kv_heads": MAX_WIDTH,
@@ -63,7 +63,7 @@ MAX_TOKENIZER_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class TokenizerSection:
-    """Where in a file its tokenizer's file lies, and of what kind it is, one of TOKENIZER_KINDS."""
+    """The place of the tokenizer's file in a model file, and its kind, one of TOKENIZER_KINDS."""
 
     offset: int
     n_bytes: int
@@ -73,9 +73,9 @@ class TokenizerSection:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself before its tensors.
+    """The fields of a header.
 
-    group_size is None where nothing is quantized, the last two where the file does not say.
+    group_size is None if nothing is quantized; the last three are None if the file does not have them.
     """
 
     version: int
@@ -113,11 +113,11 @@ def pack_header(header: Header) -> bytes:
 
 
 def read_header(path: Path, head: bytes) -> Header:
-    """Decode and check a header; nothing in it is trusted before its range is known.
+    """Decode and check a header; every value is checked before it is used.
 
     Args:
-        path: where it is from, for the messages.
-        head: the file's first HEADER_BYTES bytes, or all where it has fewer.
+        path: the file, for the messages.
+        head: its first HEADER_BYTES bytes, or all if it has fewer.
 
     Raises:
         FormatError: naming the file, the field, its value and the rule that it breaks.
@@ -146,7 +146,7 @@ def read_header(path: Path, head: bytes) -> Header:
 
 
 def _read_v0(path: Path, head: bytes) -> Header:
-    """Decode a header that has no magic number: any file could be meant, so every message says what was tried."""
+    """Decode a header without a magic number; it may be any other file, so the messages say what was tried."""
     *shape, vocab_size, max_seq_len = SHAPE.unpack_from(head)
     try:
         config = _checked_config(path, [*shape, abs(vocab_size), max_seq_len], vocab_size > 0, _Extras())
@@ -215,7 +215,7 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
 
 
 def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection, int]:
-    """Decode where the tokenizer lies; return it and the end of its fields."""
+    """Decode the place of the tokenizer; return it and the end of its fields."""
     offset, n_bytes, crc, kind = TOKENIZER.unpack_from(head, at)
     end = at + TOKENIZER.size
     if CHECKSUM.unpack_from(head, end)[0] != zlib.crc32(head[:end]):
@@ -223,20 +223,20 @@ def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection, i
     if not 1 <= kind <= len(TOKENIZER_KINDS):
         raise FormatError(f"{path}: tokenizer kind {kind}: must be one of 1..{len(TOKENIZER_KINDS)}")
     if not 1 <= n_bytes <= MAX_TOKENIZER_BYTES:
-        raise FormatError(f"{path}: tokenizer length {n_bytes}: must lie in 1..{MAX_TOKENIZER_BYTES}")
+        raise FormatError(f"{path}: tokenizer length {n_bytes}: must be in 1..{MAX_TOKENIZER_BYTES}")
     return TokenizerSection(offset, n_bytes, crc, TOKENIZER_KINDS[kind - 1]), end + CHECKSUM.size
 
 
 def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extras) -> ModelConfig:
-    """Build the config of a header's integers, refusing what no sane model has before anything is computed."""
+    """Return the config of a header's integers, after checking them against the caps."""
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = shape
     head_dim = extras.head_dim
     for (name, cap), value in zip(CAPS.items(), [*shape, 1 if head_dim is None else head_dim], strict=True):
         if not 1 <= value <= cap:
-            raise FormatError(f"{path}: {name} is {value}: must lie in 1..{cap}")
+            raise FormatError(f"{path}: {name} is {value}: must be in 1..{cap}")
     if head_dim is None:
         if dim % n_heads:
-            raise FormatError(f"{path}: dim {dim} is no multiple of n_heads {n_heads}")
+            raise FormatError(f"{path}: dim {dim} is not a multiple of n_heads {n_heads}")
         head_dim = dim // n_heads
     try:
         return ModelConfig(
@@ -248,7 +248,7 @@ def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extra
 
 
 def _check_group_size(path: Path, version: int, dtype: str, group_size: int, config: ModelConfig) -> None:
-    """Refuse a group size that is not the version's, or in v2 does not divide the rows."""
+    """Raise a FormatError if a group size is not the version's, or in v2 does not divide the rows."""
     if version != 2:
         expected = ENCODINGS[dtype].group_size or 0
         if group_size != expected:

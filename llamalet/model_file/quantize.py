@@ -1,8 +1,8 @@
 """Weights in fewer bits, and back: bfloat16, and groups of small integers that share a scale, in numpy.
 
 A weight is about q * s, with one scale s for a group of neighbouring columns of a row. 8 bits: s = max|w| / 127 and q
-in -127..127. 4 bits: q in -8..7, and of the scales that were tried the one whose squared error is least.
-Source: llama2.c, `quantize_q80` in export.py; 4 bits: llama.cpp, `quantize_row_q4_0_ref`, whose rule is tried first.
+in -127..127. 4 bits: q in -8..7, and s is the best of several candidates, the one with the least squared error.
+Source: llama2.c, `quantize_q80` in export.py; 4 bits: llama.cpp, `quantize_row_q4_0_ref`, the first candidate.
 """
 
 import math
@@ -17,21 +17,21 @@ from llamalet.errors import FormatError
 MAX_GROUP_SIZE = 64
 MIN_GROUP_SIZE = 16
 
-# What `pack_q8` and `pack_q4` make.
+# The groups of `pack_q8` and `pack_q4`.
 Q8_GROUP_SIZE = 64
 Q4_GROUP_SIZE = 32
 
-# The kernels' tile: a vector holds 4 columns of 16 rows, a chunk two of them.
+# The kernels' tile: a vector holds 4 columns of 16 rows, a chunk is two vectors.
 ROW_BLOCK = 16
 CHUNK_COLS = 8
 
-# What the search for a 4-bit scale tries: into how many steps the group's largest weight is cut, with a sign; -8 is
-# Q4_0's rule. Then the scale is fitted to the integers of the best so far, a few times. The squared error of normal
-# weights ends up within 0.2 % of the least that any bfloat16 scale has.
+# Candidates for a 4-bit scale: the group's largest weight divided by each of these; -8 is Q4_0's rule. Then the scale
+# is refitted to the integers of the best candidate a few times. For normally distributed weights the squared error ends
+# up within 0.2 % of the least that any bfloat16 scale gives.
 Q4_LARGEST = (-8.0, *(sign * quarters / 4 for quarters in range(22, 36) for sign in (-1, 1)))
 Q4_REFITS = 2
 
-# Weights quantized per step: small enough that the temporaries stay in a core's cache.
+# Weights quantized per step: few enough that the temporaries stay in a core's cache.
 BLOCK_WEIGHTS = 1 << 16
 
 Floats = NDArray[np.float32]
@@ -83,7 +83,7 @@ Weight = Floats | NDArray[np.uint16] | Quantized | Packed
 
 
 def dequantize(weight: Weight) -> Floats:
-    """Return the float32 (rows, cols) weights that `weight` stands for; float32 weights are returned as they are."""
+    """Return weights as float32 (rows, cols); float32 weights are returned unchanged."""
     if isinstance(weight, Packed):
         return dequantize_rows(weight, np.arange(weight.rows))
     if isinstance(weight, Quantized):
@@ -99,7 +99,7 @@ def dequantize_rows(packed: Packed, rows: NDArray[np.integer[Any]]) -> Floats:
 def _scaled(values: NDArray[np.int8], scales: Floats, group_size: int) -> Floats:
     """Multiply values (rows, cols) by their groups' scales (rows, groups)."""
     rows, cols = values.shape
-    whole = cols // group_size * group_size  # what whole groups cover; a short one may follow
+    whole = cols // group_size * group_size  # columns in whole groups; a short group may follow
     weights = np.empty((rows, cols), np.float32)
     groups = (rows, whole // group_size, group_size)
     np.multiply(values[:, :whole].reshape(groups), scales[:, : groups[1], None], out=weights[:, :whole].reshape(groups))
@@ -148,7 +148,7 @@ def group_size_for(*widths: int) -> int:
 def pack_q8(weights: Floats) -> Packed:
     """Round weights, finite float32 (rows, cols), to 8 bits with a bfloat16 scale for each Q8_GROUP_SIZE columns.
 
-    The scale is max|w| / 127 rounded up, so that no value is cut off; the error of a weight is at most scale / 2.
+    The scale is max|w| / 127 rounded up, so no value is clipped; the error of a weight is at most scale / 2.
     """
     return _pack_groups(weights, 8, Q8_GROUP_SIZE, _round_q8)
 
@@ -157,16 +157,16 @@ def pack_q4(weights: Floats) -> Packed:
     """Round weights, finite float32 (rows, cols), to 4 bits with a bfloat16 scale for each Q4_GROUP_SIZE columns.
 
     The squared error of a group is at most that of Q4_0's rule, scale = w / -8 with the w of largest magnitude, and
-    less for most. Of a short last group, the columns that are not there count as zeros.
+    less for most. A short last group is filled up with zeros.
     """
     return _pack_groups(weights, 4, Q4_GROUP_SIZE, _round_q4)
 
 
 def pack(quantized: Quantized) -> Packed:
-    """Return an int8 matrix as the kernels read it, its float32 scales as they are.
+    """Return an int8 matrix as the kernels read it, with the same float32 scales.
 
     Raises:
-        FormatError: if the group size is no multiple of a chunk's columns, which have one scale.
+        FormatError: if the group size is not a multiple of CHUNK_COLS: a chunk has one scale.
     """
     (rows, cols), group_size = quantized.values.shape, quantized.group_size
     if group_size % CHUNK_COLS:
@@ -198,7 +198,7 @@ def unpack(packed: Packed, rows: NDArray[np.integer[Any]] | None = None) -> tupl
 def _pack_groups(
     weights: Floats, bits: int, group_size: int, round_groups: Callable[[Floats], tuple[Floats, NDArray[np.uint16]]]
 ) -> Packed:
-    """Pack weights whose groups, float32 (n, group_size), `round_groups` makes into values and bfloat16 scales."""
+    """Pack weights; `round_groups` rounds groups, float32 (n, group_size), to values and bfloat16 scales."""
     rows, cols = weights.shape
     packed = _empty(rows, cols, bits, group_size, np.uint16)
     n_groups = packed.scales.shape[1]
@@ -210,7 +210,7 @@ def _pack_groups(
 
 
 def _empty(rows: int, cols: int, bits: int, group_size: int, scale_dtype: type) -> Packed:
-    """Return a packed matrix without contents."""
+    """Return a packed matrix whose values and scales are not set."""
     values, scales = packed_shapes(rows, cols, bits, group_size)
     return Packed(np.empty(values, np.uint8), np.empty(scales, scale_dtype), rows, cols, group_size)
 
@@ -222,7 +222,7 @@ def packed_shapes(rows: int, cols: int, bits: int, group_size: int) -> tuple[tup
 
 
 def _row_blocks(packed: Packed) -> list[tuple[slice, slice]]:
-    """Cut a matrix into pieces of about BLOCK_WEIGHTS weights: slices of its row blocks and of its rows."""
+    """Split a matrix into parts of about BLOCK_WEIGHTS weights: slices of its row blocks, and of its rows."""
     n = len(packed.values)
     step = max(1, BLOCK_WEIGHTS // (ROW_BLOCK * packed.cols))
     cuts = [slice(start, min(start + step, n)) for start in range(0, n, step)]
@@ -245,7 +245,7 @@ def _put(packed: Packed, blocks: slice, values: NDArray[Any], scales: NDArray[An
 
 
 def _padded(array: NDArray[Any], rows: int, cols: int) -> NDArray[Any]:
-    """Return a contiguous array (rows, cols) that begins with `array` and is zero elsewhere."""
+    """Return `array` padded with zeros to (rows, cols), contiguous."""
     if array.shape == (rows, cols):
         return np.ascontiguousarray(array)
     padded = np.zeros((rows, cols), array.dtype)
@@ -263,20 +263,20 @@ def _round_q8(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
 
 def _round_q4(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
     """Return the values (n, group_size) and scales (n,) of `pack_q4`."""
-    w = np.ascontiguousarray(groups.T)  # (group_size, n): what is done for each group runs along the memory
+    w = np.ascontiguousarray(groups.T)  # (group_size, n): operations on groups run along the memory
     largest = np.where(w.max(axis=0) >= -w.min(axis=0), w.max(axis=0), w.min(axis=0))
     values, scratch = np.empty_like(w), np.empty_like(w)
 
     def round_to(scale: Floats) -> None:
-        """Put the integers that suit a scale best into `values`."""
-        usable = np.abs(scale) >= np.finfo(np.float32).tiny  # below it the inverse may overflow
+        """Set `values` to the integers nearest to w / scale."""
+        usable = np.abs(scale) >= np.finfo(np.float32).tiny  # otherwise the inverse may overflow
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=usable)
         np.multiply(w, inverse, out=values)
         np.rint(values, out=values)
         np.clip(values, -8, 7, out=values)
 
     def squared_error(scale: Floats) -> Floats:
-        """Return the squared error of each group, rounded to a scale."""
+        """Return the squared error of each group when rounded with a scale."""
         round_to(scale)
         np.multiply(values, scale, out=scratch)
         np.subtract(scratch, w, out=scratch)
@@ -284,14 +284,14 @@ def _round_q4(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
         return scratch.sum(axis=0)
 
     def fitted(scale: Floats) -> Floats:
-        """Return the scale that suits the integers of `scale` best."""
+        """Return the scale with the least squared error for the integers of `scale`."""
         round_to(scale)
         squares = np.multiply(values, values, out=scratch).sum(axis=0)
         products = np.multiply(values, w, out=scratch).sum(axis=0)
         return products / np.maximum(squares, 1)
 
     best = from_bfloat16(to_bfloat16(largest / np.float32(Q4_LARGEST[0])))
-    # Errors that overflow, of weights beyond 1e18, are no better than any: Q4_0's scale stays.
+    # Errors of weights beyond 1e18 overflow and never compare as better, so Q4_0's scale stays.
     with np.errstate(over="ignore", invalid="ignore"):
         least = squared_error(best)
         for trial in range(1, len(Q4_LARGEST) + Q4_REFITS):
@@ -311,17 +311,17 @@ def to_bfloat16(x: Floats) -> NDArray[np.uint16]:
     """Round float32 to the nearest bfloat16, half to even, and return its bits; NaN stays NaN."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
-    # Rounding could carry a NaN's bits into an infinity or a zero: keep it, quiet.
+    # Rounding could turn a NaN into an infinity or a zero: keep it as a quiet NaN.
     return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
-    """Return the float32 numbers that bfloat16 bits stand for, exactly."""
+    """Return bfloat16 bits as float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _as_float32(x: Floats | NDArray[np.uint16]) -> Floats:
-    """Return float32 numbers as they are, and those of bfloat16 bits."""
+    """Return float32 numbers unchanged, and bfloat16 bits as float32."""
     return from_bfloat16(x) if x.dtype == np.uint16 else x  # type: ignore[arg-type, return-value]
 
 

@@ -1,15 +1,15 @@
 """The raw binary model files: their tensors, reading and writing.
 
-A file is a header (header.py has its bytes) and then every tensor of the version's ordered table, row-major and
-little-endian. That table drives the reader, the writer and the check of the size.
+A file is a header (see header.py) followed by the tensors in the version's order, row-major and little-endian. One
+table of that order drives the reader, the writer and the check of the size.
 
     v0  float32, read by llama2.c's run.c.
     v1  float32, in another order.
-    v2  int8 in groups, read by runq.c: every matrix is its int8 values and then one float32 scale per group.
-    v3  one of float32 (f32), bfloat16 (bf16), 8 bits (q8) and 4 bits (q4), in v1's order. The values of a q8 or q4
-        matrix, and then its scales, lie as `quantize.Packed` says, ready for the kernels. Every array begins at a
-        multiple of 64 bytes, with zeros before it. The layers of a matrix follow each other at equal distances. After
-        the tensors there may be the model's tokenizer: its file, as it is.
+    v2  int8 in groups, read by runq.c: every matrix is its int8 values followed by one float32 scale per group.
+    v3  float32 (f32), bfloat16 (bf16), 8 bits (q8) or 4 bits (q4), in v1's order. A q8 or q4 matrix is its values
+        followed by its scales, both laid out for the kernels as in `quantize.Packed`. Every array starts at a multiple
+        of 64 bytes, with zeros before it. The layers of a matrix are equally far apart. The model's tokenizer may
+        follow the tensors: its file, unchanged.
 
 Norms are float32 in every version. Source of v0-v2: llama2.c, export.py, run.c and runq.c.
 """
@@ -52,17 +52,17 @@ from llamalet.model_file.quantize import (
     quantize,
 )
 
-# Payload checksums of larger files are verified on request only.
+# Payload checksums of larger files are only verified on request.
 VERIFY_BYTES = 64 << 20
 
-# Weights that are read, converted and written at a time, and bytes that are checked: whatever the size of the model.
+# Weights that are converted, and bytes that are checked, at a time: memory use does not depend on the model's size.
 BLOCK_WEIGHTS = 1 << 22
 BLOCK_BYTES = 1 << 24
 
-# No llama2.c model has so large a vocabulary: Llama 3's models do, and their rope_theta is another than llama2.c's.
+# Only Llama 3's models have so large a vocabulary, and their rope_theta is not llama2.c's.
 LLAMA3_VOCAB = 128_000
 
-# Of v3's arrays, a cache line and the widest vector.
+# Alignment of v3's arrays: a cache line, and the widest vector.
 ALIGNMENT = 64
 
 # The order of the tensors in each version; "*" runs over the layers.
@@ -81,7 +81,7 @@ Tensor = Weight
 
 
 class Rows(Protocol):
-    """A tensor whose float32 rows come when they are asked for; an array is one, a tensor in a file another."""
+    """A tensor that gives its rows as float32 on demand: an array, or a tensor in a file of any format."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ class Part(NamedTuple):
 class TensorSpec:
     """One tensor of a file: its checkpoint name, its shape and how it is stored.
 
-    dtype is one of DTYPES; group_size is None where it is not quantized.
+    dtype is one of DTYPES; group_size is None if it is not quantized.
     """
 
     name: str
@@ -123,7 +123,7 @@ class TensorSpec:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The arrays that it consists of: itself, or values and scales."""
+        """The arrays that it consists of: one, or values and scales."""
         if self.group_size is None:
             return (Part("<f4" if self.dtype == "f32" else "<u2", self.shape),)
         rows, cols = self.shape
@@ -134,7 +134,7 @@ class TensorSpec:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in the file, up to where the next tensor begins."""
+        """Bytes in the file, up to the start of the next tensor."""
         return sum(part.n_bytes + self.padding(part) for part in self.parts)
 
     def padding(self, part: Part) -> int:
@@ -142,13 +142,13 @@ class TensorSpec:
         return -part.n_bytes % ALIGNMENT if self.version == 3 else 0
 
     def encode(self, weights: NDArray[np.float32]) -> Tensor:
-        """Return float32 weights of its shape as the file has them."""
+        """Return float32 weights as they are stored."""
         if self.version == 2 and self.group_size is not None:
             return quantize(weights, self.group_size)
         return ENCODINGS[self.dtype].encode(weights)
 
     def assemble(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
-        """Return the tensor whose parts these are."""
+        """Return the tensor with these parts."""
         if self.group_size is None:
             return arrays[0]
         (values, scales), (rows, cols) = arrays, self.shape
@@ -163,7 +163,7 @@ class ModelFile:
     header: Header
     tensors: Mapping[str, Tensor]
     tokenizer_data: bytes | None = None
-    """The tokenizer's file, where it lies inside."""
+    """The tokenizer's file, if it is inside."""
 
     @property
     def version(self) -> int:
@@ -177,17 +177,17 @@ class ModelFile:
 
     @property
     def group_size(self) -> int | None:
-        """Width of the quantization groups; None where nothing is quantized."""
+        """Columns that share a scale; None if nothing is quantized."""
         return self.header.group_size
 
     @property
     def dtype(self) -> str:
-        """What the matrices are made of, one of DTYPES."""
+        """The type of the matrices, one of DTYPES."""
         return self.header.dtype
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """Identity of the tokenizer that the model was trained with, where the file says."""
+        """Identity of the tokenizer that the model was trained with; None if the file does not say."""
         return self.header.tokenizer_sha256
 
 
@@ -199,8 +199,8 @@ def tensor_specs(
     Args:
         version: 0 to 3.
         config: the model's shape.
-        dtype: one of DTYPES that the version has; norms are f32 whatever it is.
-        group_size: columns that share a scale; None where nothing is quantized.
+        dtype: one of DTYPES that the version has; norms are always f32.
+        group_size: columns that share a scale; None if nothing is quantized.
     """
     c = config
     q_dim = c.n_heads * c.head_dim
@@ -237,16 +237,16 @@ def row_blocks(name: str, tensor: Rows) -> Iterator[NDArray[np.float32]]:
 
 
 def read(path: str | os.PathLike[str], *, verify: bool | None = None, rope_theta: float | None = None) -> ModelFile:
-    """Map a model file and check it: header, ranges, exact size, and its checksum where it has one.
+    """Map a model file and check it: header, ranges, exact size, and the checksum if it has one.
 
     Args:
         path: a .bin of version 0 to 3.
-        verify: whether to verify the payload's checksum; None means: if the file has at most VERIFY_BYTES.
+        verify: whether to verify the payload's checksum; None verifies files of at most VERIFY_BYTES.
         rope_theta: what the model was trained with, for a file that does not say; refused for one that does.
 
     Returns:
-        The header and every tensor but v0's RoPE tables, as views: norms float32 (cols,), and matrices (rows, cols) in
-        one of the forms of `quantize.Weight`. Nothing proportional to the file is allocated.
+        The header and all tensors except v0's RoPE tables, as views of the mapped file: norms float32 (cols,), matrices
+        (rows, cols) in one of the forms of `quantize.Weight`.
 
     Raises:
         FormatError: naming the file, the field, its value and the rule that it breaks.
@@ -289,26 +289,26 @@ def write(
     tokenizer: tuple[str, bytes] | None = None,
     force: bool = False,
 ) -> ModelFile:
-    """Write a model file aside, sync it, rename it into place, read it back and compare.
+    """Write a model file to a temporary name, sync it, read it back, compare, and rename it into place.
 
     Args:
         path: the file to make or replace.
         version: 0 to 3.
         config: the model's shape.
         tensors: every tensor by its checkpoint name, float32; "output" only for an untied model. Each is asked for
-            once, in the file's order, and read in blocks, so that a mapping may make them on demand. Not changed.
-        dtype: what v3's matrices are made of, one of DTYPES; None takes q8. The other versions have one dtype each.
-        tokenizer_sha256: identity of the tokenizer, 64 hex digits; v0 has no room for it.
-        tokenizer: the tokenizer's kind, one of TOKENIZER_KINDS, and its file, to go inside; version 3 only.
-        force: write v0 even where llama2.c would compute something else; norm_eps is lost then.
+            once, in the file's order, and read in blocks, so a mapping may create them on demand.
+        dtype: the type of v3's matrices, one of DTYPES; None takes q8. The other versions have one dtype each.
+        tokenizer_sha256: identity of the tokenizer, 64 hex digits; v0 has no field for it.
+        tokenizer: the kind of the tokenizer, one of TOKENIZER_KINDS, and its file, to put inside; version 3 only.
+        force: write v0 even if llama2.c would compute something else from it; norm_eps is lost then.
 
     Returns:
         The file as `read` gives it.
 
     Raises:
-        ConfigError: if the version cannot carry the model.
+        ConfigError: if the version cannot hold the model.
         NonFiniteError: if a weight is NaN or infinite.
-        FormatError: if what came back from the disk is not what was written.
+        FormatError: if the bytes read back differ from those written.
     """
     path = Path(path)
     check_can_carry(version, config, dtype=dtype, force=force)
@@ -334,7 +334,7 @@ def write(
             section = TokenizerSection(file.tell(), len(data), zlib.crc32(data), kind)
             file.write(data)
         header = Header(version, config, dtype, group_size, tokenizer_sha256, crc, section)
-        if version == 0:  # no room for the rest; norm_eps becomes llama2.c's
+        if version == 0:  # has no other fields; norm_eps becomes llama2.c's
             header = Header(0, dataclasses.replace(config, norm_eps=LLAMA2C["norm_eps"]))
         file.seek(0)
         file.write(pack_header(header))
@@ -369,18 +369,18 @@ def in_memory(path: Path, config: ModelConfig, tensors: Mapping[str, Rows], dtyp
 
 
 def float_version(config: ModelConfig) -> int:
-    """Return the version that holds a model in float32: 1, or 3 where 1 has no field for its head_dim."""
+    """Return the version that holds a model in float32: 1, or 3 if the model needs a head_dim field."""
     return 1 if config.head_dim * config.n_heads == config.dim else 3
 
 
 def check_can_carry(version: int, config: ModelConfig, *, dtype: str | None = None, force: bool = False) -> None:
-    """Raise a ConfigError that says why a version cannot hold a model; return if it can.
+    """Raise a ConfigError if a version cannot hold a model.
 
     Args:
         version: 0 to 3.
         config: the model's shape.
         dtype: see `write`.
-        force: accept a v0 file although llama2.c would compute something else from it.
+        force: see `write`.
     """
     if version not in ORDER:
         raise ConfigError(f"version {version}: must be one of {', '.join(map(str, ORDER))}")
@@ -406,7 +406,7 @@ def check_can_carry(version: int, config: ModelConfig, *, dtype: str | None = No
 
 
 def _refuse_group(config: ModelConfig) -> NoReturn:
-    """Raise the ConfigError that names the width to change for int8 groups, and its nearest good value."""
+    """Raise a ConfigError that names the width that int8 groups do not divide, and the nearest good value."""
     name = "dim" if group_size_for(config.dim) < MIN_GROUP_SIZE else "hidden_dim"
     width = getattr(config, name)
     nearest = max(1, round(width / MAX_GROUP_SIZE)) * MAX_GROUP_SIZE
@@ -422,7 +422,7 @@ def _refuse_group(config: ModelConfig) -> NoReturn:
 def _map_tensors(
     path: Path, specs: Iterable[TensorSpec], buffer: mmap.mmap, offset: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor as a view of the mapped file; every offset suits its type, so all views are aligned."""
+    """Yield every tensor as a view of the buffer; every array is aligned for its type."""
     for spec in specs:
         arrays = []
         for part in spec.parts:
@@ -434,7 +434,7 @@ def _map_tensors(
 
 
 def _read_tokenizer(path: Path, section: TokenizerSection | None, buffer: mmap.mmap, end: int) -> bytes | None:
-    """Return the tokenizer's file, which begins where the tensors end, after comparing its CRC32."""
+    """Return the tokenizer's file, which follows the tensors, after comparing its CRC32."""
     if section is None:
         return None
     if section.offset != end:
@@ -448,7 +448,7 @@ def _read_tokenizer(path: Path, section: TokenizerSection | None, buffer: mmap.m
 
 
 def _verify_payload(path: Path, header: Header, buffer: mmap.mmap, end: int) -> None:
-    """Compare the CRC32 of the tensors with the header's, where the header has one."""
+    """Compare the CRC32 of the tensors with the header's, if it has one."""
     if header.payload_crc32 is None:
         return
     with memoryview(buffer) as view, view[header.n_bytes : end] as payload:
@@ -458,9 +458,9 @@ def _verify_payload(path: Path, header: Header, buffer: mmap.mmap, end: int) -> 
 
 
 def _with_rope_theta_of_tables(path: Path, config: ModelConfig, cos: Tensor, sin: Tensor) -> ModelConfig:
-    """Return `config` with the rope_theta that v0's RoPE tables were made with; v0 has no other trace of it.
+    """Return `config` with the rope_theta of v0's RoPE tables; v0 has no field for it.
 
-    In row 1 the angle of pair i is theta ** (-2i / D), so pair 1 gives theta, to the 5 digits that float32 carries.
+    In row 1 the angle of pair i is theta ** (-2i / D), so pair 1 gives theta, to 5 digits in float32.
     """
     found_cos, found_sin = np.asarray(cos)[:64], np.asarray(sin)[:64]
     angle = float(np.arctan2(found_sin[1, 1], found_cos[1, 1])) if min(found_cos.shape) > 1 else 0.0
@@ -469,14 +469,14 @@ def _with_rope_theta_of_tables(path: Path, config: ModelConfig, cos: Tensor, sin
     expected_cos, expected_sin = rope_tables(config, len(found_cos))
     if not (np.allclose(found_cos, expected_cos, atol=1e-3) and np.allclose(found_sin, expected_sin, atol=1e-3)):
         raise FormatError(
-            f"{path}: its RoPE tables fit no rope_theta at head_dim {config.head_dim} without scaling; version 0 "
+            f"{path}: its RoPE tables match no rope_theta at head_dim {config.head_dim} without scaling; version 0 "
             f"cannot say what the model was trained with, so it would run wrongly"
         )
     return config
 
 
 def _with_rope_theta(path: Path, header: Header, config: ModelConfig, rope_theta: float | None) -> ModelConfig:
-    """Return `config` with the rope_theta that the user knows, where the file does not say it; refuse to guess."""
+    """Return `config` with the user's rope_theta if the file does not say it; it is never guessed."""
     if header.version == 0 or header.payload_crc32 is not None:
         if rope_theta not in (None, config.rope_theta):
             raise ConfigError(f"rope_theta={rope_theta:g}: {path} says that it is {config.rope_theta:g}; leave it out")
@@ -495,7 +495,7 @@ def _with_rope_theta(path: Path, header: Header, config: ModelConfig, rope_theta
 
 
 def _check_names(expected: Sequence[str], tensors: Mapping[str, Rows]) -> None:
-    """Refuse missing and extra tensors."""
+    """Raise a FormatError that names missing and extra tensors."""
     problems = [f"{name} is missing" for name in set(expected) - tensors.keys()]
     problems += [f"{name} is not part of the model" for name in tensors.keys() - set(expected)]
     if problems:
@@ -503,7 +503,7 @@ def _check_names(expected: Sequence[str], tensors: Mapping[str, Rows]) -> None:
 
 
 def _encoded(spec: TensorSpec, weights: Rows) -> Iterator[memoryview | bytes]:
-    """Yield the bytes of a tensor in the file, encoding a block of rows at a time; scales are kept until their turn."""
+    """Yield a tensor's bytes, encoding a block of rows at a time; scales follow all values."""
     if tuple(weights.shape) != spec.shape:
         raise FormatError(f"{spec.name} has shape {tuple(weights.shape)} where the config asks for {spec.shape}")
     first, *others = spec.parts
@@ -522,7 +522,7 @@ def _encoded(spec: TensorSpec, weights: Rows) -> Iterator[memoryview | bytes]:
 
 
 def _compare(path: Path, file: BinaryIO, header: Header, crc: int) -> None:
-    """Read the file that is about to be renamed to `path` back, and compare it with what was meant."""
+    """Read back the file that will be renamed to `path`; raise a FormatError if it is not what was written."""
     found = read(file.name, verify=False).header
     end = header.tokenizer.offset if header.tokenizer else file.seek(0, os.SEEK_END)
     found_crc, at = 0, file.seek(header.n_bytes)
