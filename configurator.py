@@ -19,24 +19,14 @@ from llamalet.options import Option, read_options, unknown_option
 Config = TypeVar("Config")
 
 
-def parse(
-    config_class: type[Config],
-    argv: Sequence[str],
-    *,
-    program: str,
-    description: str,
-    positional: Sequence[str] = (),
-    toml: bool = False,
-) -> Config:
+def parse(config_class: type[Config], argv: Sequence[str], *, toml: bool = False, **shown: Any) -> Config:
     """Parse a command line into a `config_class`; `--help` prints the options and exits with 0.
 
     Args:
         config_class: a dataclass whose fields all have defaults, each followed by a string as its help text.
         argv: the arguments, without the program's name.
-        program: the program's name in the usage line.
-        description: shown above the options.
-        positional: fields filled by bare words, in this order.
         toml: whether a bare word ending in .toml is a file of field values.
+        shown: the other arguments of `read_options`: program, description, positional.
 
     Returns:
         The configuration, checked by its own __post_init__.
@@ -45,10 +35,7 @@ def parse(
         UsageError: on an unknown option, an unexpected word, or a missing or unreadable value.
         ConfigError: on a bad TOML file, or from the dataclass on values out of range.
     """
-    return read_options(
-        config_class, argv, program=program, description=description, positional=positional,
-        read_file=read_toml if toml else None,
-    )  # fmt: skip
+    return read_options(config_class, argv, read_file=read_toml if toml else None, **shown)
 
 
 def read_toml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:

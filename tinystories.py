@@ -22,29 +22,17 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from configurator import parse
-from corpus import vocabulary
+from corpus import prepare, vocabulary
 from corpus.download import download
-from corpus.prepare import (
-    DATA_DIR,
-    PretokenizeConfig,
-    TextConfig,
-    check_vocab_size,
-    find_source,
-    prepare_shards,
-    pretokenize_command,
-    progress_bar,
-    train_vocabulary,
-)
+from corpus.prepare import DATA_DIR, PretokenizeConfig, TextConfig
 from corpus.sources import DEFAULT_SOURCE, NAMED_SOURCES
 from corpus.synthetic import synthesize
 from corpus.workers import Workers
 from llamalet import errors
 from llamalet.errors import ConfigError, UsageError, not_positive
-
-Config = TypeVar("Config")
 
 BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -111,10 +99,10 @@ class TrainVocabConfig(TextConfig):
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         super().__post_init__()
-        check_vocab_size(self.vocab_size)
+        prepare.check_vocab_size(self.vocab_size)
 
 
-def run_download(argv: Sequence[str]) -> int:
+def run_download(config: DownloadConfig) -> None:
     """Get a dataset of the Hugging Face Hub, complete and checked.
 
     An interrupted download continues where it stopped; files already there are checked and kept.
@@ -123,7 +111,6 @@ def run_download(argv: Sequence[str]) -> int:
       python tinystories.py download --max-files=1
       python tinystories.py download --source=Salesforce/wikitext:wikitext-2-raw-v1
     """
-    config = _parse(DownloadConfig, argv, run_download, positional=("source",))
     if config.source in NAMED_SOURCES:
         NAMED_SOURCES[config.source](config.data_dir)
     elif Path(config.source).exists():
@@ -132,10 +119,9 @@ def run_download(argv: Sequence[str]) -> int:
         download(config.source, config.data_dir, max_files=config.max_files)
     source = None if config.source == DEFAULT_SOURCE else config.source
     _print_next(TextConfig(source=source, data_dir=config.data_dir))
-    return 0
 
 
-def run_synthesize(argv: Sequence[str]) -> int:
+def run_synthesize(config: SynthesizeConfig) -> None:
     """Write stories drawn from a small grammar: a corpus that needs no network and whose entropy is known.
 
     They go to data/synthetic. Each validation story is written with its log-probability, so that training can print
@@ -145,8 +131,7 @@ def run_synthesize(argv: Sequence[str]) -> int:
       python tinystories.py synthesize --size=100MB --seed=7
       python tinystories.py synthesize --stories=5000
     """
-    config = _parse(SynthesizeConfig, argv, run_synthesize)
-    with Workers(config.workers) as workers, progress_bar("stories", config.size_bytes) as bar:
+    with Workers(config.workers) as workers, prepare.progress_bar("stories", config.size_bytes) as bar:
         record = synthesize(
             config.data_dir,
             seed=config.seed,
@@ -160,10 +145,9 @@ def run_synthesize(argv: Sequence[str]) -> int:
         for file in files:
             print(f"{split:<5}  {config.data_dir / record.source / file.file}  {file.bytes / 1e6:.1f} MB")
     _print_next(TextConfig(source=record.source, data_dir=config.data_dir))
-    return 0
 
 
-def run_train_vocab(argv: Sequence[str]) -> int:
+def run_train_vocab(config: TrainVocabConfig) -> None:
     """Train a SentencePiece vocabulary: byte pairs with byte fallback and every space kept, so no text is altered.
 
     It goes to data/NAME/tokN.model, where pretokenize finds it.
@@ -171,15 +155,12 @@ def run_train_vocab(argv: Sequence[str]) -> int:
       python tinystories.py train-vocab --vocab-size=4096
       python tinystories.py train-vocab my_novel.txt --vocab-size=1024
     """
-    config = _parse(TrainVocabConfig, argv, run_train_vocab, positional=("source",))
-    source = find_source(config)
-    path = train_vocabulary(config, source, config.vocab_size, at_most=False)
+    path = prepare.train_vocabulary(config, prepare.find_source(config), config.vocab_size, at_most=False)
     print(f"wrote {path}")
     _print_next(config)
-    return 0
 
 
-def run_pretokenize(argv: Sequence[str]) -> int:
+def run_pretokenize(config: PretokenizeConfig) -> None:
     """Write a source as token shards for train.py, into data/NAME/tokN.
 
     If there is no vocabulary, one of 4096 tokens is trained first. Valid shards that exist are kept, so an interrupted
@@ -191,32 +172,22 @@ def run_pretokenize(argv: Sequence[str]) -> int:
       python tinystories.py pretokenize --vocab=llama2/tokenizer.model
       python tinystories.py pretokenize tinyshakespeare --vocab=stories15M.bin
     """
-    config = _parse(PretokenizeConfig, argv, run_pretokenize, positional=("source",))
-    folder = prepare_shards(config)
+    folder = prepare.prepare_shards(config)
     print("next: " + shlex.join(["python", "train.py", *([] if config.data_dir == DATA_DIR else [f"--data={folder}"])]))
-    return 0
 
 
 def _print_next(config: TextConfig) -> None:
     """Print the command to type next, for the same text."""
     text = {field.name: getattr(config, field.name) for field in dataclasses.fields(TextConfig)}
-    print("next: " + pretokenize_command(TextConfig(**text)))
+    print("next: " + prepare.pretokenize_command(TextConfig(**text)))
 
 
-def _parse(
-    config_class: type[Config], argv: Sequence[str], command: Callable[..., int], positional: Sequence[str] = ()
-) -> Config:
-    """Parse the options of a command; its docstring is the help text."""
-    name = command.__name__.removeprefix("run_").replace("_", "-")
-    description = inspect.getdoc(command) or ""
-    return parse(config_class, argv, program=f"tinystories.py {name}", description=description, positional=positional)
-
-
-COMMANDS = {
-    "download": run_download,
-    "synthesize": run_synthesize,
-    "train-vocab": run_train_vocab,
-    "pretokenize": run_pretokenize,
+# Each command's options, the ones that may be given as bare words, and its function, whose docstring is the help text.
+COMMANDS: dict[str, tuple[type, tuple[str, ...], Callable[[Any], None]]] = {
+    "download": (DownloadConfig, ("source",), run_download),
+    "synthesize": (SynthesizeConfig, (), run_synthesize),
+    "train-vocab": (TrainVocabConfig, ("source",), run_train_vocab),
+    "pretokenize": (PretokenizeConfig, ("source",), run_pretokenize),
 }
 
 
@@ -227,12 +198,15 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] in ("-h", "--help", "help"):
         print(__doc__.strip())
         return 0
-    command = COMMANDS.get(argv[0].replace("_", "-"))
-    if command is None:
-        near = difflib.get_close_matches(argv[0].replace("_", "-"), COMMANDS, n=1, cutoff=0.4)
+    name = argv[0].replace("_", "-")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"it must be {', '.join(COMMANDS)}"
         raise UsageError(f"unknown command '{argv[0]}'; {hint}")
-    return command(argv[1:])
+    config_class, positional, command = COMMANDS[name]
+    program, text = f"tinystories.py {name}", inspect.getdoc(command)
+    command(parse(config_class, argv[1:], program=program, description=text, positional=positional))
+    return 0
 
 
 if __name__ == "__main__":

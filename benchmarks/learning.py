@@ -185,7 +185,7 @@ class RunsFile:
 
 def main(argv: Sequence[str]) -> int:
     """Do the missing runs, and print the table."""
-    config = parse(LearnConfig, argv, program="python -m benchmarks.learning", description=__doc__ or "")
+    config = parse(LearnConfig, argv, program="python -m benchmarks.learning", description=__doc__)
     data = Shards.open(config.data)
     about = shape(config) | {"train_sha256": [shard.sha256 for shard in data.meta.splits["train"].shards]}
     results = RunsFile.open(Path(config.out or f"out/learning/{Path(data.meta.source).stem}.json"), about)

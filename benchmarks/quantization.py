@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from corpus import story_grammar
 from llamalet import model_file
 from llamalet.errors import ConfigError, DataError, not_positive, run
 from llamalet.model_file.companions import load_tokenizer
-from llamalet.model_file.quantize import Floats, Packed, Quantized, Weight, dequantize, pack_q4, pack_q8, to_bfloat16
+from llamalet.model_file.quantize import ENCODINGS, Floats, Packed, Quantized, Weight, dequantize
 from llamalet.reference import NumpyTransformer
 from llamalet.scoring import NOTHING, Ids, evaluate_documents
 from llamalet.tokenizer import Tokenizer
@@ -53,25 +52,10 @@ class QuantizationConfig:
         ConfigError.raise_for(not_positive(self, "stories"))
 
 
-class Row(NamedTuple):
-    """One dtype's line of the table."""
-
-    name: str
-    bits_per_weight: float
-    error: float
-    weights_alone: float
-    as_run: float
-
-
 def main(argv: Sequence[str]) -> int:
     """Print the table of one model; return 0."""
-    config = parse(
-        QuantizationConfig,
-        argv,
-        program="python -m benchmarks.quantization",
-        description=__doc__ or "",
-        positional=("model",),
-    )
+    program = "python -m benchmarks.quantization"
+    config = parse(QuantizationConfig, argv, program=program, description=__doc__, positional=("model",))
     file = model_file.read(config.model)
     tokenizer = load_tokenizer(file, None if config.tokenizer is None else Path(config.tokenizer))
     documents = list(_documents(config, tokenizer))
@@ -79,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         f"{file.path}: {file.config.n_params:,} parameters, {file.dtype}; {len(documents)} stories, "
         f"{sum(map(len, documents)):,} tokens"
     )
-    print(table(list(_rows(file, tokenizer, documents))))
+    print("\n".join(aligned(list(_rows(file, tokenizer, documents)))))
     return 0
 
 
@@ -102,38 +86,34 @@ def _texts(config: QuantizationConfig) -> Iterator[str]:
         raise DataError(f'{config.text}: must be lines of {{"text": ...}}: {error!r}') from None
 
 
-def _rows(file: model_file.ModelFile, tokenizer: Tokenizer, documents: Sequence[Ids]) -> Iterator[Row]:
-    """Measure one dtype after another."""
+def _rows(file: model_file.ModelFile, tokenizer: Tokenizer, documents: Sequence[Ids]) -> Iterator[list[str]]:
+    """Measure one dtype after another, and yield the table; a cost is the increase in bits per byte over float32."""
     originals = {name: dequantize(tensor) for name, tensor in file.tensors.items()}
+    matrices = [name for name, w in originals.items() if w.ndim == 2]
+    n_weights = sum(originals[name].size for name in matrices)
+    squares = sum(float((originals[name] ** 2).sum()) for name in matrices)
 
     def bits_per_byte(tensors: Mapping[str, Weight]) -> float:
         model = NumpyTransformer(model_file.ModelFile(file.path, file.header, tensors))
         return sum(evaluate_documents(model, tokenizer, documents), start=NOTHING).bits_per_byte
 
+    yield ["dtype", "bits/weight", "error", "weights alone: bits/byte", "cost", "as run: bits/byte", "cost"]
+    exact = None  # the bits of float32, which comes first
     for form, rounding in forms().items():
         rounded = {name: rounding(w) if w.ndim == 2 else w for name, w in originals.items()}
         plain = {name: dequantize(rounded[name])[..., : w.shape[-1]] for name, w in originals.items()}
-        matrices = [name for name, w in originals.items() if w.ndim == 2]
-        n_weights = sum(originals[name].size for name in matrices)
+        bits_per_weight = 8 * sum(_n_bytes(rounded[name]) for name in matrices) / n_weights
         squared_error = sum(float(((plain[name] - originals[name]) ** 2).sum()) for name in matrices)
-        squares = sum(float((originals[name] ** 2).sum()) for name in matrices)
-        yield Row(
-            form,
-            8 * sum(_n_bytes(rounded[name]) for name in matrices) / n_weights,
-            (squared_error / squares) ** 0.5,
-            bits_per_byte(plain),
-            bits_per_byte(rounded),
-        )
+        row = [form, f"{bits_per_weight:.2f}", f"{(squared_error / squares) ** 0.5:.2%}"]
+        for bits in (bits_per_byte(plain), bits_per_byte(rounded)):
+            exact = exact or bits
+            row += [f"{bits:.5f}", f"{bits / exact - 1:+.2%}"]
+        yield row
 
 
 def forms() -> dict[str, Callable[[Floats], Weight]]:
     """Return a function per dtype that rounds a float32 matrix; llama.cpp's types need the gguf package."""
-    found: dict[str, Callable[[Floats], Weight]] = {
-        "f32": lambda weights: weights,
-        "bf16": to_bfloat16,
-        "q8": pack_q8,
-        "q4": pack_q4,
-    }
+    found = {dtype: encoding.encode for dtype, encoding in ENCODINGS.items()}
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -178,17 +158,6 @@ def _n_bytes(weight: Weight) -> int:
         bits = 4 if np.abs(weight.values.astype(int)).max() <= 8 else 8
         return weight.values.size * bits // 8 + 2 * weight.scales.size
     return weight.nbytes
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return the table to print; a cost is the increase in bits per byte over the first row."""
-    first = rows[0]
-    lines = [["dtype", "bits/weight", "error", "weights alone: bits/byte", "cost", "as run: bits/byte", "cost"]]
-    for row in rows:
-        alone, run_cost = row.weights_alone / first.weights_alone - 1, row.as_run / first.as_run - 1
-        cells = [f"{row.bits_per_weight:.2f}", f"{row.error:.2%}", f"{row.weights_alone:.5f}", f"{alone:+.2%}"]
-        lines.append([row.name, *cells, f"{row.as_run:.5f}", f"{run_cost:+.2%}"])
-    return "\n".join(aligned(lines))
 
 
 if __name__ == "__main__":

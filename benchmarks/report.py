@@ -126,11 +126,16 @@ class Results:
 
     def rest_bytes(self, shape: str, dtype: str) -> float | None:
         """Return the resident bytes besides those of the file and the cache."""
-        found = [self.median(shape, dtype, figure) for figure in ("resident", "file", "cache")]
-        if any(value is None for value in found):
-            return None
-        resident, file, cache = (value or 0 for value in found)
-        return resident - file - cache
+        resident, file, cache = (self.median(shape, dtype, figure) for figure in ("resident", "file", "cache"))
+        return None if resident is None or file is None or cache is None else resident - file - cache
+
+    def token_ms(self, shape: str, dtype: str) -> dict[int, float]:
+        """Return our milliseconds per token by position."""
+        return {
+            at_position(key.figure): 1e3 / statistics.median(turns)
+            for key, turns in self.turns.items()
+            if key[:2] == (shape, dtype) and at_position(key.figure)
+        }
 
 
 RATES = ("decode", "prefill", "batch")
@@ -186,14 +191,9 @@ def _own_lines(results: Results, shape: str, dtype: str) -> Iterator[str]:
             f"decode reads {file / 1e6:.1f} MB per token: {decode * file / 1e9:.1f} GB/s, {decode * file / read:.0%} "
             f"of the {read / 1e9:.1f} GB/s at which this machine reads that much memory"
         )
-    positions = {
-        at_position(key.figure): statistics.median(turns)
-        for key, turns in results.turns.items()
-        if key[:2] == (shape, dtype) and at_position(key.figure)
-    }
-    if positions:
-        costs = ", ".join(f"{1e3 / rate:.3f} at {position}" for position, rate in positions.items())
-        yield f"milliseconds per token by position: {costs}"
+    if costs := results.token_ms(shape, dtype):
+        cells = ", ".join(f"{milliseconds:.3f} at {position}" for position, milliseconds in costs.items())
+        yield f"milliseconds per token by position: {cells}"
     start, resident, cache = (results.median(shape, dtype, figure) for figure in ("start", "resident", "cache"))
     if start:
         yield f"sample.py's first word after {start:.2f} s"
@@ -247,10 +247,8 @@ def _draw_decode(axis: Any, results: Results, shape: str) -> None:
 def _draw_positions(axis: Any, results: Results, shape: str) -> None:
     """Draw the milliseconds per token by position, a line for each dtype."""
     for dtype in results.dtypes(shape):
-        figures = [key.figure for key in results.turns if key[:2] == (shape, dtype) and at_position(key.figure)]
-        costs = [1e3 / (results.median(shape, dtype, figure) or 1.0) for figure in figures]
-        if figures:
-            axis.plot([at_position(figure) for figure in figures], costs, marker="o", label=dtype)
+        if costs := results.token_ms(shape, dtype):
+            axis.plot(list(costs), list(costs.values()), marker="o", label=dtype)
             axis.legend(fontsize="small")
     axis.set(xlabel="position", ylabel="ms per token")
     axis.set_ylim(bottom=0)

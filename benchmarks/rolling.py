@@ -104,7 +104,7 @@ class Curve:
 def main(argv: Sequence[str]) -> int:
     """Measure, print, write the files; return 0."""
     config = parse(
-        RollingConfig, argv, program="python -m benchmarks.rolling", description=__doc__ or "", positional=("model",)
+        RollingConfig, argv, program="python -m benchmarks.rolling", description=__doc__, positional=("model",)
     )
     model = Model.load(config.model, tokenizer=_tokenizer(config), backend=config.backend, threads=config.threads)
     context = model.config.max_seq_len

@@ -175,7 +175,7 @@ class Contest:
 
 def main(argv: Sequence[str]) -> int:
     """Measure and print; return 0."""
-    config = parse(RuntimeBenchConfig, argv, program="python -m benchmarks.runtime", description=__doc__ or "")
+    config = parse(RuntimeBenchConfig, argv, program="python -m benchmarks.runtime", description=__doc__)
     threads = thread_count(config.threads)
     if (busy := load_average()) > BUSY:
         log(f"warning: load {busy:.1f}: other programs are running, which slows the peers more than us")
@@ -194,16 +194,10 @@ def main(argv: Sequence[str]) -> int:
 
 def peer_builds(config: RuntimeBenchConfig) -> dict[str, str]:
     """Return the peers' versions and build flags."""
-    builds = {}
-    for name, program, describe in (
-        ("llama-bench", config.peer_llama_bench, peers.llama_cpp_build),
-        ("llama-batched-bench", config.batched_bench, peers.llama_cpp_build),
-        ("run", config.peer_run, peers.llama2c_build),
-        ("runq", config.peer_runq, peers.llama2c_build),
-    ):
-        if program is not None:
-            builds[name] = describe(program)
-    return builds
+    llama_cpp = {"llama-bench": config.peer_llama_bench, "llama-batched-bench": config.batched_bench}
+    llama2c = {"run": config.peer_run, "runq": config.peer_runq}
+    builds = {name: peers.llama_cpp_build(program) for name, program in llama_cpp.items() if program is not None}
+    return builds | {name: peers.llama2c_build(program) for name, program in llama2c.items() if program is not None}
 
 
 def measure_shape(config: RuntimeBenchConfig, name: str, folder: Path, threads: int, results: Results) -> None:

@@ -12,7 +12,6 @@ MFU is the model's own operations as a share of the bfloat16 peak, which is know
 square matrix products in the same run, or given as --peak-tflops.
 """
 
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +119,7 @@ class TrainingBenchConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Measure and print; return 0."""
-    config = parse(TrainingBenchConfig, argv, program="python -m benchmarks.training", description=__doc__ or "")
+    config = parse(TrainingBenchConfig, argv, program="python -m benchmarks.training", description=__doc__)
     device = find_device(config.device)
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={device}: must be cpu or cuda for this benchmark")
@@ -220,9 +219,7 @@ def measure(
                 log(f"{name}: preparing {key.contender}, {key.dtype}")
                 try:
                     turns[key] = stack.enter_context(contenders[key])
-                except (
-                    UsageError
-                ) as error:  # the others are measured even if this one fails, for lack of memory for instance
+                except UsageError as error:  # for lack of memory, perhaps; the others are measured all the same
                     results.missing[key] = one_line(error)
             for number in range(config.turns):
                 for key, turn in turns.items():
@@ -268,7 +265,7 @@ def ours(options: Mapping[str, Any], rung: Rung, device: torch.device, steps: in
 def prepare_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: str) -> dict[str, float]:
     """Prepare the trainer of this process; return the seconds that compiling took."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr):
             return {"compile": make_trainer(options, rung, device_name)[1]}
     except Exception as error:  # not every exception can be sent to another process
         raise UsageError(one_line(error)) from None

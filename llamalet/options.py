@@ -64,7 +64,7 @@ def read_options(
     argv: Sequence[str],
     *,
     program: str,
-    description: str,
+    description: str | None,
     positional: Sequence[str] = (),
     aliases: Mapping[str, str] | None = None,
     hidden: Collection[str] = (),
@@ -156,7 +156,7 @@ def _read_option(word: str, left: list[str], flags: Mapping[str, Option]) -> tup
 
 
 def _help(
-    config_class: type, options: Mapping[str, Option], aliases: Mapping[str, str], usage: str, description: str
+    config_class: type, options: Mapping[str, Option], aliases: Mapping[str, str], usage: str, description: str | None
 ) -> argparse.ArgumentParser:
     """Return a parser that only prints help: each dataclass's options under its first sentence or their headings."""
     parser = argparse.ArgumentParser(

@@ -52,7 +52,7 @@ class DemoConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Report on a run; return 0, or FormatError's code if a file is not proved."""
-    config = parse(DemoConfig, argv, program="python -m parity.demo", description=__doc__ or "", positional=("run",))
+    config = parse(DemoConfig, argv, program="python -m parity.demo", description=__doc__, positional=("run",))
     folder = Path(config.run)
     best = find_best(folder)
     if best is None:
