@@ -64,7 +64,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     if data is None and (found := beside(name)) is not None:
         data = found.read_bytes()
     notes: tuple[str, ...] = ()
-    if file.dtype in ("q8", "q4"):
+    if file.group_size is not None:
         notes = (f"its weights were already rounded to {file.dtype}; the export keeps that rounding",)
     path = Path(name).with_suffix(TEMPLATE_SUFFIX)
     template = read_template(path) if path.is_file() else None
