@@ -310,9 +310,8 @@ def evaluate(argv: Sequence[str]) -> int:
     )  # fmt: skip
     if not options.model:
         raise UsageError("name a model; see --help")
-    for name in ("max_tokens", "threads"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UsageError(f"{name}={value}: must be positive; see --help")
+    for problem in not_positive(options, "max_tokens", "threads"):
+        raise UsageError(f"{problem}; see --help")
     data = Path(options.data) if options.data is not None else find_newest()
     if data is None:
         raise DataError("no prepared data below data/; name a text file, or a folder made by tinystories.py")
@@ -347,9 +346,7 @@ def convert(argv: Sequence[str]) -> int:
     )  # fmt: skip
     if not options.model or options.out is None:
         raise UsageError("name the model and the file or folder to write; see --help")
-    target = Target(
-        out=options.out, named_format=options.format, named_version=options.version, dtype=options.dtype
-    )  # fmt: skip
+    target = Target(out=options.out, named_format=options.format, named_version=options.version, dtype=options.dtype)
     kind = options.source_format or formats.kind_of(Path(options.model))
     source = formats.read(kind, options.model, rope_theta=options.rope_theta, rope_scaling=options.rope_scaling)
     path, keep = Path(options.out), None if options.tokenizer is None else Path(options.tokenizer)

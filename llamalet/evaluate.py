@@ -7,17 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llamalet import scoring
 from llamalet.errors import DataError
 from llamalet.runtime import Model
-from llamalet.scoring import (
-    NOTHING,
-    Evaluation,
-    Scorer,
-    cut,
-    evaluate_documents,
-    evaluate_windows,
-    read_documents,
-)  # fmt: skip
+from llamalet.scoring import NOTHING, Evaluation
 from llamalet.shards import Entropy, Shards
 
 PROGRESS_AFTER_S = 2.0
@@ -43,10 +36,10 @@ def evaluate_text(model: Model, path: Path, *, windows: bool = False, max_tokens
         raise DataError(f"{path}: there is no text to score")
     ids = np.array(model.tokenizer.encode(text, bos=True))[: None if max_tokens is None else max_tokens + 1]
     if windows:
-        scores = evaluate_windows(model.transformer, model.tokenizer, ids)
+        scores = scoring.evaluate_windows(model.transformer, model.tokenizer, ids)
     else:
-        scorer = Scorer(model.transformer, model.tokenizer)
-        scores = (scorer.score(*part) for part in cut(ids, model.config.max_seq_len))
+        scorer = scoring.Scorer(model.transformer, model.tokenizer)
+        scores = (scorer.score(*part) for part in scoring.cut(ids, model.config.max_seq_len))
     return report(sum(with_progress(scores, len(ids) - 1), NOTHING))
 
 
@@ -68,10 +61,10 @@ def evaluate_shards(
     tokens = shards.split(split)
     n_tokens = len(tokens) if max_tokens is None else min(max_tokens, len(tokens))
     if windows:
-        scores = evaluate_windows(model.transformer, model.tokenizer, tokens, max_tokens)
+        scores = scoring.evaluate_windows(model.transformer, model.tokenizer, tokens, max_tokens)
     else:
-        documents = read_documents(tokens, shards.meta.bos_id, max_tokens)
-        scores = evaluate_documents(model.transformer, model.tokenizer, documents)
+        documents = scoring.read_documents(tokens, shards.meta.bos_id, max_tokens)
+        scores = scoring.evaluate_documents(model.transformer, model.tokenizer, documents)
     total = sum(with_progress(scores, n_tokens), NOTHING)
     entropy = shards.meta.entropy if split == "val" and not windows else None
     if entropy is not None and total.documents < entropy.stories:

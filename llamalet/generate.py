@@ -124,10 +124,6 @@ class _Text:
     cache: KVCache = field(init=False)  # once it has begun
     token: int = -1  # the newest, which the cache does not have yet
 
-    def same_start(self, other: "_Text") -> bool:
-        """Return whether both have the same cache after their prompts."""
-        return self.prompt == other.prompt and self.keep == other.keep
-
 
 def _generate(transformer: ForwardPass, waiting: deque[_Text], batch_size: int) -> Iterator[tuple[int, int | None]]:
     """Yield what generate_batch returns. Each round begins one text or advances all that have begun by a token."""
@@ -145,7 +141,8 @@ def _generate(transformer: ForwardPass, waiting: deque[_Text], batch_size: int) 
                 logits = read_tokens(transformer, text.cache, text.prompt, text.keep)
             else:
                 text.cache, logits = shared
-            shared = (text.cache.copy(), logits) if waiting and waiting[0].same_start(text) else None
+            same_start = waiting and (waiting[0].prompt, waiting[0].keep) == (text.prompt, text.keep)
+            shared = (text.cache.copy(), logits) if same_start else None
             running.append(text)
             advancing, rows = [text], logits[None]
         else:

@@ -195,9 +195,7 @@ class TrainConfig:
 
     def model_config(self, vocab_size: int, rope_scaling: RopeScaling | None = None) -> ModelConfig:
         """Return the shape of the model for a vocabulary of `vocab_size` tokens."""
-        names = ["dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "max_seq_len"]
-        names += ["norm_eps", "rope_theta", "tied"]
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in (*SHAPE, "multiple_of", "max_seq_len")}
         return ModelConfig.create(vocab_size=vocab_size, rope_scaling=rope_scaling, **values)
 
     def rate(self, step: int) -> float:

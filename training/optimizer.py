@@ -89,10 +89,8 @@ class Optimizer:
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = rate
-            if skip is None:
-                part.step()
-            elif skip.device.type != "cuda":
-                if not skip:
+            if skip is None or skip.device.type != "cuda":
+                if not skip:  # None or false
                     part.step()
             elif isinstance(part, torch.optim.AdamW):
                 part.found_inf = skip.float()  # type: ignore[attr-defined]  # read by the fused kernel, so the host need not wait

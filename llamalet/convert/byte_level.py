@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer import JsonTokenizer, Llama3Tokenizer, Tokenizer
-from llamalet.tokenizer.huggingface import byte_level_bytes, rows_of_table
+from llamalet.tokenizer.huggingface import byte_level_bytes, pairs_in, rows_of_table
 from llamalet.tokenizer.llama3 import WORDS
 
 
@@ -47,13 +47,7 @@ def table(vocabulary: Tokenizer, data: bytes) -> Table:
     rows = [piece for piece, _ in vocabulary.pieces()]
     tokens = ["".join(map(characters.__getitem__, row)) for row in rows[:n_ranks]]
     ids = {token: id for id, token in enumerate(tokens)}
-    cuts = [
-        (id, ids[token[:at]], ids[token[at:]])
-        for id, token in enumerate(tokens)
-        for at in range(1, len(token))
-        if token[:at] in ids and token[at:] in ids
-    ]
-    merges = [(tokens[left], tokens[right]) for _, left, right in sorted(cuts)]
+    merges = sorted(pairs_in(ids), key=lambda pair: (ids[pair[0] + pair[1]], ids[pair[0]], ids[pair[1]]))
     return Table(tokens + [row.decode() for row in rows[n_ranks:]], merges, vocabulary.special)
 
 

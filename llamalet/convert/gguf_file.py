@@ -17,33 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
-from llamalet.convert import byte_level
-from llamalet.convert.imported_model import (
-    DECODERS,
-    FileTensor,
-    Floats,
-    ImportedModel,
-    build_config,
-    check_shapes,
-    expand,
-    head_dim_of,
-    llama3_scaling,
-    stored_types,
-)
+from llamalet.convert import byte_level, imported_model
+from llamalet.convert.imported_model import DECODERS, FileTensor, Floats, ImportedModel
 from llamalet.convert.tokenizer_json import CONTROLS, FIRST_TEXT_ID
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
 from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
-from llamalet.tokenizer import (
-    BOS_ID,
-    EOS_ID,
-    SPACE_MARK,
-    BinTokenizer,
-    JsonTokenizer,
-    Llama3Tokenizer,
-    Tokenizer,
-    pack,
-)
+from llamalet.tokenizer import BOS_ID, EOS_ID, SPACE_MARK, BinTokenizer, JsonTokenizer, Llama3Tokenizer, Tokenizer, pack
 
 if TYPE_CHECKING:
     import gguf
@@ -63,7 +43,6 @@ NAMES = {
     "output": "output.weight",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-MAGIC = b"GGUF"
 ARCHITECTURE = "llama"
 FIELDS = {
     "dim": "embedding_length", "hidden_dim": "feed_forward_length", "n_layers": "block_count",
@@ -76,7 +55,6 @@ DTYPES = {
 }  # fmt: skip
 BLOCK = 32
 END_OF_TURN = "<|eot_id|>"
-DEFAULT_ROPE_THETA = 10000.0
 # The kinds of tokens.
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 # llama.cpp's names for the way Llama 3 splits a text into words.
@@ -117,10 +95,10 @@ def read(name: str) -> ImportedModel:
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise FormatError(f"{path}: not a GGUF file, damaged or truncated: {error}") from None
     config = _read_config(path, fields, stored)
-    names = expand(NAMES, config.n_layers)
+    names = imported_model.expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
     found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if theirs != ROPE_FACTORS}
-    check_shapes(str(path), config, {our: _shape(tensor) for our, tensor in found.items()}, names)
+    imported_model.check_shapes(str(path), config, {our: _shape(tensor) for our, tensor in found.items()}, names)
     tensors = {our: _opened(path, tensor) for our, tensor in found.items()}
     vocabulary: Tokenizer | None = None
     notes = []
@@ -136,7 +114,7 @@ def read(name: str) -> ImportedModel:
         name=str(path),
         config=config,
         tensors=tensors,
-        stored=stored_types(tensors.values()),
+        stored=imported_model.stored_types(tensors.values()),
         tokenizer=vocabulary,
         tokenizer_data=b"" if vocabulary is None else pack(vocabulary.pieces()),
         chat_template=template if isinstance(template, str) else None,
@@ -221,37 +199,30 @@ def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderT
     of = functools.partial("{}.{}".format, ARCHITECTURE)
     if fields.get(of("expert_count")):
         raise FormatError(f"{path}: is a mixture of {fields.get(of('expert_count'))} experts, not a plain Llama")
-    if fields.get(of("rope.scaling.type")) not in (None, "none") and fields.get(of("rope.scaling.factor")) not in (
-        None,
-        1.0,
-    ):
-        raise FormatError(f"{path}: RoPE is scaled the {fields.get(of('rope.scaling.type'))!r} way, not in llama3's")
+    scaling = fields.get(of("rope.scaling.type"))
+    if scaling not in (None, "none") and fields.get(of("rope.scaling.factor")) not in (None, 1.0):
+        raise FormatError(f"{path}: RoPE is scaled the {scaling!r} way, not in llama3's")
     values = {ours: fields.needed(of(theirs)) for ours, theirs in FIELDS.items()}
-    n_heads, n_kv_heads = values["n_heads"], fields.get(of("attention.head_count_kv"))
-    head_dim = fields.get(of("attention.key_length"))
-    if head_dim is None:
-        head_dim = head_dim_of(str(path), values["dim"], n_heads)
-    for other in ("attention.value_length", "rope.dimension_count"):
-        if fields.get(of(other)) not in (None, head_dim):
-            raise FormatError(
-                f"{path}: {of(other)} is {fields.get(of(other))}: must be the width of a head, {head_dim}"
-            )
     if NAMES["tok_embeddings"] not in stored:
         raise FormatError(f"{path}: {NAMES['tok_embeddings']} is missing")
-    theta = fields.get(of("rope.freq_base"))
-    config = build_config(
+    config = imported_model.build_config(
         str(path),
         values
         | {
-            "n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads,
-            "head_dim": head_dim,
+            "n_kv_heads": fields.get(of("attention.head_count_kv")),
+            "head_dim": fields.get(of("attention.key_length")),
             "vocab_size": _shape(stored[NAMES["tok_embeddings"]])[0],
             "norm_eps": _shortest(values["norm_eps"]),
-            "rope_theta": DEFAULT_ROPE_THETA if theta is None else _shortest(theta),
+            "rope_theta": _shortest(fields.get(of("rope.freq_base"))),
             "rope_scaling": None,
             "tied": NAMES["output"] not in stored,
         },
     )
+    for other in ("attention.value_length", "rope.dimension_count"):
+        if fields.get(of(other)) not in (None, config.head_dim):
+            raise FormatError(
+                f"{path}: {of(other)} is {fields.get(of(other))}: must be the width of a head, {config.head_dim}"
+            )
     if ROPE_FACTORS not in stored:
         return config
     factors = np.asarray(stored[ROPE_FACTORS].data, np.float64)
@@ -275,7 +246,7 @@ def _scaling_of(path: Path, config: ModelConfig, factors: NDArray[np.float64]) -
     Raises:
         FormatError: if Llama 3.1's constants do not give them with any factor.
     """
-    scaling = llama3_scaling(max(1.0, round(float(factors.max()), 4)))
+    scaling = imported_model.llama3_scaling(max(1.0, round(float(factors.max()), 4)))
     expected = rope_factors(dataclasses.replace(config, rope_scaling=scaling))
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise FormatError(f"{path}: {ROPE_FACTORS} is not what Llama 3.1's RoPE scaling gives with any factor")
@@ -306,7 +277,8 @@ def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
             f"{name}: has {len(tokens)} tokens, {len(scores)} scores, {len(kinds)} kinds, BOS, EOS {ids}"
         )
     pieces = [
-        (token.replace(SPACE_MARK, " ").encode(), _score(score)) for token, score in zip(tokens, scores, strict=True)
+        (token.replace(SPACE_MARK, " ").encode(), float(np.float32(score)))
+        for token, score in zip(tokens, scores, strict=True)
     ]
     if any(kind != NORMAL for kind in kinds[FIRST_TEXT_ID:]):
         raise TokenizerError(f"{name}: has special tokens other than the control tokens")
@@ -317,29 +289,17 @@ def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
     return BinTokenizer(pieces, name)
 
 
-def _score(score: Any) -> float:
-    """Return a score as tokenizer.bin stores it."""
-    return float(np.float32(score))
-
-
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_can_carry(source: ImportedModel, dtype: str) -> None:
+def _check(source: ImportedModel) -> None:
     """Raise an error if GGUF, or llama.cpp, cannot hold the model."""
-    _package()
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype}: GGUF has {', '.join(DTYPES)}")
     if source.tokenizer is None:
         raise TokenizerError(
             f"{source.name}: llama.cpp needs the tokenizer inside a GGUF file; name it with --tokenizer"
         )
-    if isinstance(source.tokenizer, JsonTokenizer):
-        byte_level.table(source.tokenizer, source.tokenizer_data)
-    elif not isinstance(source.tokenizer, Llama3Tokenizer):
-        BinTokenizer(source.tokenizer.pieces(), source.name)
     scaling = source.config.rope_scaling
-    if scaling is not None and scaling != llama3_scaling(scaling.factor):
+    if scaling is not None and scaling != imported_model.llama3_scaling(scaling.factor):
         raise ConfigError(f"{scaling}: a GGUF file can only hold Llama 3.1's constants, with any factor")
 
 
@@ -355,17 +315,17 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         The names of the matrices stored as float16, because their rows are not a multiple of BLOCK.
 
     Raises:
-        ConfigError: on another dtype.
+        ConfigError: if the file cannot say how RoPE is scaled, or float16 cannot hold a weight.
         TokenizerError: if llama.cpp would encode texts differently.
         NonFiniteError: if a weight is NaN or infinite.
         UsageError: if the gguf package is not installed.
     """
-    check_can_carry(source, dtype)
     gguf, config = _package(), source.config
+    _check(source)
     kinds = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     _add_fields(writer, source, path.stem, gguf.LlamaFileType[DTYPES[dtype][1]])
-    names, others = expand(NAMES, config.n_layers), []
+    names, others = imported_model.expand(NAMES, config.n_layers), []
     plan: list[tuple[str, str, Any]] = []
     if config.rope_scaling is not None:
         plan.append((ROPE_FACTORS, ROPE_FACTORS, kinds.F32))
@@ -414,11 +374,11 @@ def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, name: str, fil
     writer.add_file_type(file_type)
     writer.add_quantization_version(_package().GGML_QUANT_VERSION)
     add_shape(writer, source.config)
-    assert source.tokenizer is not None  # check_can_carry
-    if _is_llama3(source.tokenizer):
+    assert source.tokenizer is not None  # _check
+    if isinstance(source.tokenizer, Llama3Tokenizer | JsonTokenizer):
         _add_llama3(writer, byte_level.table(source.tokenizer, source.tokenizer_data))
     else:
-        _add_llama2(writer, source.tokenizer)
+        _add_llama2(writer, source.tokenizer, source.name)
     writer.add_bos_token_id(source.tokenizer.bos_id)
     writer.add_eos_token_id(source.tokenizer.eos_id)
     writer.add_add_bos_token(True)
@@ -444,11 +404,6 @@ def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
     writer.add_rope_freq_base(c.rope_theta)
 
 
-def _is_llama3(vocabulary: Tokenizer) -> bool:
-    """Return whether a vocabulary is written as Llama 3's kind."""
-    return isinstance(vocabulary, Llama3Tokenizer | JsonTokenizer)
-
-
 def _add_llama3(writer: "gguf.GGUFWriter", table: byte_level.Table) -> None:
     """Put a vocabulary of Llama 3's kind into the metadata."""
     special = set(table.special.values())
@@ -461,13 +416,13 @@ def _add_llama3(writer: "gguf.GGUFWriter", table: byte_level.Table) -> None:
         writer.add_eot_token_id(table.special[END_OF_TURN])
 
 
-def _add_llama2(writer: "gguf.GGUFWriter", vocabulary: Tokenizer) -> None:
+def _add_llama2(writer: "gguf.GGUFWriter", vocabulary: Tokenizer, name: str) -> None:
     """Put a vocabulary of Llama 2's kind into the metadata.
 
     Raises:
         TokenizerError: if llama.cpp would encode texts differently.
     """
-    copy = BinTokenizer(vocabulary.pieces(), "the tokenizer")  # raises if it is not of this kind
+    copy = BinTokenizer(vocabulary.pieces(), name)  # raises if it is not of this kind
     tokens = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in copy.pieces()]
     tokens[: len(CONTROLS)] = CONTROLS
     kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * (FIRST_TEXT_ID - len(CONTROLS))

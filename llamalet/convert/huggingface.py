@@ -19,24 +19,12 @@ from numpy.typing import NDArray
 from llamalet import tokenizer
 from llamalet.chat_template import TEMPLATE_FILES, read_template
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.convert import safetensors_file, tokenizer_json
-from llamalet.convert.imported_model import (
-    FileTensor,
-    ImportedModel,
-    Reordered,
-    build_config,
-    check_shapes,
-    expand,
-    find_tokenizer,
-    head_dim_of,
-    read_json,
-    remove_stale,
-    stored_types,
-)
+from llamalet.convert import imported_model, safetensors_file, tokenizer_json
+from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
 from llamalet.errors import ConfigError, FormatError, UsageError
 from llamalet.files import replacing
 from llamalet.model_file.quantize import to_bfloat16
-from llamalet.model_file.tensors import row_blocks, tensor_specs
+from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens.weight",
@@ -65,7 +53,6 @@ SCALING_FIELDS = {
     "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
     "original_max_seq_len": "original_max_position_embeddings",
 }  # fmt: skip
-DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_NORM_EPS = 1e-6
 # Our dtypes -> transformers' names of them, and safetensors'.
 DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
@@ -100,30 +87,28 @@ def read(name: str) -> ImportedModel:
         if not HUB_ID.fullmatch(name) or folder.exists():
             raise FormatError(f"{name}: neither a folder nor the ID of a repository on the Hub (ORGANIZATION/NAME)")
         folder = fetch(name)
-    fields = read_json(folder / CONFIG)
+    fields = imported_model.read_json(folder / CONFIG)
     stored = _stored_tensors(folder)
     notes: tuple[str, ...] = ()
     tied = bool(fields.get("tie_word_embeddings", False))
     if not tied and NAMES["output"] not in stored:
         tied, notes = True, ("lm_head.weight is missing: the output is tied to the embeddings",)
     config = _read_config(str(folder / CONFIG), fields, tied)
-    names = expand(NAMES, config.n_layers)
+    names = imported_model.expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
     found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if not IGNORED.fullmatch(theirs)}
     if tied:  # an output in the file is not used
         found.pop("output", None)
-    check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
-    tensors = {
-        our: Reordered(tensor, _pairs(tensor.shape[0], heads[our[-2:]])) if our[-2:] in heads else tensor
-        for our, tensor in found.items()
-    }
-    vocabulary, data, problems = find_tokenizer([folder / SENTENCEPIECE, folder / TOKENIZER], config.vocab_size)
+    imported_model.check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
+    tensors = {our: _reordered(our, tensor, config, (2, -1)) for our, tensor in found.items()}
+    vocabulary, data, problems = imported_model.find_tokenizer(
+        [folder / SENTENCEPIECE, folder / TOKENIZER], config.vocab_size
+    )
     return ImportedModel(
         name=str(folder),
         config=config,
         tensors=tensors,
-        stored=stored_types(found.values()),
+        stored=imported_model.stored_types(found.values()),
         tokenizer=vocabulary,
         tokenizer_data=data,
         chat_template=_chat_template(folder),
@@ -182,19 +167,14 @@ def _read_config(name: str, fields: Mapping[str, Any], tied: bool) -> ModelConfi
     if not isinstance(rope, dict):
         raise FormatError(f"{name}: rope_parameters is {rope!r}: must be an object")
     values = {ours: fields[theirs] for ours, theirs in FIELDS.items()}
-    n_heads, head_dim = values["n_heads"], fields.get("head_dim")
-    if head_dim is None:
-        head_dim = head_dim_of(name, values["dim"], n_heads)
-    n_kv_heads = fields.get("num_key_value_heads")
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
-    return build_config(
+    return imported_model.build_config(
         name,
         values
         | {
-            "n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads,
-            "head_dim": head_dim,
+            "n_kv_heads": fields.get("num_key_value_heads"),
+            "head_dim": fields.get("head_dim"),
             "norm_eps": fields.get("rms_norm_eps", DEFAULT_NORM_EPS),
-            "rope_theta": DEFAULT_ROPE_THETA if theta is None else theta,
+            "rope_theta": rope.get("rope_theta", fields.get("rope_theta")),
             "rope_scaling": _read_scaling(name, rope),
             "tied": tied,
         },
@@ -223,7 +203,7 @@ def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
         others = sorted(path.name for path in folder.glob("*.bin"))
         advice = f"; {others[0]} is PyTorch's format: save it again as safetensors with transformers" if others else ""
         raise FormatError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{advice}")
-    table = read_json(folder / INDEX).get("weight_map")
+    table = imported_model.read_json(folder / INDEX).get("weight_map")
     if not isinstance(table, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in table.values()
     ):
@@ -238,14 +218,20 @@ def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
     return tensors
 
 
-def _pairs(rows: int, n_heads: int) -> NDArray[np.int64]:
-    """Return the index among their queries or keys of each row of ours, which has RoPE pairs side by side."""
-    return np.arange(rows).reshape(n_heads, 2, -1).swapaxes(1, 2).ravel()
+def _reordered(our: str, tensor: Rows, config: ModelConfig, pairs: tuple[int, int]) -> Rows:
+    """Return a tensor with its rows in the other program's order, which differs for queries and keys.
 
-
-def _halves(rows: int, n_heads: int) -> NDArray[np.int64]:
-    """Return the index among our queries or keys of each row of theirs, which has a head's first halves first."""
-    return np.arange(rows).reshape(n_heads, -1, 2).swapaxes(1, 2).ravel()
+    Args:
+        our: our name of it.
+        tensor: its rows.
+        config: the model's shape.
+        pairs: how `tensor` orders the RoPE pairs of a head: theirs is (2, -1), all first halves, then all second; ours
+            is (-1, 2), pairs side by side.
+    """
+    n_heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(our[-2:])
+    if n_heads is None:
+        return tensor
+    return Reordered(tensor, np.arange(tensor.shape[0]).reshape(n_heads, *pairs).swapaxes(1, 2).ravel())
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -256,24 +242,13 @@ def _chat_template(folder: Path) -> str | None:
 
 def _stop_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the ids that end a text: generation_config.json's, else config.json's."""
-    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    generation = imported_model.read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     found = generation.get("eos_token_id", fields.get("eos_token_id"))
     ids = found if isinstance(found, list) else [found]
     return tuple(id for id in ids if isinstance(id, int))
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def check_can_carry(source: ImportedModel, dtype: str) -> None:
-    """Raise a ConfigError if the folder cannot hold the model in this dtype, or transformers would refuse it."""
-    c = source.config
-    if dtype not in DTYPE_NAMES:
-        raise ConfigError(f"dtype={dtype}: a Hugging Face folder has {' or '.join(DTYPE_NAMES)}")
-    if c.dim % c.n_heads:
-        raise ConfigError(
-            f"dim={c.dim}: transformers wants a multiple of n_heads={c.n_heads}, even with another head_dim"
-        )
 
 
 def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path | None = None) -> None:
@@ -286,25 +261,20 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
         keep: a file that is never removed: the tokenizer that the user named.
 
     Raises:
-        ConfigError: if the folder holds another model's files, or the format cannot hold the model or dtype.
+        ConfigError: if the folder holds another model's files, or transformers would refuse the model.
         TokenizerError: if transformers would encode texts differently.
         NonFiniteError: if a weight is NaN or infinite.
     """
-    check_can_carry(source, dtype)
-    _check_folder(folder)
+    _check(folder, source.config)
     config = source.config
     files = _tokenizer_files(source)
-    names = expand(NAMES, config.n_layers)
-    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}
+    names = imported_model.expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
     layout = {names[spec.name]: (STORED[dtype], spec.shape) for spec in tensor_specs(1, config)}
 
     def blocks(theirs: str) -> Iterator[NDArray[Any]]:
         our = ours[theirs]
-        tensor = source.tensors[our]
-        if our[-2:] in heads:
-            tensor = Reordered(tensor, _halves(tensor.shape[0], heads[our[-2:]]))
-        for block in row_blocks(theirs, tensor):
+        for block in row_blocks(theirs, _reordered(our, source.tensors[our], config, (-1, 2))):
             yield block if dtype == "f32" else to_bfloat16(block)
 
     files[CONFIG] = _json(config_fields(source, dtype))
@@ -317,17 +287,24 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
             with replacing(folder / name) as file:
                 file.write(data)
         if source.tokenizer is not None and SENTENCEPIECE not in files:
-            remove_stale([folder / SENTENCEPIECE], keep)
+            imported_model.remove_stale([folder / SENTENCEPIECE], keep)
         if source.tokenizer is not None and source.chat_template is not None:
-            remove_stale([folder / TEMPLATE], keep)
+            imported_model.remove_stale([folder / TEMPLATE], keep)
     except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise a ConfigError if a folder holds something else, which the new files would mix with or overwrite."""
+def _check(folder: Path, config: ModelConfig) -> None:
+    """Raise a ConfigError if transformers would refuse the model, or the folder holds something else.
+
+    The new files would mix with that or overwrite it.
+    """
+    if config.dim % config.n_heads:
+        raise ConfigError(
+            f"dim={config.dim}: transformers wants a multiple of n_heads={config.n_heads}, even with another head_dim"
+        )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file; a Hugging Face model is a folder")
     foreign = ("checkpoints", "state.json", INDEX, "params.json")

@@ -29,6 +29,7 @@ Floats = NDArray[np.float32]
 
 # The RoPE scaling of Llama 3.1 and its successors, without its factor: 8, or 32 in Llama 3.2's 1B and 3B.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+DEFAULT_ROPE_THETA = 10000.0  # Llama 1's and 2's
 
 REPORT_AFTER_S = 2.0
 MAX_SHOWN = 3
@@ -218,11 +219,21 @@ def read_json(path: Path) -> dict[str, Any]:
 def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
     """Return a config with these fields. Whole numbers may be written as 2.0; nothing else is converted.
 
+    Three fields may be None or left out: head_dim is dim / n_heads then, n_kv_heads is n_heads, and rope_theta is
+    DEFAULT_ROPE_THETA.
+
     Raises:
         FormatError: naming every value that is missing, of another type or out of range.
     """
-    values, problems = dict(fields), []
-    for key, value in fields.items():
+    defaults = {"n_kv_heads": fields["n_heads"], "rope_theta": DEFAULT_ROPE_THETA}
+    values = {**fields, **{key: value for key, value in defaults.items() if fields.get(key) is None}}
+    if values.get("head_dim") is None:
+        dim, n_heads = values["dim"], values["n_heads"]
+        if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
+            raise FormatError(f"{name}: dim={dim!r} must be a multiple of n_heads={n_heads!r}")
+        values["head_dim"] = dim // n_heads
+    problems = []
+    for key, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key in CAPS:
             if not (is_number and value % 1 == 0):
@@ -241,13 +252,6 @@ def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
         return ModelConfig(**values)
     except ConfigError as error:
         raise FormatError(f"{name}: {error}") from None
-
-
-def head_dim_of(name: str, dim: Any, n_heads: Any) -> int:
-    """Return dim / n_heads, or raise a FormatError if that is not a whole number."""
-    if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
-        raise FormatError(f"{name}: dim={dim!r} must be a multiple of n_heads={n_heads!r}")
-    return dim // n_heads
 
 
 def stored_types(tensors: Iterable[Any]) -> frozenset[str]:

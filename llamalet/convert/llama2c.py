@@ -49,10 +49,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
             f"python export.py NEW.bin --llama2c {path} --rope_theta 500000"
         )
     said = {key: arguments.get(key) for key in FIELDS} | {"norm_eps": arguments.get("norm_eps", LLAMA2C["norm_eps"])}
-    rope = {
-        "rope_theta": LLAMA2C["rope_theta"] if rope_theta is None else rope_theta,
-        "rope_scaling": rope_scaling,
-    }
+    rope = {"rope_theta": rope_theta, "rope_scaling": rope_scaling}
     return imported(path, found, said | rope, [path.parent / "tokenizer.model"])
 
 

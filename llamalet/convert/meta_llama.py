@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llamalet.config import RopeScaling
-from llamalet.convert.imported_model import ImportedModel, llama3_scaling, read_json
+from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, ImportedModel, llama3_scaling, read_json
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
 from llamalet.errors import FormatError
 from llamalet.model_file.tensors import LLAMA3_VOCAB
@@ -24,7 +24,6 @@ IGNORED = ("rope.freqs",)
 # The axis along which each matrix is split over several files. Llama 3's embeddings are split along axis 0, those of
 # Llama 1 and 2 along axis 1; their shape tells which. Every file has all of the tensors that are not listed.
 AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
-DEFAULT_ROPE_THETA = 10000.0
 SMALL_DIM = 4096  # only Llama 3.2's 1B and 3B are narrower
 
 
@@ -63,7 +62,7 @@ def read(name: str) -> ImportedModel:
     derived = {
         "vocab_size": vocab_size,
         "max_seq_len": _context(params, vocab_size, scaling),
-        "rope_theta": _theta(params),
+        "rope_theta": params.get("rope_theta"),  # Llama 1 and 2 do not say it
         "rope_scaling": scaling,
     }
     return imported(
@@ -87,12 +86,6 @@ def _joined(name: str, paths: Sequence[Path], parts: Sequence[Any], params: Mapp
     return TorchTensor(tuple(parts), axis)
 
 
-def _theta(params: Mapping[str, Any]) -> float:
-    """Return rope_theta, which Llama 1 and 2 do not say."""
-    theta = params.get("rope_theta")
-    return DEFAULT_ROPE_THETA if theta is None else theta
-
-
 def _scaling(path: Path, params: Mapping[str, Any]) -> RopeScaling | None:
     """Return how RoPE is scaled: by 8 in Llama 3.1 and 3.3, by 32 in 3.2's small models, or as params.json says."""
     if not params.get("use_scaled_rope"):
@@ -110,6 +103,6 @@ def _context(params: Mapping[str, Any], vocab_size: int, scaling: RopeScaling | 
         return 131072  # Llama 3.1 and later
     if vocab_size >= LLAMA3_VOCAB:
         return 8192  # Llama 3
-    if _theta(params) != DEFAULT_ROPE_THETA:
+    if params.get("rope_theta") not in (None, DEFAULT_ROPE_THETA):
         return 16384  # Code Llama
     return 2048 if params.get("norm_eps") == 1e-6 else 4096  # Llama 1, Llama 2

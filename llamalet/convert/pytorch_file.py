@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamalet.convert.imported_model import (
-    Floats,
-    ImportedModel,
-    build_config,
-    check_shapes,
-    find_tokenizer,
-    head_dim_of,
-    stored_types,
-)
+from llamalet.convert import imported_model
+from llamalet.convert.imported_model import Floats, ImportedModel
 from llamalet.errors import FormatError, UsageError
 from llamalet.model_file.tensors import BLOCK_WEIGHTS, tensor_specs
 
@@ -122,22 +115,15 @@ def imported(
     tied = "output" not in found or _same(found["output"], found["tok_embeddings"])
     if tied:
         found.pop("output", None)
-    dim, n_heads, n_kv_heads = fields.get("dim"), fields.get("n_heads"), fields.get("n_kv_heads")
-    widths = {
-        "head_dim": head_dim_of(str(name), dim, n_heads),
-        "n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads,
-        "hidden_dim": found["layers.0.feed_forward.w1"].shape[0],
-        "tied": tied,
-    }
-    config = build_config(str(name), {**fields, **widths})
+    config = imported_model.build_config(str(name), {**fields, "hidden_dim": found[MATRICES[1]].shape[0], "tied": tied})
     names = {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)}
-    check_shapes(str(name), config, {ours: tensor.shape for ours, tensor in found.items()}, names)
-    vocabulary, data, notes = find_tokenizer(vocabularies, config.vocab_size)
+    imported_model.check_shapes(str(name), config, {ours: tensor.shape for ours, tensor in found.items()}, names)
+    vocabulary, data, notes = imported_model.find_tokenizer(vocabularies, config.vocab_size)
     return ImportedModel(
         name=str(name),
         config=config,
         tensors=found,
-        stored=stored_types(found.values()),
+        stored=imported_model.stored_types(found.values()),
         tokenizer=vocabulary,
         tokenizer_data=data,
         notes=notes,

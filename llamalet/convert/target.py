@@ -39,11 +39,8 @@ class Target:
 
     def __post_init__(self) -> None:
         """Raise a ConfigError about a value or combination that means nothing."""
-        named, version, ending = (
-            self.named_format,
-            self.named_version,
-            "" if self.out is None else Path(self.out).suffix,
-        )
+        named, version = self.named_format, self.named_version
+        ending = "" if self.out is None else Path(self.out).suffix
         if version is not None and version not in VERSIONS:
             raise ConfigError(f"version={version}: must be one of {', '.join(map(str, VERSIONS))}")
         if named is not None and named not in FORMAT_DTYPES:

@@ -13,6 +13,7 @@ from typing import Any
 from llamalet.convert import byte_level
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
+from llamalet.tokenizer.huggingface import pairs_in
 from llamalet.tokenizer.llama3 import WORDS
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -77,20 +78,13 @@ def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -
 
 
 def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json's contents for Llama 2's kind."""
+    """Return tokenizer.json's contents for Llama 2's kind; the steps that are left out are none."""
     names, scores = _names(vocabulary), [score for _, score in vocabulary.pieces()]
     ids = {name: id for id, name in enumerate(names)}
-    cuts = [
-        (-scores[id], id, ids[name[:at]], ids[name[at:]])
-        for id, name in enumerate(names)
-        if id >= FIRST_TEXT_ID
-        for at in range(1, len(name))
-        if ids.get(name[:at], 0) >= FIRST_TEXT_ID and ids.get(name[at:], 0) >= FIRST_TEXT_ID
-    ]
+    merges = [(ids[left + right], ids[left], ids[right]) for left, right in pairs_in(set(names[FIRST_TEXT_ID:]))]
+    merges.sort(key=lambda merge: (-scores[merge[0]], *merge))
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [_special(name, ids[name]) for name in CONTROLS],
         "normalizer": {
             "type": "Sequence",
@@ -99,7 +93,6 @@ def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
                 {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
             ],
         },
-        "pre_tokenizer": None,
         "post_processor": _puts_in_front(BOS, ids[BOS]),
         "decoder": {
             "type": "Sequence",
@@ -112,15 +105,12 @@ def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
         },
         "model": {
             "type": "BPE",
-            "dropout": None,
             "unk_token": UNKNOWN,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": ids,
-            "merges": [[names[left], names[right]] for _, _, left, right in sorted(cuts)],
+            "merges": [[names[left], names[right]] for _, left, right in merges],
         },
     }
 
@@ -133,19 +123,12 @@ def _llama3_fields(vocabulary: Llama3Tokenizer) -> dict[str, Any]:
     words = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [_special(name, id) for id, name in sorted(names.items())],
-        "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, bytes_in_words]},
         "post_processor": _puts_in_front(names[vocabulary.bos_id], vocabulary.bos_id),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # a word that is a token becomes that token, whatever merging would give

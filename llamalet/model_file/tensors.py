@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from llamalet.config import ModelConfig, rope_tables
 from llamalet.errors import ConfigError, FormatError, NonFiniteError
 from llamalet.files import replacing
+from llamalet.model_file import quantize
 from llamalet.model_file.header import (
     DTYPES,
     HEADER_BYTES,
@@ -39,18 +40,7 @@ from llamalet.model_file.header import (
     pack_header,
     read_header,
 )
-from llamalet.model_file.quantize import (
-    ENCODINGS,
-    MAX_GROUP_SIZE,
-    MIN_GROUP_SIZE,
-    ROW_BLOCK,
-    Packed,
-    Quantized,
-    Weight,
-    group_size_for,
-    packed_shapes,
-    quantize,
-)
+from llamalet.model_file.quantize import Packed, Quantized, Weight
 
 # Payload checksums of larger files are only verified on request.
 VERIFY_BYTES = 64 << 20
@@ -129,7 +119,7 @@ class TensorSpec:
         rows, cols = self.shape
         if self.version == 2:
             return Part("i1", self.shape), Part("<f4", (rows, cols // self.group_size))
-        values, scales = packed_shapes(rows, cols, ENCODINGS[self.dtype].bits, self.group_size)
+        values, scales = quantize.packed_shapes(rows, cols, quantize.ENCODINGS[self.dtype].bits, self.group_size)
         return Part("u1", values), Part("<u2", scales)
 
     @property
@@ -144,8 +134,8 @@ class TensorSpec:
     def encode(self, weights: NDArray[np.float32]) -> Tensor:
         """Return float32 weights as they are stored."""
         if self.version == 2 and self.group_size is not None:
-            return quantize(weights, self.group_size)
-        return ENCODINGS[self.dtype].encode(weights)
+            return quantize.quantize(weights, self.group_size)
+        return quantize.ENCODINGS[self.dtype].encode(weights)
 
     def assemble(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
         """Return the tensor with these parts."""
@@ -227,7 +217,7 @@ def row_blocks(name: str, tensor: Rows) -> Iterator[NDArray[np.float32]]:
         NonFiniteError: naming the tensor, if a weight is NaN or infinite.
     """
     rows, *cols = tensor.shape
-    step = max(1, BLOCK_WEIGHTS // (int(np.prod(cols)) * ROW_BLOCK)) * ROW_BLOCK
+    step = max(1, BLOCK_WEIGHTS // (int(np.prod(cols)) * quantize.ROW_BLOCK)) * quantize.ROW_BLOCK
     for start in range(0, rows, step):
         block = np.ascontiguousarray(tensor[start : start + step], dtype=np.float32)
         # The sum is NaN or infinite if any weight is: one pass, no temporary.
@@ -315,7 +305,10 @@ def write(
     if tokenizer is not None and version != 3:
         raise ConfigError(f"version {version} has no place for a tokenizer; take --version 3")
     dtype = dtype or DEFAULT_DTYPES[version]
-    group_size = {2: group_size_for(config.dim, config.hidden_dim), 3: ENCODINGS[dtype].group_size}.get(version)
+    group_size = {
+        2: quantize.group_size_for(config.dim, config.hidden_dim),
+        3: quantize.ENCODINGS[dtype].group_size,
+    }.get(version)
     specs = list(tensor_specs(version, config, dtype, group_size))
     tables: dict[str, Rows] = {}
     if version == 0:
@@ -356,7 +349,7 @@ def in_memory(path: Path, config: ModelConfig, tensors: Mapping[str, Rows], dtyp
     Raises:
         NonFiniteError: if a weight is NaN or infinite.
     """
-    header = Header(3, config, dtype, ENCODINGS[dtype].group_size)
+    header = Header(3, config, dtype, quantize.ENCODINGS[dtype].group_size)
     specs = list(tensor_specs(3, config, dtype, header.group_size))
     buffer = mmap.mmap(-1, sum(spec.n_bytes for spec in specs))
     try:
@@ -401,18 +394,18 @@ def check_can_carry(version: int, config: ModelConfig, *, dtype: str | None = No
         raise ConfigError(f"version 0 cannot say that {', '.join(lost)}; take --version 1, or --force to lose it")
     if version == 0 and config.rope_scaling is not None:
         raise ConfigError("version 0 cannot say how RoPE is scaled; take --version 1")
-    if version == 2 and group_size_for(config.dim, config.hidden_dim) < MIN_GROUP_SIZE:
+    if version == 2 and quantize.group_size_for(config.dim, config.hidden_dim) < quantize.MIN_GROUP_SIZE:
         _refuse_group(config)
 
 
 def _refuse_group(config: ModelConfig) -> NoReturn:
     """Raise a ConfigError that names the width that int8 groups do not divide, and the nearest good value."""
-    name = "dim" if group_size_for(config.dim) < MIN_GROUP_SIZE else "hidden_dim"
+    name = "dim" if quantize.group_size_for(config.dim) < quantize.MIN_GROUP_SIZE else "hidden_dim"
     width = getattr(config, name)
-    nearest = max(1, round(width / MAX_GROUP_SIZE)) * MAX_GROUP_SIZE
+    nearest = max(1, round(width / quantize.MAX_GROUP_SIZE)) * quantize.MAX_GROUP_SIZE
     raise ConfigError(
-        f"{name}={width}: int8 needs groups of at least {MIN_GROUP_SIZE} weights that divide every row; the nearest "
-        f"good value is {nearest}. Versions 0 and 1 (float32) and 3 can carry this model"
+        f"{name}={width}: int8 needs groups of at least {quantize.MIN_GROUP_SIZE} weights that divide every row; the "
+        f"nearest good value is {nearest}. Versions 0 and 1 (float32) and 3 can carry this model"
     )
 
 

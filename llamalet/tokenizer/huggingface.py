@@ -156,17 +156,24 @@ def rows_of_table(
     ids = {token: id for id, token in enumerate(tokens[:n_ranks])}
     pairs = {(left, right) for left, right in merges}
     order = [ids.get(left + right, -1) for left, right in merges]
-    all_pairs = {
-        (token[:at], token[at:])
-        for token in ids
-        for at in range(1, len(token))
-        if token[:at] in ids and token[at:] in ids
-    }
-    if order != sorted(order) or pairs != all_pairs or set(tokens[n_ranks:]) != set(special) or len(ids) != n_ranks:
+    if (
+        order != sorted(order)
+        or pairs != set(pairs_in(ids))
+        or set(tokens[n_ranks:]) != set(special)
+        or len(ids) != n_ranks
+    ):
         return None
     byte_of = byte_level_bytes()
     texts = [bytes(map(byte_of.__getitem__, token)) for token in ids]
     return [(text, float(id)) for id, text in enumerate([*texts, *(name.encode() for name in tokens[n_ranks:])])]
+
+
+def pairs_in(tokens: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield every way to cut a token into two tokens."""
+    for token in tokens:
+        for at in range(1, len(token)):
+            if token[:at] in tokens and token[at:] in tokens:
+                yield token[:at], token[at:]
 
 
 def _parts(decoder: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:

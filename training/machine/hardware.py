@@ -79,15 +79,10 @@ def compile_problem(device: torch.device) -> str | None:
     if device.type == "mps":
         return "torch.compile is not reliable on MPS"
     try:
-        torch.compile(_probe)(torch.zeros(16, device=device))
+        torch.compile(lambda x: (x + 1).sin())(torch.zeros(16, device=device))
     except Exception as error:  # compilers fail in many ways
         return "torch.compile does not work here: " + " ".join(str(error).split())[:200]
     return None
-
-
-def _probe(x: torch.Tensor) -> torch.Tensor:
-    """Return something for the compiler to compile."""
-    return (x + 1).sin()
 
 
 def count_threads(n_processes: int) -> int:

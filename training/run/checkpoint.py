@@ -25,21 +25,7 @@ from llamalet.config import ModelConfig
 from llamalet.convert import safetensors_file
 from llamalet.errors import CheckpointError, DiskError, FormatError, NonFiniteError
 from llamalet.files import sync_folder
-from llamalet.model_file.checkpoint import (
-    ABANDONED,
-    FOLDER,
-    FORMAT,
-    MANIFEST,
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    SUFFIX,
-    VERSION,
-    best_first,
-    list_steps,
-    step_of,
-    verify,
-)
+from llamalet.model_file import checkpoint as layout
 from training.run.run_state import RunState
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -62,16 +48,6 @@ class Checkpoint:
     def model_config(self) -> ModelConfig:
         """The shape of the model."""
         return self.state.model_config
-
-    @property
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """The weights under their names in model files."""
-        return {name.removesuffix(SUFFIX): array for name, array in self.model_state.items()}
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The file of the vocabulary the model was trained with."""
-        return self.path / self.state.tokenizer
 
 
 def save(
@@ -100,13 +76,13 @@ def save(
         NonFiniteError: if a weight or an optimizer tensor is not finite; nothing is written then.
         DiskError: if the disk is full or fails; older checkpoints are untouched then.
     """
-    parent = run_dir / FOLDER
+    parent = run_dir / layout.FOLDER
     final = parent / f"step-{state.step:08d}"
     tmp, old = parent / f".{final.name}.tmp", parent / f".{final.name}.old"
-    tensors = {MODEL: model_state, OPTIMIZER: optimizer_state}
+    tensors = {layout.MODEL: model_state, layout.OPTIMIZER: optimizer_state}
     for name, arrays in tensors.items():
         _refuse_non_finite(final / name, arrays)
-    texts = {STATE: _json(state.to_json()), state.tokenizer: tokenizer_data}
+    texts = {layout.STATE: _json(state.to_json()), state.tokenizer: tokenizer_data}
     n_bytes = sum(array.nbytes for arrays in tensors.values() for array in arrays.values())
     n_bytes += sum(len(text) for text in texts.values())
     renamed = False
@@ -119,8 +95,8 @@ def save(
         tmp.mkdir()
         entries = {name: _write(tmp / name, _encode(arrays)) for name, arrays in tensors.items()}
         entries |= {name: _write(tmp / name, [text]) for name, text in texts.items()}
-        manifest = {"format": FORMAT, "version": VERSION, "step": state.step, "files": entries}
-        _write(tmp / MANIFEST, [_json(manifest)])
+        manifest = {"format": layout.FORMAT, "version": layout.VERSION, "step": state.step, "files": entries}
+        _write(tmp / layout.MANIFEST, [_json(manifest)])
         sync_folder(tmp)
         if final.exists():  # if it does not, .old may be the only copy of this step: it stays until the next rename
             _remove(old)
@@ -137,7 +113,7 @@ def save(
             _remove(tmp)
         if not isinstance(error, OSError):
             raise
-        older = list_steps(run_dir)
+        older = layout.list_steps(run_dir)
         raise DiskError(
             f"{final}: cannot save its {n_bytes:,} bytes: {error.strerror or error}; "
             + ("older checkpoints are untouched, continue with --resume" if older else "there is no older checkpoint")
@@ -157,13 +133,13 @@ def load(path: str | Path) -> Checkpoint:
         CheckpointError: if it is missing, incomplete, damaged or of a newer version.
     """
     path = Path(path)
-    verify(path)
+    layout.verify(path)
     try:
         return Checkpoint(
             path=path,
             state=RunState.read(path),
-            model_state=safetensors_file.read_arrays(path / MODEL),
-            optimizer_state=safetensors_file.read_arrays(path / OPTIMIZER),
+            model_state=safetensors_file.read_arrays(path / layout.MODEL),
+            optimizer_state=safetensors_file.read_arrays(path / layout.OPTIMIZER),
         )
     except (OSError, FormatError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
@@ -171,7 +147,7 @@ def load(path: str | Path) -> Checkpoint:
 
 def label(path: Path) -> str:
     """Return a checkpoint's name and the start of its manifest's sha256, to tell two checkpoints apart."""
-    manifest = path / MANIFEST
+    manifest = path / layout.MANIFEST
     return f"{path.name} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:8] if manifest.exists() else 'missing'}"
 
 
@@ -182,9 +158,9 @@ def remove_all(run_dir: Path) -> None:
         DiskError: if that fails.
     """
     try:
-        _remove(run_dir / FOLDER)
+        _remove(run_dir / layout.FOLDER)
     except OSError as error:
-        raise DiskError(f"{run_dir / FOLDER}: cannot be removed: {error.strerror or error}") from error
+        raise DiskError(f"{run_dir / layout.FOLDER}: cannot be removed: {error.strerror or error}") from error
 
 
 def go_back(run_dir: Path, step: int) -> list[Path]:
@@ -196,17 +172,17 @@ def go_back(run_dir: Path, step: int) -> list[Path]:
     Raises:
         DiskError: if the folder cannot be changed.
     """
-    parent = run_dir / FOLDER
+    parent = run_dir / layout.FOLDER
     moved = []
     try:
-        for path in list_steps(run_dir):
+        for path in layout.list_steps(run_dir):
             if path.name.startswith("."):
-                path.rename(parent / f"step-{step_of(path):08d}")
+                path.rename(parent / f"step-{layout.step_of(path):08d}")
         for debris in parent.glob(".step-*"):
             shutil.rmtree(debris)
-        for path in list_steps(run_dir):
+        for path in layout.list_steps(run_dir):
             if int(path.name.removeprefix("step-")) > step:
-                target = parent / ABANDONED / path.name
+                target = parent / layout.ABANDONED / path.name
                 target.parent.mkdir(exist_ok=True)
                 _remove(target)
                 moved.append(path.rename(target))
@@ -249,9 +225,9 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | 
 
 def _retire(run_dir: Path, keep: int, written: Path) -> None:
     """Remove all checkpoints but the one just written and, of the complete ones, the newest `keep` and the best."""
-    steps = list_steps(run_dir)
+    steps = layout.list_steps(run_dir)
     complete = [path for path in steps if _is_complete(path)]
-    kept = {written, *complete[-keep:], *best_first(complete)[:1]}
+    kept = {written, *complete[-keep:], *layout.best_first(complete)[:1]}
     for path in steps:
         if path not in kept:
             _remove(path)
@@ -260,7 +236,7 @@ def _retire(run_dir: Path, keep: int, written: Path) -> None:
 def _is_complete(path: Path) -> bool:
     """Return whether all files have their sizes; comparing digests would double the time of a save."""
     try:
-        verify(path, digests=False)
+        layout.verify(path, digests=False)
     except CheckpointError:
         return False
     return True
