@@ -53,3 +53,12 @@ def test_the_runtime_imports_what_pip_installs_or_an_extra_names(path):
 )
 def test_a_planted_import_is_seen(line):
     assert imported(f"import os\n{line}\n") == {"os", "train"}
+
+
+def test_no_two_classes_outside_the_tests_share_a_name():
+    found: dict[str, str] = {}
+    for path in sorted(ROOT.glob("*.py")) + [p for room in OURS for p in sorted((ROOT / room).rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assert found.setdefault(node.name, str(path)) == str(path), f"{node.name} in {path}"
+    assert len(found) > 100

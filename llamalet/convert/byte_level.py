@@ -16,7 +16,7 @@ from llamalet.tokenizer.huggingface import byte_level_bytes, pairs_in, rows_of_t
 from llamalet.tokenizer.llama3 import WORDS
 
 
-class Table(NamedTuple):
+class MergeTable(NamedTuple):
     """A vocabulary of this kind.
 
     tokens: the token of each id, one character per byte; special tokens by name.
@@ -29,7 +29,7 @@ class Table(NamedTuple):
     special: Mapping[str, int]
 
 
-def table(vocabulary: Tokenizer, data: bytes) -> Table:
+def table(vocabulary: Tokenizer, data: bytes) -> MergeTable:
     """Return a vocabulary as a table.
 
     Args:
@@ -48,10 +48,10 @@ def table(vocabulary: Tokenizer, data: bytes) -> Table:
     tokens = ["".join(map(characters.__getitem__, row)) for row in rows[:n_ranks]]
     ids = {token: id for id, token in enumerate(tokens)}
     merges = sorted(pairs_in(ids), key=lambda pair: (ids[pair[0] + pair[1]], ids[pair[0]], ids[pair[1]]))
-    return Table(tokens + [row.decode() for row in rows[n_ranks:]], merges, vocabulary.special)
+    return MergeTable(tokens + [row.decode() for row in rows[n_ranks:]], merges, vocabulary.special)
 
 
-def _of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> Table:
+def _of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> MergeTable:
     """Return the table in a tokenizer.json."""
     model = fields["model"]
     if model.get("type") != "BPE" or json.dumps(WORDS) not in json.dumps(fields.get("pre_tokenizer")):
@@ -60,14 +60,16 @@ def _of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> Table:
     if sorted(names) != list(range(vocabulary.vocab_size)):
         raise TokenizerError("the tokenizer.json has no token for some ids")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return Table([names[id] for id in range(len(names))], [(left, right) for left, right in pairs], vocabulary.special)
+    return MergeTable(
+        [names[id] for id in range(len(names))], [(left, right) for left, right in pairs], vocabulary.special
+    )
 
 
 def from_table(tokens: Sequence[str], merges: Sequence[str], special: Sequence[int], name: str) -> Llama3Tokenizer:
     """Return the vocabulary that a table describes.
 
     Args:
-        tokens: see Table.
+        tokens: see MergeTable.
         merges: the pairs, as "LEFT RIGHT".
         special: the special tokens' ids.
         name: where the table is from, for messages.

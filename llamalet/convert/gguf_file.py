@@ -404,7 +404,7 @@ def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
     writer.add_rope_freq_base(c.rope_theta)
 
 
-def _add_llama3(writer: "gguf.GGUFWriter", table: byte_level.Table) -> None:
+def _add_llama3(writer: "gguf.GGUFWriter", table: byte_level.MergeTable) -> None:
     """Put a vocabulary of Llama 3's kind into the metadata."""
     special = set(table.special.values())
     writer.add_tokenizer_model("gpt2")
