@@ -36,17 +36,17 @@ from benchmarks import llama2c
 from benchmarks import training as speed
 from benchmarks.harness import save_chart
 from configurator import parse
-from llamalet.config import IGNORED, ModelConfig
+from llamalet.config import IGNORED
+from llamalet.convert import formats
 from llamalet.errors import ConfigError, UsageError, not_positive, run
-from llamalet.files import replacing
-from llamalet.model_file.checkpoint import find_best
+from llamalet.files import write_file
 from llamalet.shards import Shards
 from model import Llama
+from training import weights
 from training.batches import Windows
 from training.config import TrainConfig
 from training.machine.hardware import count_threads
-from training.run import checkpoint, metrics
-from training.weights import to_torch
+from training.run import metrics
 
 PEER, OURS = "llama2.c", "ours"
 PEER_RATES = (2e-3, 4e-3, 8e-3)
@@ -169,8 +169,7 @@ class RunsFile:
         """Write the file."""
         runs = [dataclasses.asdict(run) for run in self.runs]
         table = {"about": self.about, "tokens_per_s": self.tokens_per_s, "runs": runs}
-        with replacing(self.path) as file:
-            file.write((json.dumps(table, indent=1) + "\n").encode())
+        write_file(self.path, (json.dumps(table, indent=1) + "\n").encode())
 
     def add(self, run: LearningRun) -> None:
         """Add a run, and those that another process may have added meanwhile; save and print it."""
@@ -239,7 +238,7 @@ def train_peer(config: LearnConfig, data: Shards, results: RunsFile, rate: float
         lines, _ = process.communicate()
         if process.returncode:
             raise UsageError(f"llama2.c's train.py failed: {(home / llama2c.LOG).read_text()}")
-        model = load_peer(home, data)
+        model = load_model("llama2c", home / "out" / "ckpt.pt")
     points = re.findall(r"^step (\d+): .* val loss ([\d.]+)$", lines, re.MULTILINE)
     curve = [[int(step) * tokens / steps, float(loss)] for step, loss in points]
     results.add(measured(model, data, start, side=PEER, options=options, seed=seed, tokens=tokens, curve=curve))
@@ -258,11 +257,7 @@ def train_ours(config: LearnConfig, data: Shards, results: RunsFile, options: st
         words = [f"--{key}={value}" for key, value in (shape(config) | own | {"out_dir": folder}).items()]
         subprocess.run([sys.executable, str(TRAIN), *words, *options.split()], check=True, stdout=subprocess.DEVNULL)
         rows = metrics.read(Path(folder) / metrics.METRICS_FILE)
-        path = find_best(Path(folder))
-        assert path is not None
-        kept = checkpoint.load(path)
-        model = Llama(kept.model_config)
-        model.load_state_dict(to_torch(kept.model_state))
+        model = load_model("checkpoint", Path(folder))
     curve = [[row["tokens"], row["val_loss"]] for row in rows if row.get("val_loss") is not None]
     results.add(measured(model, data, start, side=OURS, options=options, seed=seed, tokens=tokens, curve=curve))
 
@@ -273,17 +268,10 @@ def shape(config: LearnConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def load_peer(home: Path, data: Shards) -> Llama:
-    """Return the model that llama2.c's train.py saved, as our Llama."""
-    kept = torch.load(home / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
-    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in kept["model"].items()}
-    model = Llama(ModelConfig.create(vocab_size=data.vocab_size, **{
-        name: kept["model_args"][name]
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len")
-    }))  # fmt: skip
-    del state["output.weight"]  # tied to the embeddings
-    model.load_state_dict(state)
-    return model
+def load_model(kind: str, path: Path) -> Llama:
+    """Return the model that llama2.c's train.py ("llama2c") or ours ("checkpoint") saved, read as for an export."""
+    source = formats.read(kind, str(path))
+    return weights.load_model(source.config, weights.to_state_dict(source.tensors))
 
 
 def measured(model: Llama, data: Shards, start: float, **facts: Any) -> LearningRun:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamalet.config import ModelConfig
-from llamalet.files import replacing
+from llamalet.files import write_file
 from llamalet.model_file.header import DTYPES
 
 # The contenders; "fa" is flash attention.
@@ -216,8 +216,7 @@ def write_json(path: Path, results: Results, facts: Mapping[str, Any]) -> None:
     bars = [check._asdict() | {"met": check.met} for check in results.checks()]
     missing = [key._asdict() | {"reason": reason} for key, reason in results.missing.items()]
     whole = {**facts, "figures": figures, "bars": bars, "missing": missing}
-    with replacing(path) as file:
-        file.write(json.dumps(whole, indent=1, default=dataclasses.asdict).encode() + b"\n")
+    write_file(path, json.dumps(whole, indent=1, default=dataclasses.asdict).encode() + b"\n")
 
 
 def draw_runtime(figure: Any, results: Results, shapes: Sequence[str]) -> None:

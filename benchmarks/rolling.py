@@ -27,7 +27,7 @@ from configurator import parse
 from corpus.documents import pieces
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, DataError, run
-from llamalet.files import replacing
+from llamalet.files import write_file
 from llamalet.generate import MAX_BATCH
 from llamalet.kv_cache import KVCache
 from llamalet.runtime import BACKENDS, Model
@@ -220,8 +220,7 @@ def _write_json(path: Path, config: RollingConfig, context: int, curves: Mapping
         for name, curve in curves.items()
     }
     content = {"options": dataclasses.asdict(config), "context": context, "curves": found}
-    with replacing(path) as file:
-        file.write(json.dumps(content).encode())
+    write_file(path, json.dumps(content).encode())
 
 
 def draw_perplexities(figure: Any, heading: str, curves: Mapping[str, Curve], context: int) -> None:

@@ -87,7 +87,7 @@ def prepare_shards(config: PretokenizeConfig) -> Path:
         "source_sha256": source.digest(),
         "document": config.document,
         "text_column": config.text_column,
-        "val_fraction": None if source.has_val else config.val_fraction,
+        "val_fraction": None if "val" in source.files else config.val_fraction,
         "max_documents": config.max_documents,
     }
     empty: list[str] = []

@@ -29,6 +29,8 @@ UNFINISHED_FILE = "unfinished.json"
 SHARD_CHARS = 32_000_000
 TASK_CHARS = 200_000
 
+_worker_tokenizer = functools.cache(load_tokenizer)  # each worker loads the vocabulary once
+
 
 class EncodeTask(NamedTuple):
     """The text that a worker encodes in one call, and the file of its vocabulary."""
@@ -88,8 +90,7 @@ def pretokenize(
             file.write(tokenizer_data)
     for split in SPLITS:
         done: list[Shard] = []
-        for number, group in itertools.groupby(_numbered(streams[split]), key=operator.itemgetter(0)):
-            pieces = (piece for _, piece in group)
+        for number, pieces in enumerate(_groups(streams[split], SHARD_CHARS)):
             path = folder / f"{split}_{number:05}.bin"
             if path.name in kept:
                 advance(sum(len(piece.text) for piece in pieces))
@@ -185,46 +186,32 @@ def _with_its_space(text: str, tokenizer: Tokenizer) -> str:
     return text if tokenizer.adds_space else " " + text
 
 
-@functools.cache
-def _worker_tokenizer(path: Path) -> Tokenizer:
-    """Load the vocabulary once per worker."""
-    return load_tokenizer(path)
-
-
 def _encoded(
     path: Path, pieces: Iterable[Piece], tokenizer: Path, workers: Workers, advance: Callable[[int], object]
 ) -> Iterator[TokenBlock]:
     """Yield the encoded pieces of the shard `path`."""
+    tasks = (EncodeTask(tokenizer, tuple(group)) for group in _groups(pieces, TASK_CHARS))
     try:
-        for block in workers.map(encode_pieces, _tasks(pieces, tokenizer)):
+        for block in workers.map(encode_pieces, tasks):
             advance(block.text_bytes)
             yield block
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
 
-def _tasks(pieces: Iterable[Piece], tokenizer: Path) -> Iterator[EncodeTask]:
-    """Group pieces into tasks of about TASK_CHARS."""
-    group: list[Piece] = []
-    chars = 0
-    for piece in pieces:
-        group.append(piece)
-        chars += len(piece.text)
-        if chars >= TASK_CHARS:
-            yield EncodeTask(tokenizer, tuple(group))
-            group, chars = [], 0
-    if group:
-        yield EncodeTask(tokenizer, tuple(group))
+def _groups(stream: Iterable[Piece], n_chars: int) -> Iterator[Iterator[Piece]]:
+    """Divide a stream into groups, each ending with the piece that brings it to `n_chars`; use one before the next."""
 
+    def numbered() -> Iterator[tuple[int, Piece]]:
+        number = chars = 0
+        for piece in stream:
+            if chars >= n_chars:
+                number, chars = number + 1, 0
+            chars += len(piece.text)
+            yield number, piece
 
-def _numbered(stream: Iterable[Piece]) -> Iterator[tuple[int, Piece]]:
-    """Yield each piece with the number of its shard."""
-    number = chars = 0
-    for piece in stream:
-        if chars >= SHARD_CHARS:
-            number, chars = number + 1, 0
-        chars += len(piece.text)
-        yield number, piece
+    for _, group in itertools.groupby(numbered(), key=operator.itemgetter(0)):
+        yield (piece for _, piece in group)
 
 
 def _entropy(nats: float, val: Split) -> Entropy:

@@ -45,11 +45,6 @@ class Source:
     record: Record | None = None
 
     @property
-    def has_val(self) -> bool:
-        """Whether the source has validation files of its own."""
-        return "val" in self.files
-
-    @property
     def entropy_nats(self) -> float | None:
         """Total -log probability of all validation documents, if known."""
         return self.record.entropy["nats"] if self.record and self.record.entropy else None

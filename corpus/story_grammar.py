@@ -28,7 +28,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,24 +64,21 @@ def log_prob(text: str) -> float:
     return reader.log_prob if reader.position == len(text) else -math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class _Draw:
+class _Draw(NamedTuple):
     """The step `<rule>` or `<name:rule>`."""
 
     rule: "_Rule"
     name: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Recall:
+class _Recall(NamedTuple):
     """The step `{name}` or `{Name}`."""
 
     name: str
     capitalize: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Note:
+class _Note(NamedTuple):
     """The step `{name=value}`."""
 
     name: str
@@ -91,8 +88,7 @@ class _Note:
 _Step = str | _Draw | _Recall | _Note
 
 
-@dataclass(frozen=True, slots=True)
-class _Option:
+class _Option(NamedTuple):
     """One option of a rule: the words that distinguish it, what follows them, and its log-probability."""
 
     head: str

@@ -47,6 +47,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise DiskError(f"{path}: cannot be written: {error.strerror}{advice}") from error
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write or replace a whole file, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
+
+
 def sync_folder(folder: Path) -> None:
     """Sync the file names in `folder` to disk; does nothing on Windows, which cannot open folders."""
     if os.name == "nt":

@@ -60,11 +60,11 @@ def test_its_checkpoint_is_read_as_a_model_of_ours_and_measured_whole(tmp_path):
     model = Llama(config)
     state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
     state["_orig_mod.output.weight"] = model.tok_embeddings.weight
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
     arguments = {name: getattr(config, name) for name in names} | {"multiple_of": 32}
     (tmp_path / "out").mkdir()
     torch.save({"model": state, "model_args": arguments}, tmp_path / "out" / "ckpt.pt")
-    read = learning.load_peer(tmp_path, data)
+    read = learning.load_model("llama2c", tmp_path / "out" / "ckpt.pt")
     windows = Windows(data.split("val"), 32)
     loss = learning.whole_loss(read, windows, batch_size=3)
     tokens = torch.from_numpy(data.split("val")[: 32 * len(windows) + 1])
