@@ -64,7 +64,7 @@ def test_compiles_once_and_again_after_an_edit_of_the_intrinsics(package, tmp_pa
     result, hits, second, stderr = run(package, cache)
     assert (result, hits) == ("2.0", 0) and second != first and "compiling" in stderr
 
-    # Another environment has a folder of its own beside it.
+    # Another environment has its own folder next to it.
     *_, third, _ = run(package, cache, NUMBA_BOUNDSCHECK="1")
     *_, fourth, _ = run(package, cache, LLAMALET_SIMD="portable")
     assert len({second, third, fourth}) == 3 and second.exists() and third.exists()

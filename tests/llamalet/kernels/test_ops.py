@@ -171,7 +171,7 @@ def test_matmul(kind, n_rows, cols, n_vectors, one_sequence, seed, data):
 @pytest.mark.simd_path
 @given(st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 5), st.integers(2, 12), seeds)
 @settings(deadline=None, max_examples=100)
-def test_a_vector_gets_the_same_products_whatever_is_multiplied_beside_it(kind, n_rows, n_groups, n_vectors, seed):
+def test_a_vector_gets_the_same_products_alone_and_in_a_batch(kind, n_rows, n_groups, n_vectors, seed):
     """In a batch of sequences."""
     x, weight = floats(seed, n_vectors, 32 * n_groups), weight_of(floats(seed + 1, n_rows, 32 * n_groups), kind)
     together, alone = np.zeros((2, n_vectors, n_rows), np.float32)
@@ -290,11 +290,11 @@ def test_attention(head_dim, length, spread, seed):
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 16), st.integers(0, 40), st.floats(0.1, 30), seeds)
 @settings(deadline=None, max_examples=50)
 def test_attention_of_lanes(n_heads, head_dim, count, start, spread, seed):
-    """The last head of several, whose queries lie between the others'."""
+    """The last of several heads, whose queries alternate with the others'."""
     length = start + count
     queries = spread * floats(seed, count, n_heads, head_dim)
     keys, values = floats(seed + 1, length + 3, head_dim), floats(seed + 2, length + 3, head_dim)
-    keys[length:] = values[length:] = np.nan  # which nobody may look at
+    keys[length:] = values[length:] = np.nan  # positions that no query may see
     out = np.full((count, n_heads * head_dim), 7, np.float32)
     scores, lanes = np.empty((length, 16), np.float32), np.empty((head_dim, 16), np.float32)
     ops.attention_of_lanes(

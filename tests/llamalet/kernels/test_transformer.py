@@ -79,7 +79,7 @@ def test_a_prompt_in_pieces_equals_the_whole(file):
 
 
 def test_a_sequence_gets_the_same_logits_in_a_batch_as_alone(file):
-    """Bit for bit: a row's products are summed in one order, whatever is computed beside it."""
+    """Bit for bit: a row's products are summed in one order, whatever else is computed."""
     model, rng = Transformer(file), np.random.default_rng(0)
     tokens = some_tokens(file.config, file.config.max_seq_len)
     for size in (1, 2, 3, 7, POSITIONS_PER_PASS + 2):
