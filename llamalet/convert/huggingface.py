@@ -54,9 +54,8 @@ SCALING_FIELDS = {
     "original_max_seq_len": "original_max_position_embeddings",
 }  # fmt: skip
 DEFAULT_NORM_EPS = 1e-6
-# Our dtypes -> transformers' names of them, and safetensors'.
+# Our dtypes -> transformers' names of them; safetensors' are ours in capitals.
 DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
-STORED = {"f32": "F32", "bf16": "BF16"}
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
@@ -270,7 +269,7 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
     files = _tokenizer_files(source)
     names = imported_model.expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
-    layout = {names[spec.name]: (STORED[dtype], spec.shape) for spec in tensor_specs(1, config)}
+    layout = {names[spec.name]: (dtype.upper(), spec.shape) for spec in tensor_specs(1, config)}
 
     def blocks(theirs: str) -> Iterator[NDArray[Any]]:
         our = ours[theirs]

@@ -9,7 +9,7 @@ import math
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,11 @@ class ImportedModel:
         return "bf16" if self.stored <= {"F16", "BF16"} else "q8"
 
 
-class Reported(Mapping[str, Rows]):
+class Reported(dict[str, Rows]):
     """Tensors that report on stderr, every other second, what share of the model has been asked for."""
 
     def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
-        self._tensors = tensors
+        super().__init__(tensors)
         self._sizes = {spec.name: math.prod(spec.shape) for spec in tensor_specs(1, config)}
         self._done, self._reported = 0, time.perf_counter()
 
@@ -84,16 +84,7 @@ class Reported(Mapping[str, Rows]):
             self._reported = time.perf_counter()
             print(f"  {self._done / sum(self._sizes.values()):.0%} ({name})", file=sys.stderr, flush=True)
         self._done += self._sizes[name]
-        return self._tensors[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors  # Mapping's own would count the tensor as done
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        return super().__getitem__(name)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
     start, dtype = time.perf_counter(), target.dtype or "f32"
     watched = dataclasses.replace(source, tensors=Reported(source.tensors, source.config))
     notes: list[str] = []
+    what, checked = f"{target.format}, {dtype}", ""
     if target.format == "bin":
         written = bin_file.write(path, watched, target.version, dtype=target.dtype, keep=keep, force=force)
         kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
@@ -127,10 +128,8 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
             notes.append(f"llama2.c's programs will compute something else from this file: {', '.join(lost)}")
     elif target.format == "hf":
         huggingface.write(path, watched, dtype, keep=keep)
-        what, checked = f"hf, {dtype}", ""
     else:
         others = gguf_file.write(path, watched, dtype)
-        what, checked = f"gguf, {dtype}", ""
         if others:
             notes.append(
                 f"{len(others)} matrices are f16, because their rows are not a multiple of {gguf_file.BLOCK}: "

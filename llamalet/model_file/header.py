@@ -39,6 +39,7 @@ SHAPE = struct.Struct("<7i")
 PREFIX = struct.Struct("<Ii7iBi")  # magic, version, the shape, tied, group_size
 MARKER = b"LLMT"
 EXTRAS = struct.Struct("<4s2dB3dI32sI")  # MARKER .. CRC32 of the payload
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")  # RopeScaling's, in EXTRAS
 V3_FIELDS = struct.Struct("<iB")  # head_dim, dtype
 CHECKSUM = struct.Struct("<I")
 TOKENIZER = struct.Struct("<QIIB")  # offset, length, CRC32, kind
@@ -100,7 +101,7 @@ def pack_header(header: Header) -> bytes:
         return SHAPE.pack(*shape, c.vocab_size if c.tied else -c.vocab_size, c.max_seq_len)
     packed = PREFIX.pack(MAGIC, header.version, *shape, c.vocab_size, c.max_seq_len, c.tied, header.group_size or 0)
     s = c.rope_scaling
-    scaling = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_seq_len) if s else (0.0, 0.0, 0.0, 0)
+    scaling = [getattr(s, name) for name in SCALING] if s else [0.0, 0.0, 0.0, 0]
     sha256 = bytes.fromhex(header.tokenizer_sha256 or "")
     packed += EXTRAS.pack(MARKER, c.norm_eps, c.rope_theta, s is not None, *scaling, sha256, header.payload_crc32 or 0)
     if header.version == 3:
@@ -183,7 +184,7 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
     """Decode the bytes from 41 on: marked and checksummed fields, then zeros; in v1 and v2 all may be zero."""
     if version < 3 and not any(head[PREFIX.size :]):
         return _Extras()
-    marker, eps, theta, scaled, factor, low, high, original, sha256, payload_crc = EXTRAS.unpack_from(head, PREFIX.size)
+    marker, eps, theta, scaled, *scaling, sha256, payload_crc = EXTRAS.unpack_from(head, PREFIX.size)
     end = PREFIX.size + EXTRAS.size
     if marker != MARKER:
         raise FormatError(f"{path}: bytes {PREFIX.size}..{HEADER_BYTES - 1} are neither zero nor llamalet's fields")
@@ -202,11 +203,7 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
     if code >= len(DTYPES):
         raise FormatError(f"{path}: dtype {code}: must be one of 0..{len(DTYPES) - 1} ({', '.join(DTYPES)})")
     try:
-        rope_scaling = (
-            RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_seq_len=original)
-            if scaled
-            else None
-        )
+        rope_scaling = RopeScaling(**dict(zip(SCALING, scaling, strict=True))) if scaled else None
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
     sha256_hex = sha256.hex() if any(sha256) else None
@@ -229,20 +226,16 @@ def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection, i
 
 def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extras) -> ModelConfig:
     """Return the config of a header's integers, after checking them against the caps."""
-    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = shape
-    head_dim = extras.head_dim
-    for (name, cap), value in zip(CAPS.items(), [*shape, 1 if head_dim is None else head_dim], strict=True):
-        if not 1 <= value <= cap:
-            raise FormatError(f"{path}: {name} is {value}: must be in 1..{cap}")
-    if head_dim is None:
-        if dim % n_heads:
-            raise FormatError(f"{path}: dim {dim} is not a multiple of n_heads {n_heads}")
-        head_dim = dim // n_heads
+    sizes: dict[str, Any] = dict(zip(CAPS, [*shape, 1 if extras.head_dim is None else extras.head_dim], strict=True))
+    for name, value in sizes.items():
+        if not 1 <= value <= CAPS[name]:
+            raise FormatError(f"{path}: {name} is {value}: must be in 1..{CAPS[name]}")
+    if extras.head_dim is None:
+        sizes["head_dim"], rest = divmod(sizes["dim"], sizes["n_heads"])
+        if rest:
+            raise FormatError(f"{path}: dim {sizes['dim']} is not a multiple of n_heads {sizes['n_heads']}")
     try:
-        return ModelConfig(
-            dim=dim, hidden_dim=hidden_dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
-            head_dim=head_dim, vocab_size=vocab_size, max_seq_len=max_seq_len, tied=tied, **extras.config,
-        )  # fmt: skip
+        return ModelConfig(**sizes, tied=tied, **extras.config)
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
 
