@@ -110,6 +110,7 @@ def test_several_stories_have_seeds_of_their_own(model, capsys):
     assert re.findall(r"^seed (\d+)$", err, re.MULTILINE) == ["11", "12", "13"]
 
 
+@pytest.mark.slow
 def test_more_stories_than_a_batch_holds_come_in_their_order(model, capsys):
     out, err = tell(capsys, model, "--num-samples=70", "-s", 3, "-i", "a")
     alone = [tell(capsys, model, "-s", seed, "-i", "a")[0] for seed in range(3, 73)]
@@ -141,6 +142,7 @@ def test_ctrl_c_keeps_the_text(model, capsys, monkeypatch, words):
         assert 1 < len(story) < len(full) and full.startswith(story)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_an_endless_story_ends_at_ctrl_c(model):
     words = [sys.executable, sample.__file__, model, "--backend=numpy", "-n", "0", "--overflow=roll", "--ignore-eos"]

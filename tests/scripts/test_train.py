@@ -329,6 +329,7 @@ def test_a_second_run_does_not_overwrite_the_first(project):
     assert train.main([*SMALL, "--no-sample", "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_without_data_the_commands_that_make_some_are_named(tmp_path):
     done = run(cwd=tmp_path, code=DataError.exit_code)
     assert "tinystories.py download" in done.stderr and "tinystories.py pretokenize" in done.stderr

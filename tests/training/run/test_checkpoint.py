@@ -207,6 +207,7 @@ def hidden(run_dir: Path) -> list[str]:
     return [path.name for path in (run_dir / "checkpoints").glob(".*")]
 
 
+@pytest.mark.slow
 @pytest.mark.campaign("kill -9 before each file operation of a save")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_no_kill_during_a_save_costs_what_was_saved(tmp_path, monkeypatch, scenario, record_property):
@@ -249,6 +250,7 @@ def test_no_kill_during_a_save_costs_what_was_saved(tmp_path, monkeypatch, scena
     record_property("cases", at + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.campaign("each file operation of a save fails once")
 @pytest.mark.parametrize("number", cases([errno.EIO], [errno.EIO, errno.ENOSPC]), ids=errno.errorcode.get)
 @pytest.mark.parametrize("scenario", ["first", "later", "same step", "retention"])
@@ -359,6 +361,7 @@ def after_power_failed(journal: list[list[Any]], pending: Callable[[int], int]) 
             shutil.rmtree(path)  # with what was removed from it only later
 
 
+@pytest.mark.slow
 @pytest.mark.campaign("the power fails during a save")
 @pytest.mark.parametrize("scenario", ["first", "later", "same step", "retention"])
 def test_no_power_failure_costs_what_was_saved(tmp_path, monkeypatch, scenario, record_property):
@@ -562,6 +565,7 @@ def test_the_search_finds_what_it_looks_for(source):
 # ---- exported models ----
 
 
+@pytest.mark.slow
 @pytest.mark.campaign("kill -9 before each file operation of an export")
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_killed_export_leaves_the_old_model_or_the_new_one(tmp_path, earlier, record_property):
