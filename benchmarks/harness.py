@@ -37,16 +37,15 @@ def run_benchmark(
     """
     for build, text in facts["builds"].items():
         print(f"{build}: {text}", flush=True)
-    results, done, start = Results(), list[str](), time.perf_counter()
+    results, start = Results(), time.perf_counter()
     facts = {**facts, "shapes": {}, "load": load_average()}
     for shape in shapes:
         with tempfile.TemporaryDirectory(prefix="llamalet-bench-") as folder:
             for line in measure(shape, Path(folder), results):
                 print(line, flush=True)
-        done.append(shape)
         facts["shapes"][shape] = shapes[shape]
         write_json(out / f"{name}.json", results, facts | {"seconds": time.perf_counter() - start})
-        save_chart(out / f"{name}.png", lambda figure: draw(figure, results, done))
+        save_chart(out / f"{name}.png", lambda figure: draw(figure, results, list(facts["shapes"])))
     log(f"{out / name}.json and {name}.png written after {time.perf_counter() - start:.0f} s")
     return results
 

@@ -264,8 +264,7 @@ def train_ours(config: LearnConfig, data: Shards, results: RunsFile, options: st
 
 def shape(config: LearnConfig) -> dict[str, Any]:
     """Return the options that have the same names in both programs."""
-    names = ("dim", "n_layers", "n_heads", "max_seq_len", "batch_size")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in speed.SHAPE_OPTIONS}
 
 
 def load_model(kind: str, path: Path) -> Llama:

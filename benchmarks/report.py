@@ -151,10 +151,9 @@ def at_position(figure: str) -> int:
 
 def shape_lines(results: Results, shape: str, config: ModelConfig, turns: int) -> Iterator[str]:
     """Yield the report lines of one shape."""
-    c = config
     yield (
-        f"{shape}: {c.n_params / 1e6:.0f}M parameters, dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads, "
-        f"hidden_dim {c.hidden_dim}, vocabulary {c.vocab_size}"
+        f"{shape}: {config.n_params / 1e6:.0f}M parameters, dim {config.dim}, {config.n_layers} layers, "
+        f"{config.n_heads} heads, hidden_dim {config.hidden_dim}, vocabulary {config.vocab_size}"
     )
     shown = [name for name in CONTENDERS if any(key.shape == shape and key.contender == name for key in results.turns)]
     head = "".join(f"{name:>14}" for name in shown)

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -368,10 +369,7 @@ def measure_start(contest: Contest, transformer: Transformer) -> Iterator[tuple[
 
 def seconds(work: Callable[[], None], repeats: int = 1) -> float:
     """Return the mean duration of `work`."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    return (time.perf_counter() - start) / repeats
+    return timeit.timeit(work, number=repeats) / repeats
 
 
 def read_bandwidth(n_bytes: int, threads: int) -> float:

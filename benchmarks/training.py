@@ -17,8 +17,10 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import sys
 import time
+import timeit
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -124,7 +126,8 @@ def main(argv: Sequence[str]) -> int:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={device}: must be cpu or cuda for this benchmark")
     threads = config.threads or count_threads(1)
-    builds = machine(threads) | {"torch": f"{torch.__version__} on {device_name(device)}"}
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    builds = machine(threads) | {"torch": f"{torch.__version__} on {device_name}"}
     peak, origin = find_peak(config, device, threads)
     builds["peak"] = f"{peak:.3g} TFLOP/s, {origin}" if peak else origin
     shapes = {name: config.shape(name, device) for name in config.shapes.split(",")}
@@ -153,11 +156,6 @@ def rungs(device: torch.device) -> dict[str, Rung]:
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
-def device_name(device: torch.device) -> str:
-    """Return the device's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
 def find_peak(config: TrainingBenchConfig, device: torch.device, threads: int) -> tuple[float | None, str]:
     """Return the peak for MFU in TFLOP/s, None if unknown, and where it comes from."""
     if config.peak_tflops:
@@ -177,12 +175,9 @@ def find_peak(config: TrainingBenchConfig, device: torch.device, threads: int) -
 def product_tflops(dtype: torch.dtype, size: int) -> float:
     """Return the TFLOP/s of the fastest of several products of two square matrices."""
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    product, shortest = torch.empty_like(a), float("inf")
-    for _ in range(max(10, 3 * 2048 // size)):
-        start = time.perf_counter()
-        torch.mm(a, b, out=product)
-        shortest = min(shortest, time.perf_counter() - start)
-    return 2 * size**3 / shortest / 1e12
+    product = torch.empty_like(a)
+    seconds = timeit.repeat(lambda: torch.mm(a, b, out=product), number=1, repeat=max(10, 3 * 2048 // size))
+    return 2 * size**3 / min(seconds) / 1e12
 
 
 # -- contenders -------------------------------------------------------------------------------------------------------
@@ -406,16 +401,13 @@ def table(results: Results, name: str, shape: Mapping[str, Any], peak: float | N
     batch = f"{shape['batch_size']} x {shape['max_seq_len']}"
     yield f"{name}: {model.n_params / 1e6:.0f}M parameters, {batch} tokens a step, medians of the turns"
     found = contenders_of(results, name)
-    base = next((key for key in found if key.contender == PEER), next(iter(found), None))
+    base = ([key for key in found if key.contender == PEER] or found)[:1]
     rows = [["", "", "forward ms", "step ms", "tok/s", "TFLOP/s", "MFU", "memory MB", "compile s", "ratio"]]
     for key in found:
-        step, forward_ms, memory, compile_s = (
-            results.median(name, key.dtype, figure, key.contender) or 0.0
-            for figure in ("step", "forward", "memory", "compile")
+        step, base_step = statistics.median(results.turns[key]), statistics.median(results.turns[base[0]])
+        forward_ms, memory, compile_s = (
+            results.median(*key._replace(figure=figure)) for figure in ("forward", "memory", "compile")
         )
-        base_step = results.median(name, base.dtype, "step", base.contender) if base else None
-        if not step or base_step is None:
-            continue
         tflops = training_flops(model) * 1e3 * tokens / step / 1e12
         rows.append([
             key.contender,
@@ -432,7 +424,7 @@ def table(results: Results, name: str, shape: Mapping[str, Any], peak: float | N
     yield from (f"  {line}" for line in aligned(rows))
     yield from (f"  {key.contender}: {reason}" for key, reason in results.missing.items() if key.shape == name)
     if base:
-        yield f"  ratio: tokens/s against {base.contender}"
+        yield f"  ratio: tokens/s against {base[0].contender}"
 
 
 def contenders_of(results: Results, shape: str) -> list[Key]:
@@ -447,7 +439,7 @@ def draw_steps(figure: Any, results: Results, shapes: Sequence[str]) -> None:
         found = contenders_of(results, name)[::-1]
         labels = [f"{key.contender} ({key.dtype})" for key in found]
         for part in ("step", "forward"):
-            values = [results.median(name, key.dtype, part, key.contender) or 0.0 for key in found]
+            values = [results.median(*key._replace(figure=part)) or 0.0 for key in found]
             axis.barh(labels, values, label="whole step" if part == "step" else "forward alone")
         axis.set(title=name, xlabel="ms a step")
         axis.legend(fontsize="small")

@@ -14,7 +14,7 @@ from configurator import parse
 from corpus.story_grammar import log_prob
 from llamalet.convert import bin_file, formats
 from llamalet.convert.imported_model import ImportedModel
-from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, run
+from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, not_positive, run
 from llamalet.evaluate import report
 from llamalet.model_file.checkpoint import find_best, read_state
 from llamalet.runtime import Model
@@ -46,8 +46,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.stories < 1:
-            raise ConfigError(f"stories={self.stories}: must be positive")
+        ConfigError.raise_for(not_positive(self, "stories"))
 
 
 def main(argv: Sequence[str]) -> int:

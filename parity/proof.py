@@ -126,12 +126,7 @@ class LayeredLogits:
         return torch.cat(columns, dim=1).numpy()
 
 
-def prove(
-    path: Path,
-    *,
-    originals: Mapping[str, Rows] | None = None,
-    data: shards.Shards | None = None,
-) -> Proof:
+def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shards.Shards | None = None) -> Proof:
     """Compare the PyTorch model and the runtime on one model file.
 
     Args:
@@ -155,13 +150,13 @@ def prove(
     if originals is not None:
         _compare_weights(proof, file, originals)
     tokens = _some_tokens(config, data, LARGE_TOKENS if large else LOGIT_TOKENS)
-    _compare_logits(proof, from_file.logits(tokens), runtime.logits(tokens), LOGIT_BOUND[file.dtype])
+    _compare_logits(proof, from_file.logits(tokens), runtime.logits(tokens))
     _compare_text(proof, from_file, runtime, data, LARGE_TOKENS if large else GREEDY_TOKENS)
     if large:
         proof.no_bits = "the model is large"
     elif data is not None:
         original = from_file if originals is None else _in_torch(originals, config)
-        _compare_bits(proof, original, runtime, data, BITS_BOUND[file.dtype])
+        _compare_bits(proof, original, runtime, data)
     proof.duration_s = time.perf_counter() - start
     return proof
 
@@ -221,10 +216,9 @@ def _some_tokens(config: ModelConfig, data: shards.Shards | None, n: int) -> NDA
     return np.random.default_rng(0).integers(0, config.vocab_size, n)
 
 
-def _compare_logits(
-    proof: Proof, expected: NDArray[np.float32], found: NDArray[np.float32], relative_bound: float
-) -> None:
-    """Check the largest difference of a logit against a bound relative to the largest logit."""
+def _compare_logits(proof: Proof, expected: NDArray[np.float32], found: NDArray[np.float32]) -> None:
+    """Check the largest difference of any logit against a bound relative to the largest logit."""
+    relative_bound = LOGIT_BOUND[proof.dtype]
     proof.logit_difference = float(np.abs(found - expected).max())
     proof.largest_logit = float(np.abs(expected).max())
     if not proof.logit_difference <= relative_bound * proof.largest_logit:
@@ -266,11 +260,7 @@ def _compare_text(
 
 
 def _compare_bits(
-    proof: Proof,
-    original: TorchLogits | LayeredLogits,
-    runtime: Transformer,
-    data: shards.Shards,
-    relative_bound: float,
+    proof: Proof, original: TorchLogits | LayeredLogits, runtime: Transformer, data: shards.Shards
 ) -> None:
     """Check that both programs have the same bits per byte on the same validation tokens."""
     vocabulary = tokenizer.load(data.tokenizer_path, data.meta.vocab_size)
@@ -279,5 +269,5 @@ def _compare_bits(
     found = sum(evaluate_windows(runtime, vocabulary, tokens), start=NOTHING)
     proof.torch_bits_per_byte, proof.runtime_bits_per_byte = expected.bits_per_byte, found.bits_per_byte
     proof.evaluated_tokens = found.tokens
-    if not abs(found.bits_per_byte - expected.bits_per_byte) <= relative_bound * expected.bits_per_byte:
+    if not abs(found.bits_per_byte - expected.bits_per_byte) <= BITS_BOUND[proof.dtype] * expected.bits_per_byte:
         proof.problems.append(f"{found.bits_per_byte:.4f} bits per byte where PyTorch has {expected.bits_per_byte:.4f}")
