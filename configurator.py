@@ -53,8 +53,8 @@ def read_toml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    values = {key.replace("-", "_"): value for key, value in table.items()}
     problems = [f"{path}: {unknown_option(key, options)}" for key in table if key.replace("-", "_") not in options]
     problems += [f"{path}: {key}: must be one value" for key, value in table.items() if isinstance(value, dict | list)]
     ConfigError.raise_for(problems)
-    return {name: options[name].convert(str(value)) for name, value in values.items()}
+    names = {key: key.replace("-", "_") for key in table}
+    return {name: options[name].convert(str(table[key]), f"{path}: {key}") for key, name in names.items()}

@@ -17,7 +17,6 @@ COMMAND --help lists the options of each. Examples:
 import dataclasses
 import difflib
 import inspect
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,13 +28,10 @@ from corpus import prepare, vocabulary
 from corpus.download import download
 from corpus.prepare import DATA_DIR, PretokenizeConfig, TextConfig
 from corpus.sources import DEFAULT_SOURCE, NAMED_SOURCES
-from corpus.synthetic import synthesize
+from corpus.synthetic import SynthesizeConfig, synthesize
 from corpus.workers import Workers
 from llamalet import errors
 from llamalet.errors import ConfigError, UsageError, not_positive
-
-BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,40 +49,6 @@ class DownloadConfig:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         ConfigError.raise_for(not_positive(self, "max_files"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SynthesizeConfig:
-    """How many stories to write."""
-
-    size: str | None = None
-    """Size of the training stories, such as 500kB, 10MB or 1GB; 20MB if neither size nor stories is given."""
-    stories: int | None = None
-    """Number of training stories, instead of a size."""
-    val_stories: int = 1000
-    """Number of validation stories."""
-    seed: int = 0
-    """Seed of the stories; the same seed gives the same bytes."""
-    workers: int | None = None
-    """Processes that write; one per core by default. The files do not depend on it."""
-    data_dir: Path = DATA_DIR
-    """Folder of sources and prepared data."""
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        ConfigError.raise_for(not_positive(self, "stories", "val_stories", "workers"))
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}: must not be negative")
-        if self.size is not None and (self.stories is not None or not self.size_bytes):
-            raise ConfigError(f"size={self.size}: must be like 500kB, 10MB or 1GB, and without stories=")
-
-    @property
-    def size_bytes(self) -> int | None:
-        """The size as a number; None if the number of stories is given instead."""
-        if self.stories is not None:
-            return None
-        match = BYTES.fullmatch(self.size or "20MB")
-        return int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +94,7 @@ def run_synthesize(config: SynthesizeConfig) -> None:
       python tinystories.py synthesize --stories=5000
     """
     with Workers(config.workers) as workers, prepare.progress_bar("stories", config.size_bytes) as bar:
-        record = synthesize(
-            config.data_dir,
-            seed=config.seed,
-            train_bytes=config.size_bytes,
-            train_stories=config.stories,
-            val_stories=config.val_stories,
-            workers=workers,
-            advance=bar.update,
-        )
+        record = synthesize(config, workers, bar.update)
     for split, files in record.files.items():
         for file in files:
             print(f"{split:<5}  {config.data_dir / record.source / file.file}  {file.bytes / 1e6:.1f} MB")

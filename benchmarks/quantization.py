@@ -58,19 +58,14 @@ def main(argv: Sequence[str]) -> int:
     config = parse(QuantizationConfig, argv, program=program, description=__doc__, positional=("model",))
     file = model_file.read(config.model)
     tokenizer = load_tokenizer(file, None if config.tokenizer is None else Path(config.tokenizer))
-    documents = list(_documents(config, tokenizer))
+    texts = islice(_texts(config), config.stories)
+    documents = [np.array([*tokenizer.encode(text, bos=True), tokenizer.bos_id]) for text in texts]
     print(
         f"{file.path}: {file.config.n_params:,} parameters, {file.dtype}; {len(documents)} stories, "
         f"{sum(map(len, documents)):,} tokens"
     )
     print("\n".join(aligned(list(_rows(file, tokenizer, documents)))))
     return 0
-
-
-def _documents(config: QuantizationConfig, tokenizer: Tokenizer) -> Iterator[Ids]:
-    """Yield stories as tokens, each with BOS at both ends."""
-    for text in islice(_texts(config), config.stories):
-        yield np.array([*tokenizer.encode(text, bos=True), tokenizer.bos_id])
 
 
 def _texts(config: QuantizationConfig) -> Iterator[str]:

@@ -32,7 +32,7 @@ from llamalet.generate import MAX_BATCH
 from llamalet.kv_cache import KVCache
 from llamalet.runtime import BACKENDS, Model
 from llamalet.sampler import KEEP
-from llamalet.scoring import evaluate_streams, losses
+from llamalet.scoring import cut, evaluate_streams, losses
 
 # Real files that are not part of the project.
 DATA = Path("../shared/data")
@@ -183,15 +183,11 @@ def ways(model: Model, streams: NDArray[np.int64], keep: int) -> Mapping[str, Ca
 
 def _recomputed(model: Model, stream: NDArray[np.int64]) -> Losses:
     """Return the losses of a text (T + 1,) in windows that overlap by half: (T,)."""
-    context, n = model.config.max_seq_len, len(stream) - 1
-    step = max(1, context // 2)
-    nats = np.empty(n)
-    for begin in [0, *range(step, max(n - context + step, step), step)]:
-        end = min(begin + context, n)
-        first = 0 if begin == 0 else context - step  # earlier ones were scored in the previous window
-        logits = model.transformer.logits(stream[begin:end])
-        nats[begin + first : end] = losses(logits[first:], stream[begin + first + 1 : end + 1])
-    return nats
+    nats = []
+    for window, first in cut(stream, model.config.max_seq_len):
+        logits = model.transformer.logits(window[:-1])
+        nats.append(losses(logits[first - 1 :], window[first:]))
+    return np.concatenate(nats)
 
 
 def table(heading: str, curves: Mapping[str, Curve], context: int) -> str:

@@ -23,9 +23,6 @@ END_OF_TEXT = "<|endoftext|>"
 SINGLE_SPACE = re.compile("(?<=[^ \u2581]) (?=[^ \u2581])")
 
 DocumentRule = Literal["file", "blankline", "line"]
-DEFAULT_DOCUMENT: DocumentRule = "file"
-DEFAULT_COLUMN = "text"
-VAL_FRACTION = 0.05
 
 
 class Piece(NamedTuple):

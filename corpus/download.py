@@ -56,9 +56,7 @@ def download(label: str, data_dir: Path, *, max_files: int | None) -> Record:
                 outcome = _fetch(repo, revision, entry, folder / FILES_FOLDER)
             print(f"{target}: {entry.size / 1e6:.1f} MB, {outcome}, checked")
             files[split] = (*files.get(split, ()), RecordedFile.of(target, folder))
-    record = Record(source=label, revision=revision, files=files)
-    record.write(folder)
-    return record
+    return Record(source=label, revision=revision, files=files).write(folder)
 
 
 def _resolve(label: str) -> dict[str, list[str]]:

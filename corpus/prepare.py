@@ -16,13 +16,13 @@ from typing import Any
 from tqdm import tqdm
 
 from corpus import documents, vocabulary
-from corpus.documents import DEFAULT_COLUMN, DEFAULT_DOCUMENT, VAL_FRACTION, DocumentRule, Piece, expected_chars
+from corpus.documents import DocumentRule, Piece, expected_chars
 from corpus.pretokenize import check_source, check_tokenizer, pretokenize
 from corpus.sources import Source, open_source
 from corpus.workers import Workers
 from llamalet.convert import formats
 from llamalet.errors import ConfigError, DataError, not_positive
-from llamalet.files import replacing
+from llamalet.files import write_file
 from llamalet.shards import DATA_ROOT, SPLITS, Meta, Shards
 
 DATA_DIR = Path(DATA_ROOT)
@@ -36,12 +36,12 @@ class TextConfig:
     source: str | None = None
     """A .txt, .jsonl or .parquet file, a folder of them, the ID of a downloaded dataset, tinyshakespeare (downloaded
     if needed: 1 MB), or synthetic. By default TinyStories if downloaded, else the synthetic stories."""
-    document: DocumentRule = DEFAULT_DOCUMENT
+    document: DocumentRule = "file"
     """How a .txt file is divided into documents: not at all (except at lines <|endoftext|>), at blank lines, or at each
     line."""
-    text_column: str = DEFAULT_COLUMN
+    text_column: str = "text"
     """Key (.jsonl) or column (.parquet) of the text."""
-    val_fraction: float = VAL_FRACTION
+    val_fraction: float = 0.05
     """Share of the documents used for validation, or of each text if there are only few; ignored if the source has
     validation files of its own (a name with val, valid or validation)."""
     data_dir: Path = DATA_DIR
@@ -154,8 +154,7 @@ def train_vocabulary(config: TextConfig, source: Source, vocab_size: int, *, at_
     print(f"training a vocabulary of {vocab_size} tokens", flush=True)
     model, n_tokens = vocabulary.train(lines, vocab_size, at_most=at_most)
     path = source.folder / f"tok{n_tokens}.model"
-    with replacing(path) as file:
-        file.write(model)
+    write_file(path, model)
     return path
 
 

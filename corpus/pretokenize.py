@@ -20,7 +20,7 @@ from corpus.documents import Piece
 from corpus.workers import Workers
 from llamalet import shards
 from llamalet.errors import DataError, TokenizerError
-from llamalet.files import replacing
+from llamalet.files import write_file
 from llamalet.shards import META_FILE, SPLITS, Entropy, Meta, Shard, Split, TokenBlock
 from llamalet.tokenizer import Tokenizer
 from llamalet.tokenizer import load as load_tokenizer
@@ -86,8 +86,7 @@ def pretokenize(
     (folder / META_FILE).unlink(missing_ok=True)
     copy = folder / meta.tokenizer
     if not copy.is_file() or copy.read_bytes() != tokenizer_data:
-        with replacing(copy) as file:
-            file.write(tokenizer_data)
+        write_file(copy, tokenizer_data)
     for split in SPLITS:
         done: list[Shard] = []
         for number, pieces in enumerate(_groups(streams[split], SHARD_CHARS)):

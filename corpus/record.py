@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from llamalet.errors import DataError
-from llamalet.files import replacing, sha256_of
+from llamalet.files import sha256_of, write_file
 
 RECORD_FILE = "source.json"
 RECORD_FORMAT = "llamalet source"
@@ -40,12 +40,12 @@ class Record:
     entropy: Mapping[str, Any] | None = None
     """Synthetic source only: the number of validation stories and their total -log probability in nats."""
 
-    def write(self, folder: Path) -> None:
-        """Declare the source in `folder` complete."""
+    def write(self, folder: Path) -> Self:
+        """Declare the source in `folder` complete, and return the record."""
         files = {split: [entry._asdict() for entry in entries] for split, entries in self.files.items()}
         table = {"format": RECORD_FORMAT, "version": RECORD_VERSION, **dataclasses.asdict(self), "files": files}
-        with replacing(folder / RECORD_FILE) as file:
-            file.write((json.dumps(table, indent=2) + "\n").encode())
+        write_file(folder / RECORD_FILE, (json.dumps(table, indent=2) + "\n").encode())
+        return self
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:

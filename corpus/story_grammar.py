@@ -28,7 +28,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -106,14 +106,6 @@ class _Rule:
     by_head: dict[str, _Option]
 
 
-class _Driver(Protocol):
-    """What `_tell` needs: something that makes choices and takes words."""
-
-    def choose(self, rule: _Rule) -> _Option: ...
-
-    def write(self, words: str) -> None: ...
-
-
 class _Writer:
     """Draws: a random number makes each choice."""
 
@@ -164,7 +156,7 @@ class _NotAStory(Exception):
     """The text is not in the language."""
 
 
-def _tell(steps: tuple[_Step, ...], driver: _Driver, memory: dict[str, str]) -> None:
+def _tell(steps: tuple[_Step, ...], driver: _Writer | _Reader, memory: dict[str, str]) -> None:
     """Walk the steps; the driver makes the choices and takes the words."""
     for step in steps:
         if isinstance(step, str):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +15,47 @@ from corpus import story_grammar
 from corpus.record import RECORD_FILE, Record, RecordedFile
 from corpus.sources import SYNTHETIC
 from corpus.workers import Workers
+from llamalet.errors import ConfigError, not_positive
 from llamalet.files import replacing
-from llamalet.shards import SPLITS
+from llamalet.shards import DATA_ROOT, SPLITS
 
 STORIES_PER_TASK = 200
+BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", re.IGNORECASE)
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizeConfig:
+    """How many stories to write."""
+
+    size: str | None = None
+    """Size of the training stories, such as 500kB, 10MB or 1GB; 20MB if neither size nor stories is given."""
+    stories: int | None = None
+    """Number of training stories, instead of a size."""
+    val_stories: int = 1000
+    """Number of validation stories."""
+    seed: int = 0
+    """Seed of the stories; the same seed gives the same bytes."""
+    workers: int | None = None
+    """Processes that write; one per core by default. The files do not depend on it."""
+    data_dir: Path = Path(DATA_ROOT)
+    """Folder of sources and prepared data."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        ConfigError.raise_for(not_positive(self, "stories", "val_stories", "workers"))
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must not be negative")
+        if self.size is not None and (self.stories is not None or not self.size_bytes):
+            raise ConfigError(f"size={self.size}: must be like 500kB, 10MB or 1GB, and without stories=")
+
+    @property
+    def size_bytes(self) -> int | None:
+        """The size as a number; None if the number of stories is given instead."""
+        if self.stories is not None:
+            return None
+        match = BYTES.fullmatch(self.size or "20MB")
+        return int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
 
 
 class StoryTask(NamedTuple):
@@ -41,53 +80,36 @@ def draw_stories(task: StoryTask) -> list[tuple[bytes, float]]:
     return stories
 
 
-def synthesize(
-    data_dir: Path,
-    *,
-    seed: int,
-    train_bytes: int | None,
-    train_stories: int | None,
-    val_stories: int,
-    workers: Workers,
-    advance: Callable[[int], object],
-) -> Record:
+def synthesize(config: SynthesizeConfig, workers: Workers, advance: Callable[[int], object]) -> Record:
     """Write data_dir/synthetic: train.jsonl, val.jsonl, and source.json with the entropy of the validation stories.
 
     Args:
-        data_dir: the folder of all sources.
-        seed: the same seed gives the same files, on every machine and with any number of workers.
-        train_bytes: the size at which train.jsonl is complete, or
-        train_stories: its number of stories.
-        val_stories: the number of stories in val.jsonl, each with its log-probability.
+        config: what to write; the same gives the same files, on every machine and with any number of workers.
         workers: the processes that draw.
         advance: called with the number of bytes written.
 
     Raises:
         DiskError: if the disk is full.
     """
-    folder = data_dir / SYNTHETIC
+    folder, train_bytes = config.data_dir / SYNTHETIC, config.size_bytes
     (folder / RECORD_FILE).unlink(missing_ok=True)
     files: dict[str, tuple[RecordedFile, ...]] = {}
     log_probs: list[float] = []
     for split, name in enumerate(SPLITS):
-        stories = _stories(seed, split, workers)
-        chosen = islice(stories, val_stories if name == "val" else train_stories)
+        stories = _stories(config.seed, split, workers)
+        chosen = islice(stories, config.val_stories if name == "val" else config.stories)
         path = folder / f"{name}.jsonl"
-        size = 0
         with replacing(path) as file:
             for line, log_prob in chosen:
                 file.write(line)
-                size += len(line)
                 advance(len(line))
                 if name == "val":
                     log_probs.append(log_prob)
-                elif train_bytes is not None and size >= train_bytes:
+                elif train_bytes is not None and file.tell() >= train_bytes:
                     break
         files[name] = (RecordedFile.of(path, folder),)
     entropy = {"stories": len(log_probs), "nats": -math.fsum(log_probs)}
-    record = Record(source=SYNTHETIC, files=files, entropy=entropy)
-    record.write(folder)
-    return record
+    return Record(source=SYNTHETIC, files=files, entropy=entropy).write(folder)
 
 
 def _stories(seed: int, split: int, workers: Workers) -> Iterator[tuple[bytes, float]]:

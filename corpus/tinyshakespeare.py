@@ -13,7 +13,7 @@ from pathlib import Path
 
 from corpus.record import RECORD_FILE, Record, RecordedFile
 from llamalet.errors import DataError
-from llamalet.files import replacing, sha256_of
+from llamalet.files import sha256_of, write_file
 
 NAME = "tinyshakespeare"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -38,8 +38,7 @@ def make_source(data_dir: Path) -> Record:
     path = folder / TEXT_FILE
     if not path.is_file():
         data = _download(path)
-        with replacing(path) as file:
-            file.write(data)
+        write_file(path, data)
         print(f"{path}: {len(data) / 1e6:.1f} MB, downloaded, checked")
     if (found := sha256_of(path)) != SHA256:
         raise DataError(f"{path}: sha256 is {found}, must be {SHA256}; delete it to download it again")
@@ -53,12 +52,9 @@ def make_source(data_dir: Path) -> Record:
     files = {}
     for name, documents in splits.items():
         target = folder / f"{name}.jsonl"
-        with replacing(target) as file:
-            file.writelines(json.dumps({"text": document}).encode() + b"\n" for document in documents)
+        write_file(target, b"".join(json.dumps({"text": document}).encode() + b"\n" for document in documents))
         files[name] = (RecordedFile.of(target, folder),)
-    record = Record(source=NAME, files=files)
-    record.write(folder)
-    return record
+    return Record(source=NAME, files=files).write(folder)
 
 
 def passages(text: str) -> Iterator[str]:

@@ -66,7 +66,7 @@ class ModelOptions:
     backend: str = BACKENDS[0]
     """numba, or numpy, which is slow and needs no compiler"""
     verify: bool | None = None
-    """verify the checksums of a large file or a checkpoint; those of small files always are"""
+    """verify the checksums of a large .bin or a checkpoint too; --no-verify skips even a small .bin's"""
 
     def load(self, path: str | Path) -> Model:
         """Open the model at a path."""
@@ -157,9 +157,10 @@ class ConvertOptions:
     format: str | None = None
     """bin, gguf, or hf (a Hugging Face folder); what the ending of OUT says if not given"""
     version: int | None = None
-    """of a .bin, 0 to 3; if not given 1, or 3 if there is a --dtype"""
+    """version of the .bin, 0 to 3; by default 1 for float32, else 3"""
     dtype: str | None = None
-    """of the weights. In a .bin of version 3: f32, bf16, q8 or q4; hf: f32 or bf16; gguf: f32, f16, q8_0 or q4_0"""
+    """type of the weights; in a .bin f32, bf16, q8 or q4, by default as wide as they are; in an hf f32 or bf16; in a gguf
+    f32, f16, q8_0 or q4_0"""
     source_format: Literal["checkpoint", "hf", "meta_llama", "llama2c", "gguf", "bin"] | None = None
     """of MODEL; what its files say if not given. hf also takes the ID
     of a repository on the Hub, and fetches it"""
@@ -199,6 +200,15 @@ def main(argv: Sequence[str]) -> int:
 # --- generate and chat ---
 
 
+def _is_number(word: str) -> bool:
+    """Return whether a word is a number."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def read_sample_options(argv: Sequence[str], program: str, description: str, **fixed: Any) -> SampleOptions:
     """Return the options of sample.py, or with a fixed mode those of llamalet generate and llamalet chat.
 
@@ -207,7 +217,7 @@ def read_sample_options(argv: Sequence[str], program: str, description: str, **f
         ConfigError: listing every value out of range and every option that the mode does not have.
     """
     for word, value in zip(argv, argv[1:], strict=False):
-        if word == "-p" and value[:1].isalpha():  # llama.cpp's -p
+        if word == "-p" and not _is_number(value):  # llama.cpp's -p
             raise UsageError(f"-p '{value}': -p is top-p, a number, as in llama2.c; the prompt is -i")
     hidden = {None: {}, "generate": CHAT_OPTIONS, "chat": STORY_OPTIONS}[fixed.get("mode")]
     options = read_options(
@@ -260,7 +270,8 @@ def story_configs(options: SampleOptions, prompt: Sequence[int], context: int) -
         # llama2.c counts passes through the model, and the pass over the last prompt token already gives a new one.
         if steps < n_prompt:
             raise UsageError(
-                f"the prompt takes {n_prompt} of the {steps} positions; give a larger -n, or --max-new-tokens"
+                f"the prompt has {n_prompt} tokens, more than the {steps} positions of -n; give a larger -n, or "
+                "--max-new-tokens"
             )
         sampling = dataclasses.replace(sampling, max_new_tokens=steps - n_prompt + 1)
     check_prompt(prompt, sampling, context)
@@ -315,7 +326,9 @@ def evaluate(argv: Sequence[str]) -> int:
     data = Path(options.data) if options.data is not None else find_newest()
     if data is None:
         raise DataError("no prepared data below data/; name a text file, or a folder made by tinystories.py")
-    if data.is_file():
+    if not options.data and options.data is not None or not data.exists():
+        raise DataError(f"{options.data!r}: no such text file or folder of prepared data")
+    if not data.is_dir():
         if options.split is not None:
             raise ConfigError(f"split={options.split}: only prepared data has splits, and {data} is a text")
         model = options.load(options.model)
@@ -332,7 +345,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def convert(argv: Sequence[str]) -> int:
-    """Write a model in another format, as the command line says; return FormatError's code if it is not as meant."""
+    """Write a model in another format, as the command line says; return FormatError's code if the file read back differs."""
     from llamalet.convert import formats
     from llamalet.convert.target import Target, read_back, write
 
@@ -352,7 +365,10 @@ def convert(argv: Sequence[str]) -> int:
     path, keep = Path(options.out), None if options.tokenizer is None else Path(options.tokenizer)
     if keep is not None:
         source = formats.with_tokenizer(source, keep)
+    if target.format == "bin" and options.version is None and options.dtype is None and source.dtype != "f32":
+        target = dataclasses.replace(target, dtype=source.dtype)  # the weights keep their width
     write(source, target, path, keep=keep, force=options.force)
     if target.format != "bin" and options.check and not read_back(source, target, path):
         return FormatError.exit_code
+    print(f"run it: llamalet generate {path}{'' if source.tokenizer else ' -z TOKENIZER'}")
     return 0

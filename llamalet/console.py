@@ -12,7 +12,8 @@ from llamalet.tokenizer import StreamDecoder, Tokenizer
 
 def note(message: str) -> None:
     """Print a line that is not part of the text."""
-    print(message, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print(file=None) would go to stdout
+        print(message, file=sys.stderr, flush=True)
 
 
 def print_stories(
@@ -111,8 +112,9 @@ def speed(n_prompt: int, clock: Clock, n_stories: int) -> str:
         return "no tokens"
     if n_stories > 1:
         return f"{n_stories} stories: {rate(clock.tokens, clock.newest - clock.start)}"
-    prompt, story = rate(n_prompt, clock.first - clock.start), rate(clock.tokens - 1, clock.newest - clock.first)
-    return f"prompt: {prompt}; story: {story}"
+    prompt = f"prompt: {rate(n_prompt, clock.first - clock.start)}"
+    story = f"; story: {rate(clock.tokens - 1, clock.newest - clock.first)}" if clock.tokens > 1 else ""
+    return prompt + story
 
 
 def converse(chat: Chat, first: str, seed: int) -> None:

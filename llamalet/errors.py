@@ -6,6 +6,7 @@ code; all other code raises, argparse included (`Parser`).
 
 import argparse
 import errno
+import io
 import os
 import signal
 import sys
@@ -101,6 +102,9 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     Args:
         main: takes the arguments, without the program's name, and returns the exit code.
     """
+    for standard in (sys.stdout, sys.stderr):
+        if isinstance(standard, io.TextIOWrapper):
+            standard.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's encoding
     try:
         code = main(sys.argv[1:])
         print(end="", flush=True)  # unlike sys.stdout.flush(), this works with stdout closed
@@ -131,5 +135,6 @@ def forget_stdout() -> None:
 
 def _fail(message: str, code: int) -> int:
     """Print `message` as one line and return `code`."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print(file=None) would go to stdout
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return code

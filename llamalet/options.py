@@ -36,14 +36,18 @@ class Option:
     default: Any
     bare: str | None
 
-    def convert(self, text: str) -> Any:
+    def convert(self, text: str, shown: str) -> Any:
         """Return the value that a word stands for.
+
+        Args:
+            text: the word.
+            shown: what error messages call the option.
 
         Raises:
             UsageError: if the field's type has no such value.
         """
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UsageError(f"{self.name}={text!a}: not valid UTF-8")
+            raise UsageError(f"{shown}={text!a}: not valid UTF-8")
         if self.bare is not None and text.lower() in ("true", "false"):
             return self.bare if text.lower() == "true" else None
         if self.may_be_none and text == "None":
@@ -51,12 +55,17 @@ class Option:
         if get_origin(self.kind) is Literal:
             choices = {str(choice): choice for choice in get_args(self.kind)}
             if text not in choices:
-                raise UsageError(f"--{self.name}={text}: must be one of {', '.join(choices)}")
+                raise UsageError(f"{shown}={text}: must be one of {', '.join(choices)}")
             return choices[text]
+        several = get_origin(self.kind) is tuple
+        kind = get_args(self.kind)[0] if several else self.kind
         try:
-            return TRUTH[text.lower()] if self.kind is bool else self.kind(text)
+            if several:
+                return tuple(kind(part) for part in text.split(","))
+            return TRUTH[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise UsageError(f"--{self.name}={text}: must be {KINDS[self.kind]}") from None
+            commas = ", or several with commas between them" if several else ""
+            raise UsageError(f"{shown}={text}: must be {KINDS[kind]}{commas}") from None
 
 
 def read_options(
@@ -90,12 +99,6 @@ def read_options(
     """
     options = {option.name: option for option in _options(config_class) if option.name not in fixed}
     aliases = {name: alias for name, alias in (aliases or {}).items() if name in options}
-    if any(word in ("-h", "--help") for word in argv):
-        bare_words = [*(["CONFIG.toml"] if read_file else []), *(name.upper() for name in positional)]
-        usage = " ".join([program, *(f"[{word}]" for word in bare_words), "[--option=value ...]"])
-        shown = {name: option for name, option in options.items() if name not in hidden}
-        _help(config_class, shown, aliases, usage, description).print_help()
-        raise SystemExit(0)
     flags = {f"--{name}": option for name, option in options.items()}
     flags |= {alias: options[name] for name, alias in aliases.items()}
     left, names = list(argv), list(positional)
@@ -103,14 +106,20 @@ def read_options(
     from_file: Mapping[str, Any] | None = None
     while left:
         word = left.pop(0)
+        if word in ("-h", "--help"):
+            bare_words = [*(["CONFIG.toml"] if read_file else []), *(name.upper() for name in positional)]
+            usage = " ".join([program, *(f"[{word}]" for word in bare_words), "[--option=value ...]"])
+            listed = {name: option for name, option in options.items() if name not in hidden}
+            _help(config_class, listed, aliases, usage, description).print_help()
+            raise SystemExit(0)
         if word.startswith("-") and word != "-":
             option, text = _read_option(word, left, flags)
-            values[option.name] = option.convert(text)
+            values[option.name] = option.convert(text, word.partition("=")[0])
         elif read_file is not None and word.endswith(".toml") and from_file is None:
             from_file = read_file(Path(word), options)
         elif names:
             option = options[names.pop(0)]
-            values[option.name] = option.convert(word)
+            values[option.name] = option.convert(word, option.name.upper())
         else:
             raise UsageError(f"unexpected argument '{word}'; options start with --, see --help")
     return config_class(**{**(from_file or {}), **values, **fixed})
@@ -160,7 +169,7 @@ def _help(
 ) -> argparse.ArgumentParser:
     """Return a parser that only prints help: each dataclass's options under its first sentence or their headings."""
     parser = argparse.ArgumentParser(
-        usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+        usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     metadata = {field.name: field.metadata for field in fields(config_class)}
     for owner in [owner for owner in config_class.__mro__ if is_dataclass(owner)]:

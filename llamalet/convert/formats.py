@@ -1,6 +1,6 @@
 """Every format that a model can come in: telling them apart, reading them, and opening any of them to run it.
 
-A format is named by export.py's option for it. The readers are imported when they are needed: a .bin needs none.
+A format's name is one of FORMATS, which are export.py's options and llamalet convert's --from. The readers are imported when they are needed: a .bin needs none.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ def read(kind: str, name: str, *, rope_theta: float | None = None, rope_scaling:
         return {"hf": huggingface.read, "meta_llama": meta_llama.read, "gguf": gguf_file.read}[kind](name)
     except FormatError as error:
         if other := other_kind(kind, Path(name)):
-            raise FormatError(f"{error}; it looks as if it were for --{other}") from None
+            raise FormatError(f"{error}; it looks like --from={other} (export.py: --{other})") from None
         raise
 
 
@@ -143,6 +143,7 @@ def other_kind(kind: str, path: Path) -> str | None:
 def with_tokenizer(source: ImportedModel, path: Path) -> ImportedModel:
     """Return a model with the tokenizer at `path` instead of its own."""
     vocabulary, data = compact(tokenizer.load(path, source.config.vocab_size), path.read_bytes())
+    check_identity(vocabulary, str(path), source.name, source.tokenizer_sha256)
     return dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=data, notes=())
 
 

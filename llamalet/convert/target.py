@@ -47,7 +47,7 @@ class Target:
             raise ConfigError(f"format={named}: must be one of {', '.join(FORMAT_DTYPES)}")
         if self.out == "":
             raise ConfigError("out='': names no file or folder")
-        if named is None and ending not in SUFFIXES and ending[1:].isalpha():
+        if named is None and ending not in SUFFIXES and ending[1:2].isalpha():
             raise ConfigError(f"out={self.out}: must end in .bin or .gguf; for a folder of this name add --format=hf")
         if self.out is not None and named is not None and SUFFIXES.get(ending, "hf") != named:
             if named == "hf" or ending in SUFFIXES:
@@ -59,7 +59,9 @@ class Target:
         if version is not None and self.format != "bin":
             raise ConfigError(f"version={version}: only a .bin has versions, and OUT is {self.out}")
         if self.dtype is not None and version not in (None, 3):
-            raise ConfigError(f"dtype={self.dtype}: version {version} has no choice of it; leave one of them out")
+            raise ConfigError(
+                f"dtype={self.dtype}: version {version} has only one dtype; leave out --dtype or --version"
+            )
 
     @property
     def format(self) -> str:

@@ -40,7 +40,7 @@ def load_tokenizer(file: ModelFile, path: Path | None = None) -> Tokenizer:
     if path is None:
         names = f"{file.path.stem}.tokenizer.{{{','.join(SUFFIXES)}}}"
         raise TokenizerError(
-            f"{file.path}: no tokenizer inside it and no tokenizer beside it ({names}); name one with -z"
+            f"{file.path}: no tokenizer inside it and no tokenizer beside it ({names}); name one with --tokenizer"
         )
     found = tokenizer.load(path, file.config.vocab_size)
     check_identity(found, str(path), file.path, file.tokenizer_sha256)

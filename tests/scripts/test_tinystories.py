@@ -556,7 +556,7 @@ def test_too_little_text_for_a_validation_split():
         (["train"], UsageError, "train-vocab"),
         (["--source=x"], UsageError, "unknown command"),
         (["pretokenize", "--vocab=none.model", "s.txt"], LlamaletError, "none.model: no such"),
-        (["pretokenize", "--vocabsize=3"], UsageError, "did you mean --vocab_size"),
+        (["pretokenize", "--vocabsize=3"], UsageError, "did you mean --vocab-size"),
         (["pretokenize", "--document=page"], UsageError, "page"),
         (["pretokenize", "--val-fraction=0"], ConfigError, "val_fraction=0.0"),
         (["pretokenize", "--val-fraction=nan"], ConfigError, "val_fraction=nan"),

@@ -770,7 +770,7 @@ def test_the_option_that_a_model_is_for_is_named(tmp_path):
         ("checkpoint", "m.gguf", "gguf"), ("gguf", "model.bin", "bin"), ("bin", "hf", "hf"), ("meta_llama", "hf", "hf"),
         ("checkpoint", "hf", "hf"),
     ):  # fmt: skip
-        with pytest.raises((FormatError, UsageError), match=f"looks as if it were for --{right}$"):
+        with pytest.raises((FormatError, UsageError), match=rf"looks like --from={right} \(export.py: --{right}\)$"):
             run_main(tmp_path / "x.bin", f"--{option}", tmp_path / name)
     for option, name in (("gguf", "empty.bin"), ("bin", "empty.bin"), ("meta_llama", "empty.bin"), ("hf", "gone")):
         with pytest.raises(FormatError) as refused:
