@@ -83,11 +83,10 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.guard = Guard(group.device, spike_factor=config.spike_factor, max_skipped=config.max_skipped)
-        self.sample_printer = (
-            SamplePrinter(model_config, self.data.tokenizer_path, config.seed, torch.get_num_threads())
-            if config.sample and group.is_main
-            else None
-        )
+        self.sample_printer: SamplePrinter | None = None
+        if config.sample and group.is_main:
+            threads = torch.get_num_threads()
+            self.sample_printer = SamplePrinter(model_config, self.data.tokenizer_path, config.seed, threads)
 
         self.step = 0
         self.val_loss: float | None = None

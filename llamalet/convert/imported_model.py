@@ -27,8 +27,6 @@ from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
 
 Floats = NDArray[np.float32]
 
-# The RoPE scaling of Llama 3.1 and its successors, without its factor: 8, or 32 in Llama 3.2's 1B and 3B.
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
 DEFAULT_ROPE_THETA = 10000.0  # Llama 1's and 2's
 
 REPORT_AFTER_S = 2.0
@@ -251,8 +249,8 @@ def stored_types(tensors: Iterable[Any]) -> frozenset[str]:
 
 
 def llama3_scaling(factor: float) -> RopeScaling:
-    """Return the RoPE scaling of Llama 3.1 and later models, which differs only in this factor."""
-    return RopeScaling(factor=factor, **LLAMA3_SCALING)  # type: ignore[arg-type]
+    """Return the RoPE scaling of Llama 3.1 and later models; only the factor differs: 8, or 32 in 3.2's 1B and 3B."""
+    return RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 
 
 def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:

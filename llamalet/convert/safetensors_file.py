@@ -12,7 +12,7 @@ import operator
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +27,8 @@ ALIGNMENT = 8
 # The types that are read and written, and numpy's names of them; bfloat16, which numpy lacks, is uint16: its bits.
 DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
-
-class Entry(NamedTuple):
-    """A tensor of a file: its type (one of DTYPES when it can be read), its shape and its bytes' place in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+Entry = tuple[str, tuple[int, ...], int, int]
+"""A tensor's type (one of DTYPES if it can be read), its shape, and where its bytes begin and end in the file."""
 
 
 def read(path: Path) -> dict[str, FileTensor]:
@@ -122,4 +116,4 @@ def _read_header(path: Path, dtypes: Collection[str]) -> dict[str, Entry]:
 def _entry(fields: Mapping[str, Any], data: int) -> Entry:
     """Return a tensor's entry from its fields in the header, where all tensors begin at `data`."""
     begin, end = map(operator.index, fields["data_offsets"])
-    return Entry(str(fields["dtype"]), tuple(map(operator.index, fields["shape"])), data + begin, data + end)
+    return str(fields["dtype"]), tuple(map(operator.index, fields["shape"])), data + begin, data + end

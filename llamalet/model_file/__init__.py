@@ -5,19 +5,6 @@ a new version, with a reader, a golden file and a line in docs/formats.md.
 """
 
 from llamalet.model_file.header import Header, llama2c_differences
-from llamalet.model_file.tensors import (
-    DEFAULT_DTYPES,
-    ModelFile,
-    Rows,
-    Tensor,
-    float_version,
-    in_memory,
-    read,
-    tensor_specs,
-    write,
-)
+from llamalet.model_file.tensors import ModelFile, float_version, in_memory, read, tensor_specs, write
 
-__all__ = [
-    "DEFAULT_DTYPES", "Header", "ModelFile", "Rows", "Tensor", "float_version", "in_memory", "llama2c_differences",
-    "read", "tensor_specs", "write",
-]  # fmt: skip
+__all__ = ["Header", "ModelFile", "float_version", "in_memory", "llama2c_differences", "read", "tensor_specs", "write"]

@@ -67,8 +67,6 @@ V1_ORDER = (*NORMS, "tok_embeddings", *MATRICES, *FEED_FORWARD, "output")
 ORDER = {0: V0_ORDER, 1: V1_ORDER, 2: V1_ORDER, 3: V1_ORDER}
 DEFAULT_DTYPES = {0: "f32", 1: "f32", 2: "q8", 3: "q8"}
 
-Tensor = Weight
-
 
 class Rows(Protocol):
     """A tensor that gives its rows as float32 on demand: an array, or a tensor in a file of any format."""
@@ -131,13 +129,13 @@ class TensorSpec:
         """Return the number of zeros after one of its parts."""
         return -part.n_bytes % ALIGNMENT if self.version == 3 else 0
 
-    def encode(self, weights: NDArray[np.float32]) -> Tensor:
+    def encode(self, weights: NDArray[np.float32]) -> Weight:
         """Return float32 weights as they are stored."""
         if self.version == 2 and self.group_size is not None:
             return quantize.quantize(weights, self.group_size)
         return quantize.ENCODINGS[self.dtype].encode(weights)
 
-    def assemble(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
+    def assemble(self, arrays: Sequence[NDArray[Any]]) -> Weight:
         """Return the tensor with these parts."""
         if self.group_size is None:
             return arrays[0]
@@ -151,7 +149,7 @@ class ModelFile:
 
     path: Path
     header: Header
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Weight]
     tokenizer_data: bytes | None = None
     """The tokenizer's file, if it is inside."""
 
@@ -414,7 +412,7 @@ def _refuse_group(config: ModelConfig) -> NoReturn:
 
 def _map_tensors(
     path: Path, specs: Iterable[TensorSpec], buffer: mmap.mmap, offset: int
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Weight]]:
     """Yield every tensor as a view of the buffer; every array is aligned for its type."""
     for spec in specs:
         arrays = []
@@ -450,7 +448,7 @@ def _verify_payload(path: Path, header: Header, buffer: mmap.mmap, end: int) -> 
         raise FormatError(f"{path}: the weights' checksum is {found:08x}, not {header.payload_crc32:08x}: damaged")
 
 
-def _with_rope_theta_of_tables(path: Path, config: ModelConfig, cos: Tensor, sin: Tensor) -> ModelConfig:
+def _with_rope_theta_of_tables(path: Path, config: ModelConfig, cos: Weight, sin: Weight) -> ModelConfig:
     """Return `config` with the rope_theta of v0's RoPE tables; v0 has no field for it.
 
     In row 1 the angle of pair i is theta ** (-2i / D), so pair 1 gives theta, to 5 digits in float32.

@@ -13,17 +13,10 @@ from pathlib import Path
 
 from llamalet.errors import TokenizerError
 from llamalet.files import replacing
-from llamalet.tokenizer import llama3
+from llamalet.tokenizer import llama2, llama3
 from llamalet.tokenizer.base import StreamDecoder, Tokenizer
 from llamalet.tokenizer.huggingface import JsonTokenizer, rank_rows
-from llamalet.tokenizer.llama2 import (
-    BOS_ID,
-    EOS_ID,
-    SPACE_MARK,
-    BinTokenizer,
-    SentencePieceTokenizer,
-    check_for_llama2c,
-)
+from llamalet.tokenizer.llama2 import BOS_ID, EOS_ID, SPACE_MARK, BinTokenizer, SentencePieceTokenizer
 from llamalet.tokenizer.llama3 import Llama3Tokenizer
 from llamalet.tokenizer.rows import looks_like_rows, pack, unpack
 
@@ -109,7 +102,7 @@ def write_bin(path: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
         TokenizerError: if the format cannot represent the vocabulary, so that it would give different ids.
     """
     if not isinstance(tokenizer, Llama3Tokenizer):
-        check_for_llama2c(tokenizer, str(path))
+        llama2.check_for_llama2c(tokenizer, str(path))
     data = pack(tokenizer.pieces())
     with replacing(Path(path)) as file:
         file.write(data)

@@ -63,12 +63,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "float32":
         return torch.float32
+    native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    else:
-        native = False
     if name == "bfloat16" and not native and device.type != "cpu":
         raise ConfigError(f"dtype=bfloat16: {device} does not support it; use --dtype=float32")
     return torch.bfloat16 if native or name == "bfloat16" else torch.float32
