@@ -159,8 +159,8 @@ class ConvertOptions:
     version: int | None = None
     """version of the .bin, 0 to 3; by default 1 for float32, else 3"""
     dtype: str | None = None
-    """type of the weights; in a .bin f32, bf16, q8 or q4, by default as wide as they are; in an hf f32 or bf16; in a gguf
-    f32, f16, q8_0 or q4_0"""
+    """type of the weights; in a .bin f32, bf16, q8 or q4, by default as wide as they are; in an hf f32 or bf16; in a
+    gguf f32, f16, q8_0 or q4_0"""
     source_format: Literal["checkpoint", "hf", "meta_llama", "llama2c", "gguf", "bin"] | None = None
     """of MODEL; what its files say if not given. hf also takes the ID
     of a repository on the Hub, and fetches it"""
@@ -345,7 +345,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def convert(argv: Sequence[str]) -> int:
-    """Write a model in another format, as the command line says; return FormatError's code if the file read back differs."""
+    """Write a model in another format; return FormatError's code if the file read back differs."""
     from llamalet.convert import formats
     from llamalet.convert.target import Target, read_back, write
 

@@ -1,6 +1,7 @@
 """Every format that a model can come in: telling them apart, reading them, and opening any of them to run it.
 
-A format's name is one of FORMATS, which are export.py's options and llamalet convert's --from. The readers are imported when they are needed: a .bin needs none.
+A format's name is one of FORMATS, which are export.py's options and llamalet convert's --from. The readers
+are imported when they are needed: a .bin needs none.
 """
 
 import dataclasses

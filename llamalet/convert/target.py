@@ -59,9 +59,7 @@ class Target:
         if version is not None and self.format != "bin":
             raise ConfigError(f"version={version}: only a .bin has versions, and OUT is {self.out}")
         if self.dtype is not None and version not in (None, 3):
-            raise ConfigError(
-                f"dtype={self.dtype}: version {version} has only one dtype; leave out --dtype or --version"
-            )
+            raise ConfigError(f"dtype={self.dtype}: version {version} has one dtype; leave out --dtype or --version")
 
     @property
     def format(self) -> str:

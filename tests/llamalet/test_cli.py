@@ -159,7 +159,7 @@ def test_convert_takes_the_tokenizer_that_is_named(model, tmp_path):
         (["model.bin", "model.bin"], "model.bin: is the model to export, which would be lost"),
         (["model.bin", "b.bin", "--rope_theta=5", "--from", "hf"], "rope_theta, rope_scaling: model.bin says"),
         (["gone.bin", "b.bin"], "gone.bin: no such model file or folder"),
-        (["model.bin", "b.bin", "--from=onnx"], "--source_format=onnx: must be one of checkpoint, hf"),
+        (["model.bin", "b.bin", "--from=onnx"], "--from=onnx: must be one of checkpoint, hf"),
     ],
 )
 def test_convert_refuses_what_means_nothing(model, words, complaint):

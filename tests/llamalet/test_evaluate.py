@@ -114,9 +114,13 @@ def test_wrong_input_is_told(tmp_path, data, monkeypatch):
     prepare(tmp_path / "silent", texts=["", ""])
     with pytest.raises(DataError, match="no text to score"):
         run(model, tmp_path / "silent")
-    for words in ([], [model, data, "more"], [model, "--split=test"], [model, "--max-tokens=0"], [model, "--frob"]):
+    for words in ([], [model, data, "more"], [model, "--max-tokens=0"], [model, "--frob"]):
         with pytest.raises(UsageError, match="see --help"):
             run(*words)
+    with pytest.raises(UsageError, match="--split=test: must be one of train, val"):
+        run(model, "--split=test")
+    with pytest.raises(DataError, match="gone.txt.*: no such text file or folder of prepared data"):
+        run(model, "gone.txt")
     (tmp_path / "data").rename(tmp_path / "away")
     (tmp_path / "other").rename(tmp_path / "away2")
     with pytest.raises(DataError, match="no prepared data below data/"):

@@ -90,11 +90,11 @@ def test_every_spelling_is_read(words, name, value):
         (["a", "b", "c"], "unexpected argument 'c'; options start with --, see --help"),
         (["--steps"], "--steps: needs a value, as in --steps=VALUE"),
         (["--steps", "--check"], "--steps: needs a value"),
-        (["-n", "five"], "--steps=five: must be a whole number"),
-        (["-t", "hot"], "--temperature=hot: must be a number"),
-        (["-m", "poem"], "--mode=poem: must be one of generate, chat"),
+        (["-n", "five"], "-n=five: must be a whole number"),
+        (["-t", "hot"], "-t=hot: must be a number"),
+        (["-m", "poem"], "-m=poem: must be one of generate, chat"),
         (["--check=maybe"], "--check=maybe: must be true or false"),
-        (["--data-folder=\udcff"], "data_folder=.*: not valid UTF-8"),
+        (["--data-folder=\udcff"], "--data-folder=.*: not valid UTF-8"),
     ],
 )
 def test_a_mistake_is_one_line(words, complaint):

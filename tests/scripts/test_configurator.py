@@ -79,7 +79,7 @@ def test_spellings(argv, changed):
         (("--no-such-thing",), UsageError, ["--no-such-thing"]),
         (("--no-batch-size",), UsageError, ["--no-batch-size"]),
         (("-q", "1"), UsageError, ["-q"]),
-        (("--batch-size=1.5",), UsageError, ["--batch_size", "1.5"]),
+        (("--batch-size=1.5",), UsageError, ["--batch-size=1.5", "must be a whole number"]),
         (("--learning_rate=abc",), UsageError, ["--learning_rate", "abc"]),
         (("--dtype=float16",), UsageError, ["float16", "float32"]),
         (("--batch-size",), UsageError, ["--batch-size", "needs a value"]),

@@ -147,7 +147,7 @@ def test_data_of_another_tokenizer_is_not_used(project, capsys):
     ("argv", "error", "words"),
     [
         (["--version=4"], ConfigError, "version=4: must be one of 0, 1, 2, 3"),
-        (["--version=2", "--dtype=q4"], ConfigError, "dtype=q4: version 2 has only one dtype"),
+        (["--version=2", "--dtype=q4"], ConfigError, "dtype=q4: version 2 has one dtype"),
         (["--dtype=q5"], ConfigError, "dtype=q5: must be one of f32, bf16, q8, q4"),
         (["out"], ConfigError, "out: holds .* --checkpoint=out"),
         (["a.bin", "--verify=b.bin"], ConfigError, "existing file"),
