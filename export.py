@@ -168,7 +168,7 @@ def _find_checkpoint(named: str | None) -> Path:
     if path.suffix == ".bin":
         raise UsageError(f"{path}: is a model file, not a checkpoint; name it with --bin, or --verify it")
     if kind := formats.other_kind("checkpoint", path):
-        raise UsageError(f"{path}: is not a checkpoint; it looks as if it were for --{kind}")
+        raise UsageError(f"{path}: is not a checkpoint; it looks like --from={kind} (export.py: --{kind})")
     return path
 
 
