@@ -32,7 +32,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Causal attention: average the values up to each position, weighted by the softmax of its query with their keys.
 
     Args:
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.dropout = dropout
-        self.attend: Attend = attend
+        self.attend: Attend = causal_attention
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.kv_dim, bias=False)

@@ -282,7 +282,7 @@ def make_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: 
         trainer.model.head_loss = plain.head_loss
         for module in trainer.model.modules():
             if isinstance(module, plain.Attention):
-                module.attend = plain.attend
+                module.attend = plain.causal_attention
     if rung.dtype == "f32" and device.type == "cuda":
         torch.set_float32_matmul_precision("highest")  # the trainer lets GPUs round to TF32
     start = time.perf_counter()

@@ -39,7 +39,7 @@ def use_cpu_kernels(model: Llama, *, compiled: bool) -> None:
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Compute `model.attend` in blocks of queries, so that few masked scores are computed."""
+    """Compute `model.causal_attention` in blocks of queries, so that few masked scores are computed."""
     B, H, T, D = q.shape
     G, R = k.shape[1], H // k.shape[1]  # R query heads share a kv head
     q = (q / math.sqrt(D)).reshape(B, G, R, T, D)

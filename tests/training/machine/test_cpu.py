@@ -37,7 +37,7 @@ def test_blocked_attention_is_the_plain_one(heads, kv_heads, length):
     shapes = [(2, heads, length, 16), (2, kv_heads, length, 16), (2, kv_heads, length, 16)]
     inputs = [torch.randn(shape) for shape in shapes]
     results = []
-    for attend in (model.attend, cpu.attend_in_blocks):
+    for attend in (model.causal_attention, cpu.attend_in_blocks):
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         out = attend(q, k, v, 0.0)
         (out * torch.arange(16.0)).sum().backward()
