@@ -5,6 +5,7 @@ code; all other code raises, argparse included (`Parser`).
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import os
@@ -104,7 +105,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """
     for standard in (sys.stdout, sys.stderr):
         if isinstance(standard, io.TextIOWrapper):
-            standard.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's encoding
+            with contextlib.suppress(OSError):  # a pipe in the place of a file cannot be asked for its position
+                standard.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's encoding
     try:
         code = main(sys.argv[1:])
         print(end="", flush=True)  # unlike sys.stdout.flush(), this works with stdout closed
