@@ -189,14 +189,14 @@ def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_block
     first, last = share_of(space.job[0].count, block, n_blocks)
     for t in range(first, last):
         slot = space.cache_slots[t]
-        cos, sin = rope_tables.cos[slot.position], rope_tables.sin[slot.position]
+        position = slot.position
+        cos, sin = rope_tables.cos[position], rope_tables.sin[position]
         ops.rope(space.q[t], cos, sin)
         ops.rope(space.k[t], cos, sin)
         for g in range(n_kv_heads):
             keys, values = cached_head(slot, layer * n_kv_heads + g, head_dim)
-            for i in range(head_dim):
-                keys[slot.position, i] = space.k[t, g * head_dim + i]
-                values[slot.position, i] = space.v[t, g * head_dim + i]
+            ops.widen(space.k[t, g * head_dim : (g + 1) * head_dim], keys[position])
+            ops.widen(space.v[t, g * head_dim : (g + 1) * head_dim], values[position])
 
 
 @inlined_kernel

@@ -108,7 +108,8 @@ class Transformer:
         cache.reserve(cache.length + len(ids))
         *chunks, last = np.split(ids, range(POSITIONS_PER_PASS, len(ids), POSITIONS_PER_PASS))
         logits = [self._run([cache], chunk, len(chunk) if all_logits else 0) for chunk in chunks]
-        return np.concatenate([*logits, self._run([cache], last, len(last) if all_logits else 1)])
+        logits.append(self._run([cache], last, len(last) if all_logits else 1))
+        return np.concatenate(logits) if all_logits else logits[-1]
 
     def _run(self, caches: Sequence[KVCache], ids: NDArray[np.int64], n_logits: int) -> Array:
         """Append at most POSITIONS_PER_PASS tokens to one cache, or one token to each of several.
