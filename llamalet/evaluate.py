@@ -116,3 +116,7 @@ def with_progress(scores: Iterator[Evaluation], n_tokens: int) -> Iterator[Evalu
             speed = done / (now - start)
             print(f"{done} of about {n_tokens} tokens, {speed:.0f} tokens/s", file=sys.stderr, flush=True)
         yield score
+
+
+if __name__ == "__main__":  # an earlier spelling, which must not look like a success
+    raise SystemExit("error: this command is now: llamalet evaluate MODEL [DATA]")
