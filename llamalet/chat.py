@@ -58,7 +58,9 @@ class Chat:
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
         self.n_read = 0
         self._model = model
-        self._template = find_template(model.path, model.tokenizer, template, model.chat_template)
+        self._template = find_template(
+            model.path, model.tokenizer, template, model.chat_template, context=model.config.max_seq_len
+        )
         self._sampling = config
         self._sampler = Sampler(model.config.vocab_size, config)
         self._cache = model.transformer.new_cache()
@@ -72,6 +74,8 @@ class Chat:
         """
         messages = [*self.messages, Message("user", text)]
         ids, context = self._template(messages), self._model.config.max_seq_len
+        if not ids:
+            raise UsageError("the chat template makes nothing of the conversation, so there is nothing to answer")
         if self._sampling.overflow == "stop" and len(ids) > context:
             raise UsageError(
                 f"the conversation has {len(ids)} tokens, the model's context {context}: overflow=roll forgets the "

@@ -3,24 +3,28 @@
 Messages are text, whatever they look like: only the template's own words can be special tokens.
 """
 
-import datetime
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from llamalet.errors import UsageError
+from llamalet.template_process import TemplateProcess
 from llamalet.tokenizer import Tokenizer
 
-# Files beside a model, perhaps with NAME. in front for NAME.bin, that may hold a template.
-TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+# Files beside a model, perhaps with NAME. in front for NAME.bin, that may hold a template: the first counts.
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
+TEMPLATE_FILES = (f"{TEMPLATE_FOLDER}/default.jinja", TEMPLATE, TOKENIZER_CONFIG)
+MAX_FILE_BYTES = 1 << 26
+# The variables that transformers gives to templates, besides those of a model's own.
+SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_CONTEXT = 1 << 17
 # The vocabulary of Llama 2, whose conversations have no special tokens.
 LLAMA2_SHA256 = "50a52ef822ee9e83de5ce9d0be0a025a773d019437f58b5ff9dcafb063ece361"
 LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 HEADER, HEADER_END, TURN_END = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
-# Characters that stand in for others while a template is filled in; only those absent from the messages are used.
-PRIVATE = range(0xF0000, 0xFFFFE)
 
 
 class Message(NamedTuple):
@@ -35,7 +39,12 @@ Template = Callable[[Sequence[Message]], list[int]]
 
 
 def find_template(
-    model: Path, tokenizer: Tokenizer, named: str | os.PathLike[str] | None = None, inside: str | None = None
+    model: Path,
+    tokenizer: Tokenizer,
+    named: str | os.PathLike[str] | None = None,
+    inside: str | None = None,
+    *,
+    context: int = MAX_CONTEXT,
 ) -> Template:
     """Return the template that a model's conversations follow.
 
@@ -47,16 +56,17 @@ def find_template(
         tokenizer: its vocabulary.
         named: "llama2", "llama3" or a file with a Jinja template.
         inside: the Jinja template inside the model's file.
+        context: the model's, in tokens.
 
     Raises:
         UsageError: if the model is not a chat model, or the template cannot be used.
     """
     if named is None:
-        for path in _candidates(model):
+        for path in _candidates(model, TEMPLATE_FILES):
             if path.is_file() and (found := read_template(path)) is not None:
-                return JinjaTemplate(found[0], tokenizer, str(path), found[1])
+                return JinjaTemplate(found, tokenizer, str(path), special_tokens(model), context=context)
         if inside is not None:
-            return JinjaTemplate(inside, tokenizer, str(model))
+            return JinjaTemplate(inside, tokenizer, str(model), special_tokens(model), context=context)
         if {HEADER, HEADER_END, TURN_END} <= tokenizer.special.keys():
             named = "llama3"
         elif tokenizer.sha256 == LLAMA2_SHA256:
@@ -70,15 +80,16 @@ def find_template(
     if named == "llama3":
         if missing := {HEADER, HEADER_END, TURN_END} - tokenizer.special.keys():
             raise UsageError(f"chat template llama3: the model's vocabulary has no {min(missing)}")
-        return lambda messages: tokenizer.encode_parts(llama3_parts(messages, tokenizer))
+        return lambda messages: tokenizer.encode_nameless(llama3_parts(messages, tokenizer))
     if named == "llama2":
-        return lambda messages: tokenizer.encode_parts(llama2_parts(messages, tokenizer))
+        return lambda messages: tokenizer.encode_nameless(llama2_parts(messages, tokenizer))
     path = Path(named)
     if not path.is_file():
         raise UsageError(f"chat template {path}: must be llama2, llama3 or a file with a Jinja template")
     if (found := read_template(path)) is None:
         raise UsageError(f"{path}: has no chat_template")
-    return JinjaTemplate(found[0], tokenizer, str(path), found[1])
+    special = special_tokens(path if path.suffix == ".json" else model)
+    return JinjaTemplate(found, tokenizer, str(path), special, context=context)
 
 
 def llama3_parts(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int | str]:
@@ -106,6 +117,8 @@ def llama2_parts(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int 
         elif role == "user":
             parts += [tokenizer.bos_id, f"[INST] {(system + content).strip()} [/INST]"]
             system = ""
+        elif not parts or not isinstance(parts[-1], str):
+            raise UsageError("in Llama 2's conversations an assistant's message must follow a user's")
         else:
             parts[-1] = f"{parts[-1]} {content.strip()} "
             parts.append(tokenizer.eos_id)
@@ -115,108 +128,130 @@ def llama2_parts(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int 
 class JinjaTemplate:
     """A chat template in the form that Hugging Face's models use; needs the jinja2 package."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, name: str, special: dict[str, str] | None = None) -> None:
-        """Compile a template.
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        name: str,
+        special: Mapping[str, str | None] | None = None,
+        *,
+        context: int = MAX_CONTEXT,
+    ) -> None:
+        """Start a process for a template, which ends with this object.
 
         Args:
             source: the template.
             tokenizer: the model's.
             name: where the template comes from, for error messages.
-            special: the special tokens that the template may use, like bos_token.
+            special: the special tokens that the template may use, like bos_token; None takes one away.
+            context: the model's, in tokens.
 
         Raises:
             UsageError: if it is not a template, or jinja2 is not installed.
         """
-        try:
-            import jinja2
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise UsageError(f"{name}: a chat template needs the jinja2 package: pip install jinja2") from None
-        self._tokenizer, self._name, self._error = tokenizer, name, jinja2.TemplateError
-        # Templates are written for the environment that transformers sets up: this is the same one.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UsageError(f"{name}: not a usable chat template: {error}") from None
         names = {id: token for token, id in tokenizer.special.items()}
-        self._special = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
-        self._special.update(special or {})
-        # The characters that special tokens' names begin and end with.
-        self._ends = sorted({name[i] for name in tokenizer.special for i in (0, -1)})
+        known = {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id), **(special or {})}
+        self._tokenizer = tokenizer
+        self._process = TemplateProcess(source, {key: value for key, value in known.items() if value is not None}, name)
+        self._max_chars = context * _longest(tokenizer)
 
     def __call__(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a conversation, up to the point where the model answers.
 
-        Before the messages go through the template, private characters replace those that special tokens' names begin
-        and end with. So every special token in the result is the template's own. Then the replacement is undone.
+        The template gets the messages unchanged, and says of each character of its text whether it wrote that itself.
 
         Raises:
-            UsageError: if the template refuses the messages.
+            UsageError: if the template refuses the messages, or cannot be used.
         """
-        used = set("".join(message.content for message in messages))
-        private = [chr(code) for code in PRIVATE if chr(code) not in used][: len(self._ends)]
-        hide, show = (
-            str.maketrans(dict(zip(a, b, strict=True))) for a, b in ((self._ends, private), (private, self._ends))
-        )
-        hidden = [{"role": role, "content": content.translate(hide)} for role, content in messages]
-        try:
-            text = self._template.render(
-                messages=hidden, add_generation_prompt=True, tools=None, documents=None, **self._special
-            )
-        except (self._error, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{self._name}: the chat template refuses the conversation: {error}") from None
-        parts = self._tokenizer.split_special(text)
-        return self._tokenizer.encode_parts([part.translate(show) if isinstance(part, str) else part for part in parts])
+        # A conversation of which a rolling context forgets the beginning can be longer than the context.
+        n_chars = sum(len(message.content) for message in messages)
+        text, marks = self._process.render([message._asdict() for message in messages], self._max_chars + 2 * n_chars)
+        return self._tokenizer.encode_marked(text, marks)
 
 
-def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
-    """Return a value as JSON; templates call this, and jinja2's own filter would escape it for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> NoReturn:
-    """Refuse the conversation; templates call this."""
-    raise ValueError(message)
-
-
-def _candidates(model: Path) -> Iterator[Path]:
-    """Yield the files that may hold a model's chat template, the most specific first."""
+def _candidates(model: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Yield the files beside a model that may exist under these names, the most specific first."""
     folder = model if model.is_dir() else model.parent
-    for name in TEMPLATE_FILES:
-        yield folder / f"{model.stem}.{name}"
-    for name in TEMPLATE_FILES:
-        yield folder / name
+    for prefix in (f"{model.stem}.", ""):
+        for name in names:
+            yield folder / f"{prefix}{name}"
 
 
-def read_template(path: Path) -> tuple[str, dict[str, str]] | None:
-    """Return the chat template in a file and the special tokens that it may use, or None if there is no template.
+def read_template(path: Path) -> str | None:
+    """Return the chat template in a file, or None if there is none.
 
     Args:
-        path: a template, or a tokenizer_config.json, which may have several templates by name.
+        path: a template, or a tokenizer_config.json, which may have several by name: the default one counts.
 
     Raises:
         UsageError: if it cannot be read.
     """
+    if path.suffix != ".json":
+        return _read_text(path)
+    found = _read_table(path).get("chat_template")
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return text, {}
-        table = json.loads(text)
-        found = table.get("chat_template")
         if isinstance(found, list):
-            found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
-        special = {key: table[key] for key in ("bos_token", "eos_token") if table.get(key)}
-        names = {key: value["content"] if isinstance(value, dict) else value for key, value in special.items()}
-        for key, value in (("chat_template", found or ""), *names.items()):
-            if not isinstance(value, str):
-                raise TypeError(f"{key} is not text")
-            value.encode()  # refuses half a surrogate pair
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            found = {entry["name"]: entry["template"] for entry in found}
+        if isinstance(found, dict):
+            found = found.get("default")
+        if found is not None and not isinstance(found, str):
+            raise TypeError("chat_template is not text")
+        (found or "").encode()  # refuses half a surrogate pair
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
-    return (found, names) if found else None
+    return found or None
+
+
+def special_tokens(model: Path) -> dict[str, str | None]:
+    """Return the special tokens that transformers would give to a chat template as variables; None: not this one.
+
+    Args:
+        model: the model's file or folder, or a tokenizer_config.json. If that does not say which tokens were added to
+            the vocabulary, special_tokens_map.json has the last word.
+
+    Raises:
+        UsageError: if the file beside the model cannot be read.
+    """
+    paths = [model] if model.suffix == ".json" else _candidates(model, [TOKENIZER_CONFIG])
+    if (path := next(filter(Path.is_file, paths), None)) is None:
+        return {}
+    table = _read_table(path)
+    other = path.with_name(path.name.replace(TOKENIZER_CONFIG, "special_tokens_map.json"))
+    if "added_tokens_decoder" not in table and other.is_file():
+        table |= _read_table(other)
+    found = {key: table[key] for key in SPECIAL_KEYS if key in table}
+    found |= {key: value for key, value in table.items() if key.endswith("_token") and isinstance(value, str)}
+    if isinstance(extra := table.get("extra_special_tokens"), dict):
+        found |= extra
+    names = {key: value.get("content", value) if isinstance(value, dict) else value for key, value in found.items()}
+    for key, name in names.items():
+        if not isinstance(name, str | None):
+            raise UsageError(f"{path}: {key}={name!r}: must be the name of a token")
+    return names
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file."""
+    try:
+        table = json.loads(_read_text(path))
+        if not isinstance(table, dict):
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
+    return table
+
+
+def _read_text(path: Path) -> str:
+    """Return the text in a file."""
+    try:
+        if (n_bytes := path.stat().st_size) > MAX_FILE_BYTES:
+            raise ValueError(f"{n_bytes} bytes are too many for a template")
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
+
+
+def _longest(tokenizer: Tokenizer) -> int:
+    """Return the largest number of characters that one token can stand for."""
+    texts = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
+    return max([texts, *map(len, tokenizer.special)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llamalet import model_file, tokenizer
-from llamalet.chat_template import TEMPLATE_FILES, read_template
+from llamalet.chat_template import TEMPLATE, read_template
 from llamalet.config import RopeScaling
 from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale
 from llamalet.errors import ConfigError
@@ -16,7 +16,7 @@ from llamalet.model_file.companions import SUFFIXES, beside, load_tokenizer
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
 from llamalet.model_file.tensors import ModelFile, Rows
 
-TEMPLATE_SUFFIX = f".{TEMPLATE_FILES[0]}"
+TEMPLATE_SUFFIX = f".{TEMPLATE}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     template = read_template(path) if path.is_file() else None
     return ImportedModel(
         name=name,
-        chat_template=None if template is None else template[0],
+        chat_template=template,
         config=config,
         tensors=tensors_of(file),
         stored=frozenset({file.dtype.upper()}),

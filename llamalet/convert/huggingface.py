@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import tokenizer
-from llamalet.chat_template import TEMPLATE_FILES, read_template
+from llamalet.chat_template import TEMPLATE, TEMPLATE_FILES, TOKENIZER_CONFIG, read_template
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
@@ -60,7 +60,6 @@ DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
-TEMPLATE, TOKENIZER_CONFIG = TEMPLATE_FILES
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 UNWANTED = ("original/*", "onnx/*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -236,7 +235,7 @@ def _reordered(our: str, tensor: Rows, config: ModelConfig, pairs: tuple[int, in
 def _chat_template(folder: Path) -> str | None:
     """Return the chat template: a file of its own, or a field of tokenizer_config.json."""
     files = (folder / name for name in TEMPLATE_FILES)
-    return next((found[0] for path in files if path.is_file() and (found := read_template(path))), None)
+    return next((found for path in files if path.is_file() and (found := read_template(path))), None)
 
 
 def _stop_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
@@ -288,7 +287,7 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
         if source.tokenizer is not None and SENTENCEPIECE not in files:
             imported_model.remove_stale([folder / SENTENCEPIECE], keep)
         if source.tokenizer is not None and source.chat_template is not None:
-            imported_model.remove_stale([folder / TEMPLATE], keep)
+            imported_model.remove_stale([folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG], keep)
     except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)

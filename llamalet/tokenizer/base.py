@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from llamalet.errors import TokenizerError
@@ -21,6 +21,7 @@ class Tokenizer(abc.ABC):
         eos_id: the id that ends one.
         special: name -> id of the tokens that are not text: BOS, EOS, the markers of a conversation. A name in a text
             is plain text unless `encode` is called with special=True.
+        added: name -> id of the tokens that any text may contain by name, and that are text all the same.
         stop_ids: the ids that end a text: EOS, the end of a turn, and BOS, which starts the next document.
         adds_space: whether `encode` puts a space before a text, which `decode` removes again.
         suffix: file suffix of this kind, as in NAME.tokenizer.SUFFIX.
@@ -36,6 +37,7 @@ class Tokenizer(abc.ABC):
         bos_id: int,
         eos_id: int,
         special: Mapping[str, int],
+        added: Mapping[str, int] | None = None,
         turn_ends: Iterable[int] = (),
         adds_space: bool,
     ) -> None:
@@ -46,12 +48,14 @@ class Tokenizer(abc.ABC):
             bos_id: see above.
             eos_id: see above.
             special: see above.
+            added: see above.
             turn_ends: the ids that end a turn of a conversation.
             adds_space: see above.
         """
         self._texts = texts
         self.bos_id, self.eos_id = bos_id, eos_id
         self.special = special
+        self.added = added or {}
         self.stop_ids = frozenset({bos_id, eos_id, *turn_ends})
         self.adds_space = adds_space
 
@@ -127,6 +131,73 @@ class Tokenizer(abc.ABC):
         """Split a text into parts for `encode_parts`, replacing each name of a special token by its id."""
         parts = self._special_name.split(text) if self.special else [text]
         return [self.special.get(part, part) for part in parts if part]
+
+    # --- chats, in which a name is a token only where a template wrote it ---
+
+    def encode_marked(self, text: str, marks: str) -> list[int]:
+        """Return the ids of a text in which the names of special and added tokens are plain text unless marked.
+
+        Args:
+            text: any Unicode text.
+            marks: "1" or "0" for each character; only a name that has no "0" becomes its token.
+
+        Raises:
+            TokenizerError: as encode.
+        """
+        parts: list[int | str] = []
+        start = at = 0
+        while match := self._name.search(text, at):
+            if "0" in marks[match.start() : match.end()]:
+                at = match.start() + 1
+                continue
+            parts += [text[start : match.start()], self._names[match[0]]]
+            start = at = match.end()
+        parts = [part for part in (*parts, text[start:]) if part != ""]
+        return self._encode_nameless(parts, self._encode_after_name)
+
+    def encode_nameless(self, parts: Sequence[int | str]) -> list[int]:
+        """Return the ids of texts and tokens in a row; unlike `encode_parts`, no name in a text becomes its token."""
+        return self._encode_nameless(parts, self._encode_after_special)
+
+    def _encode_nameless(self, parts: Sequence[int | str], encode_after: Callable[[str], list[int]]) -> list[int]:
+        """See encode_nameless; encode_after encodes a text that follows a token."""
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            first, *others = self._cut_added(_valid(part))
+            ids += encode_after(first) if number else self._encode(first)
+            for other in others:
+                ids += self._encode_inside(other)
+        return ids
+
+    @functools.cached_property
+    def _names(self) -> dict[str, int]:
+        """The tokens that nobody but a template may name; white space and single characters are anyone's."""
+        return {**self.special, **{name: id for name, id in self.added.items() if len(name.strip()) > 1}}
+
+    @functools.cached_property
+    def _name(self) -> re.Pattern[str]:
+        """Matches a name in `_names`, preferring longer ones."""
+        return re.compile("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)")
+
+    def _cut_added(self, text: str) -> list[str]:
+        """Split a text inside each name of an added token, after its first character, so that it is none any more."""
+        pieces: list[str] = []
+        while match := self._name.search(text) if self.added else None:
+            pieces.append(text[: match.start() + 1])
+            text = text[match.start() + 1 :]
+        return [*pieces, text]
+
+    def _encode_inside(self, text: str) -> list[int]:
+        """Return the ids of a valid text that continues another, so that no space is put before it."""
+        before, both = self._encode("\n"), self._encode("\n" + text)
+        return both[len(before) :] if both[: len(before)] == before else self._encode(text)
+
+    def _encode_after_name(self, text: str) -> list[int]:
+        """Return the ids of a valid text that follows a token that a template named."""
+        return self._encode_after_special(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of ids, without the space that `encode` adds; invalid UTF-8 becomes U+FFFD."""

@@ -5,14 +5,16 @@ bytes, as in GPT-2 (ByteLevel: Llama 3), or text, as in SentencePiece (Llama 2).
 without the library: its list of merges follows from the ids, so it is equivalent to a rank table of llama3.py.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
-from llamalet.tokenizer.base import Tokenizer
+from llamalet.tokenizer.base import Tokenizer, _valid
 from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
 from llamalet.tokenizer.rows import TokenizerRow
@@ -57,7 +59,8 @@ class JsonTokenizer(Tokenizer):
             table = json.loads(data)
             self._library = tokenizers.Tokenizer.from_str(data.decode())
             decoders = _parts(table.get("decoder"), "decoders")
-            texts, special = _texts(self._library.get_vocab(), table["added_tokens"], decoders)
+            vocab = self._library.get_vocab()
+            texts, special = _texts(vocab, table["added_tokens"], decoders)
         except Exception as error:  # the library raises plain Exceptions
             raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
         if isinstance(self._library.model, tokenizers.models.BPE):
@@ -77,11 +80,14 @@ class JsonTokenizer(Tokenizer):
             bos_id=special[bos],
             eos_id=special[eos],
             special=special,
+            added={token["content"]: token["id"] for token in table["added_tokens"] if not token["special"]},
             turn_ends=[special[end] for end in CHAT_TURN_ENDS if end in special],
             adds_space=any(d["type"] == "Strip" or d["type"] == "Metaspace" and _strips(d) for d in decoders),
         )
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._name, self._bos_name = name, bos
+        model = table["model"]
+        self._unknown_id = vocab.get(model.get("unk_token"), model.get("unk_id"))
         # Older files for Llama 2 put a space before each text between special tokens, newer ones do not.
         self._first_text_is_like_others = self._encode_behind_bos("a") == self._encode("a")
 
@@ -105,12 +111,77 @@ class JsonTokenizer(Tokenizer):
         ids: list[int] = self._library.encode(self._bos_name + text, add_special_tokens=False).ids
         return ids[1:]
 
+    def encode_marked(self, text: str, marks: str) -> list[int]:
+        """Return the ids of a text: see Tokenizer. The library finds the names, as only it knows how each is matched.
+
+        Where it finds one in someone else's text, the text before it, the name and the text after it are encoded apart.
+        """
+        ids: list[int] = []
+        pieces = [(0, len(text), False)]  # from where to where, and whether it is someone's name; the next is the last
+        _valid(text)
+        while pieces:
+            start, end, is_name = pieces.pop()
+            if is_name:
+                ids += self._encode_name(text[start:end])
+                continue
+            found, spans = self._encode_with_names(text[start:end], inside=start > 0)
+            cuts = [start]
+            for id, (first, last) in zip(found, spans, strict=True):
+                first, last = _without_space(text, start + first, start + last)
+                if id in self._name_ids and "0" in marks[first:last] and not self._is_unknown(id, text[first:last]):
+                    cuts += [first, last]
+            if len(cuts) == 1:
+                ids += found
+                continue
+            cuts.append(end)
+            pieces += [(a, b, number % 2 == 1) for number, (a, b) in enumerate(itertools.pairwise(cuts))][::-1]
+        return ids
+
+    def _encode_with_names(self, text: str, *, inside: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text in which names are tokens, and from where to where in the text each reaches.
+
+        Args:
+            text: a valid text.
+            inside: whether it continues another text.
+        """
+        self._library.encode_special_tokens = False
+        before = self._library.encode("\n", add_special_tokens=False).ids if inside else []
+        both = self._library.encode("\n" * inside + text, add_special_tokens=False)
+        if both.ids[: len(before)] != before:
+            before, inside, both = [], False, self._library.encode(text, add_special_tokens=False)
+        n, shift = len(before), int(inside)
+        return both.ids[n:], [(max(0, start - shift), end - shift) for start, end in both.offsets[n:]]
+
+    def _encode_name(self, name: str) -> list[int]:
+        """Return the ids of a token's name as plain text."""
+        ids = self._encode_inside(name)
+        if len(name) == 1 or not self._name_ids.intersection(ids):
+            return ids
+        return self._encode_name(name[:1]) + self._encode_name(name[1:])
+
+    def _is_unknown(self, id: int, text: str) -> bool:
+        """Return whether an id stands for text that the vocabulary does not know, and not for its own name."""
+        return id == self._unknown_id and self._names.get(text) != id
+
+    @functools.cached_property
+    def _name_ids(self) -> frozenset[int]:
+        """The tokens that nobody but a template may name."""
+        return frozenset(self._names.values())
+
     def _cut_names(self, text: str) -> Iterator[str]:
         """Split a text inside each name of a special token, after its first character."""
         while match := self._special_name.search(text):
             yield text[: match.start() + 1]
             text = text[match.start() + 1 :]
         yield text
+
+
+def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return where a name in a text begins and ends without the white space beside it, which may belong to its token."""
+    name = text[start:end]
+    if not name.strip():
+        return start, end
+    return end - len(name.lstrip()), start + len(name.rstrip())
 
 
 def rank_rows(data: bytes) -> list[TokenizerRow] | None:

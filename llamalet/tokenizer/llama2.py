@@ -72,6 +72,10 @@ class SentencePieceTokenizer(Tokenizer):
         ids: list[int] = self._processor.encode(text)
         return ids
 
+    def _encode_after_name(self, text: str) -> list[int]:
+        """Return the ids of a text: see Tokenizer. As in transformers, only the beginning of a chat gets a space."""
+        return self._encode_inside(text)
+
 
 class BinTokenizer(MergingTokenizer):
     """llama2.c's tokenizer.bin; encodes as SentencePiece's BPE does.
