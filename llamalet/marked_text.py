@@ -186,7 +186,7 @@ def fill(template: str, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         pieces.append(own(literal))
         if field is not None:
             value = values.get(field or next(numbers))
-            if spec or conversion or not _is_text(value):
+            if spec or conversion or not isinstance(value, str):
                 return text
             pieces.append(value)
     filled: str = concat(pieces)

@@ -30,7 +30,7 @@ from jinja2.utils import Namespace
 
 from llamalet.marked_text import Marked, concat, fill, marks_of, own
 
-# Whoever has another role is a program, but could have been told that role by someone.
+# A template may build a token's name from one of these; any other role could be text that someone typed.
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -42,12 +42,14 @@ class MarkingGenerator(CodeGenerator):
     """Compiles a template so that all text written in it is marked as its own."""
 
     def visit_Const(self, node: nodes.Const, frame: Frame) -> None:
+        """Compile a constant."""
         if isinstance(node.value, (str, list, tuple, set, frozenset, dict)):
             self.write(f"environment.own({node.value!r})")
         else:
             super().visit_Const(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        """Compile a ~ b ~ c."""
         if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
             return super().visit_Concat(node, frame)
         self.write("environment.concat(map(str, (")
@@ -66,6 +68,7 @@ class Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Return a block whose text goes through _unchanged."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_unchanged"), [], [], body).set_lineno(line)
@@ -93,9 +96,11 @@ class TemplateDict:
     """dict, of which a template may use no more than this."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """Return a dict."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """Return a dict with the same value for every key."""
         return dict.fromkeys(*args, **kwargs)
 
 
@@ -158,7 +163,7 @@ def render(template: jinja2.Template, special: Mapping[str, str], request: Mappi
         Exception: whatever the template causes.
     """
     messages = [
-        {"role": own(m["role"]) if m["role"] in ROLES else m["role"], "content": m["content"]}
+        {"role": own(m["role"]) if m["role"] in ROLES else Marked(m["role"]), "content": Marked(m["content"])}
         for m in request["messages"]
     ]
     variables = {**special, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
@@ -186,9 +191,12 @@ def limit_memory(n_bytes: int) -> None:
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     """Answer requests until there are no more."""
     first = json.loads(requests.readline())
+    special, templates = own(first["special"]), []
     limit_memory(first["bytes"])
-    special = own(first["special"])
-    template = None
+
+    def compile() -> dict[str, str]:
+        templates.append(ChatEnvironment().from_string(first["source"]))
+        return {}
 
     def answer(work: Callable[[], dict[str, str]]) -> None:
         # The alarm needs neither this thread nor the parent, so that nothing can run on alone.
@@ -197,18 +205,13 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
             reply = json.dumps(work())
         except BaseException as error:
             reply = json.dumps({"error": describe(error)})
+        faulthandler.cancel_dump_traceback_later()
         replies.write(reply.encode() + b"\n")
         replies.flush()
-        faulthandler.cancel_dump_traceback_later()
-
-    def compile() -> dict[str, str]:
-        nonlocal template
-        template = ChatEnvironment().from_string(first["source"])
-        return {}
 
     answer(compile)
     for line in requests:
-        answer(lambda line=line: render(template, special, json.loads(line)))  # type: ignore[misc]
+        answer(lambda: render(templates[0], special, json.loads(line)))  # noqa: B023 - it is called at once
 
 
 def describe(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """A chat template at work in a process of its own (template_child.py), which this module starts, asks and ends.
 
 A template comes with a model, from whoever made it. It gets SECONDS to be read and SECONDS for each conversation, and
-MEMORY_BYTES, where the system can limit memory (Linux; not macOS and Windows). The process is started, not forked, knows
-nothing of the environment's variables, and ends when this one does.
+MEMORY_BYTES, where the system can limit memory (Linux; not macOS and Windows). The process is started, not forked, has
+none of the environment's variables, and ends when this one does.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +49,7 @@ class TemplateProcess:
         self._first = {"source": source, "special": dict(special), "seconds": SECONDS, "bytes": MEMORY_BYTES}
         self._paths = [str(Path(__file__).parents[1]), *_jinja2_paths(name)]
         self._process: subprocess.Popen[bytes] | None = None
+        self._stop: Callable[[], object] = lambda: None
         self._start()
 
     def render(self, messages: Sequence[Mapping[str, str]], max_chars: int) -> tuple[str, str]:
@@ -79,8 +80,7 @@ class TemplateProcess:
         """Start the process and give it the template."""
         if not sys.executable:
             raise UsageError(f"{self._name}: a chat template needs a Python to run in, and sys.executable names none")
-        if self._process is not None:
-            self._stop()
+        self._stop()
         self._owner = os.getpid()
         try:
             self._process = subprocess.Popen(
@@ -161,7 +161,7 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     """End a process, unless this one is a fork of its parent."""
     if os.getpid() == owner:
         process.kill()
-        with process, contextlib.suppress(OSError):  # closes the pipes, and waits for the end
+        with contextlib.suppress(OSError), process:  # closes the pipes, and waits for the end
             pass
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import tokenizer
-from llamalet.chat_template import TEMPLATE, TEMPLATE_FILES, TOKENIZER_CONFIG, read_template
+from llamalet.chat_template import TEMPLATE_FILES, TOKENIZER_CONFIG, read_template
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered

@@ -146,7 +146,7 @@ class Tokenizer(abc.ABC):
         """
         parts: list[int | str] = []
         start = at = 0
-        while match := self._name.search(text, at):
+        while match := self._any_name.search(text, at):
             if "0" in marks[match.start() : match.end()]:
                 at = match.start() + 1
                 continue
@@ -178,14 +178,14 @@ class Tokenizer(abc.ABC):
         return {**self.special, **{name: id for name, id in self.added.items() if len(name.strip()) > 1}}
 
     @functools.cached_property
-    def _name(self) -> re.Pattern[str]:
+    def _any_name(self) -> re.Pattern[str]:
         """Matches a name in `_names`, preferring longer ones."""
         return re.compile("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)")
 
     def _cut_added(self, text: str) -> list[str]:
         """Split a text inside each name of an added token, after its first character, so that it is none any more."""
         pieces: list[str] = []
-        while match := self._name.search(text) if self.added else None:
+        while match := self._any_name.search(text) if self.added else None:
             pieces.append(text[: match.start() + 1])
             text = text[match.start() + 1 :]
         return [*pieces, text]

@@ -177,7 +177,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
-    """Return where a name in a text begins and ends without the white space beside it, which may belong to its token."""
+    """Return where a name in a text begins and ends without the white space beside it, which its token may include."""
     name = text[start:end]
     if not name.strip():
         return start, end
