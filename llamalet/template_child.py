@@ -30,6 +30,7 @@ from jinja2.utils import Namespace
 
 from llamalet.marked_text import Marked, concat, fill, marks_of, own
 
+MAX_ERROR_CHARS = 1000
 # A template may build a token's name from one of these; any other role could be text that someone typed.
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -204,7 +205,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         try:
             reply = json.dumps(work())
         except BaseException as error:
-            reply = json.dumps({"error": describe(error)})
+            reply = json.dumps({"error": describe(error)[:MAX_ERROR_CHARS]})
         faulthandler.cancel_dump_traceback_later()
         replies.write(reply.encode() + b"\n")
         replies.flush()

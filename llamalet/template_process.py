@@ -28,7 +28,7 @@ START_SECONDS, GRACE_SECONDS = 30.0, 1.0
 VARIABLES = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 BOOT = "import sys; sys.path += sys.argv[1:]; from llamalet.template_child import main; main()"
 OLDEST_JINJA2 = (3, 1, 6)  # templates can break out of earlier ones
-LONGEST_MESSAGE = 300
+MAX_ERROR_BYTES, MAX_ERROR_CHARS = 1 << 14, 300
 
 
 class TemplateProcess:
@@ -64,8 +64,9 @@ class TemplateProcess:
         """
         if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
             self._start()
-        # A character may take 12 bytes in JSON, and its mark takes one.
-        reply = self._ask({"messages": list(messages), "max_chars": max_chars}, SECONDS, 1000 + 13 * max_chars)
+        # A character takes at most 12 bytes in JSON, and its mark takes one.
+        n_bytes = MAX_ERROR_BYTES + 13 * max_chars
+        reply = self._ask({"messages": list(messages), "max_chars": max_chars}, SECONDS, n_bytes)
         if "error" in reply:
             raise UsageError(f"{self._name}: the chat template refuses the conversation: {_one_line(reply['error'])}")
         try:
@@ -94,7 +95,7 @@ class TemplateProcess:
         except OSError as error:
             raise UsageError(f"{self._name}: no process for the chat template: {error.strerror or error}") from None
         self._stop = weakref.finalize(self, _end, self._process, self._owner)
-        reply = self._ask(self._first, START_SECONDS, 1 << 20)
+        reply = self._ask(self._first, START_SECONDS, MAX_ERROR_BYTES)
         if "error" in reply:
             self._stop()
             raise UsageError(f"{self._name}: not a usable chat template: {_one_line(reply['error'])}")
@@ -169,4 +170,4 @@ def _one_line(reason: object) -> str:
     """Return a stranger's words as one line that is safe to print."""
     words = " ".join(str(reason).split())
     text = "".join(character if character.isprintable() else "?" for character in words)
-    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
+    return text if len(text) <= MAX_ERROR_CHARS else text[:MAX_ERROR_CHARS] + "..."

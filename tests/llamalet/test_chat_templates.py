@@ -1,0 +1,162 @@
+"""Rendered chats against transformers': templates of many families, several vocabularies, friendly and hostile talk."""
+
+import json
+import re
+
+import pytest
+import transformers
+from chat_families import ADDED, CHATML, FAMILIES, SPECIAL, many_names
+from vocabularies import from_sentencepiece
+
+from llamalet.chat_template import JinjaTemplate, Message, find_template
+from llamalet.errors import UsageError
+from llamalet.tokenizer import parse
+
+MANY = many_names()
+BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+OF_A_MODEL = {"image_token": "<s>"}
+TALKS = [
+    [
+        ("system", " be <b>kind</b> "),
+        ("user", "  the old man's\n\n hat {{ x }} {% if %}\r\n and the sea? "),
+        ("assistant", "<think>\nwell, the sea\n</think>\n\n It is | big > 5 < 6 "),
+        ("user", "caf\u00e9 \U0001f600 the end"),
+    ],
+    [("user", "hi")],
+    [("user", " "), ("assistant", ""), ("user", "\n\nx\n")],
+    [("system", "s"), ("user", "im_start|> <|im_ |end|> INST]")],
+    [("user", "a"), ("assistant", "b</think>"), ("user", "c"), ("assistant", "no\n"), ("user", "d")],
+]
+ROLES = ("user", "assistant", "user")
+
+
+def theirs(library, template: str) -> transformers.PreTrainedTokenizerFast:
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=library, chat_template=template, model_specific_special_tokens=dict(OF_A_MODEL), **BOS_EOS
+    )
+
+
+def their_ids(tokenizer, talk, **options) -> list[int]:
+    messages = [{"role": role, "content": content} for role, content in talk]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
+
+
+def our_template(library, template: str) -> JinjaTemplate:
+    return JinjaTemplate(template, parse(library.to_str().encode(), "x"), "x", BOS_EOS | OF_A_MODEL)
+
+
+def assert_same(library, template: str) -> None:
+    reference, ours, n_rendered = theirs(library, template), our_template(library, template), 0
+    for talk in TALKS:
+        messages = [Message(*turn) for turn in talk]
+        try:
+            expected = their_ids(reference, talk)
+        except Exception as refusal:
+            with pytest.raises(UsageError, match=re.escape(str(refusal))):
+                ours(messages)
+        else:
+            n_rendered += 1
+            assert ours(messages) == expected
+    assert n_rendered >= 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chat_has_the_ids_of_transformers(family):
+    assert_same(MANY, FAMILIES[family])
+
+
+@pytest.mark.parametrize("prepend", [True, False])
+@pytest.mark.parametrize("family", ["llama2", "mistral", "tinyllama", "qwen3", "alpaca", "special-tokens"])
+def test_a_chat_has_the_ids_of_transformers_with_sentencepiece_s_spaces(family, prepend):
+    assert_same(from_sentencepiece(prepend=prepend), FAMILIES[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_name_that_people_type_becomes_its_token(family):
+    template = our_template(MANY, FAMILIES[family])
+    names = [*SPECIAL, *ADDED]
+    ids = {MANY.token_to_id(name) for name in names}
+    hostile = ["".join(names), " ".join(names), "".join(f"the {name}\n {name}s" for name in names), "<|im_", "im_end|>"]
+    for text in hostile:
+        harmless = text.replace("<", "(").replace("[", "(")
+        found, expected = (
+            [id for id in template([Message(role, content) for role in ROLES]) if id in ids]
+            for content in (text, harmless)
+        )
+        assert found == expected
+
+
+def test_names_that_people_type_have_the_ids_of_transformers_for_plain_text():
+    for text in ("x <|im_end|>  <|user|>\n <s> y <s><s>", "<|end|>", " [INST]\n", "<s"):
+        talk = [("user", text), ("assistant", "a"), ("user", f"b{text}")]
+        expected = their_ids(theirs(MANY, CHATML), talk, sanitize_control_tokens=True)
+        assert our_template(MANY, CHATML)([Message(*turn) for turn in talk]) == expected
+
+
+def test_a_template_that_drops_earlier_reasoning_does_so():
+    talk = [("user", "hi"), ("assistant", "<think>\nold man went\n</think>\n\nred boat"), ("user", "and")]
+    for family in ("qwen3", "deepseek-r1"):
+        ids = our_template(MANY, FAMILIES[family])([Message(*turn) for turn in talk])
+        assert ids == their_ids(theirs(MANY, FAMILIES[family]), talk)
+        assert "red boat" in MANY.decode(ids) and "old man" not in MANY.decode(ids)
+
+
+# --- folders ---
+
+
+def write_folder(folder, config: dict, **files: str) -> None:
+    (folder / "tokenizer.json").write_text(MANY.to_str())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_jinja", ".jinja").replace("_json", ".json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+
+
+SHOW = "{{ messages[0].content }}{{ bos_token }},{{ eos_token }},{{ pad_token }},{{ image_token }}|{{ unk_token }}"
+TOKEN = {"__type": "AddedToken", "content": "<bos>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}  # fmt: skip  # noqa: E501
+FOLDERS = {
+    "a field": ({"chat_template": SHOW, "bos_token": "<s>", "eos_token": "</s>"}, {}),
+    "objects": ({"chat_template": SHOW, "bos_token": TOKEN, "eos_token": "<eos>", "pad_token": TOKEN}, {}),
+    "a file": ({"chat_template": "no", "bos_token": "<bos>", "eos_token": "<eos>"}, {"chat_template_jinja": SHOW}),
+    "no BOS": ({"chat_template": SHOW, "bos_token": None, "eos_token": "<|im_end|>"}, {}),
+    "several": (
+        {"chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": SHOW}],
+         "bos_token": "<bos>", "eos_token": "<eos>"}, {},
+    ),
+    "more files": (
+        {"bos_token": "<bos>", "eos_token": "<eos>"},
+        {"chat_template_jinja": SHOW, "additional_chat_templates__tool_use_jinja": "no"},
+    ),
+    "the default among more files": (
+        {"bos_token": "<bos>", "eos_token": "<eos>"},
+        {"chat_template_jinja": "no", "additional_chat_templates__default_jinja": SHOW},
+    ),
+    "tokens of the model's own": (
+        {"chat_template": SHOW, "bos_token": "<s>", "eos_token": "</s>", "image_token": "<|im_start|>"}, {},
+    ),
+    "a table of them": (
+        {"chat_template": SHOW, "bos_token": "<s>", "eos_token": "</s>",
+         "extra_special_tokens": {"image_token": "<|user|>"}}, {},
+    ),
+    "a map": (
+        {"chat_template": SHOW, "bos_token": "<s>", "eos_token": "</s>"},
+        {"special_tokens_map_json": json.dumps({"bos_token": "<bos>", "pad_token": {"content": "<eos>"}})},
+    ),
+    "a map that is not needed": (
+        {"chat_template": SHOW, "bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": {}},
+        {"special_tokens_map_json": json.dumps({"bos_token": "<bos>"})},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_says_which_template_and_which_special_tokens(kind, tmp_path):
+    config, files = FOLDERS[kind]
+    write_folder(tmp_path, config, **files)
+    expected = their_ids(transformers.AutoTokenizer.from_pretrained(tmp_path), [("user", "the sea")])
+    ours = find_template(tmp_path, parse(MANY.to_str().encode(), "x"))
+    assert ours([Message("user", "the sea")]) == expected
+    (tmp_path / "m.bin").write_bytes(b"")  # beside a model's file as well
+    assert find_template(tmp_path / "m.bin", ours._tokenizer)([Message("user", "the sea")]) == expected
