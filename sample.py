@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     if len(configs) == 1:
         events = tell(model, ids, configs[0])
     else:  # the same loop for many stories at once, each of them as it would be alone
-        events = generate_batch(model.transformer, [ids] * len(configs), configs, stop_tokens=model.stop_tokens)
+        prompts, stop_tokens = [ids] * len(configs), model.stop_tokens
+        events = generate_batch(model.transformer, prompts, configs, stop_tokens=stop_tokens, undrawn=model.undrawn)
     console.print_stories(model.tokenizer, ids, [config.seed for config in configs], events)  # token ids -> text
     return 0
 
@@ -46,7 +47,7 @@ def tell(model: Model, ids: list[int], config: SamplingConfig) -> Iterator[tuple
         ids: the prompt's tokens, BOS first.
         config: how tokens are chosen and when the story ends.
     """
-    sampler = Sampler(model.config.vocab_size, config)
+    sampler = Sampler(model.config.vocab_size, config, model.undrawn)
     stop_tokens = () if config.ignore_eos else model.stop_tokens
     # The cache holds the keys and values of every position so far: each token goes through the model once.
     cache = model.transformer.new_cache()

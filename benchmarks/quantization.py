@@ -21,8 +21,8 @@ from benchmarks.harness import aligned
 from configurator import parse
 from corpus import story_grammar
 from llamalet import model_file
-from llamalet.errors import ConfigError, DataError, not_positive, run
-from llamalet.model_file.companions import load_tokenizer
+from llamalet.errors import ConfigError, DataError, TokenizerError, not_positive, run
+from llamalet.model_file.companions import load_tokenizer, no_tokenizer
 from llamalet.model_file.quantize import ENCODINGS, Floats, Packed, Quantized, Weight, dequantize
 from llamalet.reference import NumpyTransformer
 from llamalet.scoring import NOTHING, Ids, evaluate_documents
@@ -58,8 +58,10 @@ def main(argv: Sequence[str]) -> int:
     config = parse(QuantizationConfig, argv, program=program, description=__doc__, positional=("model",))
     file = model_file.read(config.model)
     tokenizer = load_tokenizer(file, None if config.tokenizer is None else Path(config.tokenizer))
+    if tokenizer is None:
+        raise TokenizerError(no_tokenizer(file.path))
     texts = islice(_texts(config), config.stories)
-    documents = [np.array([*tokenizer.encode(text, bos=True), tokenizer.bos_id]) for text in texts]
+    documents = [np.array([*tokenizer.encode_document(text), tokenizer.separator_id]) for text in texts]
     print(
         f"{file.path}: {file.config.n_params:,} parameters, {file.dtype}; {len(documents)} stories, "
         f"{sum(map(len, documents)):,} tokens"

@@ -146,7 +146,7 @@ def read_streams(model: Model, path: Path, n_tokens: int, n_streams: int) -> NDA
     if len(ids) < n_tokens:
         raise DataError(f"{path}: has {len(ids)} tokens, fewer than --tokens={n_tokens}")
     starts = np.linspace(0, len(ids) - n_tokens, n_streams).astype(np.int64)
-    return np.array([[model.tokenizer.bos_id, *ids[start : start + n_tokens]] for start in starts])
+    return np.array([[model.tokenizer.separator_id, *ids[start : start + n_tokens]] for start in starts])
 
 
 def ways(model: Model, streams: NDArray[np.int64], keep: int) -> Mapping[str, Callable[[], Curve]]:

@@ -73,8 +73,8 @@ def pretokenize(
     meta = Meta(
         source=source,
         recipe={**recipe, "shard_chars": SHARD_CHARS},
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
+        bos_id=tokenizer.separator_id,
+        eos_id=tokenizer.separator_id if tokenizer.eos_id is None else tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         tokenizer=f"tokenizer.{tokenizer.suffix}",
         tokenizer_sha256=tokenizer.sha256,
@@ -169,7 +169,7 @@ def encode_pieces(task: EncodeTask) -> TokenBlock:
     for piece in task.pieces:
         try:
             text = piece.text if piece.starts else _with_its_space(piece.text, tokenizer)
-            ids += tokenizer.encode(text, bos=piece.starts)
+            ids += tokenizer.encode_document(text) if piece.starts else tokenizer.encode(text)
         except Exception as error:
             raise DataError(f"{piece.where}: cannot be encoded: {type(error).__name__}: {error}") from None
     return TokenBlock(

@@ -62,7 +62,7 @@ class Chat:
             model.path, model.tokenizer, template, model.chat_template, context=model.config.max_seq_len
         )
         self._sampling = config
-        self._sampler = Sampler(model.config.vocab_size, config)
+        self._sampler = Sampler(model.config.vocab_size, config, model.undrawn)
         self._cache = model.transformer.new_cache()
         self._seen: list[int] = []  # all tokens that the cache was given, even those it forgot when it rolled
 

@@ -95,7 +95,7 @@ def find_template(
 def llama3_parts(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int | str]:
     """Return a conversation as Llama 3 was trained on it. Source: llama3, tokenizer.py, ChatFormat."""
     begin, end, turn_end = (tokenizer.special[name] for name in (HEADER, HEADER_END, TURN_END))
-    parts: list[int | str] = [tokenizer.bos_id]
+    parts: list[int | str] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for role, content in messages:
         parts += [begin, role, end, "\n\n" + content.strip(), turn_end]
     return [*parts, begin, "assistant", end, "\n\n"]
@@ -115,13 +115,14 @@ def llama2_parts(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int 
         if role == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
-            parts += [tokenizer.bos_id, f"[INST] {(system + content).strip()} [/INST]"]
+            parts += [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+            parts += [f"[INST] {(system + content).strip()} [/INST]"]
             system = ""
         elif not parts or not isinstance(parts[-1], str):
             raise UsageError("in Llama 2's conversations an assistant's message must follow a user's")
         else:
             parts[-1] = f"{parts[-1]} {content.strip()} "
-            parts.append(tokenizer.eos_id)
+            parts += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     return parts
 
 
@@ -149,8 +150,8 @@ class JinjaTemplate:
         Raises:
             UsageError: if it is not a template, or jinja2 is not installed.
         """
-        names = {id: token for token, id in tokenizer.special.items()}
-        known = {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id), **(special or {})}
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        known = {role: None if id is None else tokenizer.name_of(id) for role, id in ids.items()} | dict(special or {})
         self._tokenizer = tokenizer
         self._process = TemplateProcess(source, {key: value for key, value in known.items() if value is not None}, name)
         self._max_chars = context * _longest(tokenizer)

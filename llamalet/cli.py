@@ -294,7 +294,9 @@ def generate(argv: Sequence[str]) -> int:
     model = load(options)
     ids = model.tokenizer.encode(options.prompt, bos=True)
     configs = story_configs(options, ids, model.config.max_seq_len)
-    events = generate_batch(model.transformer, [ids] * len(configs), configs, stop_tokens=model.stop_tokens)
+    events = generate_batch(
+        model.transformer, [ids] * len(configs), configs, stop_tokens=model.stop_tokens, undrawn=model.undrawn
+    )
     console.print_stories(model.tokenizer, ids, [config.seed for config in configs], events)
     return 0
 

@@ -55,6 +55,7 @@ def generate_batch(
     configs: Iterable[SamplingConfig],
     *,
     stop_tokens: Collection[int] = (),
+    undrawn: Collection[int] = (),
     batch_size: int | None = None,
 ) -> Iterator[tuple[int, int | None]]:
     """Return the tokens that continue each of several prompts, as (number of the prompt, token).
@@ -70,6 +71,7 @@ def generate_batch(
             cache then forgets its older half, except the first `keep` tokens, in constant memory; a prompt longer than
             the context is read the same way.
         stop_tokens: a text ends at one of these, which is not yielded, unless its settings say ignore_eos.
+        undrawn: the ids that no text may get.
         batch_size: number of texts in progress at once, 1 .. MAX_BATCH; None: as many as have room for their KV caches
             in the machine's memory.
 
@@ -88,7 +90,7 @@ def generate_batch(
         room = context - len(prompt) + 1 if config.overflow == "stop" else math.inf
         n_left = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
         stops = frozenset[int]() if config.ignore_eos else frozenset(stop_tokens)
-        sampler = Sampler(transformer.config.vocab_size, config)
+        sampler = Sampler(transformer.config.vocab_size, config, undrawn)
         texts.append(_Text(number, list(prompt), sampler, stops, config.keep, n_left))
     if batch_size is None:
         positions = max((min(context, len(text.prompt) + text.n_left) for text in texts), default=1)
@@ -101,7 +103,9 @@ def generate_batch(
 def check_prompt(prompt: Sequence[int], config: SamplingConfig, context: int) -> None:
     """Raise a UsageError if a context of this many positions cannot take a prompt with these settings."""
     check_keep(config, context)
-    if not prompt or len(prompt) > context and config.overflow == "stop":
+    if not prompt:
+        raise UsageError("the prompt is empty, and this model's texts begin with no token of their own: give a prompt")
+    if len(prompt) > context and config.overflow == "stop":
         raise UsageError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {context} (its context)")
 
 

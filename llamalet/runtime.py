@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.convert.formats import open_model
-from llamalet.errors import ConfigError, UsageError
+from llamalet.errors import ConfigError, TokenizerError, UsageError
 from llamalet.generate import ForwardPass, Tokens, generate_batch, stream
 from llamalet.sampler import SamplingConfig
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents
@@ -24,8 +24,9 @@ class Model:
     Attributes:
         path: where it was read from.
         config: its shape.
-        tokenizer: its vocabulary.
         transformer: its forward pass.
+        stop_tokens: the ids that end a text: EOS, the end of a turn, and in this project's models BOS, which begins the
+            next text in training data.
         dtype: what its matrices are made of, and from what: "q8 (from Q4_K)".
         chat_template: the Jinja template that was inside it, if there was one.
     """
@@ -34,15 +35,20 @@ class Model:
         self,
         path: Path,
         transformer: ForwardPass,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         dtype: str = "f32",
         chat_template: str | None = None,
+        stop_tokens: frozenset[int] | None = None,
+        problem: str = "the model has no tokenizer",
     ) -> None:
         self.path = path
         self.config = transformer.config
-        self.tokenizer = tokenizer
         self.transformer = transformer
+        self._tokenizer, self._problem = tokenizer, problem
+        if stop_tokens is None:
+            stop_tokens = frozenset() if tokenizer is None else tokenizer.stop_ids
+        self.stop_tokens = stop_tokens
         self.dtype = dtype
         self.chat_template = chat_template
 
@@ -74,14 +80,16 @@ class Model:
         Raises:
             FormatError: if there is no model at `path`, it is damaged, or it cannot be read.
             CheckpointError: the same for a checkpoint.
-            TokenizerError: if there is no tokenizer, or it is another model's.
+            TokenizerError: if the tokenizer is damaged, or another model's. A model without one loads; what needs text
+                says what is missing.
             ConfigError: on an unknown backend or dtype.
             UsageError: if a library that the format needs is not installed.
         """
         if backend not in BACKENDS:
             raise ConfigError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
         named = None if tokenizer is None else Path(tokenizer)
-        file, vocabulary, template, stored = open_model(Path(path), dtype=dtype, tokenizer=named, verify=verify)
+        opened = open_model(Path(path), dtype=dtype, tokenizer=named, verify=verify)
+        file = opened.file
         # Importing the compiled kernels takes longest, so every other error comes first.
         transformer: ForwardPass
         if backend == "numpy":
@@ -92,8 +100,33 @@ class Model:
             from llamalet.kernels.transformer import Transformer
 
             transformer = Transformer(file, threads=threads)
-        kind = f"{file.dtype} (from {stored})" if stored else file.dtype
-        return cls(file.path, transformer, vocabulary, dtype=kind, chat_template=template)
+        return cls(
+            file.path,
+            transformer,
+            opened.tokenizer,
+            dtype=f"{file.dtype} (from {opened.stored})" if opened.stored else file.dtype,
+            chat_template=opened.chat_template,
+            stop_tokens=opened.stop_ids,
+            problem=opened.problem,
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's vocabulary.
+
+        Raises:
+            TokenizerError: if it has none; logits need none.
+        """
+        if self._tokenizer is None:
+            raise TokenizerError(self._problem)
+        return self._tokenizer
+
+    @property
+    def undrawn(self) -> frozenset[int]:
+        """The ids that no text may get: rows of the embeddings without a token, which pad them to a round number."""
+        if self._tokenizer is None:
+            return frozenset()
+        return self._tokenizer.unused.union(range(self._tokenizer.vocab_size, self.config.vocab_size))
 
     def logits(self, tokens: Tokens) -> NDArray[np.float32]:
         """Return the logits after each token, computed from an empty cache.
@@ -173,10 +206,7 @@ class Model:
         for decoder, prompt_ids in zip(decoders, ids, strict=True):
             for token in prompt_ids:
                 decoder.push(token)
-        events = generate_batch(self.transformer, ids, configs, stop_tokens=self.stop_tokens, batch_size=batch_size)
+        events = generate_batch(
+            self.transformer, ids, configs, stop_tokens=self.stop_tokens, undrawn=self.undrawn, batch_size=batch_size
+        )
         return stream(events, decoders)
-
-    @property
-    def stop_tokens(self) -> frozenset[int]:
-        """The tokens that end a text: EOS, the end of a turn, and BOS, which begins the next text in training data."""
-        return self.tokenizer.stop_ids

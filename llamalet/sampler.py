@@ -8,7 +8,7 @@ agrees. Top-k and min-p, which run.c lacks, shorten the same sorted list.
 import dataclasses
 import difflib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -126,12 +126,15 @@ class Generator:
 class Sampler:
     """Chooses the tokens of one text: its generator advances with every token."""
 
-    def __init__(self, vocab_size: int, config: SamplingConfig) -> None:
-        """Prepare to draw from vocab_size (V) logits; a seed of -1 becomes a random one."""
+    def __init__(self, vocab_size: int, config: SamplingConfig, undrawn: Collection[int] = ()) -> None:
+        """Prepare to draw from vocab_size (V) logits, never an id in `undrawn`; a seed of -1 becomes a random one."""
         self._vocab_size = vocab_size
+        drawn = np.setdiff1d(np.arange(vocab_size), np.fromiter(undrawn, np.int64))
+        self._n_drawn = int(drawn[-1]) + 1 if len(drawn) else vocab_size
+        self._gaps = np.setdiff1d(np.arange(self._n_drawn), drawn)
         self._temperature = np.float32(config.temperature)
         self._top_p = np.float32(config.top_p) % np.float32(1)
-        self._top_k = config.top_k if config.top_k < vocab_size else 0
+        self._top_k = config.top_k if config.top_k < self._n_drawn else 0
         self._min_p = np.float32(config.min_p)
         self._generator = Generator(random_seed() if config.seed == -1 else config.seed)
 
@@ -151,6 +154,10 @@ class Sampler:
                 f"{np.count_nonzero(~np.isfinite(logits))} of {len(logits)} logits are NaN or infinite: "
                 "the model's weights are damaged, or its training diverged"
             )
+        logits = logits[: self._n_drawn]
+        if len(self._gaps):
+            logits = logits.copy()
+            logits[self._gaps] = -np.inf
         if self._temperature == 0:
             return int(np.argmax(logits))
         with np.errstate(over="ignore"):
@@ -185,9 +192,9 @@ class Sampler:
         """Return a probability below which some filter drops every token, so that few need sorting."""
         if self._top_k:
             return np.float32(np.partition(probabilities, -self._top_k)[-self._top_k])
-        if self._top_p and self._vocab_size > 1:
+        if self._top_p and self._n_drawn > 1:
             # run.c drops these before it sorts: even V - 1 of them do not make up the 1 - top_p outside the nucleus.
-            return (np.float32(1) - self._top_p) / np.float32(self._vocab_size - 1)
+            return (np.float32(1) - self._top_p) / np.float32(self._n_drawn - 1)
         return self._min_p * probabilities.max()
 
 

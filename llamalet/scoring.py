@@ -68,7 +68,7 @@ class Tally:
     """Counts the bytes and documents that tokens of one vocabulary spell."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bos_id = tokenizer.bos_id
+        self._separator_id = tokenizer.separator_id
         self._text_bytes = np.array([len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size)])
         spaced = [tokenizer.adds_space and tokenizer.token_bytes(id)[:1] == b" " for id in range(tokenizer.vocab_size)]
         self._spaced = np.array(spaced)
@@ -77,9 +77,9 @@ class Tally:
         """Return the Evaluation of tokens[first:], of ids (T + 1,), whose total negative log-likelihood is `nats`."""
         before, targets = tokens[first - 1 : -1], tokens[first:]
         # The dummy space that the tokenizer puts before a document is not part of its text.
-        prefixes = np.count_nonzero((before == self._bos_id) & self._spaced[targets])
+        prefixes = np.count_nonzero((before == self._separator_id) & self._spaced[targets])
         text_bytes = int(self._text_bytes[targets].sum()) - int(prefixes)
-        return Evaluation(nats, len(targets), text_bytes, int(np.count_nonzero(targets == self._bos_id)))
+        return Evaluation(nats, len(targets), text_bytes, int(np.count_nonzero(targets == self._separator_id)))
 
 
 class Scorer:

@@ -47,7 +47,7 @@ WORDS = (" ", "a", "b", "n", "d", "e", "t", ".", " a", " b", "an", "de", " ban",
 
 def toy_tokenizer(vocab_size: int = 300) -> BinTokenizer:
     """Return a vocabulary of a few words, padded to `vocab_size`."""
-    texts = [*WORDS, *(f"~{i}" for i in range(vocab_size))][: vocab_size - 259]
+    texts = [*WORDS, *(chr(0x4E00 + i) for i in range(vocab_size))][: vocab_size - 259]
     controls = [(b"<unk>", 0.0), (b"\n<s>\n", 0.0), (b"\n</s>\n", 0.0)]
     byte_rows = [(b"<0x%02X>" % byte, 0.0) for byte in range(256)]
     return BinTokenizer(controls + byte_rows + [(text.encode(), -float(i)) for i, text in enumerate(texts)], "toy")
@@ -87,13 +87,15 @@ def toy_model(
     name: str = "model",
     seed: int = 0,
     scale: float = 0.1,
+    tokenizer: BinTokenizer | None = None,
+    **changes: np.ndarray,
 ) -> Path:
-    """Write a model of random weights and its tokenizer; return the path of NAME.bin."""
-    tokenizer = toy_tokenizer(config.vocab_size)
+    """Write a model of random weights, but for `changes`, and its tokenizer; return the path of NAME.bin."""
+    tokenizer = tokenizer or toy_tokenizer(config.vocab_size)
     path = folder / f"{name}.bin"
-    tensors = random_tensors(config, seed, scale)
+    tensors = random_tensors(config, seed, scale) | changes
     model_file.write(path, version, config, tensors, dtype=dtype, tokenizer_sha256=tokenizer.sha256)
-    write_bin(folder / f"{name}.tokenizer.bin", tokenizer)
+    write_bin(folder / f"{name}.tokenizer.bin", tokenizer, config.vocab_size)
     return path
 
 

@@ -10,11 +10,13 @@ from llamalet import model_file, tokenizer
 from llamalet.chat_template import TEMPLATE, read_template
 from llamalet.config import RopeScaling
 from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale
-from llamalet.errors import ConfigError
+from llamalet.errors import ConfigError, TokenizerError
 from llamalet.files import replacing
-from llamalet.model_file.companions import SUFFIXES, beside, load_tokenizer
+from llamalet.model_file.companions import SUFFIXES, beside, ids_path, load_tokenizer, special_ids
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
 from llamalet.model_file.tensors import ModelFile, Rows
+from llamalet.tokenizer import Llama3Tokenizer, SpecialIds, Tokenizer, declared
+from llamalet.tokenizer.llama2 import check_for_llama2c
 
 TEMPLATE_SUFFIX = f".{TEMPLATE}"
 
@@ -60,9 +62,10 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
         if file.header.payload_crc32 is not None:
             raise ConfigError(f"rope_scaling={rope_scaling.factor:g}: {name} says how RoPE is scaled; leave it out")
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
-    data = file.tokenizer_data
-    if data is None and (found := beside(name)) is not None:
+    vocabulary, data = load_tokenizer(file), file.tokenizer_data or b""
+    if not data and (found := beside(name)) is not None:
         data = found.read_bytes()
+    stated = special_ids(file)
     notes: tuple[str, ...] = ()
     if file.group_size is not None:
         notes = (f"its weights were already rounded to {file.dtype}; the export keeps that rounding",)
@@ -74,11 +77,31 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
         config=config,
         tensors=tensors_of(file),
         stored=frozenset({file.dtype.upper()}),
-        tokenizer=None if data is None else load_tokenizer(file),
-        tokenizer_data=data or b"",
+        tokenizer=vocabulary,
+        tokenizer_data=data,
         tokenizer_sha256=file.tokenizer_sha256,
+        stop_tokens=() if stated is None else tuple(sorted(stated.stops)),
         notes=notes,
     )
+
+
+def ids_to_state(source: ImportedModel) -> SpecialIds | None:
+    """Return what begins and ends a model's texts, if its tokenizer's file alone would say something else."""
+    if source.tokenizer is None:
+        stops = frozenset(source.stop_tokens)
+        return SpecialIds(bos=None, eos=None, prefix=(), stops=stops) if stops else None
+    return None if source.tokenizer.ids == source.tokenizer.file_ids else source.tokenizer.ids
+
+
+def llama2c_problem(vocabulary: Tokenizer) -> str | None:
+    """Return why llama2.c's programs cannot use a vocabulary, or None if they can."""
+    if isinstance(vocabulary, Llama3Tokenizer):  # for its forks
+        return None
+    try:
+        check_for_llama2c(vocabulary, "its tokenizer")
+    except TokenizerError as error:
+        return str(error)
+    return None
 
 
 def tensors_of(file: ModelFile) -> dict[str, Rows]:
@@ -98,7 +121,8 @@ def write(
     """Write a model file and its tokenizer.
 
     Version 3 has the tokenizer inside. The other versions get it next to them, unchanged, as NAME.tokenizer.SUFFIX, and
-    for llama2.c as NAME.tokenizer.bin too, if that layout can hold it. The chat template goes into
+    for llama2.c as NAME.tokenizer.bin too, if that layout can hold it; what begins and ends texts goes into
+    NAME.generation_config.json, unless the tokenizer says the same. The chat template goes into
     NAME.chat_template.jinja.
 
     Args:
@@ -111,25 +135,30 @@ def write(
 
     Raises:
         ConfigError: if the version cannot hold the model.
-        TokenizerError: if llama2.c's layout cannot hold the tokenizer.
         NonFiniteError: if a weight is NaN or infinite.
     """
     path, vocabulary = Path(path), source.tokenizer
     sha256 = None if vocabulary is None else vocabulary.sha256
     inside = (vocabulary.suffix, source.tokenizer_data) if vocabulary is not None and version == 3 else None
+    ids = ids_to_state(source)
     written = model_file.write(
         path, version, source.config, source.tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside,
-        force=force,
+        special_ids=ids if version == 3 else None, force=force,
     )  # fmt: skip
     if vocabulary is not None and version < 3:
         paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
-        if not isinstance(vocabulary, tokenizer.JsonTokenizer):
-            tokenizer.write_bin(paths["bin"], vocabulary)
+        if llama2c_problem(vocabulary) is None:
+            tokenizer.write_bin(paths["bin"], vocabulary, source.config.vocab_size)
         if vocabulary.suffix != "bin":
             with replacing(paths[vocabulary.suffix]) as file:
                 file.write(source.tokenizer_data)
         earlier = SUFFIXES[: SUFFIXES.index(vocabulary.suffix)]
         remove_stale([paths[suffix] for suffix in earlier], keep)
+    if ids is not None and version < 3:
+        with replacing(ids_path(path)) as file:
+            file.write(declared.ids_json(ids))
+    else:
+        remove_stale([ids_path(path)], keep)
     if source.chat_template is not None:
         with replacing(path.with_suffix(TEMPLATE_SUFFIX)) as file:
             file.write(source.chat_template.encode())

@@ -42,7 +42,7 @@ def read(name: str, *, check: bool = False) -> ImportedModel:
         name=str(folder), config=config, tensors=tensors, tokenizer_sha256=state.get("tokenizer_sha256")
     )
     try:
-        vocabulary = tokenizer.load(tokenizer_path, config.vocab_size)
+        vocabulary, data = tokenizer.read(tokenizer_path, config.vocab_size)
     except (TokenizerError, UsageError) as error:
         return dataclasses.replace(model, notes=(str(error),))
-    return dataclasses.replace(model, tokenizer=vocabulary, tokenizer_data=tokenizer_path.read_bytes())
+    return dataclasses.replace(model, tokenizer=vocabulary, tokenizer_data=data)

@@ -12,7 +12,7 @@ from llamalet import model_file, tokenizer
 from llamalet.convert.imported_model import ImportedModel, Reported, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
 from llamalet.model_file.checkpoint import MODEL, STATE, list_steps
-from llamalet.model_file.companions import check_identity, load_tokenizer
+from llamalet.model_file.companions import check_identity, load_tokenizer, no_tokenizer, stops_of
 from llamalet.model_file.header import DTYPES
 from llamalet.model_file.tensors import ModelFile
 from llamalet.tokenizer import Tokenizer
@@ -28,13 +28,17 @@ class OpenModel(NamedTuple):
     """A model to run.
 
     file: its weights as the runtime takes them: a model file, or the same in memory.
-    tokenizer: its vocabulary.
+    tokenizer: its vocabulary; None if there is none that can be read.
+    problem: what is missing, in a sentence, if there is no tokenizer.
+    stop_ids: the ids that end a text.
     chat_template: the Jinja template inside the model, if it has one.
     stored: the types of its matrices before they were converted, like F16 or Q4_K; empty if they were not.
     """
 
     file: ModelFile
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    problem: str
+    stop_ids: frozenset[int]
     chat_template: str | None
     stored: str
 
@@ -54,7 +58,7 @@ def open_model(
     Raises:
         FormatError: if there is no model, it is damaged, or cannot be read.
         CheckpointError: the same for a checkpoint.
-        TokenizerError: if there is no tokenizer, or it is another model's.
+        TokenizerError: if the tokenizer is damaged, or another model's.
         ConfigError: on an unknown dtype.
         UsageError: if the format needs a library that is not installed.
     """
@@ -63,39 +67,45 @@ def open_model(
     kind = kind_of(path)
     if kind == "bin":
         file = model_file.read(path, verify=verify)
-        vocabulary = load_tokenizer(file, tokenizer)
+        vocabulary, problem = load_tokenizer(file, tokenizer), no_tokenizer(path)
+        stop_ids = stops_of(file) if vocabulary is None else vocabulary.stop_ids
         if dtype in (None, file.dtype):
-            return OpenModel(file, vocabulary, None, "")
+            return OpenModel(file, vocabulary, problem, stop_ids, None, "")
         from llamalet.convert.bin_file import tensors_of
 
         source = ImportedModel(
             name=str(path), config=file.config, tensors=tensors_of(file), stored=frozenset({file.dtype.upper()})
         )
-    elif kind == "checkpoint":
-        from llamalet.convert import checkpoint_file
-
-        source = checkpoint_file.read(str(path), check=verify is True)
-        vocabulary = tokenizer_of(source, tokenizer)
     else:
-        source = read(kind, str(path))
+        if kind == "checkpoint":
+            from llamalet.convert import checkpoint_file
+
+            source = checkpoint_file.read(str(path), check=verify is True)
+        else:
+            source = read(kind, str(path))
         vocabulary = tokenizer_of(source, tokenizer)
+        problem = "; ".join([f"{source.name}: has no tokenizer that can be read", *source.notes])
+        stop_ids = frozenset(source.stop_tokens) if vocabulary is None else vocabulary.stop_ids
     dtype = dtype or source.dtype
     tensors = Reported(source.tensors, source.config)
     file = model_file.in_memory(Path(source.name), source.config, tensors, dtype)
     stored = "" if source.stored == {dtype.upper()} else ", ".join(sorted(source.stored))
-    return OpenModel(file, vocabulary, source.chat_template, stored)
+    return OpenModel(file, vocabulary, problem, stop_ids, source.chat_template, stored)
 
 
-def tokenizer_of(source: ImportedModel, named: Path | None = None) -> Tokenizer:
-    """Return the tokenizer at `named`, else the model's own.
+def tokenizer_of(source: ImportedModel, named: Path | None = None) -> Tokenizer | None:
+    """Return the tokenizer at `named`, else the model's own; None if there is none.
+
+    A named one brings its own BOS, while the model's texts end where they always do.
 
     Raises:
-        TokenizerError: if there is none, it is damaged, or it is another model's.
+        TokenizerError: if it is damaged, or another model's.
     """
-    found = source.tokenizer if named is None else tokenizer.load(named, source.config.vocab_size)
-    if found is None:
-        raise TokenizerError("; ".join([f"{source.name}: has no tokenizer that can be read", *source.notes]))
-    check_identity(found, str(named or source.name), source.name, source.tokenizer_sha256)
+    if named is not None:
+        source = with_tokenizer(source, named)
+    found = source.tokenizer
+    if found is not None:
+        check_identity(found, str(named or source.name), source.name, source.tokenizer_sha256)
     return found
 
 
@@ -143,8 +153,11 @@ def other_kind(kind: str, path: Path) -> str | None:
 
 def with_tokenizer(source: ImportedModel, path: Path) -> ImportedModel:
     """Return a model with the tokenizer at `path` instead of its own."""
-    vocabulary, data = compact(tokenizer.load(path, source.config.vocab_size), path.read_bytes())
+    vocabulary, data = compact(*tokenizer.read(path, source.config.vocab_size))
     check_identity(vocabulary, str(path), source.name, source.tokenizer_sha256)
+    stops = source.stop_tokens or (source.tokenizer.stop_ids if source.tokenizer else ())
+    if stops:
+        vocabulary = vocabulary.with_stops(stops)
     return dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=data, notes=())
 
 
@@ -156,7 +169,7 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:
         UsageError: if a library is missing.
     """
     try:
-        return compact(tokenizer.load(path), path.read_bytes())
+        return compact(*tokenizer.read(path))
     except TokenizerError as error:
         problem = error
     try:

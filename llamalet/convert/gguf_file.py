@@ -23,7 +23,17 @@ from llamalet.convert.tokenizer_json import CONTROLS, FIRST_TEXT_ID
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
 from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
-from llamalet.tokenizer import BOS_ID, EOS_ID, SPACE_MARK, BinTokenizer, JsonTokenizer, Llama3Tokenizer, Tokenizer, pack
+from llamalet.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    SPACE_MARK,
+    BinTokenizer,
+    JsonTokenizer,
+    Llama3Tokenizer,
+    SpecialIds,
+    Tokenizer,
+    pack,
+)
 
 if TYPE_CHECKING:
     import gguf
@@ -379,12 +389,22 @@ def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, name: str, fil
         _add_llama3(writer, byte_level.table(source.tokenizer, source.tokenizer_data))
     else:
         _add_llama2(writer, source.tokenizer, source.name)
-    writer.add_bos_token_id(source.tokenizer.bos_id)
-    writer.add_eos_token_id(source.tokenizer.eos_id)
-    writer.add_add_bos_token(True)
+    _add_special_ids(writer, source.tokenizer.ids)
     writer.add_add_eos_token(False)
     if source.chat_template is not None:
         writer.add_chat_template(source.chat_template)
+
+
+def _add_special_ids(writer: "gguf.GGUFWriter", ids: SpecialIds) -> None:
+    """Put the ids that begin and end texts into the metadata.
+
+    llama.cpp has three places for ids that end one: EOS, the end of a turn (EOT) and of a message (EOM).
+    """
+    if ids.bos is not None:
+        writer.add_bos_token_id(ids.bos)
+    if ids.eos is not None:
+        writer.add_eos_token_id(ids.eos)
+    writer.add_add_bos_token(bool(ids.prefix))
 
 
 def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:

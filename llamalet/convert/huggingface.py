@@ -21,10 +21,11 @@ from llamalet.chat_template import TEMPLATE_FILES, TOKENIZER_CONFIG, read_templa
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
-from llamalet.errors import ConfigError, FormatError, UsageError
+from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
 from llamalet.model_file.quantize import to_bfloat16
 from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
+from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer, declared
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens.weight",
@@ -99,9 +100,7 @@ def read(name: str) -> ImportedModel:
         found.pop("output", None)
     imported_model.check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
     tensors = {our: _reordered(our, tensor, config, (2, -1)) for our, tensor in found.items()}
-    vocabulary, data, problems = imported_model.find_tokenizer(
-        [folder / SENTENCEPIECE, folder / TOKENIZER], config.vocab_size
-    )
+    vocabulary, data, problems = _read_tokenizer(folder, config.vocab_size)
     return ImportedModel(
         name=str(folder),
         config=config,
@@ -110,7 +109,7 @@ def read(name: str) -> ImportedModel:
         tokenizer=vocabulary,
         tokenizer_data=data,
         chat_template=_chat_template(folder),
-        stop_tokens=_stop_tokens(folder, fields),
+        stop_tokens=declared.stops_in(folder),
         notes=notes + problems,
     )
 
@@ -238,12 +237,29 @@ def _chat_template(folder: Path) -> str | None:
     return next((found for path in files if path.is_file() and (found := read_template(path))), None)
 
 
-def _stop_tokens(folder: Path, fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids that end a text: generation_config.json's, else config.json's."""
-    generation = imported_model.read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-    found = generation.get("eos_token_id", fields.get("eos_token_id"))
-    ids = found if isinstance(found, list) else [found]
-    return tuple(id for id in ids if isinstance(id, int))
+def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
+    """Return the tokenizer, its file's bytes, and notes on files that cannot be used.
+
+    Where tokenizer.json has the same tokens as SentencePiece's tokenizer.model, the latter is taken: it is the
+    original, and llama2.c's layout can hold it. Tokens that other files add to a tokenizer.model make it a
+    tokenizer.json.
+    """
+    paths = [folder / SENTENCEPIECE, folder / TOKENIZER]
+    model, json_file = (imported_model.find_tokenizer([path], vocab_size) for path in paths)
+    if model[0] is None or json_file[0] is not None and not json_file[0].has_same_tokens(model[0]):
+        vocabulary, data, notes = json_file
+        return vocabulary, data, () if vocabulary is not None else model[2] + notes
+    if (folder / TOKENIZER).is_file() or not isinstance(model[0], SentencePieceTokenizer):
+        return model
+    try:
+        built = tokenizer_json.build(model[0], model[1])
+        data = declared.completed(built, folder, as_it_is=True)
+        if data == built:
+            return model
+        found = tokenizer.parse(data, str(folder / SENTENCEPIECE), vocab_size)
+        return found.with_ids(declared.ids_beside(folder / SENTENCEPIECE, found)), data, ()
+    except (TokenizerError, UsageError) as error:
+        return *model[:2], (f"tokens added to its tokenizer cannot be used: {error}",)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -340,11 +356,13 @@ def config_fields(source: ImportedModel, dtype: str) -> dict[str, Any]:
 
 def _special_ids(source: ImportedModel) -> dict[str, Any]:
     """Return the ids that begin and end texts, if they are known."""
-    if source.tokenizer is None:
-        return {}
-    eos_id = source.tokenizer.eos_id
-    stops = source.stop_tokens or (eos_id, *sorted(source.tokenizer.stop_ids - {eos_id}))
-    return {"bos_token_id": source.tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
+    ids = None if source.tokenizer is None else source.tokenizer.ids
+    stops = source.stop_tokens
+    if not stops and ids is not None:
+        first = [ids.eos] if ids.eos is not None and ids.eos in ids.stops else []
+        stops = (*first, *sorted(ids.stops.difference(first)))
+    ends = {} if not stops else {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
+    return ends if ids is None else {"bos_token_id": ids.bos, **ends}
 
 
 def _tokenizer_files(source: ImportedModel) -> dict[str, bytes]:

@@ -46,7 +46,7 @@ class ImportedModel:
         tokenizer_data: the tokenizer's file, unchanged; empty if there is none.
         tokenizer_sha256: identity of the tokenizer that it was trained with; None if it does not say.
         chat_template: the Jinja template that turns a conversation into a prompt, if there is one.
-        stop_tokens: the ids that end a text, if the model says.
+        stop_tokens: the ids that end a text, if the model itself says; the tokenizer's are the same then.
         notes: what the user should know, a line each.
     """
 
@@ -264,7 +264,7 @@ def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | 
     for path in paths:
         if path.is_file():
             try:
-                return *compact(tokenizer.load(path, vocab_size), path.read_bytes()), ()
+                return *compact(*tokenizer.read(path, vocab_size)), ()
             except (TokenizerError, UsageError) as error:
                 notes.append(f"cannot be used as its tokenizer: {error}")
     return None, b"", tuple(notes)
@@ -283,4 +283,4 @@ def compact(vocabulary: Tokenizer, data: bytes) -> tuple[Tokenizer, bytes]:
     if not isinstance(vocabulary, Llama3Tokenizer) or vocabulary.suffix != "json":
         return vocabulary, data
     rows = vocabulary.pieces()
-    return Llama3Tokenizer(rows, "tokenizer.json", suffix="bin"), tokenizer.pack(rows)
+    return Llama3Tokenizer(rows, "tokenizer.json", suffix="bin").with_ids(vocabulary.ids), tokenizer.pack(rows)

@@ -11,6 +11,7 @@ from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.convert.imported_model import ImportedModel, Reported, difference
 from llamalet.errors import ConfigError
 from llamalet.model_file.header import DTYPES
+from llamalet.tokenizer import BOS_ID, Tokenizer
 
 VERSIONS = (0, 1, 2, 3)
 DEFAULT_NAMES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
@@ -106,7 +107,7 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
 
     Raises:
         ConfigError: if the format cannot hold the model, or `path` is a folder or the model itself.
-        TokenizerError: if llama2.c's layout cannot hold the tokenizer.
+        TokenizerError: if the format cannot hold the tokenizer.
         NonFiniteError: if a weight is NaN or infinite.
     """
     if path.is_dir() and target.format != "hf":
@@ -126,6 +127,8 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
         what, checked = f"version {target.version}, {kind}", ", read back and compared"
         if target.version < 3 and (lost := model_file.llama2c_differences(source.config)):
             notes.append(f"llama2.c's programs will compute something else from this file: {', '.join(lost)}")
+        if target.version < 3 and source.tokenizer is not None:
+            notes += _llama2c_notes(source.tokenizer)
     elif target.format == "hf":
         huggingface.write(path, watched, dtype, keep=keep)
     else:
@@ -142,6 +145,16 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
         notes.append("without a tokenizer, which is not known; name it with --tokenizer")
     for note in notes:
         print(f"note: {note}")
+
+
+def _llama2c_notes(vocabulary: Tokenizer) -> list[str]:
+    """Return what llama2.c's programs do differently with a vocabulary."""
+    if problem := bin_file.llama2c_problem(vocabulary):
+        return [f"llama2.c's programs cannot read texts with it: {problem}"]
+    if vocabulary.ids.prefix == (BOS_ID,):
+        return []
+    ours = ", ".join(map(str, vocabulary.ids.prefix)) or "nothing"
+    return [f"llama2.c's programs begin every text with token {BOS_ID}, this model with {ours}"]
 
 
 def read_back(source: ImportedModel, target: Target, path: Path) -> bool:

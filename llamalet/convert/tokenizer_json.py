@@ -11,21 +11,15 @@ import json
 from typing import Any
 
 from llamalet.convert import byte_level
+from llamalet.convert.probes import difference
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
-from llamalet.tokenizer.huggingface import pairs_in
+from llamalet.tokenizer.huggingface import BYTE_TOKEN, pairs_in, prefix_of
 from llamalet.tokenizer.llama3 import WORDS
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 CONTROLS = (UNKNOWN, BOS, EOS)
 FIRST_TEXT_ID = len(CONTROLS) + 256  # after the bytes
-
-# Texts that both must encode alike: spaces, tabs, line ends, emoji, digits, characters without a token.
-PROBES = (
-    "", " ", "  ", "Once upon a time", " leading and trailing ", "a\tb\n\nc\r\n", "1234567890 3.14", "\u00e9\u4e2d",
-    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "zero\u200bwidth", "a" * 21, "x" + " " * 33 + "y",
-    "\x00\x01\x7f", "e\u0301", "<0x41> [INST]",
-)  # fmt: skip
 
 
 def build(vocabulary: Tokenizer, data: bytes) -> bytes:
@@ -33,14 +27,17 @@ def build(vocabulary: Tokenizer, data: bytes) -> bytes:
 
     Args:
         vocabulary: any.
-        data: its file; a tokenizer.json is returned unchanged.
+        data: its file; a tokenizer.json is returned unchanged, if it begins texts with what the vocabulary's ids say.
 
     Raises:
         TokenizerError: if the library would encode texts differently.
         UsageError: if the library is not installed.
     """
     if isinstance(vocabulary, JsonTokenizer):
-        return data
+        fields = json.loads(data)
+        if prefix_of(fields) == vocabulary.ids.prefix:
+            return data
+        return (json.dumps(fields | {"post_processor": _puts_in_front(vocabulary)}, ensure_ascii=False) + "\n").encode()
     try:
         import tokenizers
     except ImportError:
@@ -48,13 +45,14 @@ def build(vocabulary: Tokenizer, data: bytes) -> bytes:
     found = tokenizers.Tokenizer.from_str(
         json.dumps(_llama3_fields(vocabulary) if isinstance(vocabulary, Llama3Tokenizer) else _fields(vocabulary))
     )
-    for probe in PROBES:
-        if found.encode(probe, add_special_tokens=False).ids != vocabulary.encode(probe):
-            raise TokenizerError(
-                f"the tokenizers library would cut {probe!r} differently: only SentencePiece's BPE with byte "
-                "fallback, a space before each text and no merging of spaces can become a tokenizer.json"
-            )
-    return (found.to_str(pretty=True) + "\n").encode()
+    built = (found.to_str(pretty=True) + "\n").encode()
+    probe = difference(vocabulary, JsonTokenizer(built, "tokenizer.json"))
+    if probe is not None:
+        raise TokenizerError(
+            f"the tokenizers library would cut {probe[:40]!r} differently: only SentencePiece's BPE without a "
+            "normalizer can become a tokenizer.json"
+        )
+    return built
 
 
 def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -> dict[str, Any]:
@@ -62,12 +60,15 @@ def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -
 
     The class is the one that uses tokenizer.json unchanged; LlamaTokenizer would treat spaces differently.
     """
-    names = {id: name for name, id in vocabulary.special.items()}
-    fields = {
+    ids = vocabulary.ids
+    fields: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": names[vocabulary.bos_id],
-        "eos_token": names[vocabulary.eos_id],
-        "add_bos_token": True,
+        **{
+            role: vocabulary.name_of(id)
+            for role, id in (("bos_token", ids.bos), ("eos_token", ids.eos))
+            if id is not None
+        },
+        "add_bos_token": bool(ids.prefix),
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
@@ -79,35 +80,39 @@ def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -
 
 def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
     """Return tokenizer.json's contents for Llama 2's kind; the steps that are left out are none."""
-    names, scores = _names(vocabulary), [score for _, score in vocabulary.pieces()]
+    names = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in vocabulary.pieces()]
+    apart = {id: name for named in (vocabulary.special, vocabulary.added) for name, id in named.items()}
+    for id, name in apart.items():
+        names[id] = name
     ids = {name: id for id, name in enumerate(names)}
-    merges = [(ids[left + right], ids[left], ids[right]) for left, right in pairs_in(set(names[FIRST_TEXT_ID:]))]
+    scores = [score for _, score in vocabulary.pieces()]
+    mergeable = {name for id, name in enumerate(names) if id not in apart and not BYTE_TOKEN.fullmatch(name)}
+    merges = [(ids[left + right], ids[left], ids[right]) for left, right in pairs_in(mergeable)]
     merges.sort(key=lambda merge: (-scores[merge[0]], *merge))
+    steps = [{"type": "Prepend", "prepend": SPACE_MARK}] if vocabulary.adds_space else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if vocabulary.adds_space else []
     return {
         "version": "1.0",
-        "added_tokens": [_special(name, ids[name]) for name in CONTROLS],
+        "added_tokens": [_added(name, id, name in vocabulary.special) for id, name in sorted(apart.items())],
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": SPACE_MARK},
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
-            ],
+            "normalizers": [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}],
         },
-        "post_processor": _puts_in_front(BOS, ids[BOS]),
+        "post_processor": _puts_in_front(vocabulary),
         "decoder": {
             "type": "Sequence",
             "decoders": [
                 {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                *strip,
             ],
         },
         "model": {
             "type": "BPE",
-            "unk_token": UNKNOWN,
+            "unk_token": UNKNOWN if UNKNOWN in vocabulary.special else None,
             "fuse_unk": True,
-            "byte_fallback": True,
+            "byte_fallback": any(map(BYTE_TOKEN.fullmatch, names)),
             "ignore_merges": False,
             "vocab": ids,
             "merges": [[names[left], names[right]] for _, left, right in merges],
@@ -123,9 +128,9 @@ def _llama3_fields(vocabulary: Llama3Tokenizer) -> dict[str, Any]:
     words = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
-        "added_tokens": [_special(name, id) for id, name in sorted(names.items())],
+        "added_tokens": [_added(name, id, True) for id, name in sorted(names.items())],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, bytes_in_words]},
-        "post_processor": _puts_in_front(names[vocabulary.bos_id], vocabulary.bos_id),
+        "post_processor": _puts_in_front(vocabulary),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -138,27 +143,22 @@ def _llama3_fields(vocabulary: Llama3Tokenizer) -> dict[str, Any]:
     }
 
 
-def _special(name: str, id: int) -> dict[str, Any]:
-    """Return the entry of a special token."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+def _added(name: str, id: int, special: bool) -> dict[str, Any]:
+    """Return the entry of a token that is found by name, before anything is merged."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
     return {"id": id, "content": name, **flags}
 
 
-def _puts_in_front(name: str, id: int) -> dict[str, Any]:
-    """Return the post-processor that puts BOS before each text."""
-    bos = {"SpecialToken": {"id": name, "type_id": 0}}
+def _puts_in_front(vocabulary: Tokenizer) -> dict[str, Any] | None:
+    """Return the post-processor that puts before each text what begins it; None if nothing does."""
+    if not vocabulary.ids.prefix:
+        return None
+    named = [(vocabulary.name_of(id), id) for id in vocabulary.ids.prefix]
+    prefix = [{"SpecialToken": {"id": name, "type_id": 0}} for name, _ in named]
     first, second = ({"Sequence": {"id": text, "type_id": number}} for number, text in enumerate("AB"))
     return {
         "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, bos, second],
-        "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]}},
+        "single": [*prefix, first],
+        "pair": [*prefix, first, *prefix, second],
+        "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]} for name, id in named},
     }
-
-
-def _names(vocabulary: Tokenizer) -> list[str]:
-    """Return the tokens as the library writes them: spaces as marks, control tokens by their usual names."""
-    names = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in vocabulary.pieces()]
-    if names[0] != UNKNOWN or (vocabulary.bos_id, vocabulary.eos_id) != (1, 2):
-        raise TokenizerError("the vocabulary's first tokens are not <unk>, <s> and </s>")
-    return [*CONTROLS, *names[len(CONTROLS) :]]

@@ -1,12 +1,12 @@
-"""The tokenizer of a model file: inside it or next to it."""
+"""The tokenizer of a model file, and the ids that begin and end its texts: inside it or next to it."""
 
 import os
 from pathlib import Path
 
 from llamalet import tokenizer
-from llamalet.errors import TokenizerError
+from llamalet.errors import TokenizerError, UsageError
 from llamalet.model_file.tensors import ModelFile
-from llamalet.tokenizer import Tokenizer
+from llamalet.tokenizer import SpecialIds, Tokenizer, declared
 
 # A tokenizer next to NAME.bin is NAME.tokenizer.SUFFIX. If there are several, the first of these is read: the more a
 # format says, the earlier it comes.
@@ -19,32 +19,72 @@ def beside(model_path: str | os.PathLike[str]) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def load_tokenizer(file: ModelFile, path: Path | None = None) -> Tokenizer:
+def special_ids(file: ModelFile) -> SpecialIds | None:
+    """Return what begins and ends a model's texts, as it says itself or a file next to it; None if neither does.
+
+    Raises:
+        TokenizerError: if the file next to it is damaged.
+    """
+    if file.header.special_ids is not None:
+        return file.header.special_ids
+    return declared.own_ids(ids_path(file.path))
+
+
+def ids_path(model_path: str | os.PathLike[str]) -> Path:
+    """Return where the ids that begin and end texts stand next to NAME.bin."""
+    return Path(model_path).with_suffix(f".{declared.GENERATION}")
+
+
+def load_tokenizer(file: ModelFile, path: Path | None = None) -> Tokenizer | None:
     """Read a model's tokenizer and check that the model was trained with it.
 
     Args:
         file: the model.
-        path: the tokenizer's file; None takes the one inside the model file, else the one next to it.
+        path: the tokenizer's file, which brings its own BOS, while the model's own texts end where they always do;
+            None takes the one inside the model file, else the one next to it.
+
+    Returns:
+        The tokenizer; None if there is none.
 
     Raises:
-        TokenizerError: if there is none, it is damaged, or it is another model's.
+        TokenizerError: if it is damaged, or another model's.
     """
-    if path is None and file.tokenizer_data is not None:
+    if path is not None:
+        found = tokenizer.load(path, file.config.vocab_size)
+        check_identity(found, str(path), file.path, file.tokenizer_sha256)
+        stops = stops_of(file)
+        return found.with_stops(stops) if stops else found
+    if file.tokenizer_data is not None:
         name = f"{file.path}, tokenizer inside"
         found = tokenizer.parse(file.tokenizer_data, name, file.config.vocab_size)
         if file.header.tokenizer is not None and found.suffix != file.header.tokenizer.kind:
             raise TokenizerError(f"{name}: is of kind {found.suffix}, the header says {file.header.tokenizer.kind}")
         check_identity(found, str(file.path), file.path, file.tokenizer_sha256)
-        return found
-    path = path or beside(file.path)
+        return found if file.header.special_ids is None else found.with_ids(file.header.special_ids)
+    path = beside(file.path)
     if path is None:
-        names = f"{file.path.stem}.tokenizer.{{{','.join(SUFFIXES)}}}"
-        raise TokenizerError(
-            f"{file.path}: no tokenizer inside it and no tokenizer beside it ({names}); name one with --tokenizer"
-        )
+        return None
     found = tokenizer.load(path, file.config.vocab_size)
     check_identity(found, str(path), file.path, file.tokenizer_sha256)
     return found
+
+
+def stops_of(file: ModelFile) -> frozenset[int]:
+    """Return the ids that end a model's texts; none if neither it nor its own tokenizer says so."""
+    stated = special_ids(file)
+    if stated is not None:
+        return stated.stops
+    try:
+        own = load_tokenizer(file)
+    except (TokenizerError, UsageError):
+        return frozenset()
+    return frozenset() if own is None else own.stop_ids
+
+
+def no_tokenizer(path: Path) -> str:
+    """Return what is missing where a model file has no tokenizer."""
+    names = f"{path.stem}.tokenizer.{{{','.join(SUFFIXES)}}}"
+    return f"{path}: no tokenizer inside it and no tokenizer beside it ({names}); name one with --tokenizer"
 
 
 def check_identity(found: Tokenizer, name: str, model: Path | str, sha256: str | None) -> None:

@@ -15,6 +15,8 @@
     v1-v3      then the CRC32 of all bytes before it
     v3    135  zeros, or the place of the tokenizer's file after the tensors: uint64 offset, uint32 length, uint32
                CRC32, uint8 kind: its index in TOKENIZER_KINDS plus 1; then the CRC32 of all bytes before it
+          156  zeros, or the ids that begin and end texts: uint8 1, int32 BOS and EOS (-1: none), uint8 numbers of ids
+               before every text and of ids that end one, int32[16] these ids; then the CRC32 of all bytes before it
     v1-v3      then zeros up to 256, reserved for later fields. Readers refuse other bytes, so that no reader skips a
                field that it does not know
 
@@ -33,6 +35,7 @@ from typing import Any
 from llamalet.config import ModelConfig, RopeScaling
 from llamalet.errors import ConfigError, FormatError
 from llamalet.model_file.quantize import ENCODINGS
+from llamalet.tokenizer.base import SpecialIds
 
 MAGIC = 0x616B3432
 SHAPE = struct.Struct("<7i")
@@ -43,6 +46,8 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_le
 V3_FIELDS = struct.Struct("<iB")  # head_dim, dtype
 CHECKSUM = struct.Struct("<I")
 TOKENIZER = struct.Struct("<QIIB")  # offset, length, CRC32, kind
+MAX_IDS = 16
+SPECIAL_IDS = struct.Struct(f"<B2i2B{MAX_IDS}i")  # 1, BOS, EOS, number of ids in front, number of stops, all these
 HEADER_BYTES = 256
 
 # The types of a file's matrices. v0 and v1 are f32, v2 is q8 with float32 scales.
@@ -76,7 +81,8 @@ class TokenizerSection:
 class Header:
     """The fields of a header.
 
-    group_size is None if nothing is quantized; the last three are None if the file does not have them.
+    group_size is None if nothing is quantized; the last four are None if the file does not have them. special_ids are
+    what begins and ends texts, where the tokenizer's file alone would say something else.
     """
 
     version: int
@@ -86,6 +92,7 @@ class Header:
     tokenizer_sha256: str | None = None
     payload_crc32: int | None = None
     tokenizer: TokenizerSection | None = None
+    special_ids: SpecialIds | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -109,6 +116,14 @@ def pack_header(header: Header) -> bytes:
     packed += CHECKSUM.pack(zlib.crc32(packed))
     if (t := header.tokenizer) is not None:
         packed += TOKENIZER.pack(t.offset, t.n_bytes, t.crc32, TOKENIZER_KINDS.index(t.kind) + 1)
+        packed += CHECKSUM.pack(zlib.crc32(packed))
+    elif header.special_ids is not None:
+        packed += bytes(TOKENIZER.size + CHECKSUM.size)
+    if (ids := header.special_ids) is not None:
+        bos, eos = (-1 if id is None else id for id in (ids.bos, ids.eos))
+        listed = [*ids.prefix, *sorted(ids.stops)]
+        zeros = [0] * (MAX_IDS - len(listed))
+        packed += SPECIAL_IDS.pack(1, bos, eos, len(ids.prefix), len(ids.stops), *listed, *zeros)
         packed += CHECKSUM.pack(zlib.crc32(packed))
     return packed.ljust(HEADER_BYTES, b"\0")
 
@@ -142,8 +157,9 @@ def read_header(path: Path, head: bytes) -> Header:
     dtype = {1: "f32", 2: "q8", 3: extras.dtype}[version]
     _check_group_size(path, version, dtype, group_size, config)
     return Header(
-        version, config, dtype, group_size or None, extras.tokenizer_sha256, extras.payload_crc32, extras.tokenizer
-    )
+        version, config, dtype, group_size or None, extras.tokenizer_sha256, extras.payload_crc32, extras.tokenizer,
+        extras.special_ids,
+    )  # fmt: skip
 
 
 def _read_v0(path: Path, head: bytes) -> Header:
@@ -178,6 +194,7 @@ class _Extras:
     head_dim: int | None = None  # dim / n_heads
     dtype: str = "f32"
     tokenizer: TokenizerSection | None = None
+    special_ids: SpecialIds | None = None
 
 
 def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
@@ -195,9 +212,10 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
     if CHECKSUM.unpack_from(head, end)[0] != zlib.crc32(head[:end]):
         raise FormatError(f"{path}: the header's checksum does not match: the file is damaged")
     end += CHECKSUM.size
-    section = None
-    if version == 3 and any(head[end : end + TOKENIZER.size]):
+    section = ids = None
+    if version == 3 and any(head[end:]):
         section, end = _read_section(path, head, end)
+        ids, end = _read_special_ids(path, head, end)
     if any(head[end:]) or scaled not in (0, 1):
         raise FormatError(f"{path}: the header has bytes set that must be zero")
     if code >= len(DTYPES):
@@ -208,13 +226,15 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
         raise FormatError(f"{path}: {error}") from None
     sha256_hex = sha256.hex() if any(sha256) else None
     fields = {"norm_eps": eps, "rope_theta": theta, "rope_scaling": rope_scaling}
-    return _Extras(fields, sha256_hex, payload_crc, head_dim, DTYPES[code], section)
+    return _Extras(fields, sha256_hex, payload_crc, head_dim, DTYPES[code], section, ids)
 
 
-def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection, int]:
-    """Decode the place of the tokenizer; return it and the end of its fields."""
+def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection | None, int]:
+    """Decode the place of the tokenizer; return it, or None if there is none, and the end of its fields."""
     offset, n_bytes, crc, kind = TOKENIZER.unpack_from(head, at)
     end = at + TOKENIZER.size
+    if not any(head[at : end + CHECKSUM.size]):
+        return None, end + CHECKSUM.size
     if CHECKSUM.unpack_from(head, end)[0] != zlib.crc32(head[:end]):
         raise FormatError(f"{path}: the checksum of the tokenizer's fields does not match: the file is damaged")
     if not 1 <= kind <= len(TOKENIZER_KINDS):
@@ -222,6 +242,28 @@ def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection, i
     if not 1 <= n_bytes <= MAX_TOKENIZER_BYTES:
         raise FormatError(f"{path}: tokenizer length {n_bytes}: must be in 1..{MAX_TOKENIZER_BYTES}")
     return TokenizerSection(offset, n_bytes, crc, TOKENIZER_KINDS[kind - 1]), end + CHECKSUM.size
+
+
+def _read_special_ids(path: Path, head: bytes, at: int) -> tuple[SpecialIds | None, int]:
+    """Decode the ids that begin and end texts; return them, or None if there are none, and the end of their fields."""
+    flag, bos, eos, n_prefix, n_stops, *listed = SPECIAL_IDS.unpack_from(head, at)
+    end = at + SPECIAL_IDS.size
+    if not any(head[at : end + CHECKSUM.size]):
+        return None, end + CHECKSUM.size
+    if CHECKSUM.unpack_from(head, end)[0] != zlib.crc32(head[:end]):
+        raise FormatError(f"{path}: the checksum of the ids that begin and end texts does not match: damaged")
+    n = n_prefix + n_stops
+    if flag != 1 or n > MAX_IDS or any(listed[n:]) or not all(-1 <= id < MAX_VOCAB for id in (bos, eos)):
+        raise FormatError(f"{path}: the ids that begin and end texts break their rules")
+    if not all(0 <= id < MAX_VOCAB for id in listed):
+        raise FormatError(f"{path}: the ids that begin and end texts are {listed[:n]}: must be in 0..{MAX_VOCAB - 1}")
+    ids = SpecialIds(
+        bos=None if bos < 0 else bos,
+        eos=None if eos < 0 else eos,
+        prefix=tuple(listed[:n_prefix]),
+        stops=frozenset(listed[n_prefix:n]),
+    )
+    return ids, end + CHECKSUM.size
 
 
 def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extras) -> ModelConfig:

@@ -34,6 +34,7 @@ from llamalet.model_file.header import (
     DTYPES,
     HEADER_BYTES,
     LLAMA2C,
+    MAX_IDS,
     Header,
     TokenizerSection,
     llama2c_differences,
@@ -41,6 +42,7 @@ from llamalet.model_file.header import (
     read_header,
 )
 from llamalet.model_file.quantize import Packed, Quantized, Weight
+from llamalet.tokenizer.base import SpecialIds
 
 # Payload checksums of larger files are only verified on request.
 VERIFY_BYTES = 64 << 20
@@ -275,6 +277,7 @@ def write(
     dtype: str | None = None,
     tokenizer_sha256: str | None = None,
     tokenizer: tuple[str, bytes] | None = None,
+    special_ids: SpecialIds | None = None,
     force: bool = False,
 ) -> ModelFile:
     """Write a model file to a temporary name, sync it, read it back, compare, and rename it into place.
@@ -288,6 +291,7 @@ def write(
         dtype: the type of v3's matrices, one of DTYPES; None takes q8. The other versions have one dtype each.
         tokenizer_sha256: identity of the tokenizer, 64 hex digits; v0 has no field for it.
         tokenizer: the kind of the tokenizer, one of TOKENIZER_KINDS, and its file, to put inside; version 3 only.
+        special_ids: what begins and ends texts, if the tokenizer's file alone would say something else; version 3 only.
         force: write v0 even if llama2.c would compute something else from it; norm_eps is lost then.
 
     Returns:
@@ -300,8 +304,13 @@ def write(
     """
     path = Path(path)
     check_can_carry(version, config, dtype=dtype, force=force)
-    if tokenizer is not None and version != 3:
+    if (tokenizer is not None or special_ids is not None) and version != 3:
         raise ConfigError(f"version {version} has no place for a tokenizer; take --version 3")
+    if special_ids is not None and len(special_ids.prefix) + len(special_ids.stops) > MAX_IDS:
+        raise ConfigError(
+            f"{len(special_ids.prefix)} ids begin every text and {len(special_ids.stops)} end one: version 3 has room "
+            f"for {MAX_IDS} together"
+        )
     dtype = dtype or DEFAULT_DTYPES[version]
     group_size = {
         2: quantize.group_size_for(config.dim, config.hidden_dim),
@@ -324,7 +333,7 @@ def write(
             kind, data = tokenizer
             section = TokenizerSection(file.tell(), len(data), zlib.crc32(data), kind)
             file.write(data)
-        header = Header(version, config, dtype, group_size, tokenizer_sha256, crc, section)
+        header = Header(version, config, dtype, group_size, tokenizer_sha256, crc, section, special_ids)
         if version == 0:  # has no other fields; norm_eps becomes llama2.c's
             header = Header(0, dataclasses.replace(config, norm_eps=LLAMA2C["norm_eps"]))
         file.seek(0)

@@ -6,6 +6,7 @@ rows.py         the layout of tokenizer.bin
 llama2.py       SentencePiece .model | llama2.c's tokenizer.bin
 llama3.py       merge ranks in a tokenizer.bin | Meta's tiktoken file
 huggingface.py  tokenizer.json, through the tokenizers library unless it is Llama 3's
+declared.py     what the files beside a tokenizer say of it
 """
 
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from llamalet.errors import TokenizerError
 from llamalet.files import replacing
-from llamalet.tokenizer import llama2, llama3
-from llamalet.tokenizer.base import StreamDecoder, Tokenizer
+from llamalet.tokenizer import declared, llama2, llama3
+from llamalet.tokenizer.base import SpecialIds, StreamDecoder, Tokenizer
 from llamalet.tokenizer.huggingface import JsonTokenizer, rank_rows
 from llamalet.tokenizer.llama2 import BOS_ID, EOS_ID, SPACE_MARK, BinTokenizer, SentencePieceTokenizer
 from llamalet.tokenizer.llama3 import Llama3Tokenizer
@@ -22,19 +23,30 @@ from llamalet.tokenizer.rows import looks_like_rows, pack, unpack
 
 __all__ = [
     "BOS_ID", "EOS_ID", "SPACE_MARK", "BinTokenizer", "JsonTokenizer", "Llama3Tokenizer",
-    "SentencePieceTokenizer", "StreamDecoder", "Tokenizer", "load", "pack", "parse", "unpack", "write_bin",
+    "SentencePieceTokenizer", "SpecialIds", "StreamDecoder", "Tokenizer", "load", "pack", "parse", "read", "unpack",
+    "write_bin",
 ]  # fmt: skip
 
 # Other files (a model, a device) are not read into memory.
 MAX_FILE_BYTES = 1 << 26
+# More rows than this for each token are no padding: the tokenizer is another model's.
+MAX_PADDING = 2
 
 
 def load(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokenizer:
-    """Read a tokenizer of any kind; the content determines the kind, not the name.
+    """Read a tokenizer of any kind; the content determines the kind, not the name. See `read`."""
+    return read(path, vocab_size)[0]
+
+
+def read(path: str | os.PathLike[str], vocab_size: int | None = None) -> tuple[Tokenizer, bytes]:
+    """Read a tokenizer of any kind, and what the files beside it say of it (declared.py).
 
     Args:
         path: a SentencePiece .model, a tokenizer.bin, Llama 3's tiktoken file or a tokenizer.json.
-        vocab_size: the model's vocab_size, which the tokenizer must match.
+        vocab_size: the model's vocab_size, which must have room for all tokens.
+
+    Returns:
+        The tokenizer, and its file's bytes; with a tokenizer.json, the tokens that other files add are in them.
 
     Raises:
         TokenizerError: if the file is missing, damaged, of an unknown kind, or does not match vocab_size.
@@ -48,7 +60,14 @@ def load(path: str | os.PathLike[str], vocab_size: int | None = None) -> Tokeniz
     n_bytes = path.stat().st_size
     if n_bytes > MAX_FILE_BYTES:
         raise TokenizerError(f"{path}: {n_bytes} bytes: too large for a tokenizer; is it a model?")
-    return parse(path.read_bytes(), str(path), vocab_size)
+    data = path.read_bytes()
+    if path.name == declared.JSON and data.startswith(b"{"):
+        data = declared.completed(data, path.parent)
+    found = parse(data, str(path), vocab_size)
+    try:
+        return found.with_ids(declared.ids_beside(path, found)), data
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
 
 
 def parse(data: bytes, name: str, vocab_size: int | None = None) -> Tokenizer:
@@ -57,14 +76,14 @@ def parse(data: bytes, name: str, vocab_size: int | None = None) -> Tokenizer:
     Args:
         data: the bytes.
         name: the file's name, for messages.
-        vocab_size: see load.
+        vocab_size: see read.
 
     Raises:
-        TokenizerError: as load.
-        UsageError: as load.
+        TokenizerError: as read.
+        UsageError: as read.
     """
     found = _parse(data, name)
-    if vocab_size is not None and found.vocab_size != vocab_size:
+    if vocab_size is not None and not found.vocab_size <= vocab_size <= MAX_PADDING * found.vocab_size:
         raise TokenizerError(
             f"{name}: {found.vocab_size} entries where the model has vocab_size={vocab_size}: "
             "it is another model's tokenizer"
@@ -91,18 +110,19 @@ def _parse(data: bytes, name: str) -> Tokenizer:
     )
 
 
-def write_bin(path: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
+def write_bin(path: str | os.PathLike[str], tokenizer: Tokenizer, n_rows: int = 0) -> None:
     """Write a vocabulary as tokenizer.bin: Llama 2's exactly as llama2.c exports it, Llama 3's as a rank table.
 
     Args:
         path: the file to create or replace.
         tokenizer: any but a JsonTokenizer.
+        n_rows: the model's vocab_size; fillers make up for what the vocabulary lacks.
 
     Raises:
         TokenizerError: if the format cannot represent the vocabulary, so that it would give different ids.
     """
     if not isinstance(tokenizer, Llama3Tokenizer):
         llama2.check_for_llama2c(tokenizer, str(path))
-    data = pack(tokenizer.pieces())
+    data = pack(tokenizer.pieces(), n_rows)
     with replacing(Path(path)) as file:
         file.write(data)

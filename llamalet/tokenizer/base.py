@@ -2,27 +2,57 @@
 
 import abc
 import codecs
+import copy
+import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer.rows import TokenizerRow, pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialIds:
+    """The ids that begin and end texts.
+
+    Attributes:
+        bos: the token that is called BOS; None if there is none.
+        eos: the token that is called EOS; None if there is none.
+        prefix: what is put before every text: BOS as a rule, or nothing.
+        stops: the ids that end a generated text.
+    """
+
+    bos: int | None
+    eos: int | None
+    prefix: tuple[int, ...]
+    stops: frozenset[int]
+
+    @classmethod
+    def usual(cls, bos: int | None, eos: int | None, turn_ends: Iterable[int] = ()) -> Self:
+        """Return the ids of a vocabulary that says no more than its BOS and EOS.
+
+        A text begins with BOS, and ends at EOS, at the end of a turn, or at BOS, which begins the next document.
+        """
+        stops = frozenset(id for id in (bos, eos, *turn_ends) if id is not None)
+        return cls(bos=bos, eos=eos, prefix=() if bos is None else (bos,), stops=stops)
 
 
 class Tokenizer(abc.ABC):
     """A vocabulary and its rule for splitting text into tokens.
 
     Attributes:
-        bos_id: the id that starts a document.
-        eos_id: the id that ends one.
+        ids: the ids that begin and end texts.
+        file_ids: what the tokenizer's file alone says they are; files beside it or a model may know better.
         special: name -> id of the tokens that are not text: BOS, EOS, the markers of a conversation. A name in a text
             is plain text unless `encode` is called with special=True.
         added: name -> id of the tokens that any text may contain by name, and that are text all the same.
-        stop_ids: the ids that end a text: EOS, the end of a turn, and BOS, which starts the next document.
+        unused: ids below vocab_size without a token; a model never draws them.
         adds_space: whether `encode` puts a space before a text, which `decode` removes again.
         suffix: file suffix of this kind, as in NAME.tokenizer.SUFFIX.
     """
@@ -34,30 +64,72 @@ class Tokenizer(abc.ABC):
         self,
         texts: list[bytes],
         *,
-        bos_id: int,
-        eos_id: int,
+        ids: SpecialIds,
         special: Mapping[str, int],
         added: Mapping[str, int] | None = None,
-        turn_ends: Iterable[int] = (),
+        unused: Iterable[int] = (),
         adds_space: bool,
     ) -> None:
         """Store the vocabulary.
 
         Args:
             texts: the bytes of each id; empty for special tokens.
-            bos_id: see above.
-            eos_id: see above.
+            ids: see above; they are file_ids too.
             special: see above.
             added: see above.
-            turn_ends: the ids that end a turn of a conversation.
+            unused: see above.
             adds_space: see above.
         """
         self._texts = texts
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.ids = self.file_ids = ids
         self.special = special
         self.added = added or {}
-        self.stop_ids = frozenset({bos_id, eos_id, *turn_ends})
+        self.unused = frozenset(unused)
         self.adds_space = adds_space
+
+    def with_ids(self, ids: SpecialIds) -> Self:
+        """Return the same tokenizer with other ids that begin and end texts.
+
+        Raises:
+            TokenizerError: if one of them is not in the vocabulary; stops may be any.
+        """
+        for id in (ids.bos, ids.eos, *ids.prefix):
+            if id is not None and not 0 <= id < self.vocab_size:
+                raise TokenizerError(f"BOS, EOS or prefix {id}: not in the vocabulary of {self.vocab_size}")
+        other = copy.copy(self)
+        other.ids = ids
+        return other
+
+    def with_stops(self, stops: Iterable[int]) -> Self:
+        """Return the same tokenizer with other ids that end a generated text."""
+        return self.with_ids(dataclasses.replace(self.ids, stops=frozenset(stops)))
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of BOS, which may be put before texts or not; None if there is none."""
+        return self.ids.bos
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of EOS; None if there is none."""
+        return self.ids.eos
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a generated text."""
+        return self.ids.stops
+
+    @property
+    def separator_id(self) -> int:
+        """The id before each document of training data: what begins every text, or EOS if nothing does.
+
+        Raises:
+            TokenizerError: if there is neither.
+        """
+        found = self.ids.prefix[0] if self.ids.prefix else self.ids.eos
+        if found is None:
+            raise TokenizerError("the vocabulary has neither BOS nor EOS, so documents cannot be told apart")
+        return found
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Tokenizer":
@@ -99,8 +171,8 @@ class Tokenizer(abc.ABC):
 
         Args:
             text: any Unicode text.
-            bos: whether to prepend BOS.
-            eos: whether to append EOS.
+            bos: whether to put before it what begins every text: BOS, or nothing if the vocabulary begins with nothing.
+            eos: whether to append EOS, if there is one.
             special: whether names of special tokens in the text become these tokens. Only for text that the program
                 wrote itself; a user's text must not be able to contain them.
 
@@ -108,7 +180,34 @@ class Tokenizer(abc.ABC):
             TokenizerError: if the text contains half of a surrogate pair.
         """
         parts = self.split_special(text) if special else [text]
-        return [self.bos_id] * bos + self.encode_parts(parts) + [self.eos_id] * eos
+        first = list(self.ids.prefix) if bos else []
+        last = [self.ids.eos] if eos and self.ids.eos is not None else []
+        return first + self.encode_parts(parts) + last
+
+    def encode_document(self, text: str) -> list[int]:
+        """Return the ids of a document of training data, from its separator_id on.
+
+        Raises:
+            TokenizerError: as encode and separator_id.
+        """
+        return (list(self.ids.prefix) or [self.separator_id]) + self.encode(text)
+
+    def has_same_tokens(self, other: "Tokenizer") -> bool:
+        """Return whether each id is the same token as in another tokenizer; they may split texts differently."""
+        return (self._texts, self.special, self.added) == (other._texts, other.special, other.added)
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of a token by its name or its text; None if there is none."""
+        found = self.special.get(name, self.added.get(name))
+        if found is not None or name.encode() not in self._texts:
+            return found
+        return self._texts.index(name.encode())
+
+    def name_of(self, token: int) -> str:
+        """Return the name of a special token, or the text of any other."""
+        return next((name for name, id in self.special.items() if id == token), None) or self.token_bytes(token).decode(
+            errors="replace"
+        )
 
     def encode_parts(self, parts: Sequence[int | str]) -> list[int]:
         """Return the ids of texts and special tokens in a row.
@@ -124,7 +223,7 @@ class Tokenizer(abc.ABC):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += self._encode_after_special(_valid(part)) if number else self._encode(_valid(part))
+                ids += self._encode_after_special(valid(part)) if number else self._encode(valid(part))
         return ids
 
     def split_special(self, text: str) -> list[int | str]:
@@ -166,7 +265,7 @@ class Tokenizer(abc.ABC):
             if isinstance(part, int):
                 ids.append(part)
                 continue
-            first, *others = self._cut_added(_valid(part))
+            first, *others = self._cut_added(valid(part))
             ids += encode_after(first) if number else self._encode(first)
             for other in others:
                 ids += self._encode_inside(other)
@@ -184,11 +283,10 @@ class Tokenizer(abc.ABC):
 
     def _cut_added(self, text: str) -> list[str]:
         """Split a text inside each name of an added token, after its first character, so that it is none any more."""
-        pieces: list[str] = []
-        while match := self._any_name.search(text) if self.added else None:
-            pieces.append(text[: match.start() + 1])
-            text = text[match.start() + 1 :]
-        return [*pieces, text]
+        cuts = [0]
+        while match := self._any_name.search(text, cuts[-1]) if self.added else None:
+            cuts.append(match.start() + 1)
+        return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
     def _encode_inside(self, text: str) -> list[int]:
         """Return the ids of a valid text that continues another, so that no space is put before it."""
@@ -243,7 +341,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
     """Return the text; raise a TokenizerError if it contains half of a surrogate pair."""
     try:
         text.encode("utf-8")

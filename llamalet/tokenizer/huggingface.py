@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
-from llamalet.tokenizer.base import Tokenizer, _valid
+from llamalet.tokenizer.base import SpecialIds, Tokenizer, valid
 from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
 from llamalet.tokenizer.rows import TokenizerRow
@@ -48,7 +48,7 @@ class JsonTokenizer(Tokenizer):
             name: the file's name, for messages.
 
         Raises:
-            TokenizerError: if it is damaged, spells its tokens in another way, or lacks BOS or EOS.
+            TokenizerError: if it is damaged, or spells its tokens in another way.
             UsageError: if the tokenizers package is not installed.
         """
         try:
@@ -60,36 +60,38 @@ class JsonTokenizer(Tokenizer):
             self._library = tokenizers.Tokenizer.from_str(data.decode())
             decoders = _parts(table.get("decoder"), "decoders")
             vocab = self._library.get_vocab()
-            texts, special = _texts(vocab, table["added_tokens"], decoders)
+            texts = _texts(vocab, table["added_tokens"], decoders)
+            special, added = (
+                {token["content"]: token["id"] for token in table["added_tokens"] if token["special"] is is_special}
+                for is_special in (True, False)
+            )
+            ids = _guessed_ids(table, special)
         except Exception as error:  # the library raises plain Exceptions
             raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
         if isinstance(self._library.model, tokenizers.models.BPE):
             self._library.model.dropout = None  # meant for training: each encoding of a text would differ
         self._library.no_truncation()
         self._library.no_padding()
-        names = {id: token for token, id in special.items()}
-        begin = [names[id] for id in self._library.encode("").ids if id in names]
-        bos = next((name for name in (*begin[:1], *BOS_NAMES) if name in special), None)
-        eos = next((name for name in EOS_NAMES if name in special), None)
-        if bos is None or eos is None:
-            raise TokenizerError(
-                f"{name}: no special token with a known BOS or EOS name, such as {BOS_NAMES[0]} and {EOS_NAMES[0]}"
-            )
         super().__init__(
             texts,
-            bos_id=special[bos],
-            eos_id=special[eos],
+            ids=ids,
             special=special,
-            added={token["content"]: token["id"] for token in table["added_tokens"] if not token["special"]},
-            turn_ends=[special[end] for end in CHAT_TURN_ENDS if end in special],
+            added=added,
+            unused=set(range(len(texts))).difference(vocab.values()),
             adds_space=any(d["type"] == "Strip" or d["type"] == "Metaspace" and _strips(d) for d in decoders),
         )
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self._name, self._bos_name = name, bos
+        self._name = name
         model = table["model"]
         self._unknown_id = vocab.get(model.get("unk_token"), model.get("unk_id"))
         # Older files for Llama 2 put a space before each text between special tokens, newer ones do not.
-        self._first_text_is_like_others = self._encode_behind_bos("a") == self._encode("a")
+        self._marker = next(iter(special), None)
+        self._first_text_is_like_others = self._marker is None or self._encode_behind_marker("a") == self._encode("a")
+
+    def id_of(self, name: str) -> int | None:
+        """Return the id of a token by its name or its text; None if there is none."""
+        found: int | None = self._library.token_to_id(name)
+        return found
 
     def pieces(self) -> list[TokenizerRow]:
         """Raise a TokenizerError: a tokenizer.bin cannot represent a tokenizer.json."""
@@ -100,15 +102,24 @@ class JsonTokenizer(Tokenizer):
         ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+        """Return the ids of a text: see Tokenizer. The library knows which spaces belong to a special token."""
+        if not special:
+            return super().encode(text, bos=bos, eos=eos)
+        self._library.encode_special_tokens = False
+        ids: list[int] = self._library.encode(valid(text), add_special_tokens=False).ids
+        first = list(self.ids.prefix) if bos else []
+        return first + ids + ([self.ids.eos] if eos and self.ids.eos is not None else [])
+
     def _encode_after_special(self, text: str) -> list[int]:
         if self._first_text_is_like_others:
             return self._encode(text)
-        return [id for piece in self._cut_names(text) for id in self._encode_behind_bos(piece)]
+        return [id for piece in self._cut_names(text) for id in self._encode_behind_marker(piece)]
 
-    def _encode_behind_bos(self, text: str) -> list[int]:
+    def _encode_behind_marker(self, text: str) -> list[int]:
         """Return the ids of a text, free of special tokens' names, that follows a special token."""
         self._library.encode_special_tokens = False
-        ids: list[int] = self._library.encode(self._bos_name + text, add_special_tokens=False).ids
+        ids: list[int] = self._library.encode(f"{self._marker}{text}", add_special_tokens=False).ids
         return ids[1:]
 
     def encode_marked(self, text: str, marks: str) -> list[int]:
@@ -118,7 +129,7 @@ class JsonTokenizer(Tokenizer):
         """
         ids: list[int] = []
         pieces = [(0, len(text), False)]  # from where to where, and whether it is someone's name; the next is the last
-        _valid(text)
+        valid(text)
         while pieces:
             start, end, is_name = pieces.pop()
             if is_name:
@@ -247,8 +258,41 @@ def pairs_in(tokens: Collection[str]) -> Iterator[tuple[str, str]]:
                 yield token[:at], token[at:]
 
 
+def _guessed_ids(table: Mapping[str, Any], special: Mapping[str, int]) -> SpecialIds:
+    """Return the ids that begin and end texts, as far as names tell; files beside a tokenizer.json know better.
+
+    Files of this project from before it asked the others rely on the guess.
+    """
+    names = {id: token for token, id in special.items()}
+    begin = [names[id] for id in prefix_of(table) if id in names]
+    bos = next((name for name in (*begin[:1], *BOS_NAMES) if name in special), None)
+    eos = next((name for name in EOS_NAMES if name in special), None)
+    ends = [special[end] for end in CHAT_TURN_ENDS if end in special]
+    return SpecialIds.usual(special.get(bos or ""), special.get(eos or ""), ends)
+
+
+def prefix_of(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that the post-processor of a tokenizer.json puts before every text.
+
+    Source: tokenizers, https://huggingface.co/docs/tokenizers/api/post-processors
+
+    Raises:
+        KeyError, TypeError, ValueError: if the fields are damaged.
+    """
+    prefix: list[int] = []
+    for part in _parts(fields.get("post_processor"), "processors"):
+        if part["type"] in ("BertProcessing", "RobertaProcessing"):
+            prefix.append(int(part["cls"][1]))
+        elif part["type"] == "TemplateProcessing":
+            for piece in part["single"]:
+                if "Sequence" in piece:
+                    break
+                prefix += part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return tuple(prefix)
+
+
 def _parts(decoder: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """Return the parts of a Sequence of decoders or pre-tokenizers, or the single one."""
+    """Return the parts of a Sequence of decoders, pre-tokenizers or post-processors, or the single one."""
     if decoder is None:
         return []
     return list(decoder[key]) if decoder["type"] == "Sequence" else [decoder]
@@ -261,8 +305,8 @@ def _strips(metaspace: Mapping[str, Any]) -> bool:
 
 def _texts(
     vocab: Mapping[str, int], added_tokens: Sequence[Mapping[str, Any]], decoders: Sequence[Mapping[str, Any]]
-) -> tuple[list[bytes], dict[str, int]]:
-    """Return the bytes of each id, empty for ids that the file skips, and the special tokens."""
+) -> list[bytes]:
+    """Return the bytes of each id, empty for special tokens and for ids that the file skips."""
     kinds = {decoder["type"] for decoder in decoders}
     if not kinds & {"ByteLevel", "Metaspace", "Replace"}:
         raise ValueError(f"its decoder is {'+'.join(sorted(kinds)) or 'missing'}: must be ByteLevel or SentencePiece's")
@@ -272,13 +316,13 @@ def _texts(
     for token, id in vocab.items():
         if token in added:
             texts[id] = b"" if added[token]["special"] else token.encode()
-        elif "ByteLevel" in kinds:
+        elif "ByteLevel" in kinds and bytes_of.keys() >= set(token):
             texts[id] = bytes(bytes_of[character] for character in token)
         elif "ByteFallback" in kinds and BYTE_TOKEN.fullmatch(token):
             texts[id] = bytes([int(token[3:5], 16)])
         else:
             texts[id] = token.replace(SPACE_MARK, " ").encode()
-    return texts, {name: token["id"] for name, token in added.items() if token["special"]}
+    return texts
 
 
 def byte_level_bytes() -> dict[str, int]:

@@ -8,9 +8,10 @@ prefix, which llama2.c always adds), so the first word is encoded like any other
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 from llamalet.errors import TokenizerError
-from llamalet.tokenizer.base import Tokenizer
+from llamalet.tokenizer.base import SpecialIds, Tokenizer
 from llamalet.tokenizer.bpe import MergingTokenizer, merge
 from llamalet.tokenizer.rows import TokenizerRow
 
@@ -25,6 +26,7 @@ FIRST_TEXT_ID = N_CONTROLS + N_BYTES
 # A word with the spaces before it, or the spaces at the end of a text.
 WORD = re.compile(" *[^ ]+| +")
 SPACE_INSIDE = re.compile("[^ ] ")
+USER_DEFINED = b"\x18\x04"  # as a piece's type is written
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -40,7 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
             name: the file's name, for messages.
 
         Raises:
-            TokenizerError: if the library rejects it, or it lacks BOS or EOS.
+            TokenizerError: if the library rejects it.
         """
         import sentencepiece
 
@@ -52,11 +54,10 @@ class SentencePieceTokenizer(Tokenizer):
             scores = self._processor.get_score(ids)
         except (RuntimeError, UnicodeError) as error:
             raise TokenizerError(f"{name}: not a usable SentencePiece model: {error}") from None
-        bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
-        if bos_id < 0 or eos_id < 0:
-            raise TokenizerError(f"{name}: bos_id={bos_id}, eos_id={eos_id}: the vocabulary must have both")
-        rows = {bos_id: BOS_ROW, eos_id: EOS_ROW}
+        bos, eos = (id if id >= 0 else None for id in (self._processor.bos_id(), self._processor.eos_id()))
+        rows = {bos: BOS_ROW, eos: EOS_ROW}
         self._rows = [(rows.get(id, text), score) for id, text, score in zip(ids, texts, scores, strict=True)]
+        added = {texts[id].decode(): id for id in user_defined(data)}
         special = {}
         for id in ids:
             if self._processor.is_byte(id):
@@ -66,7 +67,10 @@ class SentencePieceTokenizer(Tokenizer):
                 texts[id] = b""
         first = self._processor.id_to_piece(self._processor.encode("a")[:1])
         adds_space = bool(first) and first[0].startswith(SPACE_MARK)
-        super().__init__(texts, bos_id=bos_id, eos_id=eos_id, special=special, adds_space=adds_space)
+        unused = [id for id in ids if self._processor.is_unused(id)]
+        super().__init__(
+            texts, ids=SpecialIds.usual(bos, eos), special=special, added=added, unused=unused, adds_space=adds_space
+        )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -75,6 +79,43 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_after_name(self, text: str) -> list[int]:
         """Return the ids of a text: see Tokenizer. As in transformers, only the beginning of a chat gets a space."""
         return self._encode_inside(text)
+
+
+def user_defined(data: bytes) -> list[int]:
+    """Return the ids of a .model's user-defined symbols, which any text may contain by name.
+
+    The library does not tell them from other pieces, so their types are read here. A .model is a protobuf message
+    whose field 1 is repeated, once for each piece; a piece's field 3 is its type. Source: sentencepiece_model.proto;
+    https://protobuf.dev/programming-guides/encoding/
+    """
+    if USER_DEFINED not in data:
+        return []
+    pieces = [piece for field, piece in _fields(data) if field == 1 and isinstance(piece, bytes)]
+    return [id for id, piece in enumerate(pieces) if (3, 4) in _fields(piece)]
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield the number and the value of each field of a protobuf message."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        field, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield field, varint()
+            continue
+        n_bytes = {1: 8, 5: 4}.get(wire) or varint()
+        yield field, message[at : at + n_bytes]
+        at += n_bytes
 
 
 class BinTokenizer(MergingTokenizer):
@@ -100,7 +141,7 @@ class BinTokenizer(MergingTokenizer):
         texts = [piece for piece, _ in pieces]
         texts[:FIRST_TEXT_ID] = [b""] * N_CONTROLS + [bytes([byte]) for byte in range(N_BYTES)]
         special = {"<unk>": 0, "<s>": BOS_ID, "</s>": EOS_ID}
-        super().__init__(texts, bos_id=BOS_ID, eos_id=EOS_ID, special=special, adds_space=True)
+        super().__init__(texts, ids=SpecialIds.usual(BOS_ID, EOS_ID), special=special, adds_space=True)
         self._rows = pieces
 
     @functools.cached_property
@@ -141,7 +182,9 @@ def check_for_llama2c(tokenizer: Tokenizer, name: str) -> None:
     # a .model may drop extra spaces; tokenizer.bin cannot record that, nor its folding of characters.
     words = b" ".join(copy.token_bytes(id) for id in range(FIRST_TEXT_ID, copy.vocab_size)).decode().split()
     probe = " ".join(words)
-    if (tokenizer.bos_id, tokenizer.eos_id) != (BOS_ID, EOS_ID) or copy.encode(probe) != tokenizer.encode(probe):
+    if (tokenizer.file_ids.bos, tokenizer.file_ids.eos) != (BOS_ID, EOS_ID) or copy.encode(probe) != tokenizer.encode(
+        probe
+    ):
         raise TokenizerError(
             f"{name}: llama2.c would encode texts differently: the vocabulary must be SentencePiece BPE with "
             f"byte fallback and dummy prefix, bos_id={BOS_ID} and eos_id={EOS_ID}"

@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
+from llamalet.tokenizer.base import SpecialIds
 from llamalet.tokenizer.bpe import MergingTokenizer, merge
 from llamalet.tokenizer.rows import MAX_VOCAB, TokenizerRow
 
@@ -31,6 +32,7 @@ TURN_ENDS = ("<|eot_id|>", "<|eom_id|>")
 N_SPECIAL = 256
 
 SPECIAL_NAME = re.compile(rb"<\|[A-Za-z0-9_]+\|>")
+ADDED_NAME = re.compile(rb"<[^<>\s]+>|\[[^\[\]\s]+\]")
 TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")
 
 
@@ -50,10 +52,8 @@ class Llama3Tokenizer(MergingTokenizer):
             UsageError: if the regex package is not installed.
         """
         self._find_words = _compile_words(name).findall
-        n_ranks = len(pieces)
-        while n_ranks and SPECIAL_NAME.fullmatch(pieces[n_ranks - 1][0]):
-            n_ranks -= 1
-        special = {piece.decode(): n_ranks + i for i, (piece, _) in enumerate(pieces[n_ranks:])}
+        n_ranks = _count_ranks([piece for piece, _ in pieces])
+        special = {piece.decode(errors="replace"): n_ranks + i for i, (piece, _) in enumerate(pieces[n_ranks:])}
         texts = [piece for piece, _ in pieces[:n_ranks]]
         # Each byte is merged as the character of the same number.
         self._ranks = {text.decode("latin-1"): rank for rank, text in enumerate(texts)}
@@ -61,10 +61,8 @@ class Llama3Tokenizer(MergingTokenizer):
             raise TokenizerError(f"{name}: not a Llama 3 vocabulary: {problem}")
         super().__init__(
             texts + [b""] * len(special),
-            bos_id=special[BOS],
-            eos_id=special[EOS],
+            ids=SpecialIds.usual(special[BOS], special[EOS], (special[end] for end in TURN_ENDS if end in special)),
             special=special,
-            turn_ends=[special[end] for end in TURN_ENDS if end in special],
             adds_space=False,
         )
         self.suffix = suffix  # type: ignore[misc]
@@ -114,6 +112,24 @@ def special_names() -> list[str]:
     known = {0: BOS, 1: EOS, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
     reserved = iter(range(N_SPECIAL))
     return [known.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(N_SPECIAL)]
+
+
+def _count_ranks(texts: list[bytes]) -> int:
+    """Return the number of texts before the special tokens, which are last.
+
+    Llama 3's are known by their names. Tokens that others added have names like <pad> or [PAD]; no merge gives them.
+    """
+    known = set(texts)
+
+    def is_special(text: bytes) -> bool:
+        if SPECIAL_NAME.fullmatch(text) or not ADDED_NAME.fullmatch(text):
+            return SPECIAL_NAME.fullmatch(text) is not None
+        return not any(text[:at] in known and text[at:] in known for at in range(1, len(text)))
+
+    n_ranks = len(texts)
+    while n_ranks and is_special(texts[n_ranks - 1]):
+        n_ranks -= 1
+    return n_ranks
 
 
 def _problem(pieces: list[TokenizerRow], n_ranks: int, special: dict[str, int], ranks: dict[str, int]) -> str | None:

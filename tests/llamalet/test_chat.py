@@ -173,7 +173,7 @@ def test_where_a_template_is_found(model, model_path, tmp_path):
 
 
 def test_llama_2_is_known_by_its_vocabulary(shared_data, model, monkeypatch):
-    monkeypatch.setattr(model, "tokenizer", Tokenizer.load(shared_data / "llama2-tokenizer.bin"))
+    monkeypatch.setattr(model, "_tokenizer", Tokenizer.load(shared_data / "llama2-tokenizer.bin"))
     ids = find_template(model)([Message("user", "Hi")])
     assert ids == [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
     with pytest.raises(errors.UsageError, match="no <|eot_id|>"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import SMALL_MODELS, Counting, ListCache, random_tensors, toy_model, toy_tokenizer
 
-from llamalet import Model, model_file, reference
+from llamalet import Chat, Model, model_file, reference
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.generate import MAX_BATCH, generate_batch, stream
@@ -52,7 +52,7 @@ def test_a_number_of_new_tokens():
     assert count_from(100, 30, max_new_tokens=99) == [130, 131, 132]
 
 
-@pytest.mark.parametrize("prompt_length", [0, 33, 1000])
+@pytest.mark.parametrize("prompt_length", [33, 1000])
 def test_a_prompt_that_does_not_fit_is_refused_at_once(prompt_length):
     with pytest.raises(UsageError, match=f"the prompt has {prompt_length} tokens; the model takes 1 to 32"):
         tokens_of(Counting(CONFIG), list(range(prompt_length)))
@@ -217,7 +217,7 @@ def test_a_batch_does_no_work_before_it_is_needed():
 def test_a_batch_that_cannot_be_made_is_refused_at_once():
     model = Counting(CONFIG)
     for prompts, options, batch_size, message in (
-        ([[1], []], {}, None, "the prompt has 0 tokens"),
+        ([[1], []], {}, None, "the prompt is empty"),
         ([[1], [1] * 33], {}, None, "the prompt has 33 tokens; the model takes 1 to 32"),
         ([[1]], {}, 0, "batch_size=0: must be between 1 and 64"),
         ([[1]], {}, 65, "batch_size=65"),
@@ -426,16 +426,35 @@ def test_wrong_settings_are_refused_at_once(model):
 def test_a_missing_tokenizer_is_told(tmp_path):
     path = toy_model(tmp_path, CONFIG)
     (tmp_path / "model.tokenizer.bin").rename(tmp_path / "elsewhere")
-    with pytest.raises(TokenizerError, match="no tokenizer beside it .*--tokenizer"):
-        Model.load(path, backend="numpy")
+    alone = Model.load(path, backend="numpy")
+    assert alone.logits([1, 2]).shape == (2, 300)
+    for needs_text in (lambda: alone.score("a band"), lambda: alone.generate("a"), lambda: Chat(alone)):
+        with pytest.raises(TokenizerError, match="no tokenizer beside it .*--tokenizer"):
+            needs_text()
     assert Model.load(path, tokenizer=tmp_path / "elsewhere", backend="numpy").tokenizer.vocab_size == 300
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):
     path = toy_model(tmp_path, CONFIG)
-    (tmp_path / "other.bin").write_bytes(pack(toy_tokenizer(299).pieces()))
-    with pytest.raises(TokenizerError, match="299 entries where the model has vocab_size=300"):
-        Model.load(path, tokenizer=tmp_path / "other.bin", backend="numpy")
+    for n, config in ((301, CONFIG), (300, dataclasses.replace(CONFIG, vocab_size=601))):
+        path = toy_model(tmp_path, config, tokenizer=toy_tokenizer(n))
+        with pytest.raises(TokenizerError, match=f"{n} entries where the model has vocab_size={config.vocab_size}"):
+            Model.load(path, backend="numpy")
+
+
+def test_rows_without_a_token_are_never_drawn(tmp_path):
+    """An embedding padded from 300 to 384 rows, whose head prefers the padding."""
+    config = dataclasses.replace(CONFIG, vocab_size=384, tied=False)
+    head = np.zeros((384, config.dim), np.float32)
+    head[300:] = 9.0 * np.sign(np.arange(84) % 2 - 0.5)[:, None]
+    path = toy_model(tmp_path, config, tokenizer=toy_tokenizer(300), output=head)
+    model = Model.load(path, backend="numpy")
+    assert model.logits([1, 2]).shape == (2, 384)
+    for temperature in (0, 1.0):
+        configs = [SamplingConfig(temperature=temperature, max_new_tokens=9, seed=seed) for seed in (1, 2)]
+        events = generate_batch(model.transformer, [[1]] * 2, configs, undrawn=model.undrawn)
+        assert all(token is None or token < 300 for _, token in events)
+    "".join(model.generate("a", max_new_tokens=9, ignore_eos=True, seed=1))
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
@@ -528,5 +547,5 @@ def test_a_checkpoint_without_its_tokenizer_says_so(tmp_path):
     write_checkpoint(tmp_path / "step")
     shutil.move(tmp_path / "step" / "tokenizer.model", tmp_path / "t.model")
     with pytest.raises(TokenizerError, match="no such tokenizer file"):
-        Model.load(tmp_path / "step", backend="numpy")
+        Model.load(tmp_path / "step", backend="numpy").score("a band")
     assert Model.load(tmp_path / "step", tokenizer=tmp_path / "t.model", backend="numpy").path == tmp_path / "step"

@@ -75,8 +75,8 @@ def test_llama2c_s_layout_of_the_tokenizer_is_for_its_versions(tmp_path, shared_
 
 def test_a_tokenizer_of_another_size_is_refused(vocabulary):
     config = SMALL_MODELS["gqa-tied"]
-    vocabulary.write_bytes(tokenizer.pack(tokenizer.load(vocabulary).pieces()[:-1]))
-    with pytest.raises(TokenizerError, match="299"):
+    vocabulary.write_bytes(tokenizer.pack([*tokenizer.load(vocabulary).pieces(), (b"one more", -999.0)]))
+    with pytest.raises(TokenizerError, match="301"):
         model_of(config, random_tensors(config), vocabulary)
 
 

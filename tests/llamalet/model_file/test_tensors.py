@@ -290,7 +290,8 @@ def test_refusals_name_the_field_and_the_value(tmp_path, offset, code, value, wo
         (130, "<B", 2, "group_size 32: must be 64"),
         (130, "<B", 4, "dtype 4: must be one of 0..3"),
         (135, "<B", 1, "the tokenizer's fields does not match"),
-        (152, "<B", 1, "must be zero"),
+        (152, "<B", 1, "the tokenizer's fields does not match"),
+        (200, "<B", 1, "the ids that begin and end texts does not match"),
         (255, "<B", 1, "must be zero"),
     ],
 )

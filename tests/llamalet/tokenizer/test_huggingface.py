@@ -151,7 +151,6 @@ def test_it_lies_beside_a_model_and_is_no_tokenizer_bin(tmp_path):
         (lambda table: table.update(model={"type": "BPE"}), "not a usable"),
         (lambda table: table.update(decoder=None), "its decoder is missing"),
         (lambda table: table.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "WordPiece"),
-        (lambda table: table.update(added_tokens=[], post_processor=None), "no special token with a known"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, change, complaint):

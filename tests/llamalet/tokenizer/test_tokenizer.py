@@ -327,10 +327,15 @@ def test_entries_beyond_every_vocabulary_are_not_read(bin_path, monkeypatch):
         load(bin_path)
 
 
-def test_a_vocabulary_without_bos_is_refused(tmp_path):
+def test_a_vocabulary_without_bos_puts_nothing_before_a_text(tmp_path):
     (tmp_path / "m.model").write_bytes(train(bos_id=-1))
-    with pytest.raises(TokenizerError, match="bos_id=-1"):
-        load(tmp_path / "m.model")
+    found = load(tmp_path / "m.model")
+    assert (found.bos_id, found.ids.prefix, found.stop_ids) == (None, (), {2})
+    assert found.encode("den", bos=True) == found.encode("den")
+    assert found.encode_document("den") == [found.eos_id, *found.encode("den")]
+    (tmp_path / "n.model").write_bytes(train(bos_id=-1, eos_id=-1))
+    with pytest.raises(TokenizerError, match="neither BOS nor EOS"):
+        load(tmp_path / "n.model").encode_document("den")
 
 
 @pytest.mark.parametrize(

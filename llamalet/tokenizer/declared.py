@@ -1,0 +1,294 @@
+"""What the files beside a tokenizer say of it.
+
+A tokenizer.json does not say which of its tokens are BOS and EOS, nor at which tokens a model stops, and it may lack
+tokens that were added later. In a Hugging Face folder other files do, and they are read as transformers reads them:
+
+    tokenizer_config.json    bos_token and eos_token, the tokenizer's class, added tokens
+    special_tokens_map.json  the same special tokens; counts only if the first file lists no added tokens
+    added_tokens.json        added tokens; counts likewise
+    generation_config.json   eos_token_id: where a text ends, a number or a list; else config.json's
+
+The post-processor of tokenizer.json alone decides what begins every text; `add_bos_token` counts only without a
+tokenizer.json. This project writes a generation_config.json too, as [NAME.]generation_config.json beside
+[NAME.]tokenizer.SUFFIX, where the tokenizer's file alone would say something else. It has one field of its own,
+prefix_token_ids: what begins every text.
+
+Source: transformers 5.23, tokenization_utils_base.py (_from_pretrained), tokenization_utils_tokenizers.py,
+models/auto/tokenization_auto.py, models/llama/tokenization_llama.py.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llamalet.errors import TokenizerError, UsageError
+from llamalet.tokenizer.base import SpecialIds, Tokenizer
+from llamalet.tokenizer.huggingface import prefix_of
+
+JSON, MODEL = "tokenizer.json", "tokenizer.model"
+CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+MODEL_CONFIG, GENERATION = "config.json", "generation_config.json"
+PREFIX = "prefix_token_ids"
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# The class that ignores how a tokenizer.json splits texts, and its own special tokens.
+LLAMA_CLASS = "LlamaTokenizer"
+LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+def ids_path(tokenizer_path: Path) -> Path:
+    """Return where the ids that begin and end texts stand beside a tokenizer, [NAME.]tokenizer.SUFFIX as a rule."""
+    before, found, _ = tokenizer_path.name.rpartition("tokenizer.")
+    before = before if found else f"{tokenizer_path.stem}."
+    return tokenizer_path.with_name(before + GENERATION)
+
+
+def ids_json(ids: SpecialIds) -> bytes:
+    """Return a generation_config.json that says these ids."""
+    first = [] if ids.eos is None or ids.eos not in ids.stops else [ids.eos]
+    fields = {"bos_token_id": ids.bos, "eos_token_id": first + sorted(ids.stops.difference(first))}
+    return (json.dumps(fields | {PREFIX: list(ids.prefix), "eos_token": ids.eos}, indent=2) + "\n").encode()
+
+
+def ids_beside(path: Path, found: Tokenizer) -> SpecialIds:
+    """Return the ids that begin and end texts, as the files beside a tokenizer say.
+
+    Args:
+        path: the tokenizer's file.
+        found: what it holds, with the tokens that `completed` adds.
+
+    Raises:
+        TokenizerError: if one of the files is damaged.
+    """
+    folder, beside = path.parent, ids_path(path)
+    if (own := own_ids(beside)) is not None:
+        return own
+    if path.name not in (JSON, MODEL) or not any((folder / name).is_file() for name in (CONFIG, MODEL_CONFIG)):
+        return _ids_alone(path, found)
+    names = _Declared(folder).special
+    alone = {"bos_token": found.file_ids.bos, "eos_token": found.file_ids.eos} if path.name == MODEL else {}
+    bos, eos = (found.id_of(names[role]) if role in names else alone.get(role) for role in ("bos_token", "eos_token"))
+    if (folder / JSON).is_file():
+        prefix = _prefix(folder / JSON)
+    else:
+        prefix = (bos,) if bos is not None and _read(folder / CONFIG).get("add_bos_token") is True else ()
+    if bos is None and prefix:
+        bos = prefix[0]
+    stops = stops_in(folder) or (() if eos is None else (eos,)) or found.ids.stops
+    return SpecialIds(bos=bos, eos=eos, prefix=prefix, stops=frozenset(stops))
+
+
+def _ids_alone(path: Path, found: Tokenizer) -> SpecialIds:
+    """Return the ids of a tokenizer whose file is all there is: the post-processor of a tokenizer.json is asked."""
+    if found.suffix != "json":
+        return found.ids
+    prefix = _prefix(path)
+    bos = prefix[0] if prefix else None
+    stops = found.ids.stops if bos == found.ids.bos else found.ids.stops - {found.ids.bos} | {found.ids.eos}
+    return SpecialIds(bos=bos, eos=found.ids.eos, prefix=prefix, stops=frozenset(id for id in stops if id is not None))
+
+
+def stops_in(folder: Path) -> tuple[int, ...]:
+    """Return the ids at which a Hugging Face model stops; empty if it does not say.
+
+    Raises:
+        TokenizerError: if a file is damaged, or says something else than ids.
+    """
+    for name in (GENERATION, MODEL_CONFIG):
+        found = _read(folder / name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
+            raise TokenizerError(f"{folder / name}: eos_token_id is {found!r}: must be a token's id or a list of them")
+        if ids:
+            return tuple(ids)
+    return ()
+
+
+def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
+    """Return a tokenizer.json with all tokens that transformers would add to it, and split as its class splits texts.
+
+    Args:
+        data: the file's bytes; the same object is returned if nothing is to be added.
+        folder: where the files beside it are.
+        as_it_is: whether it splits texts as it says, whatever its class.
+
+    Raises:
+        TokenizerError: if one of the files is damaged.
+        UsageError: if the tokenizers package is not installed.
+    """
+    declared = _Declared(folder)
+    fields = _object(data, folder / JSON)
+    listed = fields.get("added_tokens") or []
+    if not isinstance(listed, list) or not all(isinstance(token, dict) for token in listed):
+        raise TokenizerError(f"{folder / JSON}: added_tokens is not a list of tokens")
+    known = {token.get("content") for token in listed}
+    special = dict.fromkeys([*declared.special.values(), *declared.extra])
+    missing = [token for token in declared.added if token["content"] not in known]
+    missing += [
+        {"content": name, "special": True, "normalized": False}
+        for name in special
+        if name not in known and name not in {token["content"] for token in missing}
+    ]
+    is_llama = (
+        not as_it_is and declared.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS and b'"ByteLevel"' not in data
+    )
+    if not missing and not is_llama:
+        return data
+    try:
+        import tokenizers
+    except ImportError:
+        raise UsageError(f"{folder}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
+    try:
+        if is_llama:
+            fields = _as_llama(fields, declared)
+        library = tokenizers.Tokenizer.from_str(json.dumps(fields))
+        for token in missing:
+            added = tokenizers.AddedToken(**token)
+            (library.add_special_tokens if token["special"] else library.add_tokens)([added])
+        text: str = library.to_str()
+    except Exception as error:  # the library raises plain Exceptions
+        raise TokenizerError(f"{folder / JSON}: not a usable tokenizer.json: {error}") from None
+    return text.encode()
+
+
+def _as_llama(fields: Mapping[str, Any], declared: "_Declared") -> dict[str, Any]:
+    """Return a tokenizer.json's fields as the class LlamaTokenizer changes them."""
+    scheme = "never"
+    if declared.config.get("add_prefix_space") in (None, True):
+        scheme = "always" if declared.config.get("legacy", False) else "first"
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]  # fmt: skip
+    if scheme != "never":
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    model = {"type": "BPE", "fuse_unk": True, "byte_fallback": True}
+    return dict(fields) | {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": model | {key: fields["model"][key] for key in ("vocab", "merges")},
+    }
+
+
+class _Declared:
+    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say.
+
+    Attributes:
+        config: tokenizer_config.json.
+        tokenizer_class: the name of transformers' class.
+        special: the special tokens by their roles, like bos_token; other keys that end in _token too.
+        extra: special tokens without a role.
+        added: the added tokens, as tokenizer.json lists them, in the order of their ids.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the files of a folder; they may be missing.
+
+        Raises:
+            TokenizerError: if one is damaged.
+        """
+        self.config = _read(folder / CONFIG)
+        named = self.config.get("tokenizer_class") or _read(folder / MODEL_CONFIG).get("tokenizer_class") or ""
+        self.tokenizer_class = str(named)
+        table, source = dict(self.config), folder / CONFIG
+        listed = self.config.get("added_tokens_decoder")
+        if listed is None:
+            table |= _read(folder / SPECIAL_MAP)
+        defaults = LLAMA_TOKENS if self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS else {}
+        self.special: dict[str, str] = dict(defaults)
+        for key, value in table.items():
+            if key in ROLES or key.endswith("_token") and isinstance(value, str):
+                self.special.pop(key, None)
+                if value is not None:
+                    self.special[key] = _name(source, key, value)
+        extra = table.get("extra_special_tokens") or table.get("additional_special_tokens") or []
+        if isinstance(extra, dict):
+            self.special |= {str(key): _name(source, str(key), value) for key, value in extra.items()}
+            extra = []
+        if not isinstance(extra, list):
+            raise TokenizerError(f"{source}: extra_special_tokens is {extra!r}: must be a list of tokens")
+        self.extra = [_name(source, "extra_special_tokens", value) for value in extra]
+        if listed is None:
+            names = {*self.special.values(), *self.extra}
+            by_id = {id: _added(name, name in names) for name, id in _read(folder / ADDED).items()}
+            self.added = [token for _, token in _sorted(folder / ADDED, by_id)]
+        else:
+            if not isinstance(listed, dict) or not all(isinstance(token, dict) for token in listed.values()):
+                raise TokenizerError(f"{source}: added_tokens_decoder is not an object of tokens by id")
+            self.added = []
+            for _, token in _sorted(source, listed):
+                flags = {key: bool(token[key]) for key in FLAGS if key in token}
+                self.added.append(
+                    {"special": False} | flags | {"content": _name(source, "added_tokens_decoder", token)}
+                )
+        for token in self.added:
+            token["special"] = token["special"] or token["content"] in self.special.values()
+
+
+def _added(name: str, special: bool) -> dict[str, Any]:
+    """Return an added token of added_tokens.json, which knows names and ids only."""
+    return {"content": name, "special": special, "normalized": not special}
+
+
+def _sorted(path: Path, tokens: Mapping[Any, Any]) -> list[tuple[int, Any]]:
+    """Return tokens in the order of their ids, which may be written as text."""
+    try:
+        return sorted(((int(id), token) for id, token in tokens.items()), key=lambda item: item[0])
+    except (ValueError, TypeError):
+        raise TokenizerError(f"{path}: the added tokens' ids must be numbers") from None
+
+
+def _name(path: Path, key: str, value: Any) -> str:
+    """Return the name of a token that is written as text or as an object with its content."""
+    found = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(found, str) or not found:
+        raise TokenizerError(f"{path}: {key} is {value!r}: must be a token, as text or as an object with a content")
+    return found
+
+
+def _prefix(path: Path) -> tuple[int, ...]:
+    """Return what the post-processor of a tokenizer.json puts before every text."""
+    try:
+        return prefix_of(_read(path))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise TokenizerError(f"{path}: its post_processor is damaged: {error!r}") from None
+
+
+def own_ids(path: Path) -> SpecialIds | None:
+    """Return the ids in a generation_config.json that this project wrote; None if it is missing, or another's.
+
+    Raises:
+        TokenizerError: if it is damaged.
+    """
+    fields = _read(path)
+    if PREFIX not in fields:
+        return None
+    prefix, stops = fields[PREFIX], fields.get("eos_token_id")
+    bos, eos = fields.get("bos_token_id"), fields.get("eos_token")
+    lists = [prefix, stops]
+    numbers = [id for ids in lists if isinstance(ids, list) for id in ids] + [id for id in (bos, eos) if id is not None]
+    if not all(isinstance(ids, list) for ids in lists) or not all(type(id) is int and id >= 0 for id in numbers):
+        raise TokenizerError(f"{path}: bos_token_id, eos_token_id and {PREFIX} must be ids and lists of ids")
+    return SpecialIds(bos=bos, eos=eos, prefix=tuple(prefix), stops=frozenset(stops or ()))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one if there is no file."""
+    return _object(path.read_bytes(), path) if path.is_file() else {}
+
+
+def _object(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the object in the bytes of a JSON file.
+
+    Raises:
+        TokenizerError: if they are no JSON object.
+    """
+    try:
+        fields = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise TokenizerError(f"{path}: must hold a JSON object")
+    return fields
