@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 
 from llamalet.errors import UsageError
 from llamalet.template_process import TemplateProcess
-from llamalet.tokenizer import Tokenizer
+from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer, declared
 
 # Files beside a model, perhaps with NAME. in front for NAME.bin, that may hold a template: the first counts.
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE_FILES = (f"{TEMPLATE_FOLDER}/default.jinja", TEMPLATE, TOKENIZER_CONFIG)
 MAX_FILE_BYTES = 1 << 26
-# The variables that transformers gives to templates, besides those of a model's own.
-SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_CONTEXT = 1 << 17
 # The vocabulary of Llama 2, whose conversations have no special tokens.
 LLAMA2_SHA256 = "50a52ef822ee9e83de5ce9d0be0a025a773d019437f58b5ff9dcafb063ece361"
@@ -62,11 +60,11 @@ def find_template(
         UsageError: if the model is not a chat model, or the template cannot be used.
     """
     if named is None:
-        for path in _candidates(model, TEMPLATE_FILES):
+        for path in _candidates(model):
             if path.is_file() and (found := read_template(path)) is not None:
-                return JinjaTemplate(found, tokenizer, str(path), special_tokens(model), context=context)
+                return _jinja_template(found, path, model, tokenizer, context)
         if inside is not None:
-            return JinjaTemplate(inside, tokenizer, str(model), special_tokens(model), context=context)
+            return _jinja_template(inside, model, model, tokenizer, context)
         if {HEADER, HEADER_END, TURN_END} <= tokenizer.special.keys():
             named = "llama3"
         elif tokenizer.sha256 == LLAMA2_SHA256:
@@ -88,8 +86,24 @@ def find_template(
         raise UsageError(f"chat template {path}: must be llama2, llama3 or a file with a Jinja template")
     if (found := read_template(path)) is None:
         raise UsageError(f"{path}: has no chat_template")
-    special = special_tokens(path if path.suffix == ".json" else model)
-    return JinjaTemplate(found, tokenizer, str(path), special, context=context)
+    return _jinja_template(found, path, path.parent if path.suffix == ".json" else model, tokenizer, context)
+
+
+def _jinja_template(source: str, path: Path, model: Path, tokenizer: Tokenizer, context: int) -> Template:
+    """Return the Jinja template from `path`, with what the files beside a model say of its tokenizer."""
+    folder = model if model.is_dir() else model.parent
+    special, spaces = declared.template_variables(folder), declared.chat_spaces(folder)
+    if special is not None and not model.is_dir():  # a model in one file knows its BOS and EOS without them
+        special = _bos_and_eos(tokenizer) | special
+    if spaces is not None and isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer = tokenizer.with_chat_spaces(spaces)
+    return JinjaTemplate(source, tokenizer, str(path), special, context=context)
+
+
+def _bos_and_eos(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the variables that a template may use if no file says more."""
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    return {variable: tokenizer.name_of(id) for variable, id in ids.items() if id is not None}
 
 
 def llama3_parts(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int | str]:
@@ -134,7 +148,7 @@ class JinjaTemplate:
         source: str,
         tokenizer: Tokenizer,
         name: str,
-        special: Mapping[str, str | None] | None = None,
+        special: Mapping[str, str] | None = None,
         *,
         context: int = MAX_CONTEXT,
     ) -> None:
@@ -144,16 +158,14 @@ class JinjaTemplate:
             source: the template.
             tokenizer: the model's.
             name: where the template comes from, for error messages.
-            special: the special tokens that the template may use, like bos_token; None takes one away.
+            special: the special tokens that the template may use, like bos_token; None: the tokenizer's BOS and EOS.
             context: the model's, in tokens.
 
         Raises:
             UsageError: if it is not a template, or jinja2 is not installed.
         """
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        known = {role: None if id is None else tokenizer.name_of(id) for role, id in ids.items()} | dict(special or {})
         self._tokenizer = tokenizer
-        self._process = TemplateProcess(source, {key: value for key, value in known.items() if value is not None}, name)
+        self._process = TemplateProcess(source, _bos_and_eos(tokenizer) if special is None else special, name)
         self._max_chars = context * _longest(tokenizer)
 
     def __call__(self, messages: Sequence[Message]) -> list[int]:
@@ -170,11 +182,11 @@ class JinjaTemplate:
         return self._tokenizer.encode_marked(text, marks)
 
 
-def _candidates(model: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Yield the files beside a model that may exist under these names, the most specific first."""
+def _candidates(model: Path) -> Iterator[Path]:
+    """Yield the files that may hold a model's chat template, the most specific first."""
     folder = model if model.is_dir() else model.parent
     for prefix in (f"{model.stem}.", ""):
-        for name in names:
+        for name in TEMPLATE_FILES:
             yield folder / f"{prefix}{name}"
 
 
@@ -201,34 +213,6 @@ def read_template(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
     return found or None
-
-
-def special_tokens(model: Path) -> dict[str, str | None]:
-    """Return the special tokens that transformers would give to a chat template as variables; None: not this one.
-
-    Args:
-        model: the model's file or folder, or a tokenizer_config.json. If that does not say which tokens were added to
-            the vocabulary, special_tokens_map.json has the last word.
-
-    Raises:
-        UsageError: if the file beside the model cannot be read.
-    """
-    paths = [model] if model.suffix == ".json" else _candidates(model, [TOKENIZER_CONFIG])
-    if (path := next(filter(Path.is_file, paths), None)) is None:
-        return {}
-    table = _read_table(path)
-    other = path.with_name(path.name.replace(TOKENIZER_CONFIG, "special_tokens_map.json"))
-    if "added_tokens_decoder" not in table and other.is_file():
-        table |= _read_table(other)
-    found = {key: table[key] for key in SPECIAL_KEYS if key in table}
-    found |= {key: value for key, value in table.items() if key.endswith("_token") and isinstance(value, str)}
-    if isinstance(extra := table.get("extra_special_tokens"), dict):
-        found |= extra
-    names = {key: value.get("content", value) if isinstance(value, dict) else value for key, value in found.items()}
-    for key, name in names.items():
-        if not isinstance(name, str | None):
-            raise UsageError(f"{path}: {key}={name!r}: must be the name of a token")
-    return names
 
 
 def _read_table(path: Path) -> dict[str, Any]:

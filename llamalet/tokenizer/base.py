@@ -252,21 +252,21 @@ class Tokenizer(abc.ABC):
             parts += [text[start : match.start()], self._names[match[0]]]
             start = at = match.end()
         parts = [part for part in (*parts, text[start:]) if part != ""]
-        return self._encode_nameless(parts, self._encode_after_name)
+        return self._encode_nameless(parts, self._encode_in_chat)
 
     def encode_nameless(self, parts: Sequence[int | str]) -> list[int]:
         """Return the ids of texts and tokens in a row; unlike `encode_parts`, no name in a text becomes its token."""
-        return self._encode_nameless(parts, self._encode_after_special)
+        return self._encode_nameless(parts, self._encode_part)
 
-    def _encode_nameless(self, parts: Sequence[int | str], encode_after: Callable[[str], list[int]]) -> list[int]:
-        """See encode_nameless; encode_after encodes a text that follows a token."""
+    def _encode_nameless(self, parts: Sequence[int | str], encode: Callable[[str, bool], list[int]]) -> list[int]:
+        """See encode_nameless; `encode` encodes a text, which may be the first part."""
         ids: list[int] = []
         for number, part in enumerate(parts):
             if isinstance(part, int):
                 ids.append(part)
                 continue
             first, *others = self._cut_added(valid(part))
-            ids += encode_after(first) if number else self._encode(first)
+            ids += encode(first, number == 0)
             for other in others:
                 ids += self._encode_inside(other)
         return ids
@@ -293,9 +293,13 @@ class Tokenizer(abc.ABC):
         before, both = self._encode("\n"), self._encode("\n" + text)
         return both[len(before) :] if both[: len(before)] == before else self._encode(text)
 
-    def _encode_after_name(self, text: str) -> list[int]:
-        """Return the ids of a valid text that follows a token that a template named."""
-        return self._encode_after_special(text)
+    def _encode_part(self, text: str, is_first: bool) -> list[int]:
+        """Return the ids of a valid text that begins a whole, or follows a special token."""
+        return self._encode(text) if is_first else self._encode_after_special(text)
+
+    def _encode_in_chat(self, text: str, is_first: bool) -> list[int]:
+        """Return the ids of a valid text that begins a rendered chat, or follows a token there."""
+        return self._encode_part(text, is_first)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the text of ids, without the space that `encode` adds; invalid UTF-8 becomes U+FFFD."""

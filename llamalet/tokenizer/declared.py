@@ -18,6 +18,7 @@ models/auto/tokenization_auto.py, models/llama/tokenization_llama.py.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,7 @@ def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
         for name in special
         if name not in known and name not in {token["content"] for token in missing}
     ]
-    is_llama = (
-        not as_it_is and declared.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS and b'"ByteLevel"' not in data
-    )
+    is_llama = not as_it_is and declared.is_llama and b'"ByteLevel"' not in data
     if not missing and not is_llama:
         return data
     try:
@@ -152,11 +151,35 @@ def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
     return text.encode()
 
 
+def template_variables(folder: Path) -> dict[str, str] | None:
+    """Return the special tokens that transformers gives to a chat template; None if no file beside it names any.
+
+    Raises:
+        TokenizerError: if one of the files is damaged.
+    """
+    is_said = any((folder / name).is_file() for name in (CONFIG, SPECIAL_MAP))
+    return _Declared(folder).special if is_said else None
+
+
+def chat_spaces(folder: Path) -> str | None:
+    """Return which texts of a chat begin with a space: always, first or never, as a prepend_scheme; None: not said.
+
+    Raises:
+        TokenizerError: if one of the files is damaged.
+    """
+    declared = _Declared(folder)
+    if declared.is_llama:
+        return declared.prepend_scheme
+    if not (folder / JSON).is_file():
+        return "never" if (folder / CONFIG).is_file() else None
+    steps = json.dumps([_read(folder / JSON).get(key) for key in ("normalizer", "pre_tokenizer")])
+    found = re.search(r'"prepend_scheme": "(\w+)"', steps)
+    return found[1] if found else "always" if '"Prepend"' in steps else "never"
+
+
 def _as_llama(fields: Mapping[str, Any], declared: "_Declared") -> dict[str, Any]:
     """Return a tokenizer.json's fields as the class LlamaTokenizer changes them."""
-    scheme = "never"
-    if declared.config.get("add_prefix_space") in (None, True):
-        scheme = "always" if declared.config.get("legacy", False) else "first"
+    scheme = declared.prepend_scheme
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
         {"type": "ByteFallback"}, {"type": "Fuse"},
@@ -196,7 +219,7 @@ class _Declared:
         listed = self.config.get("added_tokens_decoder")
         if listed is None:
             table |= _read(folder / SPECIAL_MAP)
-        defaults = LLAMA_TOKENS if self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS else {}
+        defaults = LLAMA_TOKENS if self.is_llama else {}
         self.special: dict[str, str] = dict(defaults)
         for key, value in table.items():
             if key in ROLES or key.endswith("_token") and isinstance(value, str):
@@ -225,6 +248,18 @@ class _Declared:
                 )
         for token in self.added:
             token["special"] = token["special"] or token["content"] in self.special.values()
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether the class is LlamaTokenizer."""
+        return self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS
+
+    @property
+    def prepend_scheme(self) -> str:
+        """Which texts between special tokens LlamaTokenizer begins with a space: always, first or never."""
+        if self.config.get("add_prefix_space") not in (None, True):
+            return "never"
+        return "always" if self.config.get("legacy", False) else "first"
 
 
 def _added(name: str, special: bool) -> dict[str, Any]:

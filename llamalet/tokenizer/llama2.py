@@ -5,10 +5,12 @@ the vocabulary cannot spell, the rest are pieces of text. Encoding puts one spac
 prefix, which llama2.c always adds), so the first word is encoded like any other; decoding removes it again.
 """
 
+import copy
 import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import Self
 
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer.base import SpecialIds, Tokenizer
@@ -33,6 +35,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece .model, encoded by the sentencepiece library."""
 
     suffix = "model"
+    _chat_spaces = "first"
 
     def __init__(self, data: bytes, name: str) -> None:
         """Parse a .model.
@@ -76,9 +79,19 @@ class SentencePieceTokenizer(Tokenizer):
         ids: list[int] = self._processor.encode(text)
         return ids
 
-    def _encode_after_name(self, text: str) -> list[int]:
-        """Return the ids of a text: see Tokenizer. As in transformers, only the beginning of a chat gets a space."""
-        return self._encode_inside(text)
+    def with_chat_spaces(self, scheme: str) -> Self:
+        """Return the same tokenizer, where texts of a rendered chat begin with a space always, first or never.
+
+        The file does not say it; in transformers it depends on the files beside it (declared.py).
+        """
+        other = copy.copy(self)
+        other._chat_spaces = scheme
+        return other
+
+    def _encode_in_chat(self, text: str, is_first: bool) -> list[int]:
+        """Return the ids of a text: see Tokenizer."""
+        has_space = self._chat_spaces == "always" or self._chat_spaces == "first" and is_first
+        return self._encode(text) if has_space else self._encode_inside(text)
 
 
 def user_defined(data: bytes) -> list[int]:

@@ -196,7 +196,6 @@ def test_templates_that_cannot_be_used_are_refused(model, tmp_path, monkeypatch)
         ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": ["x"]}]}'),
         ("tokenizer_config.json", b'{"chat_template": ["x"]}'),
         ("tokenizer_config.json", b'{"chat_template": "\\ud800"}'),
-        ("tokenizer_config.json", b'{"chat_template": "x", "bos_token": {"content": 5}}'),
         ("tokenizer_config.json", b"[" * 100_000),
         ("chat_template.jinja", b"\xff"),
     ):
@@ -205,6 +204,9 @@ def test_templates_that_cannot_be_used_are_refused(model, tmp_path, monkeypatch)
             find_template(model, tmp_path / name)
         with pytest.raises(errors.UsageError, match="cannot be read"):
             huggingface._chat_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x", "bos_token": {"content": 5}}')
+    with pytest.raises(errors.TokenizerError, match="bos_token is .* must be a token"):
+        find_template(model, tmp_path / "tokenizer_config.json")
     with pytest.raises(errors.UsageError, match="must be llama2, llama3 or a file"):
         find_template(model, "llama4")
     monkeypatch.setitem(sys.modules, "jinja2", None)
