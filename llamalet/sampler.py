@@ -129,9 +129,11 @@ class Sampler:
     def __init__(self, vocab_size: int, config: SamplingConfig, undrawn: Collection[int] = ()) -> None:
         """Prepare to draw from vocab_size (V) logits, never an id in `undrawn`; a seed of -1 becomes a random one."""
         self._vocab_size = vocab_size
-        drawn = np.setdiff1d(np.arange(vocab_size), np.fromiter(undrawn, np.int64))
-        self._n_drawn = int(drawn[-1]) + 1 if len(drawn) else vocab_size
-        self._gaps = np.setdiff1d(np.arange(self._n_drawn), drawn)
+        self._n_drawn, self._gaps = vocab_size, np.array([], np.int64)
+        if undrawn:
+            drawn = np.setdiff1d(np.arange(vocab_size), np.fromiter(undrawn, np.int64))
+            self._n_drawn = int(drawn[-1]) + 1
+            self._gaps = np.setdiff1d(np.arange(self._n_drawn), drawn)
         self._temperature = np.float32(config.temperature)
         self._top_p = np.float32(config.top_p) % np.float32(1)
         self._top_k = config.top_k if config.top_k < self._n_drawn else 0

@@ -25,7 +25,7 @@ from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
 from llamalet.model_file.quantize import to_bfloat16
 from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
-from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer, declared
+from llamalet.tokenizer import Tokenizer, declared
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens.weight",
@@ -249,17 +249,16 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, by
     if model[0] is None or json_file[0] is not None and not json_file[0].has_same_tokens(model[0]):
         vocabulary, data, notes = json_file
         return vocabulary, data, () if vocabulary is not None else model[2] + notes
-    if (folder / TOKENIZER).is_file() or not isinstance(model[0], SentencePieceTokenizer):
+    if (folder / TOKENIZER).is_file():
         return model
     try:
-        built = tokenizer_json.build(model[0], model[1])
-        data = declared.completed(built, folder, as_it_is=True)
-        if data == built:
+        if not declared.adds_to(model[0], folder):
             return model
+        data = declared.completed(tokenizer_json.build(model[0], model[1]), folder, as_it_is=True)
         found = tokenizer.parse(data, str(folder / SENTENCEPIECE), vocab_size)
         return found.with_ids(declared.ids_beside(folder / SENTENCEPIECE, found)), data, ()
     except (TokenizerError, UsageError) as error:
-        return *model[:2], (f"tokens added to its tokenizer cannot be used: {error}",)
+        return None, b"", (f"tokens added to its tokenizer cannot be used: {error}",)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # The class that ignores how a tokenizer.json splits texts, and its own special tokens.
 LLAMA_CLASS = "LlamaTokenizer"
+BYTE_LEVEL = b'"ByteLevel"'
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -106,6 +107,17 @@ def stops_in(folder: Path) -> tuple[int, ...]:
     return ()
 
 
+def adds_to(found: Tokenizer, folder: Path) -> bool:
+    """Return whether the files of a folder add tokens to a tokenizer.
+
+    Raises:
+        TokenizerError: if one of the files is damaged.
+    """
+    declared = _Declared(folder)
+    names = [token["content"] for token in declared.added] + [*declared.special.values(), *declared.extra]
+    return any(found.id_of(name) is None for name in names)
+
+
 def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
     """Return a tokenizer.json with all tokens that transformers would add to it, and split as its class splits texts.
 
@@ -131,7 +143,7 @@ def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
         for name in special
         if name not in known and name not in {token["content"] for token in missing}
     ]
-    is_llama = not as_it_is and declared.is_llama and b'"ByteLevel"' not in data
+    is_llama = declared.is_llama and not as_it_is
     if not missing and not is_llama:
         return data
     try:
@@ -201,6 +213,7 @@ class _Declared:
     Attributes:
         config: tokenizer_config.json.
         tokenizer_class: the name of transformers' class.
+        is_llama: whether this is LlamaTokenizer, which transformers does not believe of byte-level vocabularies.
         special: the special tokens by their roles, like bos_token; other keys that end in _token too.
         extra: special tokens without a role.
         added: the added tokens, as tokenizer.json lists them, in the order of their ids.
@@ -219,13 +232,15 @@ class _Declared:
         listed = self.config.get("added_tokens_decoder")
         if listed is None:
             table |= _read(folder / SPECIAL_MAP)
-        defaults = LLAMA_TOKENS if self.is_llama else {}
-        self.special: dict[str, str] = dict(defaults)
-        for key, value in table.items():
-            if key in ROLES or key.endswith("_token") and isinstance(value, str):
+        is_bytes = (folder / JSON).is_file() and BYTE_LEVEL in (folder / JSON).read_bytes()
+        self.is_llama = self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS and not is_bytes
+        self.special: dict[str, str] = dict(LLAMA_TOKENS) if self.is_llama else {}
+        others = [key for key, value in table.items() if key.endswith("_token") and isinstance(value, str)]
+        for key in dict.fromkeys([*ROLES, *others]):
+            if key in table:
                 self.special.pop(key, None)
-                if value is not None:
-                    self.special[key] = _name(source, key, value)
+                if table[key] is not None:
+                    self.special[key] = _name(source, key, table[key])
         extra = table.get("extra_special_tokens") or table.get("additional_special_tokens") or []
         if isinstance(extra, dict):
             self.special |= {str(key): _name(source, str(key), value) for key, value in extra.items()}
@@ -248,11 +263,6 @@ class _Declared:
                 )
         for token in self.added:
             token["special"] = token["special"] or token["content"] in self.special.values()
-
-    @property
-    def is_llama(self) -> bool:
-        """Whether the class is LlamaTokenizer."""
-        return self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS
 
     @property
     def prepend_scheme(self) -> str:
