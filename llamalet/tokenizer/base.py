@@ -16,6 +16,9 @@ from typing import ClassVar, Self
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer.rows import TokenizerRow, pack
 
+# Texts after which another is encoded to see how it continues them; few vocabularies merge across the first.
+CONTINUED = ("\n", ".", "a")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialIds:
@@ -290,8 +293,17 @@ class Tokenizer(abc.ABC):
 
     def _encode_inside(self, text: str) -> list[int]:
         """Return the ids of a valid text that continues another, so that no space is put before it."""
-        before, both = self._encode("\n"), self._encode("\n" + text)
-        return both[len(before) :] if both[: len(before)] == before else self._encode(text)
+        for before in CONTINUED:
+            ids, both = self._encode(before), self._encode(before + text)
+            # A character that the vocabulary does not know could become one <unk> with the text's first.
+            if both[: len(ids)] == ids and not self._special_ids.intersection(ids):
+                return both[len(ids) :]
+        return self._encode(text)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """The ids of the special tokens."""
+        return frozenset(self.special.values())
 
     def _encode_part(self, text: str, is_first: bool) -> list[int]:
         """Return the ids of a valid text that begins a whole, or follows a special token."""

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
-from llamalet.tokenizer.base import SpecialIds, Tokenizer, valid
+from llamalet.tokenizer.base import CONTINUED, SpecialIds, Tokenizer, valid
 from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
 from llamalet.tokenizer.rows import TokenizerRow
@@ -156,17 +156,19 @@ class JsonTokenizer(Tokenizer):
             inside: whether it continues another text.
         """
         self._library.encode_special_tokens = False
-        before = self._library.encode("\n", add_special_tokens=False).ids if inside else []
-        both = self._library.encode("\n" * inside + text, add_special_tokens=False)
-        if both.ids[: len(before)] != before:
-            before, inside, both = [], False, self._library.encode(text, add_special_tokens=False)
-        n, shift = len(before), int(inside)
-        return both.ids[n:], [(max(0, start - shift), end - shift) for start, end in both.offsets[n:]]
+        for before in CONTINUED if inside else ():
+            ids = self._library.encode(before, add_special_tokens=False).ids
+            both = self._library.encode(before + text, add_special_tokens=False)
+            n, shift = len(ids), len(before)
+            if both.ids[:n] == ids and not self._special_ids.intersection(ids):
+                return both.ids[n:], [(max(0, start - shift), end - shift) for start, end in both.offsets[n:]]
+        alone = self._library.encode(text, add_special_tokens=False)
+        return alone.ids, alone.offsets
 
     def _encode_name(self, name: str) -> list[int]:
         """Return the ids of a token's name as plain text."""
         ids = self._encode_inside(name)
-        if len(name) == 1 or not self._name_ids.intersection(ids):
+        if len(name) == 1 or self._name_ids.isdisjoint({*ids} - {self._unknown_id}):
             return ids
         return self._encode_name(name[:1]) + self._encode_name(name[1:])
 
