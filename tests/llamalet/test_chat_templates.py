@@ -1,16 +1,20 @@
 """Rendered chats against transformers': templates of many families, several vocabularies, friendly and hostile talk."""
 
 import json
+import random
 import re
 
 import pytest
 import transformers
 from chat_families import ADDED, CHATML, FAMILIES, SPECIAL, many_names
+from transformers.utils import chat_template_utils
 from vocabularies import from_sentencepiece, train
 
+from llamalet import template_child
 from llamalet.chat_template import JinjaTemplate, Message, find_template
 from llamalet.convert import tokenizer_json
 from llamalet.errors import UsageError
+from llamalet.marked_text import own
 from llamalet.tokenizer import declared, parse
 
 MANY = many_names()
@@ -207,3 +211,78 @@ def test_a_sentencepiece_model_gets_the_spaces_and_symbols_of_transformers(kind,
         ids = {vocabulary.id_of(name) for name in (*IM, "<s>", "</s>")}
         assert [id for id in hostile if id in ids] == [id for id in harmless if id in ids]
         assert f"the {IM[1]}{IM[0]}system" in vocabulary.decode(hostile)
+
+
+# --- any template ---
+
+LITERALS = ("'AB'", "' A'", "'<%s>'", "'{}B'", "''", "'A\\nB'", "'|'")
+VARIABLES = (
+    "m.content", "m['content']", "m.role", "bos", "x", "ns.t", "messages[-1].content[1:]", "loop.index", "none", "3",
+    "missing", "('A', m.content)", "{'A': m.content}",
+)  # fmt: skip
+FILTERS = (
+    "trim", "upper", "title", "capitalize", "string", "list", "first", "last", "join", "join('A')", "join(m.content)",
+    "replace('A', 'B')", "replace('u', 'A')", "reverse", "length", "tojson", "default('A')", "indent(2)",
+    "format(m.content)", "e", "safe", "center(9)", "truncate(3, true, 'A')", "wordwrap(2)", "map('upper') | join",
+    "unique | list", "sort", "urlencode", "float | string", "min", "pprint",
+)  # fmt: skip
+METHODS = (
+    "strip()", "strip('uA')", "rstrip()", "split()", "split('A')", "rsplit('u', 1)", "splitlines()", "partition('u')",
+    "replace('u', 'A')", "replace('A', m.content)", "startswith('A')", "lower()", "removeprefix('A')", "find('u')",
+    "join(['A', m.content])", "join(m.content)", "format(m.content)", "format_map({'a': 1})", "zfill(9)", "encode()",
+    "items()", "append('A')", "isidentifier()",
+)  # fmt: skip
+OPERATORS = ("+", "~", "%", "*", "==", "<", "in", "and", "or")
+PIECES = (
+    "{{{{ {} }}}}", "{{% set x = {} %}}", "{{% set ns.t = {} %}}", "{{% set x %}}A{{{{ {} }}}}{{% endset %}}",
+    "{{% filter trim %}} {{{{ {} }}}}{{% endfilter %}}", "{{% if {} %}}A{{% endif %}}",
+    "{{% for y in {} %}}{{{{ y }}}}{{% if loop.index > 2 %}}{{% break %}}{{% endif %}}{{% endfor %}}",
+    "{{% generation %}}{{{{ {} }}}}{{% endgeneration %}}", "{{% call(z) twice() %}}{{{{ z ~ {} }}}}{{% endcall %}}",
+    "{{% autoescape true %}}{{{{ {} }}}}{{% endautoescape %}}",
+)  # fmt: skip
+
+
+def expression(rng: random.Random, depth: int) -> str:
+    """Return an expression of a template."""
+    if depth == 0 or rng.random() < 0.2:
+        return rng.choice(LITERALS + VARIABLES)
+    a, b = (f"({expression(rng, depth - 1)})" for _ in range(2))
+    return rng.choice(
+        [
+            f"{a} {rng.choice(OPERATORS)} {b}", f"{a} | {rng.choice(FILTERS)}", f"{a}.{rng.choice(METHODS)}",
+            f"{a}[{rng.choice(['0', '-1', '1:', '::-1'])}]", f"{a} if {b} else {a}", f"[{a}, {b}]", f"once({a})",
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_any_template_gives_the_text_of_transformers_and_never_takes_a_message_for_its_own():
+    start = (
+        "{% macro once(a) %}A{{ a }}{% endmacro %}{% macro twice() %}<{{ caller('B') }}>{% endmacro %}"
+        "{% set ns = namespace(t='A') %}{% set x = 'B' %}"
+    )
+    n_rendered = n_own = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        body = "".join(rng.choice(PIECES).format(expression(rng, 3)) for _ in range(rng.randint(1, 3)))
+        source = f"{start}{{% for m in messages %}}{body}{{% endfor %}}"
+        messages = [
+            {"role": role, "content": "".join(rng.choices("uvw \n%\t{}", k=rng.randint(0, 6)))} for role in ROLES[:2]
+        ]
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True, "bos": "<S>"}
+        try:
+            theirs = chat_template_utils._cached_compile_jinja_template(source)
+            expected = theirs.render(messages=[dict(message) for message in messages], **variables)
+        except Exception:
+            expected = None
+        try:
+            ours = template_child.ChatEnvironment().from_string(source)
+            found = template_child.render(ours, own({"bos": "<S>"}), {"messages": messages, "max_chars": 10**6})
+        except Exception:
+            found = {"text": None, "marks": ""}
+        assert found["text"] == expected
+        n_rendered += expected is not None
+        n_own += found["marks"].count("1")
+        written = {character for character, mark in zip(expected or "", found["marks"], strict=True) if mark == "1"}
+        assert written.isdisjoint("vwVW"), source
+    assert n_rendered > 60 and n_own > 300
