@@ -114,15 +114,15 @@ def write_gguf(path: Path, config: ModelConfig, dtype: str, rng: np.random.Gener
     types = {1: gguf.GGMLQuantizationType.F32, 2: gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]}
     names = expand(gguf_file.NAMES, config.n_layers)
     shapes = {names[spec.name]: spec.shape for spec in model_file.tensor_specs(1, config)}
-    if config.rope_scaling is not None:
-        shapes[gguf_file.ROPE_FACTORS] = (config.head_dim // 2,)
+    if (divisors := gguf_file.rope_factors(config)) is not None:
+        shapes[gguf_file.ROPE_FACTORS] = divisors.shape
     for name, shape in shapes.items():
         gguf_file.add_tensor_info(writer, name, shape, types[len(shape)])
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, shape in shapes.items():
-        weights = gguf_file.rope_factors(config) if name == gguf_file.ROPE_FACTORS else random_weights(rng, shape)
+        weights = random_weights(rng, shape) if divisors is None or name != gguf_file.ROPE_FACTORS else divisors
         writer.write_tensor_data(gguf.quants.quantize(weights, types[len(shape)]))
     writer.close()
 

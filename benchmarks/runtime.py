@@ -30,7 +30,7 @@ from benchmarks.harness import OUT, load_average, log, machine, one_line, peak_r
 from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
 from llamalet import model_file, tokenizer
-from llamalet.config import ModelConfig, RopeScaling
+from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.errors import ConfigError, UsageError, not_positive, run
 from llamalet.kernels.threads import thread_count
 from llamalet.kernels.transformer import Transformer
@@ -82,7 +82,7 @@ SHAPES = {
         config=ModelConfig.create(
             dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, vocab_size=128256, max_seq_len=CONTEXT,
             rope_theta=500000.0,
-            rope_scaling=RopeScaling(
+            rope_scaling=Llama3Scaling(
                 factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
             ),
         ),

@@ -6,20 +6,48 @@ G kv heads, D head_dim, F hidden_dim, V vocab, L layers.
 
 import dataclasses
 import math
+import reprlib
+import sys
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.errors import ConfigError, not_positive
 
+Frequencies = NDArray[np.float64]
+"""The radians by which each RoPE pair of a head rotates per position: (D / 2,)."""
+
 IGNORED = -1
 """A training target with this value does not count towards the loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RopeScaling:
+class LinearScaling:
+    """Position interpolation: all RoPE wavelengths are stretched by `factor`.
+
+    Source: https://arxiv.org/abs/2306.15595; `linear` in Hugging Face's config.json and in GGUF.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        """Refuse values that the formula cannot use."""
+        if not (_is_finite(self.factor) and self.factor > 0):
+            raise ConfigError(f"rope_scaling.factor={reprlib.repr(self.factor)}: must be a positive number")
+        object.__setattr__(self, "factor", float(self.factor))
+
+    def scaled(self, frequencies: Frequencies) -> Frequencies:
+        """Return the scaled frequencies of pairs that rotate with `frequencies` otherwise."""
+        return frequencies / self.factor
+
+    def __str__(self) -> str:
+        return f"linear scaling by {self.factor:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Scaling:
     """Llama 3's stretching of RoPE wavelengths, for contexts longer than in the original training.
 
     Source: Llama 3.1 reference code, `apply_scaling`; Hugging Face's `rope_type: llama3`.
@@ -33,16 +61,82 @@ class RopeScaling:
     def __post_init__(self) -> None:
         """Refuse values that the formula cannot use."""
         problems = []
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            problems.append(f"rope_scaling.factor={self.factor}: must be at least 1")
-        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+        if not (_is_finite(self.factor) and self.factor >= 1):
+            problems.append(f"rope_scaling.factor={reprlib.repr(self.factor)}: must be a number, at least 1")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not (_is_finite(low) and _is_finite(high) and 0 < low < high):
             problems.append(
-                f"rope_scaling: low_freq_factor={self.low_freq_factor} must be positive and less than "
-                f"high_freq_factor={self.high_freq_factor}"
+                f"rope_scaling: low_freq_factor={reprlib.repr(low)} must be a positive number, less than "
+                f"high_freq_factor={reprlib.repr(high)}"
             )
-        if self.original_max_seq_len < 1:
-            problems.append(f"rope_scaling.original_max_seq_len={self.original_max_seq_len}: must be positive")
+        original = self.original_max_seq_len
+        if not (_is_finite(original) and original >= 1 and original % 1 == 0):
+            problems.append(
+                f"rope_scaling.original_max_seq_len={reprlib.repr(original)}: must be a positive whole number"
+            )
         ConfigError.raise_for(problems)
+        for name, kind in Llama3Scaling.__annotations__.items():
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
+    def scaled(self, frequencies: Frequencies) -> Frequencies:
+        """Return the scaled frequencies of pairs that rotate with `frequencies` otherwise."""
+        # Long waves (few turns within the original context) are stretched by `factor`, short ones kept, others blended.
+        keep = self.kept(frequencies)
+        return keep * frequencies + (1 - keep) * frequencies / self.factor
+
+    def kept(self, frequencies: Frequencies) -> Frequencies:
+        """Return the share of each frequency that stays as it is, 0 to 1; the rest is divided by `factor`."""
+        turns = self.original_max_seq_len * frequencies / (2 * np.pi)
+        return np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+
+    def __str__(self) -> str:
+        return f"llama3's scaling by {self.factor:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeDivisors:
+    """A divisor for the frequency of each RoPE pair of a head, where no formula gives them; kept as float32 numbers.
+
+    Source: llama.cpp's tensor rope_freqs; Hugging Face's `rope_type: longrope` with one list of factors.
+    """
+
+    divisors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Round to float32; refuse values that the division cannot use."""
+        with np.errstate(over="ignore"):  # refused as infinite
+            rounded = tuple(float(np.float32(value)) if _is_finite(value) else math.nan for value in self.divisors)
+        for at, value in enumerate(rounded):
+            if not 0 < value < math.inf:
+                raise ConfigError(
+                    f"rope_scaling.divisors[{at}]={self.divisors[at]!r}: must be a positive float32 number"
+                )
+        object.__setattr__(self, "divisors", rounded)
+
+    def scaled(self, frequencies: Frequencies) -> Frequencies:
+        """Return the scaled frequencies of pairs that rotate with `frequencies` otherwise."""
+        return frequencies / np.array(self.divisors)
+
+    def __str__(self) -> str:
+        return f"divisors from {min(self.divisors):g} to {max(self.divisors):g}"
+
+
+RopeScaling = LinearScaling | Llama3Scaling | RopeDivisors
+"""How the RoPE frequencies differ from rope_theta's."""
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
+def _read_scaling(fields: Any) -> RopeScaling:
+    """Return the scaling of which `fields` are all fields."""
+    for kind in get_args(RopeScaling):
+        if isinstance(fields, dict) and fields.keys() == {field.name for field in dataclasses.fields(kind)}:
+            return kind(**fields)
+    raise ConfigError(f"rope_scaling={reprlib.repr(fields)}: must have the fields of one kind of RoPE scaling")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +168,9 @@ class ModelConfig:
             problems.append(f"norm_eps={self.norm_eps}: must lie between 0 and 1")
         if not 0 < self.rope_theta < math.inf:
             problems.append(f"rope_theta={self.rope_theta}: must be positive")
+        if isinstance(scaling := self.rope_scaling, RopeDivisors) and len(scaling.divisors) != self.head_dim // 2:
+            n = len(scaling.divisors)
+            problems.append(f"rope_scaling has {n} divisors: must have half as many as head_dim={self.head_dim}")
         ConfigError.raise_for(problems)
 
     @classmethod
@@ -139,27 +236,20 @@ class ModelConfig:
         values = dict(fields)
         try:
             if values.get("rope_scaling") is not None:
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+                values["rope_scaling"] = _read_scaling(values["rope_scaling"])
             return cls(**values)
         except TypeError as error:
             raise ConfigError(f"model config: {error}") from None
 
 
-def rope_frequencies(config: ModelConfig) -> NDArray[np.float64]:
+def rope_frequencies(config: ModelConfig) -> Frequencies:
     """Return the radians by which each pair of a head rotates per position: float64 (D / 2,).
 
-    Source: RoFormer, https://arxiv.org/abs/2104.09864, section 3.2; scaling as in RopeScaling.
+    Source: RoFormer, https://arxiv.org/abs/2104.09864, section 3.2.
     """
     half = np.arange(0, config.head_dim, 2, dtype=np.float64)
     frequencies = config.rope_theta ** (-half / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # Long waves (few turns within the original context) are stretched by `factor`, short ones kept, others blended.
-    turns = scaling.original_max_seq_len * frequencies / (2 * np.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    return frequencies if config.rope_scaling is None else config.rope_scaling.scaled(frequencies)
 
 
 def rope_tables(config: ModelConfig, n_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from llamalet import model_file, tokenizer
 from llamalet.chat_template import TEMPLATE, read_template
-from llamalet.config import RopeScaling
+from llamalet.config import Llama3Scaling
 from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale
 from llamalet.errors import ConfigError, TokenizerError
 from llamalet.files import replacing
@@ -42,7 +42,7 @@ class BinTensor:
         return dequantize(self.weight[rows])
 
 
-def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScaling | None = None) -> ImportedModel:
+def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scaling | None = None) -> ImportedModel:
     """Open a model file of any version, llama2.c's or ours.
 
     Args:

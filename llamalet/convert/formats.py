@@ -185,7 +185,7 @@ def kind_of(path: Path) -> str:
     """Return the format of a path: checkpoint (a run's folder too), or one of FORMATS.
 
     Raises:
-        FormatError: if there is no model.
+        FormatError: if there is no model, or a split GGUF file's name could be two.
     """
     if path.is_dir():
         if (path / HF_CONFIG).is_file():
@@ -199,8 +199,11 @@ def kind_of(path: Path) -> str:
             f"no {META_PARAMS} (Meta)"
         )
     if not path.is_file():
+        from llamalet.convert.gguf_file import first_part
         from llamalet.convert.huggingface import HUB_ID
 
+        if first_part(path) is not None:
+            return "gguf"
         on_the_hub = HUB_ID.fullmatch(str(path)) and path.suffix not in FILES
         advice = f"; if it is one of the Hub: llamalet convert {path} NAME.bin --from=hf" if on_the_hub else ""
         raise FormatError(f"{path}: no such model file or folder{advice}")

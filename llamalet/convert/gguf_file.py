@@ -1,22 +1,25 @@
 """GGUF files of Llama models, as llama.cpp reads them, through its `gguf` package.
 
-Queries and keys have our order. llama3's RoPE scaling is a tensor, rope_freqs: the divisor of each pair's frequency.
-Quantized rows consist of blocks of 32 weights; a matrix whose rows cannot is stored as float16.
+Queries and keys have our order. RoPE is scaled linearly, as a key says, or by a tensor, rope_freqs: the divisor of each
+pair's frequency; so llama3's scaling is stored. A model may be split over files named NAME-00001-of-00002.gguf; the
+first has all metadata. Quantized rows consist of blocks of 32 weights; a matrix whose rows cannot is stored as float16.
 
 Source: llama.cpp, docs/gguf.md and gguf-py; conversion of Llama models: convert_hf_to_gguf.py.
 """
 
 import dataclasses
 import functools
+import glob
 import math
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
+from llamalet.config import LinearScaling, ModelConfig, RopeDivisors, RopeScaling, rope_frequencies
 from llamalet.convert import byte_level, imported_model
 from llamalet.convert.imported_model import DECODERS, FileTensor, Floats, ImportedModel
 from llamalet.convert.tokenizer_json import CONTROLS, FIRST_TEXT_ID
@@ -64,6 +67,10 @@ DTYPES = {
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }  # fmt: skip
 BLOCK = 32
+# What each part of a split file says of itself, and of the model again.
+SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+MAX_PARTS = (1 << 16) - 1
+SHAPE_KEYS = ("general.architecture", f"{ARCHITECTURE}.")
 END_OF_TURN = "<|eot_id|>"
 # The kinds of tokens.
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -91,28 +98,28 @@ def _package() -> Any:
 def read(name: str) -> ImportedModel:
     """Open a file of any type that the package can convert to float32.
 
+    Args:
+        name: its path; of a split file, any part's or NAME.
+
     Raises:
-        FormatError: if it is damaged, or not a Llama model.
+        FormatError: if it is damaged, a part is missing, or it is not a Llama model.
         UsageError: if the gguf package is not installed.
     """
-    path = Path(name)
+    path = first_part(Path(name)) or Path(name)
     if not path.is_file():
         raise FormatError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    try:
-        reader = _strict_reader(path)
-        fields = _Fields(path, reader)
-        stored = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        raise FormatError(f"{path}: not a GGUF file, damaged or truncated: {error}") from None
-    config = _read_config(path, fields, stored)
+    parts = _read_parts(path)
+    path, fields = parts[0].path, parts[0]
+    stored = {tensor.name: (part.path, tensor) for part in parts for tensor in part.tensors}
+    config = _read_config(path, fields, {name: tensor for name, (_, tensor) in stored.items()})
     names = imported_model.expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
-    found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if theirs != ROPE_FACTORS}
-    imported_model.check_shapes(str(path), config, {our: _shape(tensor) for our, tensor in found.items()}, names)
-    tensors = {our: _opened(path, tensor) for our, tensor in found.items()}
+    found = {ours.get(theirs, theirs): place for theirs, place in stored.items() if theirs != ROPE_FACTORS}
+    imported_model.check_shapes(str(path), config, {our: _shape(tensor) for our, (_, tensor) in found.items()}, names)
+    tensors = {our: _opened(*place) for our, place in found.items()}
     vocabulary: Tokenizer | None = None
     notes = []
-    if rounded := sorted({tensor.tensor_type.name for tensor in stored.values()} - DECODERS.keys()):
+    if rounded := sorted({tensor.tensor_type.name for _, tensor in stored.values()} - DECODERS.keys()):
         notes.append(f"its weights were already rounded to {', '.join(rounded)}; the export keeps that rounding")
     try:
         vocabulary = _read_tokenizer(str(path), fields)
@@ -130,7 +137,73 @@ def read(name: str) -> ImportedModel:
         chat_template=template if isinstance(template, str) else None,
         stop_tokens=tuple(sorted(id for id in stops if isinstance(id, int))),
         notes=tuple(notes),
+        files=tuple(part.path for part in parts),
     )
+
+
+def first_part(path: Path) -> Path | None:
+    """Return the first part of a split file of which `path` is NAME, also with .gguf; None if there is none.
+
+    Raises:
+        FormatError: if several files are split under that name.
+    """
+    if path.exists():
+        return None
+    stem, digits = glob.escape(path.name.removesuffix(".gguf")), "[0-9]" * 5
+    found = sorted(path.parent.glob(f"{stem}-{digits}-of-{digits}.gguf"))
+    if len({part.name.rpartition("-of-")[2] for part in found}) > 1:
+        raise FormatError(f"{path}: no such file, but parts of several: name one of {found[0].name}, {found[-1].name}")
+    return found[0] if found else None
+
+
+def _read_parts(path: Path) -> list["_Part"]:
+    """Return the metadata of a file, or of all parts of the split file to which it belongs.
+
+    Raises:
+        FormatError: if one is damaged or missing, or they do not belong together.
+    """
+    part = _Part(path)
+    count = part.get(SPLIT_COUNT)
+    if count in (None, 0, 1):
+        return [part]
+    number = part.get(SPLIT_NUMBER)
+    if not (isinstance(count, int) and isinstance(number, int) and 0 <= number < count <= MAX_PARTS):
+        said = f"{SPLIT_NUMBER} is {reprlib.repr(number)} and {SPLIT_COUNT} is {reprlib.repr(count)}"
+        raise FormatError(f"{path}: {said}: damaged")
+    ending = "-{:05d}-of-{:05d}.gguf".format
+    if not path.name.endswith(ending(number + 1, count)):
+        raise FormatError(
+            f"{path}: is part {number + 1} of {count}, so its name must end in {ending(number + 1, count)}"
+        )
+    stem = path.name.removesuffix(ending(number + 1, count))
+    paths = [path.with_name(stem + ending(i + 1, count)) for i in range(count)]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise FormatError(f"{path}: is part {number + 1} of {count}; missing beside it: {names}")
+    parts = [part if part.path == path else _Part(path) for path in paths]
+    _check_parts(parts)
+    return parts
+
+
+def _check_parts(parts: Sequence["_Part"]) -> None:
+    """Raise a FormatError unless these are all parts of one split file, in their order."""
+    first, names = parts[0], set[str]()
+    for number, part in enumerate(parts):
+        for key, expected in ((SPLIT_NUMBER, number), (SPLIT_COUNT, len(parts))):
+            if part.get(key) != expected:
+                found = reprlib.repr(part.get(key))
+                raise FormatError(f"{part.path}: {key} is {found}, not {expected}: another file's part")
+        for key in part.keys():
+            if key.startswith(SHAPE_KEYS) and part.get(key) != first.get(key):
+                found, wanted = reprlib.repr(part.get(key)), reprlib.repr(first.get(key))
+                raise FormatError(f"{part.path}: {key} is {found}, and {wanted} in {first.path.name}")
+        if twice := names.intersection(tensor.name for tensor in part.tensors):
+            raise FormatError(f"{part.path}: {min(twice)} is in an earlier part too")
+        names.update(tensor.name for tensor in part.tensors)
+    total = first.get(SPLIT_TENSORS)
+    if total not in (None, len(names)):
+        found = reprlib.repr(total)
+        raise FormatError(f"{first.path}: {SPLIT_TENSORS} is {found}, and its {len(parts)} parts have {len(names)}")
 
 
 def _strict_reader(path: Path) -> "gguf.GGUFReader":
@@ -149,11 +222,20 @@ def _strict_reader(path: Path) -> "gguf.GGUFReader":
     return Reader(path)
 
 
-class _Fields:
-    """A file's metadata by key."""
+class _Part:
+    """A file, or a part of a split one: its metadata by key, and what it says of its tensors."""
 
-    def __init__(self, path: Path, reader: "gguf.GGUFReader") -> None:
-        self._path, self._reader = path, reader
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._reader = _strict_reader(path)
+            self.tensors = list(self._reader.tensors)
+        except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+            raise FormatError(f"{path}: not a GGUF file, damaged or truncated: {error}") from None
+
+    def keys(self) -> Collection[str]:
+        """Return the keys of all values."""
+        return self._reader.fields.keys()
 
     def get(self, key: str) -> Any:
         """Return a value as a Python object; None if there is none."""
@@ -161,14 +243,40 @@ class _Fields:
         try:
             return None if field is None else field.contents()
         except (ValueError, IndexError, TypeError) as error:
-            raise FormatError(f"{self._path}: {key} is damaged: {error}") from None
+            raise FormatError(f"{self.path}: {key} is damaged: {error}") from None
 
     def needed(self, key: str) -> Any:
         """Return a value that every file must have."""
         value = self.get(key)
         if value is None:
-            raise FormatError(f"{self._path}: has no {key}")
+            raise FormatError(f"{self.path}: has no {key}")
         return value
+
+    def of_layers(self, key: str, n_layers: Any) -> Any:
+        """Return a value that may be given for each layer; None if there is none.
+
+        Raises:
+            FormatError: if the layers differ, or it is not given for each.
+        """
+        value = self.get(key)
+        if not isinstance(value, list):
+            return value
+        if not value or len(value) != n_layers:
+            raise FormatError(f"{self.path}: {key} has {len(value)} values for {n_layers} layers")
+        if any(other != value[0] for other in value):
+            raise FormatError(f"{self.path}: {key} is {reprlib.repr(value)}: must be the same in all layers")
+        return value[0]
+
+    def number(self, key: str, default: float) -> float:
+        """Return a number.
+
+        Raises:
+            FormatError: if it is of another type.
+        """
+        value = self.get(key)
+        if not isinstance(value, int | float | None) or isinstance(value, bool):
+            raise FormatError(f"{self.path}: {key} is {reprlib.repr(value)}: must be a number")
+        return default if value is None else float(_shortest(value))
 
 
 def _shape(tensor: "gguf.ReaderTensor") -> tuple[int, ...]:
@@ -198,7 +306,7 @@ def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
     return FileTensor(path, int(tensor.data_offset), shape, kind.name, row_bytes, decode)
 
 
-def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
+def _read_config(path: Path, fields: _Part, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
     """Return the config that the metadata describes.
 
     Raises:
@@ -209,17 +317,15 @@ def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderT
     of = functools.partial("{}.{}".format, ARCHITECTURE)
     if fields.get(of("expert_count")):
         raise FormatError(f"{path}: is a mixture of {fields.get(of('expert_count'))} experts, not a plain Llama")
-    scaling = fields.get(of("rope.scaling.type"))
-    if scaling not in (None, "none") and fields.get(of("rope.scaling.factor")) not in (None, 1.0):
-        raise FormatError(f"{path}: RoPE is scaled the {scaling!r} way, not in llama3's")
     values = {ours: fields.needed(of(theirs)) for ours, theirs in FIELDS.items()}
+    values |= {ours: fields.of_layers(of(FIELDS[ours]), values["n_layers"]) for ours in ("n_heads", "hidden_dim")}
     if NAMES["tok_embeddings"] not in stored:
         raise FormatError(f"{path}: {NAMES['tok_embeddings']} is missing")
     config = imported_model.build_config(
         str(path),
         values
         | {
-            "n_kv_heads": fields.get(of("attention.head_count_kv")),
+            "n_kv_heads": fields.of_layers(of("attention.head_count_kv"), values["n_layers"]),
             "head_dim": fields.get(of("attention.key_length")),
             "vocab_size": _shape(stored[NAMES["tok_embeddings"]])[0],
             "norm_eps": _shortest(values["norm_eps"]),
@@ -233,10 +339,13 @@ def _read_config(path: Path, fields: _Fields, stored: Mapping[str, "gguf.ReaderT
             raise FormatError(
                 f"{path}: {of(other)} is {fields.get(of(other))}: must be the width of a head, {config.head_dim}"
             )
-    if ROPE_FACTORS not in stored:
-        return config
-    factors = np.asarray(stored[ROPE_FACTORS].data, np.float64)
-    return dataclasses.replace(config, rope_scaling=_scaling_of(path, config, factors))
+    window = fields.number(of("attention.sliding_window"), config.max_seq_len)
+    if 0 < window < config.max_seq_len:
+        raise FormatError(
+            f"{path}: {of('attention.sliding_window')} is {window:g}, below the context {config.max_seq_len}"
+        )
+    scaling = _read_scaling(path, config, _linear_factor(path, fields), stored.get(ROPE_FACTORS))
+    return dataclasses.replace(config, rope_scaling=scaling)
 
 
 def _shortest(value: Any) -> Any:
@@ -244,26 +353,77 @@ def _shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def rope_factors(config: ModelConfig) -> Floats:
-    """Return the divisor of each frequency under llama3's scaling, float32 (D / 2,)."""
+def _linear_factor(path: Path, fields: _Part) -> float:
+    """Return the factor by which RoPE is scaled linearly, 1 if it is not.
+
+    Raises:
+        FormatError: if it is scaled in another way.
+
+    Source: llama.cpp, src/llama-model.cpp (load_hparams) and src/llama-context.cpp: the way is linear where the file
+    does not say it, the older key counts where the newer is missing, 0 is 1, and with a factor of 1 all ways are equal.
+    """
+    of = functools.partial("{}.rope.{}".format, ARCHITECTURE)
+    kind, key = fields.get(of("scaling.type")), of("scaling.factor")
+    if fields.get(key) is None:
+        key = of("scale_linear")
+    factor = 1.0 if kind == "none" else fields.number(key, 1.0) or 1.0
+    if kind not in (None, "none", "linear") and (factor != 1 or kind not in ("yarn", "longrope")):
+        raise FormatError(f"{path}: {of('scaling.type')} is {kind!r}, the factor {factor:g}: only 'linear' can be read")
+    if not 0 < factor < math.inf:
+        raise FormatError(f"{path}: {key} is {factor:g}: must be a positive number")
+    if (attention := fields.number(of("scaling.attn_factor"), 1.0)) != 1:
+        raise FormatError(f"{path}: {of('scaling.attn_factor')} is {attention:g}: only 1 can be read")
+    return factor
+
+
+def _read_scaling(
+    path: Path, config: ModelConfig, factor: float, divisors: "gguf.ReaderTensor | None"
+) -> RopeScaling | None:
+    """Return how RoPE is scaled.
+
+    Args:
+        path: the file.
+        config: its shape, without scaling.
+        factor: see `_linear_factor`.
+        divisors: the tensor ROPE_FACTORS, if there is one; llama.cpp divides by both.
+
+    Raises:
+        FormatError: if the divisors are damaged.
+    """
+    if divisors is None:
+        return None if factor == 1 else LinearScaling(factor=factor)
+    if divisors.tensor_type.name != "F32" or _shape(divisors) != (config.head_dim // 2,):
+        found = f"{divisors.tensor_type.name} of shape {_shape(divisors)}"
+        raise FormatError(f"{path}: {ROPE_FACTORS} is {found}: must be F32 of shape ({config.head_dim // 2},)")
+    try:
+        return _simplest(config, RopeDivisors(divisors=tuple(factor * float(value) for value in divisors.data)))
+    except ConfigError as error:
+        raise FormatError(f"{path}: {ROPE_FACTORS}: {error}") from None
+
+
+def _simplest(config: ModelConfig, found: RopeDivisors) -> RopeScaling | None:
+    """Return what gives some divisors: nothing, one factor, Llama 3.1's scaling with a factor, or only themselves."""
+    divisors, last = np.array(found.divisors), found.divisors[-1]
+    if (divisors == last).all():
+        return None if last == 1 else LinearScaling(factor=_shortest(last))
+    factor = rounded if math.isclose(rounded := round(last, 4), last, rel_tol=1e-6) else _shortest(last)
+    if factor >= 1:
+        scaling, plain = imported_model.llama3_scaling(factor), rope_frequencies(config)
+        # Converters compute with float32 numbers.
+        if np.allclose(plain / scaling.scaled(plain), divisors, rtol=1e-4, atol=0):
+            return scaling
+    return found
+
+
+def rope_factors(config: ModelConfig) -> Floats | None:
+    """Return the divisor of each frequency, float32 (D / 2,); None if a key says how RoPE is scaled, or it is not."""
+    if isinstance(config.rope_scaling, LinearScaling | None):
+        return None
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
     return (plain / rope_frequencies(config)).astype(np.float32)
 
 
-def _scaling_of(path: Path, config: ModelConfig, factors: NDArray[np.float64]) -> RopeScaling:
-    """Return llama3's scaling with these divisors.
-
-    Raises:
-        FormatError: if Llama 3.1's constants do not give them with any factor.
-    """
-    scaling = imported_model.llama3_scaling(max(1.0, round(float(factors.max()), 4)))
-    expected = rope_factors(dataclasses.replace(config, rope_scaling=scaling))
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise FormatError(f"{path}: {ROPE_FACTORS} is not what Llama 3.1's RoPE scaling gives with any factor")
-    return scaling
-
-
-def _read_tokenizer(name: str, fields: _Fields) -> Tokenizer:
+def _read_tokenizer(name: str, fields: _Part) -> Tokenizer:
     """Return the vocabulary of a file.
 
     Raises:
@@ -308,9 +468,6 @@ def _check(source: ImportedModel) -> None:
         raise TokenizerError(
             f"{source.name}: llama.cpp needs the tokenizer inside a GGUF file; name it with --tokenizer"
         )
-    scaling = source.config.rope_scaling
-    if scaling is not None and scaling != imported_model.llama3_scaling(scaling.factor):
-        raise ConfigError(f"{scaling}: a GGUF file can only hold Llama 3.1's constants, with any factor")
 
 
 def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
@@ -325,7 +482,7 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         The names of the matrices stored as float16, because their rows are not a multiple of BLOCK.
 
     Raises:
-        ConfigError: if the file cannot say how RoPE is scaled, or float16 cannot hold a weight.
+        ConfigError: if float16 cannot hold a weight.
         TokenizerError: if llama.cpp would encode texts differently.
         NonFiniteError: if a weight is NaN or infinite.
         UsageError: if the gguf package is not installed.
@@ -337,9 +494,11 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
     _add_fields(writer, source, path.stem, gguf.LlamaFileType[DTYPES[dtype][1]])
     names, others = imported_model.expand(NAMES, config.n_layers), []
     plan: list[tuple[str, str, Any]] = []
-    if config.rope_scaling is not None:
+    tensors = dict[str, Rows]()
+    if (divisors := rope_factors(config)) is not None:
+        tensors[ROPE_FACTORS] = divisors
         plan.append((ROPE_FACTORS, ROPE_FACTORS, kinds.F32))
-        add_tensor_info(writer, ROPE_FACTORS, (config.head_dim // 2,), kinds.F32)
+        add_tensor_info(writer, ROPE_FACTORS, divisors.shape, kinds.F32)
     for spec in tensor_specs(1, config):
         kind = kinds.F32 if len(spec.shape) == 1 else kinds[DTYPES[dtype][0]]
         if kind in (kinds.Q8_0, kinds.Q4_0) and spec.shape[-1] % BLOCK:
@@ -354,7 +513,7 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for ours, _, kind in plan:
-            tensor = rope_factors(config) if ours == ROPE_FACTORS else source.tensors[ours]
+            tensor = tensors[ours] if ours in tensors else source.tensors[ours]
             writer.write_padding(file, file.tell())
             for data in _encoded(ours, tensor, kind):
                 file.write(data)
@@ -422,6 +581,9 @@ def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_theta)
+    if isinstance(c.rope_scaling, LinearScaling):
+        writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(c.rope_scaling.factor)
 
 
 def _add_llama3(writer: "gguf.GGUFWriter", table: byte_level.MergeTable) -> None:

@@ -6,8 +6,10 @@ second ones. Ours and Meta's have each pair side by side. Everything else differ
 Source: transformers, models/llama: configuration_llama.py, modeling_llama.py, convert_llama_weights_to_hf.py.
 """
 
+import dataclasses
 import json
 import re
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from llamalet import tokenizer
 from llamalet.chat_template import TEMPLATE_FILES, TOKENIZER_CONFIG, read_template
-from llamalet.config import ModelConfig, RopeScaling
+from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
@@ -46,13 +48,26 @@ FIELDS = {
     "dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
 }  # fmt: skip
+# Theirs -> the values with which the arithmetic is a plain Llama's, the default first. Those after model_type are other
+# architectures', whose models must not run as something else.
 PLAIN = {
-    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "quantization_config": None, "sliding_window": None, "partial_rotary_factor": 1.0,
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1.0), "model_type": ("llama",),
+    "attention_multiplier": (None,), "embedding_multiplier": (None, 1.0), "residual_multiplier": (None, 1.0),
+    "logits_scaling": (None, 1.0), "logit_scale": (None, 1.0), "scale_emb": (None, 1.0), "scale_depth": (None,),
+    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "query_pre_attn_scalar": (None,),
+    "clip_qkv": (None,), "use_qk_norm": (None, False), "no_rope_layers": (None,), "rope_interleave": (None, False),
+    "num_local_experts": (None, 0), "num_experts": (None, 0),
 }  # fmt: skip
+WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 SCALING_FIELDS = {
     "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
     "original_max_seq_len": "original_max_position_embeddings",
+}  # fmt: skip
+# The RoPE parameters that each way of scaling uses.
+ROPE_FIELDS = {
+    "default": (), "linear": ("factor",), "llama3": tuple(SCALING_FIELDS.values()),
+    "longrope": ("short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings"),
 }  # fmt: skip
 DEFAULT_NORM_EPS = 1e-6
 # Our dtypes -> transformers' names of them; safetensors' are ours in capitals.
@@ -87,17 +102,15 @@ def read(name: str) -> ImportedModel:
             raise FormatError(f"{name}: neither a folder nor the ID of a repository on the Hub (ORGANIZATION/NAME)")
         folder = fetch(name)
     fields = imported_model.read_json(folder / CONFIG)
-    stored = _stored_tensors(folder)
-    notes: tuple[str, ...] = ()
-    tied = bool(fields.get("tie_word_embeddings", False))
-    if not tied and NAMES["output"] not in stored:
-        tied, notes = True, ("lm_head.weight is missing: the output is tied to the embeddings",)
-    config = _read_config(str(folder / CONFIG), fields, tied)
+    stored = _with_prefix(imported_model.unwrapped(str(folder), _stored_tensors(folder)))
+    config = _read_config(str(folder / CONFIG), fields)
+    tied, notes = _tie(str(folder / CONFIG), fields, stored)
+    config = dataclasses.replace(config, tied=tied)
+    if unused := _unused_rope_fields(fields):
+        notes.append(unused)
     names = imported_model.expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
     found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if not IGNORED.fullmatch(theirs)}
-    if tied:  # an output in the file is not used
-        found.pop("output", None)
     imported_model.check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
     tensors = {our: _reordered(our, tensor, config, (2, -1)) for our, tensor in found.items()}
     vocabulary, data, problems = _read_tokenizer(folder, config.vocab_size)
@@ -110,7 +123,7 @@ def read(name: str) -> ImportedModel:
         tokenizer_data=data,
         chat_template=_chat_template(folder),
         stop_tokens=declared.stops_in(folder),
-        notes=notes + problems,
+        notes=(*notes, *problems),
     )
 
 
@@ -149,22 +162,26 @@ def fetch(repository: str) -> Path:
         ) from None
 
 
-def _read_config(name: str, fields: Mapping[str, Any], tied: bool) -> ModelConfig:
+def _read_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
     """Return the config that config.json describes, with the RoPE parameters in the old spelling or the new one.
+
+    Whether the output is tied depends on the tensors too: see `_tie`.
 
     Raises:
         FormatError: if it is another architecture, or a variant of Llama that cannot be run here.
     """
+    _, rope = _rope_fields(name, fields)
     for key, plain in PLAIN.items():
-        if (value := fields.get(key, plain)) != plain:
-            raise FormatError(f"{name}: {key} is {value!r}: only Llama models with {plain!r} can be read")
+        value = fields.get(key, plain[0])
+        if key == "partial_rotary_factor":
+            value = rope.get(key, value)
+        if value not in plain:
+            wanted = "without it" if plain[0] is None else f"with {plain[0]!r}"
+            raise FormatError(f"{name}: {key} is {reprlib.repr(value)}: only Llama models {wanted} can be read")
     if missing := [theirs for theirs in FIELDS.values() if fields.get(theirs) is None]:
         raise FormatError(f"{name}: has no {', '.join(missing)}")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise FormatError(f"{name}: rope_parameters is {rope!r}: must be an object")
     values = {ours: fields[theirs] for ours, theirs in FIELDS.items()}
-    return imported_model.build_config(
+    config = imported_model.build_config(
         name,
         values
         | {
@@ -172,24 +189,118 @@ def _read_config(name: str, fields: Mapping[str, Any], tied: bool) -> ModelConfi
             "head_dim": fields.get("head_dim"),
             "norm_eps": fields.get("rms_norm_eps", DEFAULT_NORM_EPS),
             "rope_theta": rope.get("rope_theta", fields.get("rope_theta")),
-            "rope_scaling": _read_scaling(name, rope),
-            "tied": tied,
+            "rope_scaling": None,
         },
+    )
+    _check_windows(name, fields, config.max_seq_len)
+    try:
+        return dataclasses.replace(config, rope_scaling=_read_scaling(name, fields, config.max_seq_len))
+    except ConfigError as error:
+        raise FormatError(f"{name}: {error}") from None
+
+
+def _check_windows(name: str, fields: Mapping[str, Any], max_seq_len: int) -> None:
+    """Raise a FormatError if a layer attends to less than the context."""
+    harmless = {"full_attention"}
+    for key, kind in WINDOWS.items():
+        window = fields.get(key)
+        if window is None or key == "sliding_window" and fields.get("use_sliding_window") is False:
+            continue
+        if not isinstance(window, int | float) or not window >= max_seq_len:
+            what = f"{key} is {reprlib.repr(window)}: only windows"
+            raise FormatError(f"{name}: {what} of at least max_position_embeddings, {max_seq_len}, can be read")
+        harmless.add(kind)
+    kinds = fields.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(kind in harmless for kind in kinds)):
+        raise FormatError(f"{name}: layer_types is {reprlib.repr(kinds)}: only 'full_attention' can be read")
+
+
+def _rope_fields(name: str, fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the RoPE parameters and their key; if both spellings are there, the old one counts for transformers."""
+    key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = fields.get(key) or {}
+    if not isinstance(rope, dict):
+        raise FormatError(f"{name}: {key} is {reprlib.repr(rope)}: must be an object")
+    if nested := [kind for kind, value in rope.items() if isinstance(value, dict)]:
+        raise FormatError(f"{name}: {key} has an object {nested[0]!r}: only the same for all layers can be read")
+    return key, rope
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    """Return how RoPE is scaled, by transformers' name."""
+    kind = rope.get("rope_type", rope.get("type"))
+    return "default" if kind is None else kind
+
+
+def _read_scaling(name: str, fields: Mapping[str, Any], max_seq_len: int) -> RopeScaling | None:
+    """Return how RoPE is scaled.
+
+    Raises:
+        ConfigError: if a parameter is missing, of another type or out of range.
+        FormatError: if it is scaled in a way that is not supported.
+
+    Source: transformers, modeling_rope_utils.py.
+    """
+    key, rope = _rope_fields(name, fields)
+    kind, factor = _rope_type(rope), rope.get("factor")
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return None if factor == 1 and factor is not True else LinearScaling(factor=factor)  # type: ignore[arg-type]
+    original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", max_seq_len))
+    if kind == "llama3":
+        values = {ours: rope.get(theirs) for ours, theirs in SCALING_FIELDS.items()}
+        return Llama3Scaling(**values | {"original_max_seq_len": original})  # type: ignore[arg-type]
+    divisors = rope.get("short_factor")
+    # Factors that depend on the length of the text, or scale attention too, are not supported.
+    if kind == "longrope" and isinstance(divisors, list) and divisors == rope.get("long_factor"):
+        if rope.get("attention_factor") == 1:
+            return RopeDivisors(divisors=tuple(divisors))
+    raise FormatError(
+        f"{name}: {key} is of type {reprlib.repr(kind)}, factor {reprlib.repr(factor)}: only 'linear', 'llama3' and "
+        f"'default' can be read, and 'longrope' if short_factor and long_factor are equal and attention_factor is 1"
     )
 
 
-def _read_scaling(name: str, rope: Mapping[str, Any]) -> RopeScaling | None:
-    """Return how RoPE is scaled; only llama3's way is supported."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", None):
-        return None
-    if kind != "llama3":
-        raise FormatError(f"{name}: RoPE is scaled the {kind!r} way: only 'llama3' and 'default' can be read")
-    try:
-        values = {ours: float(rope[theirs]) for ours, theirs in SCALING_FIELDS.items()}
-        return RopeScaling(**values | {"original_max_seq_len": int(values["original_max_seq_len"])})  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:  # a ConfigError is a ValueError
-        raise FormatError(f"{name}: the llama3 RoPE scaling is damaged: {error}") from None
+def _unused_rope_fields(fields: Mapping[str, Any]) -> str | None:
+    """Return a note on RoPE parameters that have no effect, here as in transformers; None if there are none."""
+    key, rope = _rope_fields("", fields)
+    kind = _rope_type(rope)
+    used = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_FIELDS.get(kind, rope)}
+    names = ", ".join(reprlib.repr(name) for name in sorted(rope.keys() - used))
+    return f"{key} has {names}, which type {kind!r} does not use, here as in transformers" if names else None
+
+
+def _with_prefix(stored: dict[str, FileTensor]) -> dict[str, FileTensor]:
+    """Return tensors by LlamaForCausalLM's names; a LlamaModel, saved without the output, lacks their prefix."""
+    prefix, _, embeddings = NAMES["tok_embeddings"].partition(".")
+    if embeddings not in stored:
+        return stored
+    return {theirs if theirs == NAMES["output"] else f"{prefix}.{theirs}": tensor for theirs, tensor in stored.items()}
+
+
+def _tie(name: str, fields: Mapping[str, Any], stored: dict[str, FileTensor]) -> tuple[bool, list[str]]:
+    """Return whether the output is the embeddings, and notes; then only the embeddings stay in `stored`.
+
+    A tied model may store either, or both.
+
+    Source: transformers, modeling_utils.py, `tie_weights`.
+
+    Raises:
+        FormatError: if config.json does not say true or false.
+    """
+    tied = fields.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise FormatError(f"{name}: tie_word_embeddings is {reprlib.repr(tied)}: must be true or false")
+    embeddings, output = NAMES["tok_embeddings"], NAMES["output"]
+    if output not in stored:
+        return True, [] if tied else [f"{output} is missing: the output is tied to the embeddings"]
+    if not tied:
+        return False, []
+    if embeddings in stored and not imported_model.same(stored[embeddings], stored[output]):
+        return False, [f"{output} is not equal to the embeddings, so it is not tied to them, whatever config.json says"]
+    stored[embeddings] = stored.pop(output)
+    return True, []
 
 
 def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
@@ -329,10 +440,12 @@ def _check(folder: Path, config: ModelConfig) -> None:
 
 def config_fields(source: ImportedModel, dtype: str) -> dict[str, Any]:
     """Return config.json's fields, the RoPE parameters in both spellings: transformers before 5 reads the old one."""
-    c, s = source.config, source.config.rope_scaling
-    scaling = None
-    if s is not None:
-        scaling = {"rope_type": "llama3"} | {theirs: getattr(s, ours) for ours, theirs in SCALING_FIELDS.items()}
+    c, scaling = source.config, scaling_fields(source.config)
+    old: Mapping[str, Any] | None = scaling
+    if c.rope_scaling is None:
+        old = None
+    elif isinstance(c.rope_scaling, LinearScaling):  # transformers before 4.43 knows it by this spelling alone
+        old = {"type": "linear", "factor": c.rope_scaling.factor}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -341,8 +454,8 @@ def config_fields(source: ImportedModel, dtype: str) -> dict[str, Any]:
         "head_dim": c.head_dim,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_scaling": old,
+        "rope_parameters": {"rope_theta": c.rope_theta, **scaling},
         "tie_word_embeddings": c.tied,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -351,6 +464,21 @@ def config_fields(source: ImportedModel, dtype: str) -> dict[str, Any]:
         "dtype": DTYPE_NAMES[dtype],
         "torch_dtype": DTYPE_NAMES[dtype],
     }
+
+
+def scaling_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return transformers' RoPE parameters but rope_theta."""
+    match config.rope_scaling:
+        case None:
+            return {"rope_type": "default"}
+        case LinearScaling(factor=factor):
+            return {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling() as scaling:
+            return {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for ours, theirs in SCALING_FIELDS.items()}
+        case RopeDivisors(divisors=divisors):  # one list for texts of any length, and attention as it is
+            factors = {"short_factor": list(divisors), "long_factor": list(divisors)}
+            rest = {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": config.max_seq_len}
+            return {"rope_type": "longrope"} | factors | rest
 
 
 def _special_ids(source: ImportedModel) -> dict[str, Any]:

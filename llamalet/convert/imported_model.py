@@ -12,22 +12,27 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import tokenizer
-from llamalet.config import ModelConfig, RopeScaling
+from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.model_file.header import CAPS
 from llamalet.model_file.quantize import from_bfloat16
-from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
+from llamalet.model_file.tensors import BLOCK_WEIGHTS, Rows, row_blocks, tensor_specs
 from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
 
 Floats = NDArray[np.float32]
 
 DEFAULT_ROPE_THETA = 10000.0  # Llama 1's and 2's
+
+# What modules that wrap another one put into the names of its tensors.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+T = TypeVar("T")
 
 REPORT_AFTER_S = 2.0
 MAX_SHOWN = 3
@@ -48,6 +53,7 @@ class ImportedModel:
         chat_template: the Jinja template that turns a conversation into a prompt, if there is one.
         stop_tokens: the ids that end a text, if the model itself says; the tokenizer's are the same then.
         notes: what the user should know, a line each.
+        files: the files of which it consists, if they are not just the one at `name`.
     """
 
     name: str
@@ -60,6 +66,7 @@ class ImportedModel:
     chat_template: str | None = None
     stop_tokens: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -157,6 +164,29 @@ def difference(tensors: Mapping[str, Rows], others: Mapping[str, Rows]) -> float
     return worst
 
 
+def same(a: Rows, b: Rows) -> bool:
+    """Return whether two matrices hold the same values."""
+    step = max(1, BLOCK_WEIGHTS // a.shape[-1])
+    return tuple(a.shape) == tuple(b.shape) and all(
+        np.array_equal(a[at : at + step], b[at : at + step]) for at in range(0, a.shape[0], step)
+    )
+
+
+def unwrapped(name: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return tensors by their names without what torch.compile, DDP and the like put in, at any place.
+
+    Raises:
+        FormatError: naming the file, if two names become one.
+    """
+    found: dict[str, T] = {}
+    for theirs, tensor in tensors.items():
+        plain = ".".join(part for part in theirs.split(".") if part not in WRAPPERS)
+        if plain in found:
+            raise FormatError(f"{name}: {theirs} occurs twice, as {plain}")
+        found[plain] = tensor
+    return found
+
+
 def expand(table: Mapping[str, str], n_layers: int) -> dict[str, str]:
     """Return a format's table of names, ours -> theirs, with one row per layer for names with a *."""
     return {
@@ -248,9 +278,9 @@ def stored_types(tensors: Iterable[Any]) -> frozenset[str]:
     return frozenset(tensor.dtype for tensor in tensors if len(tensor.shape) == 2)
 
 
-def llama3_scaling(factor: float) -> RopeScaling:
+def llama3_scaling(factor: float) -> Llama3Scaling:
     """Return the RoPE scaling of Llama 3.1 and later models; only the factor differs: 8, or 32 in 3.2's 1B and 3B."""
-    return RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+    return Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 
 
 def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:

@@ -5,19 +5,18 @@ Source: llama2.c, model.py and train.py.
 
 from pathlib import Path
 
-from llamalet.config import RopeScaling
-from llamalet.convert.imported_model import ImportedModel
+from llamalet.config import Llama3Scaling
+from llamalet.convert.imported_model import ImportedModel, unwrapped
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
 from llamalet.errors import FormatError
 from llamalet.model_file.header import LLAMA2C
 from llamalet.model_file.tensors import LLAMA3_VOCAB
 
-PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DDP's
 IGNORED = ("freqs_cis", "freqs_cos", "freqs_sin")  # RoPE's tables
 FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 
 
-def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScaling | None = None) -> ImportedModel:
+def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scaling | None = None) -> ImportedModel:
     """Open a checkpoint.
 
     Args:
@@ -35,12 +34,10 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     if not isinstance(arguments, dict) or not isinstance(state, dict):
         raise FormatError(f"{path}: not a checkpoint of llama2.c's: it has no model and model_args")
     found: dict[str, TorchTensor] = {}
-    for key, tensor in state.items():
-        ours = _without_prefixes(str(key)).removesuffix(SUFFIX)
-        if ours in found:
-            raise FormatError(f"{path}: {key} occurs twice")
+    for key, tensor in unwrapped(str(path), {str(key): tensor for key, tensor in state.items()}).items():
+        ours = key.removesuffix(SUFFIX)
         if ours not in IGNORED:
-            check_weights(path, str(key), tensor, (2,) if ours in MATRICES else (1, 2))
+            check_weights(path, key, tensor, (2,) if ours in MATRICES else (1, 2))
             found[ours] = TorchTensor((tensor,))
     check_present(path, found)
     if rope_theta is None and found["tok_embeddings"].shape[0] >= LLAMA3_VOCAB:
@@ -51,10 +48,3 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: RopeScalin
     said = {key: arguments.get(key) for key in FIELDS} | {"norm_eps": arguments.get("norm_eps", LLAMA2C["norm_eps"])}
     rope = {"rope_theta": rope_theta, "rope_scaling": rope_scaling}
     return imported(path, found, said | rope, [path.parent / "tokenizer.model"])
-
-
-def _without_prefixes(name: str) -> str:
-    """Return a parameter's name without the prefixes of wrappers, which can be nested."""
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llamalet.config import RopeScaling
-from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, ImportedModel, llama3_scaling, read_json
+from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, ImportedModel, llama3_scaling, read_json, unwrapped
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
-from llamalet.errors import FormatError
+from llamalet.errors import ConfigError, FormatError
 from llamalet.model_file.tensors import LLAMA3_VOCAB
 
 PARAMS = "params.json"
@@ -45,7 +45,9 @@ def read(name: str) -> ImportedModel:
     if not paths or [path.name for path in paths] != [f"consolidated.{i:02d}.pth" for i in range(len(paths))]:
         found = ", ".join(path.name for path in paths) or "none"
         raise FormatError(f"{folder}: needs consolidated.00.pth and all that follow it; found: {found}")
-    shards = [{key.removesuffix(SUFFIX): tensor for key, tensor in load(path).items()} for path in paths]
+    shards = [
+        {key.removesuffix(SUFFIX): tensor for key, tensor in unwrapped(str(path), load(path)).items()} for path in paths
+    ]
     names = [key for key in shards[0] if key not in IGNORED]
     for path, shard in zip(paths, shards, strict=True):
         if lost := set(names).symmetric_difference(key for key in shard if key not in IGNORED):
@@ -90,10 +92,12 @@ def _scaling(path: Path, params: Mapping[str, Any]) -> RopeScaling | None:
     """Return how RoPE is scaled: by 8 in Llama 3.1 and 3.3, by 32 in 3.2's small models, or as params.json says."""
     if not params.get("use_scaled_rope"):
         return None
-    factor = params.get("rope_scaling_factor") or (32.0 if params.get("dim", 0) < SMALL_DIM else 8.0)
+    factor, dim = params.get("rope_scaling_factor"), params.get("dim")
+    if factor is None:
+        factor = 32.0 if isinstance(dim, int) and dim < SMALL_DIM else 8.0
     try:
-        return llama3_scaling(float(factor))
-    except (TypeError, ValueError, OverflowError):
+        return llama3_scaling(factor)
+    except ConfigError:
         raise FormatError(f"{path}: rope_scaling_factor={reprlib.repr(factor)}: must be a number, at least 1") from None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from llamalet.convert import imported_model
 from llamalet.convert.imported_model import Floats, ImportedModel
 from llamalet.errors import FormatError, UsageError
-from llamalet.model_file.tensors import BLOCK_WEIGHTS, tensor_specs
+from llamalet.model_file.tensors import tensor_specs
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,5 @@ def check_present(name: Path, found: Container[str]) -> None:
 
 def _same(a: TorchTensor, b: TorchTensor) -> bool:
     """Return whether two matrices share their memory or hold the same values."""
-    if a.shape != b.shape or [part.data_ptr() for part in a.parts] == [part.data_ptr() for part in b.parts]:
-        return a.shape == b.shape
-    step = max(1, BLOCK_WEIGHTS // a.shape[1])
-    return all(np.array_equal(a[at : at + step], b[at : at + step]) for at in range(0, a.shape[0], step))
+    shared = [part.data_ptr() for part in a.parts] == [part.data_ptr() for part in b.parts]
+    return a.shape == b.shape if shared else imported_model.same(a, b)

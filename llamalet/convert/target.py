@@ -1,16 +1,19 @@
 """What a conversion writes: its format, version and dtype, checked together, and the writing itself."""
 
 import dataclasses
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from llamalet import model_file
-from llamalet.config import ModelConfig
+from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.convert.imported_model import ImportedModel, Reported, difference
 from llamalet.errors import ConfigError
-from llamalet.model_file.header import DTYPES
+from llamalet.model_file.header import DTYPES, LLAMA2C
 from llamalet.tokenizer import BOS_ID, Tokenizer
 
 VERSIONS = (0, 1, 2, 3)
@@ -20,6 +23,8 @@ FORMAT_DTYPES = {"bin": DTYPES, "hf": tuple(huggingface.DTYPE_NAMES), "gguf": tu
 # How far rounding to a dtype may move a matrix, as a share of its root mean square: a bit less than the last bit of
 # the type; for blocks of 32 with a scale, about three times the largest value observed.
 ROUNDING = {"f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-10, "q8_0": 0.02, "q4_0": 0.3}
+# How far float32 may round a number of the config, as a share of it.
+FLOAT32_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +92,7 @@ class Target:
 
 def describe(c: ModelConfig) -> str:
     """Return a model's shape as a line."""
-    scaling = "" if c.rope_scaling is None else f", llama3's scaling by {c.rope_scaling.factor:g}"
+    scaling = "" if c.rope_scaling is None else f", {c.rope_scaling}"
     return (
         f"{c.n_params:,} parameters, dim {c.dim}, {c.n_layers} layers, {c.n_heads} heads of {c.head_dim}, "
         f"{c.n_kv_heads} kv heads, vocabulary {c.vocab_size}, context {c.max_seq_len}, rope_theta {c.rope_theta:g}"
@@ -112,7 +117,7 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
     """
     if path.is_dir() and target.format != "hf":
         raise ConfigError(f"{path}: is a folder; a {target.format} is a file")
-    if path.exists() and path.samefile(source.name):
+    if path.exists() and any(path.samefile(file) for file in source.files or (source.name,)):
         raise ConfigError(f"{path}: is the model to export, which would be lost; name another file or folder")
     print(f"{source.name}: {describe(source.config)}")
     for note in source.notes:
@@ -161,7 +166,17 @@ def read_back(source: ImportedModel, target: Target, path: Path) -> bool:
     """Compare a Hugging Face folder or a GGUF file with what it was written from, print and return the result."""
     found = formats.read(target.format, str(path))
     off = difference(source.tensors, found.tensors)
-    same = found.config == source.config and off <= ROUNDING[target.dtype or "f32"]
+    same = _compute_the_same(found.config, source.config) and off <= ROUNDING[target.dtype or "f32"]
     words = "every weight is equal" if not off else f"off by at most {off:.2%} of a matrix's root mean square"
     print(f"read back: {words}{'' if same else ', NOT what was meant'}")
     return same
+
+
+def _compute_the_same(a: ModelConfig, b: ModelConfig) -> bool:
+    """Return whether two configs mean the same arithmetic, up to the float32 numbers of GGUF.
+
+    Formats say in different ways how RoPE is scaled, so its frequencies are compared.
+    """
+    shapes = [dataclasses.replace(c, norm_eps=LLAMA2C["norm_eps"], rope_theta=1.0, rope_scaling=None) for c in (a, b)]
+    close = functools.partial(np.allclose, rtol=FLOAT32_ROUNDING, atol=0)
+    return shapes[0] == shapes[1] and close(a.norm_eps, b.norm_eps) and close(rope_frequencies(a), rope_frequencies(b))

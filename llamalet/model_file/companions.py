@@ -60,13 +60,16 @@ def load_tokenizer(file: ModelFile, path: Path | None = None) -> Tokenizer | Non
         if file.header.tokenizer is not None and found.suffix != file.header.tokenizer.kind:
             raise TokenizerError(f"{name}: is of kind {found.suffix}, the header says {file.header.tokenizer.kind}")
         check_identity(found, str(file.path), file.path, file.tokenizer_sha256)
-        return found if file.header.special_ids is None else found.with_ids(file.header.special_ids)
-    path = beside(file.path)
-    if path is None:
+    elif (path := beside(file.path)) is not None:
+        found = tokenizer.load(path, file.config.vocab_size)
+        check_identity(found, str(path), file.path, file.tokenizer_sha256)
+    else:
         return None
-    found = tokenizer.load(path, file.config.vocab_size)
-    check_identity(found, str(path), file.path, file.tokenizer_sha256)
-    return found
+    ids = file.header.special_ids
+    try:
+        return found if ids is None else found.with_ids(ids)
+    except TokenizerError as error:
+        raise TokenizerError(f"{file.path}: {error}") from None
 
 
 def stops_of(file: ModelFile) -> frozenset[int]:

@@ -7,8 +7,9 @@
            36  uint8 tied
            37  int32 group_size: columns that share a scale, 0 if nothing is quantized
            41  MARKER, float64 norm_eps and rope_theta
-           61  uint8 whether RoPE is scaled; its float64 factor, low_freq_factor, high_freq_factor and int32
-               original_max_seq_len
+           61  uint8 how RoPE is scaled: 0 not, 1 as in Llama 3, 2 linearly, 3 (in v3) by the tensor rope_divisors;
+               float64 factor, low_freq_factor, high_freq_factor and int32 original_max_seq_len, of which 2 has only
+               the factor and 3 none: the others are zero
            90  the tokenizer's sha256, zeros if unknown
           122  CRC32 of the payload: of every byte from 256 to the end of the tensors
     v3    126  int32 head_dim, uint8 dtype: its index in DTYPES
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamalet.config import ModelConfig, RopeScaling
+from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
 from llamalet.errors import ConfigError, FormatError
 from llamalet.model_file.quantize import ENCODINGS
 from llamalet.tokenizer.base import SpecialIds
@@ -42,7 +43,9 @@ SHAPE = struct.Struct("<7i")
 PREFIX = struct.Struct("<Ii7iBi")  # magic, version, the shape, tied, group_size
 MARKER = b"LLMT"
 EXTRAS = struct.Struct("<4s2dB3dI32sI")  # MARKER .. CRC32 of the payload
-SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")  # RopeScaling's, in EXTRAS
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")  # fields in EXTRAS
+# How RoPE is scaled, by its code in EXTRAS, and how many of these fields that has.
+SCALINGS = {None: 0, Llama3Scaling: 4, LinearScaling: 1, RopeDivisors: 0}
 V3_FIELDS = struct.Struct("<iB")  # head_dim, dtype
 CHECKSUM = struct.Struct("<I")
 TOKENIZER = struct.Struct("<QIIB")  # offset, length, CRC32, kind
@@ -107,10 +110,10 @@ def pack_header(header: Header) -> bytes:
     if header.version == 0:
         return SHAPE.pack(*shape, c.vocab_size if c.tied else -c.vocab_size, c.max_seq_len)
     packed = PREFIX.pack(MAGIC, header.version, *shape, c.vocab_size, c.max_seq_len, c.tied, header.group_size or 0)
-    s = c.rope_scaling
-    scaling = [getattr(s, name) for name in SCALING] if s else [0.0, 0.0, 0.0, 0]
+    scaled = 0 if c.rope_scaling is None else list(SCALINGS).index(type(c.rope_scaling))
+    scaling = [getattr(c.rope_scaling, name, 0) for name in SCALING]
     sha256 = bytes.fromhex(header.tokenizer_sha256 or "")
-    packed += EXTRAS.pack(MARKER, c.norm_eps, c.rope_theta, s is not None, *scaling, sha256, header.payload_crc32 or 0)
+    packed += EXTRAS.pack(MARKER, c.norm_eps, c.rope_theta, scaled, *scaling, sha256, header.payload_crc32 or 0)
     if header.version == 3:
         packed += V3_FIELDS.pack(c.head_dim, DTYPES.index(header.dtype))
     packed += CHECKSUM.pack(zlib.crc32(packed))
@@ -176,9 +179,7 @@ def llama2c_differences(config: ModelConfig) -> list[str]:
     """Return what llama2.c's programs, whose values are constants, take to be something else in this model."""
 
     def shown(value: Any) -> str:
-        if isinstance(value, RopeScaling):
-            return f"llama3's by {value.factor:g}"
-        return "none" if value is None else f"{value:g}"
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     found = {name: (getattr(config, name), assumed) for name, assumed in LLAMA2C.items()}
     return [f"{name} is {shown(a)} (llama2.c: {shown(b)})" for name, (a, b) in found.items() if a != b]
@@ -189,6 +190,7 @@ class _Extras:
     """The fields that llama2.c does not have; the defaults are what a header without them means."""
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=lambda: LLAMA2C)
+    has_divisors: bool = False  # RoPE is scaled by a tensor
     tokenizer_sha256: str | None = None
     payload_crc32: int | None = None
     head_dim: int | None = None  # dim / n_heads
@@ -216,17 +218,32 @@ def _read_extras(path: Path, head: bytes, version: int) -> _Extras:
     if version == 3 and any(head[end:]):
         section, end = _read_section(path, head, end)
         ids, end = _read_special_ids(path, head, end)
-    if any(head[end:]) or scaled not in (0, 1):
+    if any(head[end:]):
         raise FormatError(f"{path}: the header has bytes set that must be zero")
     if code >= len(DTYPES):
         raise FormatError(f"{path}: dtype {code}: must be one of 0..{len(DTYPES) - 1} ({', '.join(DTYPES)})")
+    sha256_hex = sha256.hex() if any(sha256) else None
+    kind, rope_scaling = _read_scaling(path, version, scaled, scaling)
+    fields, has_divisors = {"norm_eps": eps, "rope_theta": theta, "rope_scaling": rope_scaling}, kind is RopeDivisors
+    return _Extras(fields, has_divisors, sha256_hex, payload_crc, head_dim, DTYPES[code], section, ids)
+
+
+def _read_scaling(
+    path: Path, version: int, code: int, values: Sequence[Any]
+) -> tuple[type[RopeScaling] | None, RopeScaling | None]:
+    """Return how RoPE is scaled: the kind, and its fields if the header has them."""
+    kinds = [kind for kind in SCALINGS if kind is not RopeDivisors or version == 3]
+    if code >= len(kinds):
+        raise FormatError(f"{path}: RoPE scaling {code}: must be one of 0..{len(kinds) - 1} in version {version}")
+    kind = kinds[code]
+    if any(values[SCALINGS[kind] :]):
+        raise FormatError(f"{path}: the header has bytes set that must be zero")
+    if kind is None or kind is RopeDivisors:
+        return kind, None
     try:
-        rope_scaling = RopeScaling(**dict(zip(SCALING, scaling, strict=True))) if scaled else None
+        return kind, kind(**dict(zip(SCALING, values[: SCALINGS[kind]], strict=False)))
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
-    sha256_hex = sha256.hex() if any(sha256) else None
-    fields = {"norm_eps": eps, "rope_theta": theta, "rope_scaling": rope_scaling}
-    return _Extras(fields, sha256_hex, payload_crc, head_dim, DTYPES[code], section, ids)
 
 
 def _read_section(path: Path, head: bytes, at: int) -> tuple[TokenizerSection | None, int]:
@@ -276,8 +293,11 @@ def _checked_config(path: Path, shape: Sequence[int], tied: bool, extras: _Extra
         sizes["head_dim"], rest = divmod(sizes["dim"], sizes["n_heads"])
         if rest:
             raise FormatError(f"{path}: dim {sizes['dim']} is not a multiple of n_heads {sizes['n_heads']}")
+    config = dict(extras.config)
+    if extras.has_divisors:  # their values come from the tensor
+        config["rope_scaling"] = RopeDivisors(divisors=(1.0,) * (sizes["head_dim"] // 2))
     try:
-        return ModelConfig(**sizes, tied=tied, **extras.config)
+        return ModelConfig(**sizes, tied=tied, **config)
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
 

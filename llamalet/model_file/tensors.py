@@ -8,8 +8,9 @@ table of that order drives the reader, the writer and the check of the size.
     v2  int8 in groups, read by runq.c: every matrix is its int8 values followed by one float32 scale per group.
     v3  float32 (f32), bfloat16 (bf16), 8 bits (q8) or 4 bits (q4), in v1's order. A q8 or q4 matrix is its values
         followed by its scales, both laid out for the kernels as in `quantize.Packed`. Every array starts at a multiple
-        of 64 bytes, with zeros before it. The layers of a matrix are equally far apart. The model's tokenizer may
-        follow the tensors: its file, unchanged.
+        of 64 bytes, with zeros before it. The layers of a matrix are equally far apart. The last tensor is
+        rope_divisors, float32 (D / 2,), if the header says that RoPE is scaled by it. The model's tokenizer may follow
+        the tensors: its file, unchanged.
 
 Norms are float32 in every version. Source of v0-v2: llama2.c, export.py, run.c and runq.c.
 """
@@ -26,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.config import ModelConfig, rope_tables
+from llamalet.config import ModelConfig, RopeDivisors, rope_tables
 from llamalet.errors import ConfigError, FormatError, NonFiniteError
 from llamalet.files import replacing
 from llamalet.model_file import quantize
@@ -66,7 +67,8 @@ V0_ORDER = (
     "rope_cos", "rope_sin", "output",
 )  # fmt: skip
 V1_ORDER = (*NORMS, "tok_embeddings", *MATRICES, *FEED_FORWARD, "output")
-ORDER = {0: V0_ORDER, 1: V1_ORDER, 2: V1_ORDER, 3: V1_ORDER}
+V3_ORDER = (*V1_ORDER, "rope_divisors")
+ORDER = {0: V0_ORDER, 1: V1_ORDER, 2: V1_ORDER, 3: V3_ORDER}
 DEFAULT_DTYPES = {0: "f32", 1: "f32", 2: "q8", 3: "q8"}
 
 
@@ -200,9 +202,15 @@ def tensor_specs(
         "wq": (q_dim, c.dim), "wk": (c.kv_dim, c.dim), "wv": (c.kv_dim, c.dim), "wo": (c.dim, q_dim),
         "w1": (c.hidden_dim, c.dim), "w2": (c.dim, c.hidden_dim), "w3": (c.hidden_dim, c.dim),
         "rope_cos": (c.max_seq_len, c.head_dim // 2), "rope_sin": (c.max_seq_len, c.head_dim // 2),
+        "rope_divisors": (c.head_dim // 2,),
     }  # fmt: skip
     for pattern in ORDER[version]:
-        if pattern == "output" and c.tied:
+        if (
+            pattern == "output"
+            and c.tied
+            or pattern == "rope_divisors"
+            and not isinstance(c.rope_scaling, RopeDivisors)
+        ):
             continue
         shape = shapes[pattern.rpartition(".")[2]]
         for layer in range(c.n_layers) if "*" in pattern else (0,):
@@ -235,8 +243,8 @@ def read(path: str | os.PathLike[str], *, verify: bool | None = None, rope_theta
         rope_theta: what the model was trained with, for a file that does not say; refused for one that does.
 
     Returns:
-        The header and all tensors except v0's RoPE tables, as views of the mapped file: norms float32 (cols,), matrices
-        (rows, cols) in one of the forms of `quantize.Weight`.
+        The header and all tensors except those of RoPE, as views of the mapped file: norms float32 (cols,), matrices
+        (rows, cols) in one of the forms of `quantize.Weight`. What RoPE's tensors say is in the header's config.
 
     Raises:
         FormatError: naming the file, the field, its value and the rule that it breaks.
@@ -264,6 +272,8 @@ def read(path: str | os.PathLike[str], *, verify: bool | None = None, rope_theta
     config = header.config
     if header.version == 0:
         config = _with_rope_theta_of_tables(path, config, tensors.pop("rope_cos"), tensors.pop("rope_sin"))
+    elif (divisors := tensors.pop("rope_divisors", None)) is not None:
+        config = _with_rope_divisors(path, config, divisors)
     header = dataclasses.replace(header, config=_with_rope_theta(path, header, config, rope_theta))
     return ModelFile(path, header, tensors, _read_tokenizer(path, header.tokenizer, buffer, end))
 
@@ -317,9 +327,7 @@ def write(
         3: quantize.ENCODINGS[dtype].group_size,
     }.get(version)
     specs = list(tensor_specs(version, config, dtype, group_size))
-    tables: dict[str, Rows] = {}
-    if version == 0:
-        tables["rope_cos"], tables["rope_sin"] = rope_tables(config, config.max_seq_len)
+    tables = _rope_tensors(version, config)
     _check_names([spec.name for spec in specs if spec.name not in tables], tensors)
     with replacing(path) as file:
         file.write(bytes(Header(version, config).n_bytes))
@@ -357,7 +365,7 @@ def in_memory(path: Path, config: ModelConfig, tensors: Mapping[str, Rows], dtyp
         NonFiniteError: if a weight is NaN or infinite.
     """
     header = Header(3, config, dtype, quantize.ENCODINGS[dtype].group_size)
-    specs = list(tensor_specs(3, config, dtype, header.group_size))
+    specs = [spec for spec in tensor_specs(3, config, dtype, header.group_size) if spec.name != "rope_divisors"]
     buffer = mmap.mmap(-1, sum(spec.n_bytes for spec in specs))
     try:
         for spec in specs:
@@ -369,8 +377,9 @@ def in_memory(path: Path, config: ModelConfig, tensors: Mapping[str, Rows], dtyp
 
 
 def float_version(config: ModelConfig) -> int:
-    """Return the version that holds a model in float32: 1, or 3 if the model needs a head_dim field."""
-    return 1 if config.head_dim * config.n_heads == config.dim else 3
+    """Return the version that holds a model in float32: 1, or 3 if the model needs what only that has."""
+    needs_v3 = config.head_dim * config.n_heads != config.dim or isinstance(config.rope_scaling, RopeDivisors)
+    return 3 if needs_v3 else 1
 
 
 def check_can_carry(version: int, config: ModelConfig, *, dtype: str | None = None, force: bool = False) -> None:
@@ -397,6 +406,8 @@ def check_can_carry(version: int, config: ModelConfig, *, dtype: str | None = No
             f"head_dim={config.head_dim}: version {version} has no field for it, so dim={config.dim} must be "
             f"n_heads={config.n_heads} times head_dim; take --version 3"
         )
+    if isinstance(config.rope_scaling, RopeDivisors):
+        raise ConfigError(f"version {version} cannot say that RoPE has {config.rope_scaling}; take --version 3")
     if version == 0 and not force and (lost := llama2c_differences(config)):
         raise ConfigError(f"version 0 cannot say that {', '.join(lost)}; take --version 1, or --force to lose it")
     if version == 0 and config.rope_scaling is not None:
@@ -475,6 +486,15 @@ def _with_rope_theta_of_tables(path: Path, config: ModelConfig, cos: Weight, sin
     return config
 
 
+def _with_rope_divisors(path: Path, config: ModelConfig, divisors: Weight) -> ModelConfig:
+    """Return `config` with the RoPE divisors of v3's tensor."""
+    try:
+        scaling = RopeDivisors(divisors=tuple(np.asarray(divisors).tolist()))
+        return dataclasses.replace(config, rope_scaling=scaling)
+    except ConfigError as error:
+        raise FormatError(f"{path}: {error}") from None
+
+
 def _with_rope_theta(path: Path, header: Header, config: ModelConfig, rope_theta: float | None) -> ModelConfig:
     """Return `config` with the user's rope_theta if the file does not say it; it is never guessed."""
     if header.version == 0 or header.payload_crc32 is not None:
@@ -492,6 +512,15 @@ def _with_rope_theta(path: Path, header: Header, config: ModelConfig, rope_theta
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _rope_tensors(version: int, config: ModelConfig) -> dict[str, Rows]:
+    """Return the tensors of a version that say how RoPE rotates, by their names."""
+    if version == 0:
+        return dict(zip(("rope_cos", "rope_sin"), rope_tables(config, config.max_seq_len), strict=True))
+    if version == 3 and isinstance(config.rope_scaling, RopeDivisors):
+        return {"rope_divisors": np.array(config.rope_scaling.divisors, np.float32)}
+    return {}
 
 
 def _check_names(expected: Sequence[str], tensors: Mapping[str, Rows]) -> None:

@@ -10,8 +10,8 @@ tokens that were added later. In a Hugging Face folder other files do, and they 
 
 The post-processor of tokenizer.json alone decides what begins every text; `add_bos_token` counts only without a
 tokenizer.json. This project writes a generation_config.json too, as [NAME.]generation_config.json beside
-[NAME.]tokenizer.SUFFIX, where the tokenizer's file alone would say something else. It has one field of its own,
-prefix_token_ids: what begins every text.
+[NAME.]tokenizer.SUFFIX, where the tokenizer's file alone would say something else. It has two fields of its own:
+prefix_token_ids, what begins every text, and tokenizer_eos_id, which of the ids is called EOS.
 
 Source: transformers 5.23, tokenization_utils_base.py (_from_pretrained), tokenization_utils_tokenizers.py,
 models/auto/tokenization_auto.py, models/llama/tokenization_llama.py.
@@ -30,7 +30,7 @@ from llamalet.tokenizer.huggingface import prefix_of
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 MODEL_CONFIG, GENERATION = "config.json", "generation_config.json"
-PREFIX = "prefix_token_ids"
+PREFIX, EOS = "prefix_token_ids", "tokenizer_eos_id"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # The class that ignores how a tokenizer.json splits texts, and its own special tokens.
@@ -50,7 +50,7 @@ def ids_json(ids: SpecialIds) -> bytes:
     """Return a generation_config.json that says these ids."""
     first = [] if ids.eos is None or ids.eos not in ids.stops else [ids.eos]
     fields = {"bos_token_id": ids.bos, "eos_token_id": first + sorted(ids.stops.difference(first))}
-    return (json.dumps(fields | {PREFIX: list(ids.prefix), "eos_token": ids.eos}, indent=2) + "\n").encode()
+    return (json.dumps(fields | {PREFIX: list(ids.prefix), EOS: ids.eos}, indent=2) + "\n").encode()
 
 
 def ids_beside(path: Path, found: Tokenizer) -> SpecialIds:
@@ -311,7 +311,7 @@ def own_ids(path: Path) -> SpecialIds | None:
     if PREFIX not in fields:
         return None
     prefix, stops = fields[PREFIX], fields.get("eos_token_id")
-    bos, eos = fields.get("bos_token_id"), fields.get("eos_token")
+    bos, eos = fields.get("bos_token_id"), fields.get(EOS)
     lists = [prefix, stops]
     numbers = [id for ids in lists if isinstance(ids, list) for id in ids] + [id for id in (bos, eos) if id is not None]
     if not all(isinstance(ids, list) for ids in lists) or not all(type(id) is int and id >= 0 for id in numbers):

@@ -11,7 +11,7 @@ import torch
 from benchmarks import peers, report, runtime, training
 from benchmarks.report import LLAMA2C, LLAMA_CPP, LLAMA_CPP_FLASH, OURS, Key, Results
 from llamalet import model_file
-from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
+from llamalet.config import Llama3Scaling, ModelConfig, rope_frequencies
 from llamalet.errors import ConfigError, UsageError
 from llamalet.model_file.header import DTYPES
 from llamalet.model_file.quantize import dequantize
@@ -20,7 +20,7 @@ from llamalet.reference import NumpyTransformer
 CONFIG = ModelConfig.create(
     dim=96, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=320, max_seq_len=runtime.CONTEXT
 )
-STRETCHED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=512)
+STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=512)
 
 LLAMA_BENCH_LINES = """warning: something
 {"build_commit": "0c1e570", "flash_attn": 0, "n_prompt": 128, "n_gen": 0, "avg_ts": 9558.887226}

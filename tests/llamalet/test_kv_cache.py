@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import SMALL_MODELS, random_tensors
 
-from llamalet.config import ModelConfig, RopeScaling, rope_frequencies
+from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, rope_frequencies
 from llamalet.errors import UsageError
 from llamalet.kv_cache import ROLL_ERROR, KVCache, cache_bytes, free_memory
 from llamalet.reference import hidden_states
@@ -20,8 +21,11 @@ SCALED = ModelConfig.create(
     vocab_size=300,
     max_seq_len=4096,
     rope_theta=5e5,
-    rope_scaling=RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_seq_len=512),
+    rope_scaling=Llama3Scaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_seq_len=512),
 )
+
+LINEAR = dataclasses.replace(SCALED, rope_scaling=LinearScaling(factor=4))
+DIVIDED = dataclasses.replace(SCALED, rope_scaling=RopeDivisors(divisors=(1, 2, 0.5, 9, 1, 70, 3, 4)))
 
 
 def filled(config: ModelConfig, n: int, seed: int = 0) -> tuple[KVCache, np.ndarray]:
@@ -47,7 +51,7 @@ def pairs(cache: KVCache) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([*SMALL_MODELS.values(), SCALED]), st.data())
+@given(st.sampled_from([*SMALL_MODELS.values(), SCALED, LINEAR, DIVIDED]), st.data())
 def test_rolled_keys_are_those_of_their_new_positions(config, data):
     n = data.draw(st.integers(0, min(config.max_seq_len, 300)))
     keep = data.draw(st.integers(0, n))

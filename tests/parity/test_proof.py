@@ -10,7 +10,7 @@ import torch
 from toy import SMALL_MODELS, random_tensors
 
 from llamalet import model_file
-from llamalet.config import ModelConfig, RopeScaling
+from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.convert.bin_file import tensors_of
 from llamalet.kernels.transformer import Transformer
 from llamalet.reference import NumpyTransformer
@@ -37,7 +37,7 @@ LLAMA3 = dataclasses.replace(
     SMALL_MODELS["gqa-tied"],
     rope_theta=500000.0,
     norm_eps=1e-6,
-    rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16),
+    rope_scaling=Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16),
 )
 MODELS = {**SMALL_MODELS, **PRESETS, "llama3": LLAMA3}
 VERSIONS = ((0, None), (1, None), (2, None), (3, "f32"), (3, "bf16"), (3, "q8"), (3, "q4"))

@@ -13,7 +13,7 @@ from toy import SMALL_MODELS, toy_data, toy_model
 import tinystories
 import train
 from llamalet import model_file
-from llamalet.config import ModelConfig, RopeScaling
+from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, TokenizerError
 from llamalet.model_file.checkpoint import find_best
@@ -23,7 +23,7 @@ VOCAB = 300
 SCALED = ModelConfig.create(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=12, hidden_dim=48, vocab_size=VOCAB, max_seq_len=4096,
     rope_theta=5e5, tied=False,
-    rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=32),
+    rope_scaling=Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=32),
 )  # fmt: skip
 FEW_STEPS = [
     "--max_iters=2", "--batch_size=2", "--max_seq_len=32", "--warmup_iters=1", "--eval_iters=2", "--threads=1",

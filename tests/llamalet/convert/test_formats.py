@@ -59,6 +59,19 @@ LIKE = {
         "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 8192,
         "rope_parameters": LLAMA3_ROPE,
     },
+    "linear": {
+        "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "longrope with one list": {
+        "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.25, 3.0, 9.5],
+            "long_factor": [1.0, 1.25, 3.0, 9.5], "attention_factor": 1.0, "original_max_position_embeddings": 64,
+        },
+    },
 }  # fmt: skip
 VOCAB = 300
 NASTY = (
@@ -183,8 +196,11 @@ def test_rows_come_in_blocks_of_any_size(tmp_path, monkeypatch):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "'yarn' way"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3 RoPE scaling is damaged: 'factor'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+            "is of type 'yarn', factor 2.0: only 'linear'",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_scaling.factor=None: must be a number"),
         ({"hidden_size": None}, "has no hidden_size"),
         (
             {"hidden_size": 60},
@@ -199,8 +215,14 @@ def test_rows_come_in_blocks_of_any_size(tmp_path, monkeypatch):
         ({"num_hidden_layers": math.nan}, "n_layers=nan: must be a whole number"),
         ({"max_position_embeddings": math.inf}, "max_seq_len=inf: must be a whole number"),
         ({"rms_norm_eps": 10**400}, "norm_eps=1000.*: must be a number"),
-        ({"rope_parameters": LLAMA3_ROPE | {"factor": 10**400}}, "RoPE scaling is damaged"),
-        ({"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": math.inf}}, "RoPE scaling is damaged"),
+        (
+            {"rope_parameters": LLAMA3_ROPE | {"factor": 10**400}},
+            "rope_scaling.factor=1000.*: must be a number, at least 1",
+        ),
+        (
+            {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": math.inf}},
+            "original_max_seq_len=inf: must be",
+        ),
     ],
 )
 def test_what_is_no_llama_is_refused_by_name(tmp_path, changes, words):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from other_programs import FACTOR, LLAMA_CPP_FACTORS, logits, write_gguf
 from toy import random_tensors, toy_llama3, toy_tokenizer
 from vocabularies import HARD
 
 from llamalet import Model, tokenizer
-from llamalet.config import ModelConfig
+from llamalet.config import LinearScaling, ModelConfig, RopeDivisors, rope_frequencies
 from llamalet.convert import bin_file, gguf_file
 from llamalet.convert.imported_model import ImportedModel, llama3_scaling
 from llamalet.tokenizer import Tokenizer
@@ -75,6 +76,44 @@ def test_the_most_likely_tokens_are_the_same(tmp_path, config, vocabulary):
 
 def test_the_demo_model_tells_the_same_story(tmp_path):
     check_greedy(tmp_path, bin_file.read(str(ROOT / "llamalet" / "assets" / "demo.bin")), "Once upon a time")
+
+
+ROPE_CONFIG = dataclasses.replace(LLAMA2, max_seq_len=64)
+ROPE_TENSORS = random_tensors(ROPE_CONFIG, seed=5, scale=0.2)
+ROPE_IDS = np.random.default_rng(1).integers(3, ROPE_CONFIG.vocab_size, 60)
+
+
+def check_logits(path: Path, divisors: np.ndarray | float) -> None:
+    """llama.cpp computes what a model does whose RoPE frequencies are divided."""
+    peer = theirs(path, n_ctx=64, n_threads=1, type_k=FLOAT32, type_v=FLOAT32, flash_attn=False, logits_all=True)
+    peer.eval(ROPE_IDS.tolist())
+    expected = logits(ROPE_CONFIG, ROPE_TENSORS, rope_frequencies(ROPE_CONFIG) / divisors, ROPE_IDS)
+    np.testing.assert_allclose(peer.scores[: len(ROPE_IDS)], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("keys", "factor"), LLAMA_CPP_FACTORS)
+def test_metadata_scales_rope(tmp_path, keys, factor):
+    write_gguf(tmp_path / "m.gguf", ROPE_CONFIG, ROPE_TENSORS, keys=keys)
+    check_logits(tmp_path / "m.gguf", factor)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_a_tensor_divides_rope_and_a_factor_again(tmp_path, factor):
+    divisors = np.array([1.0, 1.25, 1.5, 2.25, 3.0, 0.75, 9.5, 70.0], np.float32)
+    more = {"rope_freqs.weight": divisors}
+    write_gguf(tmp_path / "m.gguf", ROPE_CONFIG, ROPE_TENSORS, keys={FACTOR: factor}, more=more)
+    check_logits(tmp_path / "m.gguf", factor * divisors)
+    scaled = dataclasses.replace(ROPE_CONFIG, rope_scaling=RopeDivisors(divisors=tuple(factor * divisors)))
+    source = dataclasses.replace(source_of(scaled, toy_tokenizer(300)), tensors=ROPE_TENSORS)
+    gguf_file.write(tmp_path / "ours.gguf", source)
+    check_logits(tmp_path / "ours.gguf", factor * divisors)
+
+
+def test_linear_scaling_is_theirs(tmp_path):
+    scaled = dataclasses.replace(ROPE_CONFIG, rope_scaling=LinearScaling(factor=4.0))
+    source = dataclasses.replace(source_of(scaled, toy_tokenizer(300)), tensors=ROPE_TENSORS)
+    gguf_file.write(tmp_path / "ours.gguf", source)
+    check_logits(tmp_path / "ours.gguf", 4.0)
 
 
 @pytest.mark.parametrize(

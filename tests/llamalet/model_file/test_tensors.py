@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy import SMALL_MODELS, random_tensors
 
 from llamalet import model_file
-from llamalet.config import ModelConfig, RopeScaling, rope_tables
+from llamalet.config import Llama3Scaling, ModelConfig, rope_tables
 from llamalet.errors import ConfigError, FormatError, NonFiniteError
 from llamalet.model_file.header import DTYPES, MAGIC
 from llamalet.model_file.quantize import pack_q4, pack_q8, quantize, to_bfloat16
@@ -175,7 +175,7 @@ def test_real_file(shared_data):
     assert got.config.tied and got.config.norm_eps == 1e-5
 
 
-SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+SCALING = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -282,7 +282,10 @@ def test_refusals_name_the_field_and_the_value(tmp_path, offset, code, value, wo
         (20, "<i", 7, "n_heads=7: must be a multiple"),
         (28, "<i", 1 << 21, "vocab_size is 2097152"),
         (37, "<i", 64, "group_size 64: must be 32"),
-        (61, "<B", 2, "must be zero"),
+        (61, "<B", 2, "rope_scaling.factor=0.0: must be a positive number"),
+        (61, "<B", 3, "truncated or of another shape"),
+        (61, "<B", 4, "RoPE scaling 4: must be one of 0..3 in version 3"),
+        (70, "<d", 1.0, "must be zero"),
         (126, "<i", 3, "head_dim=3: must be even"),
         (126, "<i", 0, "head_dim is 0"),
         (126, "<i", 1 << 30, "head_dim is 1073741824"),
