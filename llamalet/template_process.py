@@ -62,7 +62,7 @@ class TemplateProcess:
         Raises:
             UsageError: if the template refuses the conversation, or needs too much time, memory or text.
         """
-        if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
+        if self._process is None or self._process.poll() is not None:  # stopped, or the parent's, in a fork
             self._start()
         # A character takes at most 12 bytes in JSON, and its mark takes one.
         n_bytes = MAX_ERROR_BYTES + 13 * max_chars
@@ -82,7 +82,6 @@ class TemplateProcess:
         if not sys.executable:
             raise UsageError(f"{self._name}: a chat template needs a Python to run in, and sys.executable names none")
         self._stop()
-        self._owner = os.getpid()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", "-c", BOOT, *self._paths],
@@ -94,7 +93,7 @@ class TemplateProcess:
             )
         except OSError as error:
             raise UsageError(f"{self._name}: no process for the chat template: {error.strerror or error}") from None
-        self._stop = weakref.finalize(self, _end, self._process, self._owner)
+        self._stop = weakref.finalize(self, _end, self._process)
         reply = self._ask(self._first, START_SECONDS, MAX_ERROR_BYTES)
         if "error" in reply:
             self._stop()
@@ -158,12 +157,11 @@ def _jinja2_paths(name: str) -> list[str]:
     return paths
 
 
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    """End a process, unless this one is a fork of its parent."""
-    if os.getpid() == owner:
-        process.kill()
-        with contextlib.suppress(OSError), process:  # closes the pipes, and waits for the end
-            pass
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process; in a fork of its parent, which cannot wait for it, only its pipes are closed."""
+    process.kill()
+    with contextlib.suppress(OSError), process:  # closes the pipes, and waits for the end
+        pass
 
 
 def _one_line(reason: object) -> str:

@@ -72,6 +72,23 @@ def test_plain_text_is_someone_elses_wherever_it_goes():
     assert marks_of("<s>".replace("s", own("t"))) == OTHERS * 3
 
 
+def test_pieces_are_found_where_they_are_and_not_earlier():
+    assert [marks_of(piece) for piece in (own("aba") + "bab").split("aba")] == ["", OTHERS * 3]
+    assert marks_of((own("<s>") + "<s>").replace("<s>", "<t>", 1)) == OTHERS * 6
+    assert marks_of((own("<s>") + "<s>").replace("<s>", own("<t>"), 1)) == OWN * 3 + OTHERS * 3
+
+
+def test_a_percent_sign_is_no_directive():
+    for template, values in (
+        ("%%%s", ("x",)),
+        ("%s%%s", ("x",)),
+        ("%s%d", ("x", 1)),
+        ("%%s", ()),
+        ("%(a)s", {"a": "x"}),
+    ):
+        assert own(template) % values == template % values
+
+
 def test_letters_change_and_keep_their_marks_unless_some_become_longer():
     text = own("<Im>") + "x\u00e9"
     for changed in (text.upper(), text.lower(), text.title(), text.capitalize()):

@@ -128,8 +128,10 @@ def test_a_process_that_ignores_its_alarm_is_ended(monkeypatch):
     monkeypatch.setattr(template_process, "BOOT", "print('{}', flush=True); import time; time.sleep(60)")
     process = TemplateProcess("", {}, "x")
     monkeypatch.setattr(template_process, "SECONDS", 0.2)
+    begin = time.monotonic()
     with pytest.raises(UsageError, match=r"more than 0\.2 s"):
         process.render(HI, 9)
+    assert time.monotonic() - begin < 20
     assert process._process.poll() is not None
 
 
@@ -181,6 +183,7 @@ def test_the_process_ends_with_its_parent_even_if_that_is_killed(source):
         [sys.executable, "-c", program, source], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as parent:
         pid = int(parent.stdout.readline())
+        time.sleep(0.5)  # the template is at work now
         parent.kill()
     assert wait_until_gone(pid, 10)
 
@@ -189,6 +192,7 @@ def test_the_process_ends_with_its_parent_even_if_that_is_killed(source):
 def test_ctrl_c_interrupts_a_template():
     process = TemplateProcess(ENDLESS, {}, "x")
     pid, alarm = process._process.pid, threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    assert os.getpgid(pid) == pid != os.getpgid(0)  # Ctrl-C at a terminal goes to everyone in this group
     begin = time.monotonic()
     alarm.start()
     with pytest.raises(KeyboardInterrupt):
@@ -200,10 +204,11 @@ def test_ctrl_c_interrupts_a_template():
 def test_a_fork_gets_a_process_of_its_own_and_leaves_the_parents_alone():
     program = (
         "import os; from llamalet.template_process import TemplateProcess as T; t = T('{{ 1 }}', {}, 'x')\n"
-        "child = os.fork()\n"
-        "assert t.render([], 9) == ('1', '1')\n"
-        "if child: assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
-        "pid = t._process.pid; assert t.render([], 9) == ('1', '1') and t._process.pid == pid\n"
+        "parents = t._process.pid; child = os.fork()\n"
+        "if not child: assert t.render([], 9) == ('1', '1') and t._process.pid != parents\n"
+        "if child:\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
+        "    assert t.render([], 9) == ('1', '1') and t._process.pid == parents\n"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 

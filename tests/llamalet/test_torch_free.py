@@ -36,7 +36,8 @@ def test_the_blockade_holds():
 
 def test_the_runtime_imports_only_what_pip_installs():
     paths = [path.relative_to(ROOT).with_suffix("") for path in sorted((ROOT / "llamalet").rglob("*.py"))]
-    names = [".".join(path.parts) for path in paths if path.name != "__main__"]
+    # template_child is a program of its own, which template_process starts if jinja2 is installed.
+    names = [".".join(path.parts) for path in paths if path.name not in ("__main__", "template_child")]
     assert "llamalet.generate" in names and "llamalet.convert.gguf_file" in names
     done = run(f"from importlib import import_module\nfor name in {names}: import_module(name)", allows=RUNTIME)
     assert done.returncode == 0, done.stderr
