@@ -8,11 +8,11 @@ options as a frozen dataclass, with a string under each field as its help text, 
 llamalet/options.py reads the words; this module adds the TOML file.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llamalet import strict
 from llamalet.errors import ConfigError
 from llamalet.options import Option, read_options, unknown_option
 
@@ -45,14 +45,7 @@ def read_toml(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
         ConfigError: if the file is missing, is not TOML, or has a key that is not an option, or a table or list.
         UsageError: if a value is not of the option's type.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    table = strict.read_toml(path, ConfigError)
     problems = [f"{path}: {unknown_option(key, options)}" for key in table if key.replace("-", "_") not in options]
     problems += [f"{path}: {key}: must be one value" for key, value in table.items() if isinstance(value, dict | list)]
     ConfigError.raise_for(problems)

@@ -128,9 +128,9 @@ def _open(config: ExportConfig) -> tuple[ImportedModel, str | None]:
         raise ConfigError("rope_theta, rope_scaling: a checkpoint says what they are; leave them out")
     else:
         source = formats.read("checkpoint", str(_find_checkpoint(config.checkpoint)))
-        state = checkpoint.read_state(Path(source.name))
-        print(f"checkpoint of step {state['step']}:")
-        trained_on = state.get("data")
+        facts = checkpoint.read_facts(Path(source.name))
+        print(f"checkpoint of step {facts.step}:")
+        trained_on = facts.data
     if config.tokenizer is not None:
         source = formats.with_tokenizer(source, Path(config.tokenizer))
     elif kind is None:

@@ -1,12 +1,14 @@
 """source.json: written last into a source's folder, it says that the source is complete and lists its files."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
+from llamalet import strict
 from llamalet.errors import DataError
 from llamalet.files import sha256_of, write_file
 
@@ -37,8 +39,18 @@ class Record:
     revision: str | None = None
     files: Mapping[str, tuple[RecordedFile, ...]]
     """The files of each split."""
-    entropy: Mapping[str, Any] | None = None
+    entropy: Mapping[str, float] | None = None
     """Synthetic source only: the number of validation stories and their total -log probability in nats."""
+
+    def __post_init__(self) -> None:
+        """Refuse a record without training files, with a file outside its folder, or without the whole entropy."""
+        if not self.files.get("train"):
+            raise DataError("files has no training files")
+        for entry in itertools.chain(*self.files.values()):
+            if Path(entry.file).is_absolute() or ".." in Path(entry.file).parts:
+                raise DataError(f"file={entry.file!r}: must be inside the folder")
+        if self.entropy is not None and "nats" not in self.entropy:
+            raise DataError("entropy.nats is missing")
 
     def write(self, folder: Path) -> Self:
         """Declare the source in `folder` complete, and return the record."""
@@ -55,13 +67,12 @@ class Record:
             DataError: if it is damaged or of another version.
         """
         path = folder / RECORD_FILE
-        try:
-            table = json.loads(path.read_bytes())
-            files = {name: tuple(RecordedFile(**entry) for entry in table["files"][name]) for name in table["files"]}
-            if table["format"] != RECORD_FORMAT or table["version"] != RECORD_VERSION or not files["train"]:
-                raise ValueError("another format or version, or no training files")
-            return cls(source=table["source"], revision=table["revision"], files=files, entropy=table["entropy"])
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not readable ({error}); delete it and make the source again") from None
+        try:
+            table = strict.read_json(path, DataError)
+            if (table.get("format"), table.get("version")) != (RECORD_FORMAT, RECORD_VERSION):
+                raise DataError(f"{path}: of another format or version")
+            return strict.build(cls, table, str(path), DataError, ignore_unknown=True)
+        except DataError as error:
+            raise DataError(f"{error}; delete it and make the source again") from None

@@ -9,11 +9,12 @@ import math
 import reprlib
 import sys
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet import strict
 from llamalet.errors import ConfigError, not_positive
 
 Frequencies = NDArray[np.float64]
@@ -21,6 +22,13 @@ Frequencies = NDArray[np.float64]
 
 IGNORED = -1
 """A training target with this value does not count towards the loss."""
+
+# Caps on a model's sizes, far above any model that this project is for.
+MAX_WIDTH, MAX_LAYERS, MAX_VOCAB, MAX_CONTEXT = 1 << 18, 1 << 10, 1 << 20, 1 << 20
+CAPS = {
+    "dim": MAX_WIDTH, "hidden_dim": MAX_WIDTH, "n_layers": MAX_LAYERS, "n_heads": MAX_WIDTH, "n_kv_heads": MAX_WIDTH,
+    "vocab_size": MAX_VOCAB, "max_seq_len": MAX_CONTEXT, "head_dim": MAX_WIDTH,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,14 +139,6 @@ def _is_finite(value: Any) -> bool:
     return is_number and abs(value) <= sys.float_info.max
 
 
-def _read_scaling(fields: Any) -> RopeScaling:
-    """Return the scaling of which `fields` are all fields."""
-    for kind in get_args(RopeScaling):
-        if isinstance(fields, dict) and fields.keys() == {field.name for field in dataclasses.fields(kind)}:
-            return kind(**fields)
-    raise ConfigError(f"rope_scaling={reprlib.repr(fields)}: must have the fields of one kind of RoPE scaling")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Everything that determines a Llama model's tensors and arithmetic."""
@@ -158,8 +158,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
-        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_seq_len")
-        problems = not_positive(self, *sizes)
+        problems = not_positive(self, *CAPS)
+        sizes = {name: getattr(self, name) for name in CAPS}
+        problems += [
+            f"{name}={size}: must be at most {CAPS[name]}" for name, size in sizes.items() if size > CAPS[name]
+        ]
         if not problems and self.n_heads % self.n_kv_heads:
             problems.append(f"n_heads={self.n_heads}: must be a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
@@ -231,15 +234,9 @@ class ModelConfig:
         """Invert `to_dict`.
 
         Raises:
-            ConfigError: on a missing or unknown field, or a value out of range.
+            ConfigError: on a missing or unknown field, or a value of another type or out of range.
         """
-        values = dict(fields)
-        try:
-            if values.get("rope_scaling") is not None:
-                values["rope_scaling"] = _read_scaling(values["rope_scaling"])
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"model config: {error}") from None
+        return strict.build(cls, fields, "model config", ConfigError)
 
 
 def rope_frequencies(config: ModelConfig) -> Frequencies:

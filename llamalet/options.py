@@ -22,6 +22,8 @@ from llamalet.errors import UsageError
 Config = TypeVar("Config")
 
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+MAX_WHOLE = 2**64 - 1
+MAX_SHOWN = 100  # characters of a value in a message
 KINDS = {bool: "true or false", int: "a whole number", float: "a number"}  # and what their values must be
 METAVARS = {bool: "[BOOL]", int: "INT", float: "FLOAT"}  # of any other type: TEXT
 
@@ -59,11 +61,14 @@ class Option:
             return choices[text]
         several = get_origin(self.kind) is tuple
         kind = get_args(self.kind)[0] if several else self.kind
+        parts = text.split(",") if several else [text]
         try:
-            if several:
-                return tuple(kind(part) for part in text.split(","))
-            return TRUTH[text.lower()] if kind is bool else kind(text)
+            values = [TRUTH[part.lower()] if kind is bool else kind(part) for part in parts]
+            if kind is int and max(map(abs, values)) > MAX_WHOLE:
+                raise ValueError
+            return tuple(values) if several else values[0]
         except (ValueError, KeyError):
+            text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
             commas = ", or several with commas between them" if several else ""
             raise UsageError(f"{shown}={text}: must be {KINDS[kind]}{commas}") from None
 

@@ -163,12 +163,12 @@ def losses(logits: NDArray[np.float32], targets: Ids) -> NDArray[np.float64]:
     """Return -log softmax(logits)[target] for each row of (n, V), in nats: (n,).
 
     Raises:
-        NonFiniteError: if one is NaN or infinite.
+        NonFiniteError: if a loss or a logit is NaN or infinite.
     """
     peaks = logits.max(axis=1)
     sums = np.exp(logits - peaks[:, None]).sum(axis=1, dtype=np.float64)
     nats = np.log(sums) + peaks - logits[np.arange(len(targets)), targets]
-    if not np.isfinite(nats).all():
+    if not (np.isfinite(nats).all() and np.isfinite(logits.min())):
         raise NonFiniteError("the logits are NaN or infinite: the weights are damaged, or the training diverged")
     return nats
 

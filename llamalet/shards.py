@@ -8,6 +8,7 @@ vocabulary has more than 65536 tokens. A folder without meta.json is unfinished.
 import dataclasses
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet import strict
+from llamalet.config import CAPS
 from llamalet.errors import DataError
 from llamalet.files import replacing, sha256_of
 
@@ -104,6 +107,19 @@ class Meta:
     splits: Mapping[str, Split]
     entropy: Entropy | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse ids outside the vocabulary, a missing split, and a tokenizer outside the folder."""
+        problems = [f"splits.{name} is missing" for name in SPLITS if name not in self.splits]
+        if not 1 <= self.vocab_size <= CAPS["vocab_size"]:
+            problems.append(f"vocab_size={self.vocab_size}: must be in 1..{CAPS['vocab_size']}")
+        for name in ("bos_id", "eos_id"):
+            if not 0 <= (id := getattr(self, name)) < self.vocab_size:
+                problems.append(f"{name}={id}: must be below vocab_size={self.vocab_size}")
+        if Path(self.tokenizer).name != self.tokenizer:
+            problems.append(f"tokenizer={self.tokenizer!r}: must be the name of a file in the same folder")
+        if problems:
+            raise DataError("; ".join(problems))
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the ids in the shards."""
@@ -126,31 +142,35 @@ class Meta:
         return first | {"dtype": self.dtype.name} | rest | {"splits": splits, "entropy": entropy}
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+    def from_dict(cls, table: Mapping[str, Any], name: str) -> Self:
         """Invert `to_dict`.
+
+        Args:
+            table: the JSON object.
+            name: where it is from, for messages.
 
         Raises:
             DataError: if a field is missing, of the wrong type, or contradicts another.
         """
         if table.get("format") != META_FORMAT or table.get("version") != META_VERSION:
             raise DataError(
-                f"format {table.get('format')!r} version {table.get('version')!r}: "
+                f"{name}: format {reprlib.repr(table.get('format'))} version {reprlib.repr(table.get('version'))}: "
                 f"must be {META_FORMAT!r} version {META_VERSION}; prepare the data again"
             )
-        try:
-            splits = {
-                name: Split(tuple(Shard(**shard) for shard in table["splits"][name]["shards"])) for name in SPLITS
+        fields = dict(table)
+        if isinstance(splits := table.get("splits"), dict):  # their sums follow from the shards, and are compared below
+            fields["splits"] = {
+                name: {key: value for key, value in split.items() if key == "shards"}
+                if isinstance(split, dict)
+                else split
+                for name, split in splits.items()
             }
-            rest = {name: table[name] for name in ("source", "recipe", *META_FIELDS)}
-            meta = cls(splits=splits, entropy=Entropy(**table["entropy"]) if table["entropy"] else None, **rest)
-            written = meta.to_dict()
-        except KeyError as error:
-            raise DataError(f"field {error} is missing") from None
-        except (TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"a field has the wrong type: {error}") from None
-        for key, value in written.items():
-            if table[key] != value or type(table[key]) is not type(value):
-                raise DataError(f"field {key!r} is {table[key]!r}, but the other fields make it {value!r}")
+        meta = strict.build(cls, fields, name, DataError, ignore_unknown=True)
+        for key, value in meta.to_dict().items():
+            if key not in table:
+                raise DataError(f"{name}: {key} is missing")
+            if table[key] != value:
+                raise DataError(f"{name}: {key}={reprlib.repr(table[key])}: the other fields make it {value!r}")
         return meta
 
 
@@ -282,17 +302,8 @@ def read_meta(path: Path) -> Meta:
     Raises:
         DataError: if it is missing or not valid.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(table, dict):
-            raise DataError(f"a JSON object is needed, not {type(table).__name__}")
-        return Meta.from_dict(table)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{path}: not found; `python tinystories.py --help` explains how to prepare data") from None
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise DataError(f"{path}: not valid JSON: {error}") from None
+    missing = "not found; `python tinystories.py --help` explains how to prepare data"
+    return Meta.from_dict(strict.read_json(path, DataError, missing), str(path))
 
 
 def write_meta(path: Path, meta: Meta) -> None:

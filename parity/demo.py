@@ -16,7 +16,7 @@ from llamalet.convert import bin_file, formats
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, not_positive, run
 from llamalet.evaluate import report
-from llamalet.model_file.checkpoint import find_best, read_state
+from llamalet.model_file.checkpoint import find_best, read_facts
 from llamalet.runtime import Model
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents, read_documents
 from llamalet.shards import Shards
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if best is None:
         raise CheckpointError(f"{folder}: holds no checkpoint; train one first: python train.py configs/demo.toml")
     source = formats.read("checkpoint", str(best))
-    data = Shards.open(read_state(best)["data"])
+    data = Shards.open(read_facts(best).data or "")
     if data.meta.entropy is None:
         raise DataError(f"{data.folder}: has no known entropy; only data from `tinystories.py synthesize` has")
     proofs = [_export(folder / name, version, dtype, source, data) for version, dtype, name in FILES]

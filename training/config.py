@@ -6,13 +6,17 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llamalet import strict
 from llamalet.config import ModelConfig, RopeScaling
-from llamalet.errors import ConfigError
+from llamalet.errors import CheckpointError, ConfigError
 from training.schedule import Schedule, learning_rate
 
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "rope_theta", "tied")
 LONGEST = 1024
 """Default limit on the context of a model to train further: its whole context may not fit into memory."""
+
+ALWAYS_SAVED = ("data", "optimizer", "save_every", "seed", "align_documents", "total_batch_tokens")
+"""The settings that the oldest checkpoints have too, and that resuming needs."""
 
 _INTERVAL = re.compile(r"(\d+) *(|[smh])")
 
@@ -229,10 +233,17 @@ class TrainConfig:
 
 
 def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
-    """Return TrainConfig with the settings of a saved run as defaults, for options to override."""
+    """Return TrainConfig with the settings of a saved run as defaults, for options to override.
+
+    Raises:
+        CheckpointError: if one is missing that every run has saved, or has the wrong type, or is out of range.
+    """
+    if missing := [name for name in ALWAYS_SAVED if name not in saved]:
+        raise CheckpointError(f"the settings of the saved run lack {', '.join(missing)}")
     saved = {"schedule": "cosine"} | saved  # the only schedule of old checkpoints, which lack the option
-    if isinstance(steps := saved["save_every"], int):  # in the oldest checkpoints
+    if type(steps := saved["save_every"]) is int:  # in the oldest checkpoints
         saved["save_every"] = str(steps)
+    strict.build(TrainConfig, saved, "the settings of the saved run", CheckpointError, ignore_unknown=True)
     not_inherited = ("out_dir", "source", "resume", "init_from", "overwrite", "eval_only")
     fields = [
         (field.name, field.type, dataclasses.field(default=saved[field.name], metadata=field.metadata))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from llamalet.config import IGNORED, ModelConfig
-from llamalet.errors import DataError, NonFiniteError
+from llamalet.errors import CheckpointError, DataError, NonFiniteError
 from llamalet.model_file.checkpoint import FOLDER
 from llamalet.shards import Shards
 from model import Llama
@@ -478,7 +478,10 @@ def build_model(
         model.start_by_copying()
     model.to(device)
     if weights:
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights are not those of the shape: {error}") from None
     if device.type == "cpu":
         use_cpu_kernels(model, compiled=compiled)
     return model

@@ -4,12 +4,11 @@ import dataclasses
 from pathlib import Path
 
 from llamalet import tokenizer
-from llamalet.config import ModelConfig
 from llamalet.convert import safetensors_file
 from llamalet.convert.bin_file import BinTensor
 from llamalet.convert.imported_model import ImportedModel, check_shapes
-from llamalet.errors import CheckpointError, TokenizerError, UsageError
-from llamalet.model_file.checkpoint import MODEL, SUFFIX, best_first, best_of, list_steps, read_state, verify
+from llamalet.errors import CheckpointError, FormatError, TokenizerError, UsageError
+from llamalet.model_file.checkpoint import MODEL, SUFFIX, best_first, best_of, list_steps, read_facts, verify
 from llamalet.model_file.tensors import tensor_specs
 
 
@@ -28,19 +27,16 @@ def read(name: str, *, check: bool = False) -> ImportedModel:
         folder = best_of(folder) if check else best_first(steps)[0]
     elif check:
         verify(folder)
-    state = read_state(folder)
+    facts = read_facts(folder)
+    config, tokenizer_path = facts.model_config, folder / Path(facts.tokenizer).name
     try:
-        config = ModelConfig.from_dict(state["model_config"])
-        tokenizer_path = folder / Path(state["tokenizer"]).name
         stored = safetensors_file.read_arrays(folder / MODEL)
         tensors = {theirs.removesuffix(SUFFIX): BinTensor(array) for theirs, array in stored.items()}
         names = {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)}
         check_shapes(MODEL, config, {ours: tensor.shape for ours, tensor in tensors.items()}, names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, FormatError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
-    model = ImportedModel(
-        name=str(folder), config=config, tensors=tensors, tokenizer_sha256=state.get("tokenizer_sha256")
-    )
+    model = ImportedModel(name=str(folder), config=config, tensors=tensors, tokenizer_sha256=facts.tokenizer_sha256)
     try:
         vocabulary, data = tokenizer.read(tokenizer_path, config.vocab_size)
     except (TokenizerError, UsageError) as error:

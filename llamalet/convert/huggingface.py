@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet import tokenizer
+from llamalet import strict, tokenizer
 from llamalet.chat_template import TEMPLATE_FILES, TOKENIZER_CONFIG, read_template
 from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
@@ -101,7 +101,7 @@ def read(name: str) -> ImportedModel:
         if not HUB_ID.fullmatch(name) or folder.exists():
             raise FormatError(f"{name}: neither a folder nor the ID of a repository on the Hub (ORGANIZATION/NAME)")
         folder = fetch(name)
-    fields = imported_model.read_json(folder / CONFIG)
+    fields = strict.read_json(folder / CONFIG, FormatError)
     stored = _with_prefix(imported_model.unwrapped(str(folder), _stored_tensors(folder)))
     config = _read_config(str(folder / CONFIG), fields)
     tied, notes = _tie(str(folder / CONFIG), fields, stored)
@@ -311,7 +311,7 @@ def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
         others = sorted(path.name for path in folder.glob("*.bin"))
         advice = f"; {others[0]} is PyTorch's format: save it again as safetensors with transformers" if others else ""
         raise FormatError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{advice}")
-    table = imported_model.read_json(folder / INDEX).get("weight_map")
+    table = strict.read_json(folder / INDEX, FormatError).get("weight_map")
     if not isinstance(table, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in table.values()
     ):

@@ -4,7 +4,6 @@ Every reader returns an `ImportedModel`: the model's shape, its tensors, which a
 Every writer takes one, so that any format is converted to any other with one block of rows in memory at a time.
 """
 
-import json
 import math
 import reprlib
 import sys
@@ -18,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import tokenizer
-from llamalet.config import Llama3Scaling, ModelConfig
+from llamalet.config import CAPS, Llama3Scaling, ModelConfig
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
-from llamalet.model_file.header import CAPS
 from llamalet.model_file.quantize import from_bfloat16
 from llamalet.model_file.tensors import BLOCK_WEIGHTS, Rows, row_blocks, tensor_specs
 from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
@@ -216,23 +214,6 @@ def check_shapes(name: str, config: ModelConfig, found: Mapping[str, Sequence[in
     if problems:
         rest = f"; and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
         raise FormatError(f"{name}: {'; '.join(problems[:MAX_SHOWN])}{rest}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        FormatError: if it is missing, or not a JSON object.
-    """
-    try:
-        fields = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise FormatError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
-        raise FormatError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise FormatError(f"{path}: must hold a JSON object")
-    return fields
 
 
 def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:

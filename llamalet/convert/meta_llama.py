@@ -7,24 +7,37 @@ Source: meta-llama/llama and meta-llama/llama-models, llama3/reference_impl/mode
 transformers, convert_llama_weights_to_hf.py (contexts, the factor of 3.2).
 """
 
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from llamalet import strict
 from llamalet.config import RopeScaling
-from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, ImportedModel, llama3_scaling, read_json, unwrapped
+from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, ImportedModel, llama3_scaling, unwrapped
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
 from llamalet.errors import ConfigError, FormatError
 from llamalet.model_file.tensors import LLAMA3_VOCAB
 
 PARAMS = "params.json"
-FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads")
 IGNORED = ("rope.freqs",)
 # The axis along which each matrix is split over several files. Llama 3's embeddings are split along axis 0, those of
 # Llama 1 and 2 along axis 1; their shape tells which. Every file has all of the tensors that are not listed.
 AXES = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 SMALL_DIM = 4096  # only Llama 3.2's 1B and 3B are narrower
+
+
+class Params(NamedTuple):
+    """The fields of params.json that are used."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None = None
+    norm_eps: float = 1e-5
+    vocab_size: float = -1  # Llama 2's files say -1
+    rope_theta: float | None = None  # Llama 1 and 2 do not say it
+    use_scaled_rope: bool | None = None
+    rope_scaling_factor: float | None = None
 
 
 def read(name: str) -> ImportedModel:
@@ -40,7 +53,8 @@ def read(name: str) -> ImportedModel:
     folder = Path(name)
     if folder.is_file():
         folder = folder.parent
-    params = read_json(folder / PARAMS)
+    fields = strict.read_json(folder / PARAMS, FormatError)
+    params = strict.build(Params, fields, str(folder / PARAMS), FormatError, ignore_unknown=True)
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths or [path.name for path in paths] != [f"consolidated.{i:02d}.pth" for i in range(len(paths))]:
         found = ", ".join(path.name for path in paths) or "none"
@@ -55,30 +69,31 @@ def read(name: str) -> ImportedModel:
     found_tensors = {key: _joined(key, paths, [shard[key] for shard in shards], params) for key in names}
     check_present(folder, found_tensors)
     vocab_size, scaling = found_tensors["tok_embeddings"].shape[0], _scaling(folder / PARAMS, params)
-    claimed = params.get("vocab_size", -1)
-    if claimed not in (-1, vocab_size):  # Llama 2's files say -1
+    if params.vocab_size not in (-1, vocab_size):
         raise FormatError(
-            f"{folder}: vocab_size is {claimed} in params.json, and the embeddings have {vocab_size} rows"
+            f"{folder}: vocab_size is {params.vocab_size:g} in params.json, and the embeddings have {vocab_size} rows"
         )
-    said = {key: params.get(key) for key in FIELDS} | {"norm_eps": params.get("norm_eps", 1e-5)}
-    derived = {
+    shape = {
+        "dim": params.dim,
+        "n_layers": params.n_layers,
+        "n_heads": params.n_heads,
+        "n_kv_heads": params.n_kv_heads,
+        "norm_eps": params.norm_eps,
         "vocab_size": vocab_size,
         "max_seq_len": _context(params, vocab_size, scaling),
-        "rope_theta": params.get("rope_theta"),  # Llama 1 and 2 do not say it
+        "rope_theta": params.rope_theta,
         "rope_scaling": scaling,
     }
-    return imported(
-        folder, found_tensors, said | derived, [path / "tokenizer.model" for path in (folder, folder.parent)]
-    )
+    return imported(folder, found_tensors, shape, [path / "tokenizer.model" for path in (folder, folder.parent)])
 
 
-def _joined(name: str, paths: Sequence[Path], parts: Sequence[Any], params: Mapping[str, Any]) -> TorchTensor:
+def _joined(name: str, paths: Sequence[Path], parts: Sequence[Any], params: Params) -> TorchTensor:
     """Return a tensor whose parts are in several files."""
     for path, part in zip(paths, parts, strict=True):
         check_weights(path, name + SUFFIX, part, (2,) if name in MATRICES else (1, 2))
     axis = AXES.get(name.rpartition(".")[2])
     if name == "tok_embeddings":
-        axis = 0 if parts[0].shape[-1] == params.get("dim") else 1
+        axis = 0 if parts[0].shape[-1] == params.dim else 1
     if axis is None or len(parts) == 1:
         return TorchTensor((parts[0],))
     for path, part in zip(paths, parts, strict=True):
@@ -88,25 +103,23 @@ def _joined(name: str, paths: Sequence[Path], parts: Sequence[Any], params: Mapp
     return TorchTensor(tuple(parts), axis)
 
 
-def _scaling(path: Path, params: Mapping[str, Any]) -> RopeScaling | None:
+def _scaling(path: Path, params: Params) -> RopeScaling | None:
     """Return how RoPE is scaled: by 8 in Llama 3.1 and 3.3, by 32 in 3.2's small models, or as params.json says."""
-    if not params.get("use_scaled_rope"):
+    if not params.use_scaled_rope:
         return None
-    factor, dim = params.get("rope_scaling_factor"), params.get("dim")
-    if factor is None:
-        factor = 32.0 if isinstance(dim, int) and dim < SMALL_DIM else 8.0
+    factor = params.rope_scaling_factor or (32.0 if params.dim < SMALL_DIM else 8.0)
     try:
         return llama3_scaling(factor)
     except ConfigError:
-        raise FormatError(f"{path}: rope_scaling_factor={reprlib.repr(factor)}: must be a number, at least 1") from None
+        raise FormatError(f"{path}: rope_scaling_factor={factor:g}: must be at least 1") from None
 
 
-def _context(params: Mapping[str, Any], vocab_size: int, scaling: RopeScaling | None) -> int:
+def _context(params: Params, vocab_size: int, scaling: RopeScaling | None) -> int:
     """Return the context that Meta trained this model with."""
     if scaling is not None:
         return 131072  # Llama 3.1 and later
     if vocab_size >= LLAMA3_VOCAB:
         return 8192  # Llama 3
-    if params.get("rope_theta") not in (None, DEFAULT_ROPE_THETA):
+    if params.rope_theta not in (None, DEFAULT_ROPE_THETA):
         return 16384  # Code Llama
-    return 2048 if params.get("norm_eps") == 1e-6 else 4096  # Llama 1, Llama 2
+    return 2048 if params.norm_eps == 1e-6 else 4096  # Llama 1, Llama 2

@@ -8,20 +8,21 @@ Source: https://github.com/huggingface/safetensors, "Format".
 
 import json
 import math
-import operator
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet import strict
 from llamalet.convert.imported_model import DECODERS, FileTensor
 from llamalet.errors import FormatError
 
 LENGTH = struct.Struct("<Q")
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_HEADER_BYTES = strict.MAX_BYTES
+MAX_AXES = 8
 METADATA = "__metadata__"
 ALIGNMENT = 8
 # The types that are read and written, and numpy's names of them; bfloat16, which numpy lacks, is uint16: its bits.
@@ -98,22 +99,33 @@ def _read_header(path: Path, dtypes: Collection[str]) -> dict[str, Entry]:
         length = LENGTH.unpack(file.read(LENGTH.size))[0] if size >= LENGTH.size else MAX_HEADER_BYTES + 1
         if length > min(MAX_HEADER_BYTES, size - LENGTH.size):
             raise FormatError(f"{path}: not a safetensors file, or truncated (is it a Git LFS pointer?)")
-        try:
-            header = json.loads(file.read(length))
-            header.pop(METADATA, None)
-            found = {name: _entry(fields, LENGTH.size + length) for name, fields in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise FormatError(f"{path}: its header is damaged: {error!r}") from None
+        damaged = f"{path}: its header is damaged"
+        header = strict.parse_json(file.read(length), damaged, FormatError)
+    if not isinstance(header, dict):
+        raise FormatError(f"{damaged}: it is no JSON object")
+    header.pop(METADATA, None)
+    found = {name: _entry(fields, LENGTH.size + length, f"{damaged}: {name}") for name, fields in header.items()}
     for name, (dtype, shape, begin, end) in found.items():
         if dtype not in dtypes:
             raise FormatError(f"{path}: {name} is {dtype}: only {', '.join(dtypes)} can be read")
         n_bytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-        if min(shape, default=0) < 0 or begin < LENGTH.size + length or end - begin != n_bytes or end > size:
+        if end - begin != n_bytes or end > size:
             raise FormatError(f"{path}: {name}, {shape} of {dtype}, does not fit bytes {begin}..{end}: damaged")
     return found
 
 
-def _entry(fields: Mapping[str, Any], data: int) -> Entry:
+class _Fields(NamedTuple):
+    """What the header says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def _entry(fields: object, data: int, name: str) -> Entry:
     """Return a tensor's entry from its fields in the header, where all tensors begin at `data`."""
-    begin, end = map(operator.index, fields["data_offsets"])
-    return str(fields["dtype"]), tuple(map(operator.index, fields["shape"])), data + begin, data + end
+    found = strict.build(_Fields, fields, name, FormatError)
+    if len(found.data_offsets) != 2 or len(found.shape) > MAX_AXES:
+        raise FormatError(f"{name}: has {len(found.data_offsets)} data_offsets and {len(found.shape)} axes")
+    begin, end = found.data_offsets
+    return found.dtype, tuple(found.shape), data + begin, data + end

@@ -14,15 +14,17 @@ as a model.
 """
 
 import hashlib
-import json
 import math
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from llamalet import strict
+from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError
 
 FORMAT = "llamalet checkpoint"
@@ -32,7 +34,40 @@ MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors"
 SUFFIX = ".weight"
 """Ends every name in model.safetensors, as in a PyTorch state dict; names in model files lack it."""
 
+MISSING = "no such file; the checkpoint is incomplete"
+
 _STEP = re.compile(r"step-(\d{8,})|\.step-(\d{8,})\.old")
+
+
+class Facts(NamedTuple):
+    """What a reader of the model needs of state.json; training.run.run_state.RunState has all of it."""
+
+    step: int
+    """Optimizer steps done."""
+    model_config: ModelConfig
+    """Shape of the model."""
+    tokenizer: str
+    """Name of the tokenizer's file in the checkpoint."""
+    val_loss: float | None = None
+    """Validation loss in nats per token; None if it was not measured at this step."""
+    tokenizer_sha256: str | None = None
+    """Digest of the vocabulary."""
+    data: str | None = None
+    """Folder of the prepared data."""
+
+
+class _Seal(NamedTuple):
+    """Size and digest of a file, as manifest.json has them."""
+
+    bytes: int
+    sha256: str
+
+
+class _Manifest(NamedTuple):
+    """The contents of manifest.json."""
+
+    step: int
+    files: dict[str, _Seal]
 
 
 def step_of(path: Path) -> int | None:
@@ -93,7 +128,16 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it cannot be read.
     """
-    return _read_json(path / STATE)
+    return strict.read_json(path / STATE, CheckpointError, MISSING)
+
+
+def read_facts(path: Path) -> Facts:
+    """Return what a checkpoint's state.json says of the model.
+
+    Raises:
+        CheckpointError: if it cannot be read, or a field is missing or wrong.
+    """
+    return strict.build(Facts, read_state(path), str(path / STATE), CheckpointError, ignore_unknown=True)
 
 
 def verify(path: Path, *, digests: bool = True) -> None:
@@ -104,41 +148,40 @@ def verify(path: Path, *, digests: bool = True) -> None:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint; a checkpoint is a folder out/checkpoints/step-00001000")
-    manifest = _read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path / MANIFEST}: format is {manifest.get('format')!r}, must be {FORMAT!r}")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path / MANIFEST}: version is {manifest.get('version')!r}, this program reads {VERSION}"
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not {MODEL, OPTIMIZER, STATE} <= files.keys():
+    fields = strict.read_json(path / MANIFEST, CheckpointError, MISSING)
+    for key, expected in (("format", FORMAT), ("version", VERSION)):
+        if fields.get(key) != expected:
+            raise CheckpointError(
+                f"{path / MANIFEST}: {key} is {reprlib.repr(fields.get(key))}, this program reads {expected!r}"
+            )
+    manifest = strict.build(_Manifest, fields, str(path / MANIFEST), CheckpointError, ignore_unknown=True)
+    if not {MODEL, OPTIMIZER, STATE} <= manifest.files.keys():
         raise CheckpointError(f"{path / MANIFEST}: must list {MODEL}, {OPTIMIZER} and {STATE}")
-    for name, seal in files.items():
-        if Path(name).name != name or not isinstance(seal, dict):
-            raise CheckpointError(f"{path / MANIFEST}: bad entry for {name!r}")
+    for name, seal in manifest.files.items():
+        if Path(name).name != name or not (path / name).is_file():
+            raise CheckpointError(f"{path / MANIFEST}: lists {reprlib.repr(name)}, which is no file beside it")
         try:
             with (path / name).open("rb") as file:
                 size, digest = os.fstat(file.fileno()).st_size, None
-                if digests and size == seal.get("bytes"):
+                if digests and size == seal.bytes:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from None
-        if size != seal.get("bytes"):
-            raise CheckpointError(f"{path / name}: has {size} bytes, must have {seal.get('bytes')}")
-        if digests and digest != seal.get("sha256"):
+        if size != seal.bytes:
+            raise CheckpointError(f"{path / name}: has {size} bytes, must have {seal.bytes}")
+        if digests and digest != seal.sha256:
             raise CheckpointError(f"{path / name}: damaged, its sha256 does not match the manifest")
-    if manifest.get("step") != read_state(path).get("step"):
-        raise CheckpointError(f"{path / MANIFEST}: step is {manifest.get('step')!r}, not that of {STATE}")
+    if manifest.step != (found := read_state(path).get("step")):
+        raise CheckpointError(f"{path / MANIFEST}: step is {manifest.step}, not that of {STATE}: {reprlib.repr(found)}")
 
 
 def _val_loss(path: Path) -> float:
     """Return the validation loss that a checkpoint records; infinity if it has none or cannot be read."""
     try:
-        loss = read_state(path).get("val_loss")
+        loss = read_facts(path).val_loss
     except CheckpointError:
         return math.inf
-    return loss if isinstance(loss, float) else math.inf
+    return math.inf if loss is None else loss
 
 
 def _first_valid(paths: Iterable[Path]) -> Path | None:
@@ -151,16 +194,3 @@ def _first_valid(paths: Iterable[Path]) -> Path | None:
         else:
             return path
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object or raise CheckpointError."""
-    try:
-        table = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is incomplete") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
-    return table

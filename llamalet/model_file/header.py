@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
+from llamalet.config import CAPS, MAX_VOCAB, LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
 from llamalet.errors import ConfigError, FormatError
 from llamalet.model_file.quantize import ENCODINGS
 from llamalet.tokenizer.base import SpecialIds
@@ -61,12 +61,6 @@ TOKENIZER_KINDS = ("model", "bin", "json", "tiktoken")
 # The fields of ModelConfig that llama2.c's headers lack, and the values that its programs assume.
 LLAMA2C: dict[str, Any] = {"norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}
 
-# Caps on the values in a file, far above any model that this project is for.
-MAX_WIDTH, MAX_LAYERS, MAX_VOCAB, MAX_CONTEXT = 1 << 18, 1 << 10, 1 << 20, 1 << 20
-CAPS = {
-    "dim": MAX_WIDTH, "hidden_dim": MAX_WIDTH, "n_layers": MAX_LAYERS, "n_heads": MAX_WIDTH, "n_kv_heads": MAX_WIDTH,
-    "vocab_size": MAX_VOCAB, "max_seq_len": MAX_CONTEXT, "head_dim": MAX_WIDTH,
-}  # fmt: skip
 MAX_TOKENIZER_BYTES = 1 << 26
 
 

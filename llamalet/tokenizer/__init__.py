@@ -9,6 +9,7 @@ huggingface.py  tokenizer.json, through the tokenizers library unless it is Llam
 declared.py     what the files beside a tokenizer say of it
 """
 
+import codecs
 import os
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def parse(data: bytes, name: str, vocab_size: int | None = None) -> Tokenizer:
 
 def _parse(data: bytes, name: str) -> Tokenizer:
     """Recognize the kind by its first bytes, which differ for each."""
+    data = data.removeprefix(codecs.BOM_UTF8)  # of a JSON file that passed through an editor
     if looks_like_rows(data):
         pieces = unpack(data, name)
         if llama3.is_rank_table(pieces):

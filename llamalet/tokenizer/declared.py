@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llamalet import strict
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer.base import SpecialIds, Tokenizer
 from llamalet.tokenizer.huggingface import prefix_of
@@ -296,7 +297,7 @@ def _name(path: Path, key: str, value: Any) -> str:
 def _prefix(path: Path) -> tuple[int, ...]:
     """Return what the post-processor of a tokenizer.json puts before every text."""
     try:
-        return prefix_of(_read(path))
+        return prefix_of(_object(path.read_bytes(), path))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise TokenizerError(f"{path}: its post_processor is damaged: {error!r}") from None
 
@@ -321,11 +322,11 @@ def own_ids(path: Path) -> SpecialIds | None:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if there is no file."""
-    return _object(path.read_bytes(), path) if path.is_file() else {}
+    return strict.read_json(path, TokenizerError) if path.is_file() else {}
 
 
 def _object(data: bytes, path: Path) -> dict[str, Any]:
-    """Return the object in the bytes of a JSON file.
+    """Return the object in a tokenizer.json, which may be larger than other files and is checked by the library.
 
     Raises:
         TokenizerError: if they are no JSON object.

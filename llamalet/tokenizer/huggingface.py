@@ -5,6 +5,7 @@ bytes, as in GPT-2 (ByteLevel: Llama 3), or text, as in SentencePiece (Llama 2).
 without the library: its list of merges follows from the ids, so it is equivalent to a rank table of llama3.py.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -55,7 +56,8 @@ class JsonTokenizer(Tokenizer):
             import tokenizers
         except ImportError:
             raise UsageError(f"{name}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
-        try:
+        self._name = name
+        with self._refusals():
             table = json.loads(data)
             self._library = tokenizers.Tokenizer.from_str(data.decode())
             decoders = _parts(table.get("decoder"), "decoders")
@@ -66,8 +68,8 @@ class JsonTokenizer(Tokenizer):
                 for is_special in (True, False)
             )
             ids = _guessed_ids(table, special)
-        except Exception as error:  # the library raises plain Exceptions
-            raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
+            model = table["model"]
+            self._unknown_id = vocab.get(model.get("unk_token"), model.get("unk_id"))
         if isinstance(self._library.model, tokenizers.models.BPE):
             self._library.model.dropout = None  # meant for training: each encoding of a text would differ
         self._library.no_truncation()
@@ -81,9 +83,6 @@ class JsonTokenizer(Tokenizer):
             adds_space=any(d["type"] == "Strip" or d["type"] == "Metaspace" and _strips(d) for d in decoders),
         )
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self._name = name
-        model = table["model"]
-        self._unknown_id = vocab.get(model.get("unk_token"), model.get("unk_id"))
         # Older files for Llama 2 put a space before each text between special tokens, newer ones do not.
         self._marker = next(iter(special), None)
         self._first_text_is_like_others = self._marker is None or self._encode_behind_marker("a") == self._encode("a")
@@ -99,7 +98,8 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         self._library.encode_special_tokens = True  # encode their names as plain text
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        with self._refusals():
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
@@ -107,7 +107,8 @@ class JsonTokenizer(Tokenizer):
         if not special:
             return super().encode(text, bos=bos, eos=eos)
         self._library.encode_special_tokens = False
-        ids: list[int] = self._library.encode(valid(text), add_special_tokens=False).ids
+        with self._refusals():
+            ids: list[int] = self._library.encode(valid(text), add_special_tokens=False).ids
         first = list(self.ids.prefix) if bos else []
         return first + ids + ([self.ids.eos] if eos and self.ids.eos is not None else [])
 
@@ -119,7 +120,8 @@ class JsonTokenizer(Tokenizer):
     def _encode_behind_marker(self, text: str) -> list[int]:
         """Return the ids of a text, free of special tokens' names, that follows a special token."""
         self._library.encode_special_tokens = False
-        ids: list[int] = self._library.encode(f"{self._marker}{text}", add_special_tokens=False).ids
+        with self._refusals():
+            ids: list[int] = self._library.encode(f"{self._marker}{text}", add_special_tokens=False).ids
         return ids[1:]
 
     def encode_marked(self, text: str, marks: str) -> list[int]:
@@ -156,14 +158,15 @@ class JsonTokenizer(Tokenizer):
             inside: whether it continues another text.
         """
         self._library.encode_special_tokens = False
-        for before in CONTINUED if inside else ():
-            ids = self._library.encode(before, add_special_tokens=False).ids
-            both = self._library.encode(before + text, add_special_tokens=False)
-            n, shift = len(ids), len(before)
-            if both.ids[:n] == ids and not self._special_ids.intersection(ids):
-                return both.ids[n:], [(max(0, start - shift), end - shift) for start, end in both.offsets[n:]]
-        alone = self._library.encode(text, add_special_tokens=False)
-        return alone.ids, alone.offsets
+        with self._refusals():
+            for before in CONTINUED if inside else ():
+                ids = self._library.encode(before, add_special_tokens=False).ids
+                both = self._library.encode(before + text, add_special_tokens=False)
+                n, shift = len(ids), len(before)
+                if both.ids[:n] == ids and not self._special_ids.intersection(ids):
+                    return both.ids[n:], [(max(0, start - shift), end - shift) for start, end in both.offsets[n:]]
+            alone = self._library.encode(text, add_special_tokens=False)
+            return alone.ids, alone.offsets
 
     def _encode_name(self, name: str) -> list[int]:
         """Return the ids of a token's name as plain text."""
@@ -180,6 +183,16 @@ class JsonTokenizer(Tokenizer):
     def _name_ids(self) -> frozenset[int]:
         """The tokens that nobody but a template may name."""
         return frozenset(self._names.values())
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turn whatever the library raises, a panic of its Rust code included, into a TokenizerError."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic is no Exception
+            raise TokenizerError(f"{self._name}: not a usable tokenizer.json: {error}") from None
 
     def _cut_names(self, text: str) -> Iterator[str]:
         """Split a text inside each name of a special token, after its first character."""

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 
 import numpy as np
@@ -134,21 +135,29 @@ def test_verify_finds_one_flipped_bit(tmp_path):
     [
         ({"format": "other"}, "format 'other'"),
         ({"version": 2}, "version 2"),
-        ({"dtype": "uint32"}, "'dtype'"),
-        ({"vocab_size": 70000}, "'dtype'"),
-        ({"vocab_size": "512"}, "wrong type"),
-        ({"splits": {"train": {"shards": []}}}, "'val' is missing"),
-        ({"entropy": {"stories": 1}}, "wrong type"),
-        ({"tokenizer": None}, None),
+        ({"dtype": "uint32"}, "dtype='uint32': the other fields make it 'uint16'"),
+        ({"vocab_size": 70000}, "dtype='uint16': the other"),
+        ({"vocab_size": "512"}, "vocab_size='512': must be a whole number from 0 up"),
+        ({"vocab_size": -5}, "vocab_size=-5: must be a whole number from 0 up"),
+        ({"vocab_size": 512.0}, "vocab_size=512.0: must be a whole number"),
+        ({"vocab_size": 2**31}, r"vocab_size=2147483648: must be in 1\.\."),
+        ({"bos_id": []}, r"bos_id=\[\]: must be a whole number"),
+        ({"eos_id": 512}, "eos_id=512: must be below vocab_size=512"),
+        ({"tokenizer": "../tokenizer.model"}, "tokenizer='../tokenizer.model': must be the name of a file"),
+        ({"recipe": 5}, "recipe=5: must be an object"),
+        ({"splits": {"train": {"shards": []}}}, r"splits\.val is missing"),
+        ({"entropy": {"stories": 1}}, r"entropy\.nats_per_token is missing; .*entropy\.bits_per_story is missing"),
+        ({"entropy": math.inf}, "entropy=inf: must be a finite number"),
+        ({"splits": []}, r"splits=\[\]: must be an object"),
+        ({"tokenizer": ...}, "tokenizer is missing"),
+        ({"dtype": ...}, "dtype is missing"),
+        ({"entropy": ...}, "entropy is missing"),
     ],
 )
 def test_a_meta_file_that_contradicts_itself(tmp_path, change, words):
     prepare(tmp_path, TRAIN, VAL)
     path = tmp_path / "meta.json"
-    table = json.loads(path.read_text()) | change
-    if words is None:
-        del table["tokenizer"]
-        words = "'tokenizer' is missing"
+    table = {key: value for key, value in (json.loads(path.read_text()) | change).items() if value is not ...}
     path.write_text(json.dumps(table))
     with pytest.raises(DataError, match=words) as caught:
         Shards.open(tmp_path)

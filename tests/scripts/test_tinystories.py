@@ -494,7 +494,7 @@ def test_a_recorded_file_must_be_the_one_recorded(stories):
     with pytest.raises(DataError, match=r"a\.jsonl: missing"):
         run("pretokenize", "x")
     Path("data/x/source.json").write_text("{")
-    with pytest.raises(DataError, match=r"source\.json: not readable"):
+    with pytest.raises(DataError, match=r"source\.json: not valid JSON: .*; delete it and make the source again"):
         run("pretokenize", "x")
 
 

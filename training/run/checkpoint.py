@@ -135,7 +135,7 @@ def load(path: str | Path) -> Checkpoint:
     path = Path(path)
     layout.verify(path)
     try:
-        return Checkpoint(
+        loaded = Checkpoint(
             path=path,
             state=RunState.read(path),
             model_state=safetensors_file.read_arrays(path / layout.MODEL),
@@ -143,6 +143,11 @@ def load(path: str | Path) -> Checkpoint:
         )
     except (OSError, FormatError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    for key, array in loaded.optimizer_state.items():
+        weight = loaded.model_state.get(key.rpartition(":")[0])
+        if weight is None or array.shape not in ((), weight.shape):
+            raise CheckpointError(f"{path / layout.OPTIMIZER}: {key}, {array.shape}, belongs to no weight of the model")
+    return loaded
 
 
 def label(path: Path) -> str:

@@ -16,12 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llamalet.errors import DataError, DiskError
+from llamalet import strict
+from llamalet.errors import DataError
 from llamalet.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.damaged.jsonl"
 WANDB_ID_FILE = "wandb/id"
+MAX_BYTES = 1 << 26  # of metrics.jsonl: 400,000 lines
 LARGEST = 3.5e38
 """Largest number in a record: all come from float32. Plots, which use float64, never overflow on such numbers."""
 
@@ -55,7 +57,7 @@ class Metrics:
                 file.write(b"".join(map(_line, kept)))
             # The time of dropped rows counts: it was spent.
             self._began -= max((row.get("elapsed_s") or 0.0 for row in rows), default=0.0)
-        except (OSError, DiskError) as error:
+        except (OSError, DataError) as error:
             self._warn(error)
         self._wandb = _start_wandb(wandb, run_dir, resumed_at is not None) if wandb is not None else None
 
@@ -96,7 +98,7 @@ class Metrics:
                 print(f"warning: wandb stopped: {_one_line(error)}", file=sys.stderr, flush=True)
                 self._wandb = None
 
-    def _warn(self, error: OSError) -> None:
+    def _warn(self, error: Exception) -> None:
         """Warn, once, that rows are missing."""
         if not self._warned:
             reason = getattr(error, "strerror", None) or _one_line(error)
@@ -110,10 +112,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: if the file cannot be read, or another line is damaged.
     """
-    try:
-        rows, damage = _parse(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    rows, damage = _parse(path)
     for number, what in damage.items():
         raise DataError(f"{path}: line {number} is damaged: {what}; remove it")
     return rows
@@ -124,7 +123,8 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
     if not path.exists():
         return [], {}
     rows, damage = [], {}
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    lines = strict.read_bytes(path, DataError, "no such file", MAX_BYTES).splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
             rows.append(_row(line))
         except DataError as error:

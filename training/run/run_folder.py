@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from llamalet.errors import CheckpointError, DiskError, LockedError
+from llamalet import strict
+from llamalet.errors import CheckpointError, DataError, DiskError, LockedError
 from llamalet.files import replacing
 from llamalet.model_file.checkpoint import FOLDER, find_best, find_latest, list_steps
 from training.config import TrainConfig
@@ -24,6 +25,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE, CONFIG_FILE = ".lock", "config.toml"
+MAX_HOLDER = 1000  # characters of the lock file
 
 
 @contextlib.contextmanager
@@ -56,7 +58,7 @@ def _holder(file: IO[str]) -> str:
     for _ in range(20):
         file.seek(0)
         try:
-            holder = json.load(file)
+            holder = strict.parse_json(file.read(MAX_HOLDER).encode(), LOCK_FILE, DataError)
             return f"process {holder['pid']} on {holder['host']}"
         except (ValueError, KeyError, TypeError):
             time.sleep(0.05)

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from llamalet import strict
 from llamalet.config import ModelConfig
-from llamalet.errors import CheckpointError, ConfigError
+from llamalet.errors import CheckpointError
 from llamalet.model_file.checkpoint import STATE, read_state
+
+GUARD_VALUES = 4  # of `Guard.state()`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,11 @@ class RunState:
     tokenizer: str
     """Name of the tokenizer's file in the checkpoint."""
 
+    def __post_init__(self) -> None:
+        """Refuse a guard's state of another length."""
+        if self.guard is not None and len(self.guard) != GUARD_VALUES:
+            raise CheckpointError(f"guard has {len(self.guard)} numbers, must have {GUARD_VALUES}")
+
     def to_json(self) -> dict[str, Any]:
         """Return the contents of state.json."""
         return dataclasses.asdict(self)
@@ -44,15 +52,6 @@ class RunState:
         """Read a checkpoint's state.json; unknown keys are ignored.
 
         Raises:
-            CheckpointError: if it cannot be read, or a required key is missing.
+            CheckpointError: if it cannot be read, or a field is missing or wrong.
         """
-        values = read_state(folder)
-        try:
-            model_config = ModelConfig.from_dict(values["model_config"])
-            optional = {name: values[name] for name in ("guard", "machine", "launch") if name in values}
-            required = {name: values[name] for name in ("step", "val_loss", "tokenizer_sha256", "data", "train_config")}
-            return cls(**required, **optional, model_config=model_config, tokenizer=values["tokenizer"])
-        except KeyError as error:
-            raise CheckpointError(f"{folder / STATE}: has no {error}") from None
-        except (TypeError, AttributeError, ConfigError) as error:
-            raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from None
+        return strict.build(cls, read_state(folder), str(folder / STATE), CheckpointError, ignore_unknown=True)

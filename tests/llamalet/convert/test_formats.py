@@ -212,17 +212,14 @@ def test_rows_come_in_blocks_of_any_size(tmp_path, monkeypatch):
         ({"rms_norm_eps": "small"}, "norm_eps='small': must be a number"),
         ({"num_attention_heads": 2.5}, "2.5"),
         ({"num_hidden_layers": 10**400}, "n_layers=1000.*: must be at most 1024"),
-        ({"num_hidden_layers": math.nan}, "n_layers=nan: must be a whole number"),
-        ({"max_position_embeddings": math.inf}, "max_seq_len=inf: must be a whole number"),
+        ({"num_hidden_layers": math.nan}, "num_hidden_layers=nan: must be a finite number"),
+        ({"max_position_embeddings": math.inf}, "max_position_embeddings=inf: must be a finite number"),
         ({"rms_norm_eps": 10**400}, "norm_eps=1000.*: must be a number"),
         (
             {"rope_parameters": LLAMA3_ROPE | {"factor": 10**400}},
             "rope_scaling.factor=1000.*: must be a number, at least 1",
         ),
-        (
-            {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": math.inf}},
-            "original_max_seq_len=inf: must be",
-        ),
+        ({"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": math.inf}}, "must be a finite number"),
     ],
 )
 def test_what_is_no_llama_is_refused_by_name(tmp_path, changes, words):
@@ -242,7 +239,7 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"dtype": ["F32"]}, "only F32, F16, BF16"),
+        ({"dtype": ["F32"]}, "header is damaged"),
         ({"data_offsets": [0]}, "header is damaged"),
         ({"data_offsets": [0, 4, 8]}, "header is damaged"),
         ({"shape": [math.inf]}, "header is damaged"),

@@ -72,5 +72,5 @@ def test_another_type_is_refused_by_name(tmp_path):
 def test_a_tensor_outside_of_the_data_is_refused(tmp_path, changes):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(FormatError, match="a, .* does not fit bytes"):
+    with pytest.raises(FormatError, match="a, .* does not fit bytes|=-1.?: must be a whole number from 0 up"):
         safetensors_file.read_arrays(tmp_path / "x.safetensors")
