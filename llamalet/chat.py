@@ -54,6 +54,8 @@ class Chat:
         config = SamplingConfig.create(sampling, options)
         if config.ignore_eos:
             raise ConfigError("ignore_eos: is for stories; in a chat max_new_tokens ends each answer")
+        if not isinstance(system, str | None):
+            raise UsageError(f"system must be text, not {type(system).__name__}")
         check_keep(config, model.config.max_seq_len)
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
         self.n_read = 0
@@ -70,8 +72,11 @@ class Chat:
         """Return the model's answer to a message, piece by piece as it is generated.
 
         Raises:
-            UsageError: if there is no room for the message, or the template refuses it; `messages` stay as they were.
+            UsageError: if it is no text, there is no room for it, or the template refuses it. Then `messages` stay as
+                they were.
         """
+        if not isinstance(text, str):
+            raise UsageError(f"a message must be text, not {type(text).__name__}")
         messages = [*self.messages, Message("user", text)]
         ids, context = self._template(messages), self._model.config.max_seq_len
         if not ids:

@@ -92,10 +92,10 @@ def find_template(
 def _jinja_template(source: str, path: Path, model: Path, tokenizer: Tokenizer, context: int) -> Template:
     """Return the Jinja template from `path`, with what the files beside a model say of its tokenizer."""
     folder = model if model.is_dir() else model.parent
-    special, spaces = declared.template_variables(folder), declared.chat_spaces(folder)
+    special = declared.template_variables(folder)
     if special is not None and not model.is_dir():  # a model in one file knows its BOS and EOS without them
         special = _bos_and_eos(tokenizer) | special
-    if spaces is not None and isinstance(tokenizer, SentencePieceTokenizer):
+    if isinstance(tokenizer, SentencePieceTokenizer) and (spaces := declared.chat_spaces(folder)) is not None:
         tokenizer = tokenizer.with_chat_spaces(spaces)
     return JinjaTemplate(source, tokenizer, str(path), special, context=context)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from llamalet.errors import TokenizerError
+from llamalet.marked_text import OTHERS
 from llamalet.tokenizer.rows import TokenizerRow, pack
 
 # Texts after which another is encoded to see how it continues them; few vocabularies merge across the first.
@@ -241,7 +242,7 @@ class Tokenizer(abc.ABC):
 
         Args:
             text: any Unicode text.
-            marks: "1" or "0" for each character; only a name that has no "0" becomes its token.
+            marks: OWN or OTHERS for each character (marked_text.py); a name of which all is OWN becomes its token.
 
         Raises:
             TokenizerError: as encode.
@@ -249,7 +250,7 @@ class Tokenizer(abc.ABC):
         parts: list[int | str] = []
         start = at = 0
         while match := self._any_name.search(text, at):
-            if "0" in marks[match.start() : match.end()]:
+            if OTHERS in marks[match.start() : match.end()]:
                 at = match.start() + 1
                 continue
             parts += [text[start : match.start()], self._names[match[0]]]

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
+from llamalet.marked_text import OTHERS
 from llamalet.tokenizer.base import CONTINUED, SpecialIds, Tokenizer, valid
 from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
@@ -130,18 +131,21 @@ class JsonTokenizer(Tokenizer):
         Where it finds one in someone else's text, the text before it, the name and the text after it are encoded apart.
         """
         ids: list[int] = []
-        pieces = [(0, len(text), False)]  # from where to where, and whether it is someone's name; the next is the last
-        valid(text)
+        names: dict[str, list[int]] = {}
+        pieces = [(0, len(valid(text)), False)]  # from where to where, and whether it is a name; the next is the last
         while pieces:
             start, end, is_name = pieces.pop()
+            piece = text[start:end]
             if is_name:
-                ids += self._encode_name(text[start:end])
+                if piece not in names:
+                    names[piece] = self._encode_name(piece)
+                ids += names[piece]
                 continue
-            found, spans = self._encode_with_names(text[start:end], inside=start > 0)
+            found, spans = self._encode_with_names(piece, inside=start > 0)
             cuts = [start]
             for id, (first, last) in zip(found, spans, strict=True):
                 first, last = _without_space(text, start + first, start + last)
-                if id in self._name_ids and "0" in marks[first:last] and not self._is_unknown(id, text[first:last]):
+                if id in self._name_ids and OTHERS in marks[first:last] and not self._is_unknown(id, text[first:last]):
                     cuts += [first, last]
             if len(cuts) == 1:
                 ids += found
@@ -154,7 +158,7 @@ class JsonTokenizer(Tokenizer):
         """Return the ids of a text in which names are tokens, and from where to where in the text each reaches.
 
         Args:
-            text: a valid text.
+            text: a valid text; it may be empty.
             inside: whether it continues another text.
         """
         self._library.encode_special_tokens = False
