@@ -13,6 +13,12 @@ The tokenizer goes with the model. Every .bin is proved: the runtime and PyTorch
 are read back and compared.
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +28,7 @@ from llamalet import model_file, shards
 from llamalet.convert import formats
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.convert.target import Target, read_back, write
-from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, run
+from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, nothing_to_lose, run
 from llamalet.model_file import checkpoint
 from llamalet.model_file.tensors import Rows
 
@@ -103,6 +109,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(ExportConfig, argv, program="python export.py", description=__doc__ or "", positional=("out",))
     if config.verify is not None:
         return _verify(Path(config.verify), config.data)
+    config.target.check_writable()
     source, trained_on = _open(config)
     path, keep = config.path(Path(source.name)), None if config.tokenizer is None else Path(config.tokenizer)
     write(source, config.target, path, keep=keep, force=config.force)
@@ -113,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
     elif config.check and not read_back(source, config.target, path):
         code = FormatError.exit_code
     if code == 0 and config.target.format == "bin":
-        print(f"run it: python sample.py {path}{'' if source.tokenizer else ' -z TOKENIZER'}")
+        print(f"run it: python sample.py {shlex.quote(str(path))}{'' if source.tokenizer else ' -z TOKENIZER'}")
     return code
 
 
@@ -148,7 +155,8 @@ def _verify(path: Path, named_data: str | None) -> int:
 def _prove(path: Path, data: shards.Shards | None, originals: Mapping[str, Rows] | None) -> int:
     """Print the proof of a model file and return the exit code."""
     try:
-        from parity.proof import prove
+        with nothing_to_lose():
+            from parity.proof import prove
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -12,6 +12,11 @@ The text goes to stdout, everything else to stderr. For tamer or wilder texts ch
 -t 0 always takes the most likely token. With the same -t, -p and -s the tokens are those of llama2.c's run.
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 from collections.abc import Iterator, Sequence
 
 from llamalet import cli, console

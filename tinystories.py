@@ -14,6 +14,11 @@ COMMAND --help lists the options of each. Examples:
   python tinystories.py pretokenize my_folder --document=blankline --vocab=llama2/tokenizer.model
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import dataclasses
 import difflib
 import inspect

@@ -12,6 +12,11 @@ A run leaves its settings (config.toml), metrics.jsonl, loss.png, checkpoints/ a
 Ctrl-C and SIGTERM save the state and exit with code 75; --resume continues from there, bit for bit.
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import os
 import shlex
 from collections.abc import Sequence
@@ -20,15 +25,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configurator import parse
-from llamalet import Model, errors, model_file
+from llamalet import Model, errors, model_file, tokenizer
 from llamalet.convert import bin_file, formats
 from llamalet.errors import CheckpointError, ConfigError
 from llamalet.model_file.checkpoint import find_best
 from training.config import TrainConfig, with_defaults, with_shape
 from training.data import open_data
+from training.machine import compiler_cache
 from training.run import checkpoint, plot, run_folder
 from training.run.checkpoint import Checkpoint
 from training.run.interrupts import EXIT_CODE, Interrupted, Interrupts
+from training.samples import as_in_training
 
 if TYPE_CHECKING:
     from training.machine.distributed import Processes
@@ -52,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(config: TrainConfig, argv: Sequence[str], signals: Interrupts) -> int:
     """Start or resume a run, train it to its end and export its best checkpoint; return the exit code."""
+    compiler_cache.ensure_folder()
     # Importing torch takes seconds. It waits until here, where a signal no longer kills the process but ends the run.
     from training import init_from
     from training.machine.distributed import process_group
@@ -70,7 +78,10 @@ def train(config: TrainConfig, argv: Sequence[str], signals: Interrupts) -> int:
             config = read_options(with_shape(start.config), argv)
         trainer = Trainer(config, group.on(config.device), resumed, start, signals)
         del resumed, start  # the trainer has copied their tensors
+        problem = bin_file.llama2c_problem(tokenizer.load(trainer.data.tokenizer_path))
         try:
+            if problem is not None:
+                group.print(f"{'export':8} without a tokenizer.bin, so not for llama2.c: {problem}")
             trainer.train()
             if group.is_main:
                 with signals.at_once():  # whatever is interrupted here can be repeated
@@ -84,9 +95,11 @@ def train(config: TrainConfig, argv: Sequence[str], signals: Interrupts) -> int:
 
 def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
     """Print the loss of a checkpoint on the whole validation split."""
-    from training.evaluation import evaluate_checkpoint
-    from training.machine.distributed import process_group
-    from training.machine.hardware import memory_errors, set_threads, tune_allocator
+    compiler_cache.ensure_folder()
+    with errors.nothing_to_lose():
+        from training.evaluation import evaluate_checkpoint
+        from training.machine.distributed import process_group
+        from training.machine.hardware import memory_errors, set_threads, tune_allocator
 
     with memory_errors(), process_group() as group:
         config, evaluated = resume(config, argv, group)
@@ -105,7 +118,8 @@ def prepare_source(config: TrainConfig) -> Path:
         ConfigError: if --data is given too, or there are several processes.
         DataError: if there is no such text.
     """
-    from corpus.prepare import PretokenizeConfig, prepare_shards  # not needed by other runs, and slow to import
+    with errors.nothing_to_lose():
+        from corpus.prepare import PretokenizeConfig, prepare_shards  # not needed by other runs, and slow to import
 
     if config.data is not None:
         raise ConfigError(f"source={config.source}: goes to a folder of its own; leave --data={config.data} out")
@@ -114,8 +128,29 @@ def prepare_source(config: TrainConfig) -> Path:
             f"source={config.source}: several processes cannot prepare it; first run "
             f"`python tinystories.py pretokenize {shlex.quote(str(config.source))}`"
         )
+    check_settings(config)
     vocab = None if config.init_from in ("scratch", "resume") else Path(config.init_from)
     return prepare_shards(PretokenizeConfig(source=config.source, vocab=vocab))
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Find what would stop the run before its text is prepared, which may take hours.
+
+    Raises:
+        ConfigError: if the settings do not fit together or this machine.
+        CheckpointError: if out_dir holds another run, or nothing to resume from.
+        DiskError: if out_dir cannot be written to.
+    """
+    from corpus.vocabulary import DEFAULT_SIZE
+    from training.machine.distributed import find_device
+    from training.machine.hardware import choose_dtype
+
+    choose_dtype(config.dtype, find_device(config.device))
+    config.accumulation(1)
+    if config.init_from == "scratch":  # else the shape is that of a model
+        config.model_config(config.vocab_size or DEFAULT_SIZE)
+    with run_folder.lock(Path(config.out_dir)):
+        run_folder.check(config, run_folder.find_checkpoint(config))
 
 
 def read_options(config_class: type[TrainConfig], argv: Sequence[str]) -> TrainConfig:
@@ -172,10 +207,12 @@ def finish(trainer: "Trainer") -> None:
     print(f"best checkpoint: {best_path}, exported to {target}")
     if trainer.config.sample:
         print()
-        for text in Model.load(target).generate("", temperature=1.0, top_p=0.9, seed=trainer.config.seed):
+        loaded = Model.load(target)
+        model = Model(target, loaded.transformer, as_in_training(loaded.tokenizer))
+        for text in model.generate("", temperature=1.0, top_p=0.9, seed=trainer.config.seed):
             print(text, end="", flush=True)
         print("\n")
-    print(f"run it with: python sample.py {target}")
+    print(f"run it with: python sample.py {shlex.quote(str(target))}")
 
 
 if __name__ == "__main__":

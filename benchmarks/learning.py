@@ -15,10 +15,16 @@ One function computes the loss of both, over the whole validation split. Finishe
 repeated, so an interrupted campaign continues. Each command ends by printing the table.
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import dataclasses
 import json
 import math
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -255,7 +261,9 @@ def train_ours(config: LearnConfig, data: Shards, results: RunsFile, options: st
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llamalet-ours-") as folder:
         words = [f"--{key}={value}" for key, value in (shape(config) | own | {"out_dir": folder}).items()]
-        subprocess.run([sys.executable, str(TRAIN), *words, *options.split()], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, str(TRAIN), *words, *options.split()]
+        if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise UsageError(f"train.py stopped with exit code {code}; run it by itself: {shlex.join(command)}")
         rows = metrics.read(Path(folder) / metrics.METRICS_FILE)
         model = load_model("checkpoint", Path(folder))
     curve = [[row["tokens"], row["val_loss"]] for row in rows if row.get("val_loss") is not None]

@@ -6,9 +6,10 @@ llama.cpp's llama-bench and llama-batched-bench read GGUF files; llama2.c's run 
 import json
 import os
 import re
+import shutil
 import subprocess
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,15 @@ def llama_bench(program: str, model: Path, threads: int, *, prompts: Sequence[in
     """
     options = ["-p", ",".join(map(str, prompts)) or "0", "-n", str(tokens), "-r", str(repeats)]
     output = _run([program, "-m", str(model), "-t", str(threads), "-fa", "off,on", "-o", "jsonl", *options])
-    return dict(parse_llama_bench(output))
+    return _parsed(program, parse_llama_bench, output)
+
+
+def _parsed(program: str, parse: Callable[[str], Iterator[tuple[tuple[str, str], float]]], output: str) -> Rates:
+    """Return what a program measured; raise a UsageError if its output is something else."""
+    try:
+        return dict(parse(output))
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{program}: prints no measurements of this kind; is it llama.cpp's?") from None
 
 
 def parse_llama_bench(output: str) -> Iterator[tuple[tuple[str, str], float]]:
@@ -168,7 +177,7 @@ def batched_bench(program: str, model: Path, threads: int, *, batches: Sequence[
     context = ["-c", str(max(batches) * (BATCH_PROMPT + tokens))]
     for flash in ("off", "on"):
         options = [*lengths, *context, "-t", str(threads), "-fa", flash, "--output-format", "jsonl"]
-        found.update(parse_batched_bench(_run([program, "-m", str(model), *options])))
+        found.update(_parsed(program, parse_batched_bench, _run([program, "-m", str(model), *options])))
     return found
 
 
@@ -192,8 +201,8 @@ def _json_lines(output: str) -> Iterator[Mapping[str, Any]]:
 
 def llama_cpp_build(program: str) -> str:
     """Describe a build of llama.cpp: the version that the program prints, and the flags in its build folder."""
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
-    version = "; ".join((done.stdout + done.stderr).strip().splitlines())
+    done = _start([program, "--version"])
+    version = "version unknown" if done.returncode else "; ".join((done.stdout + done.stderr).strip().splitlines())
     caches = [folder / "CMakeCache.txt" for folder in Path(program).resolve().parents[:3]]
     cache = next((cache for cache in caches if cache.is_file()), None)
     return f"{version}; {cmake_flags(cache.read_text()) if cache else 'build flags unknown'}"
@@ -231,19 +240,37 @@ def llama2c_decode(program: str, model: Path, vocabulary: Path, threads: int, to
 
 def llama2c_build(program: str) -> str:
     """Describe a build of llama2.c: its commit, its compiler, whether it uses OpenMP."""
-    content = Path(program).read_bytes()
+    try:
+        content = Path(program).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{program}: cannot be read: {error.strerror}") from None
     compiler = re.search(rb"(GCC: \([^)]*\) [0-9.]+|clang version [0-9.]+)", content)
     openmp = re.search(rb"lib[gi]?omp[0-9]*\.so", content)
     git = ["git", "-C", str(Path(program).resolve().parent), "log", "-1", "--format=commit %h of %cs"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = _start(git).stdout.strip() if shutil.which("git") else ""
     words = [commit, compiler[1].decode() if compiler else "", "with OpenMP" if openmp else "without OpenMP"]
     return ", ".join(word for word in words if word)
 
 
 def _run(command: Sequence[str], **environment: str) -> str:
     """Run a program; return its stdout and stderr."""
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, errors="replace")
+    done = _start(command, **environment)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UsageError(f"{command[0]} stopped with exit code {done.returncode}: {last}; run it by itself")
     return done.stdout + "\n" + done.stderr
+
+
+def _start(command: Sequence[str], **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program to its end, without stdin.
+
+    Raises:
+        UsageError: if it cannot be started.
+    """
+    try:
+        return subprocess.run(
+            command, env=os.environ | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace",
+        )  # fmt: skip
+    except OSError as error:
+        raise UsageError(f"{command[0]}: cannot be started: {error.strerror}") from None

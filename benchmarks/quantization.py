@@ -8,6 +8,11 @@ everything twice: as the runtime does, which also rounds the activations for q8 
 Q4_0, like llama.cpp), and with rounded weights alone.
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

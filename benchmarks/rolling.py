@@ -11,6 +11,11 @@ It prints a table and writes a picture and the figures as JSON. All methods read
     recompute  no cache: compute every token from the preceding half to whole context; slow, and the ideal
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import dataclasses
 import json
 import time

@@ -9,6 +9,11 @@ Machines are noisy, so all contenders take turns, and every figure is the median
 Release with GGML_NATIVE, llama2.c with `make runomp`.
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import dataclasses
 import os
 import subprocess
@@ -31,8 +36,8 @@ from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
 from llamalet import model_file, tokenizer
 from llamalet.config import Llama3Scaling, ModelConfig
+from llamalet.cores import thread_count
 from llamalet.errors import ConfigError, UsageError, not_positive, run
-from llamalet.kernels.threads import thread_count
 from llamalet.kernels.transformer import Transformer
 from llamalet.kv_cache import KVCache
 from llamalet.model_file.header import DTYPES

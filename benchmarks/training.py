@@ -12,6 +12,11 @@ MFU is the model's own operations as a share of the bfloat16 peak, which is know
 square matrix products in the same run, or given as --peak-tflops.
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import functools
 import multiprocessing
 import os

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from corpus.record import RECORD_FILE, Record, RecordedFile
 from corpus.sources import HUB_ID, SUFFIXES, check_label, folder_of
 from llamalet.errors import DISK_FULL, DataError, DiskError
-from llamalet.files import sha256_of
+from llamalet.files import check_writable, home_folder, sha256_of
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -36,12 +36,16 @@ def download(label: str, data_dir: Path, *, max_files: int | None) -> Record:
         max_files: take only the first N training files; None takes all.
 
     Raises:
-        DataError: if the Hub cannot be reached or refuses, or a file differs from the Hub's.
+        DataError: if the Hub cannot be reached or refuses, or a file differs from the Hub's; or there is no home.
+        DiskError: if the folder cannot be written to, or the disk is full.
     """
+    if home_folder() is None:
+        raise DataError(f"{label}: the Hub's libraries need a home for their caches, and HOME is not set; set it")
     folder = folder_of(label, data_dir)
     known = Record.read(folder)
     if known is not None:
         check_label(folder, known, label)
+    check_writable(folder)
     with _in_one_line(label):
         splits = _resolve(label)
         splits["train"] = splits["train"][:max_files]

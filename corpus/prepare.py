@@ -18,11 +18,11 @@ from tqdm import tqdm
 from corpus import documents, vocabulary
 from corpus.documents import DocumentRule, Piece, expected_chars
 from corpus.pretokenize import check_source, check_tokenizer, pretokenize
-from corpus.sources import Source, open_source
+from corpus.sources import Source, in_one_line, open_source
 from corpus.workers import Workers
 from llamalet.convert import formats
 from llamalet.errors import ConfigError, DataError, not_positive
-from llamalet.files import write_file
+from llamalet.files import check_writable, write_file
 from llamalet.shards import DATA_ROOT, SPLITS, Meta, Shards
 
 DATA_DIR = Path(DATA_ROOT)
@@ -83,6 +83,7 @@ def prepare_shards(config: PretokenizeConfig) -> Path:
     tokenizer, tokenizer_data = formats.read_tokenizer(vocab)
     check_tokenizer(tokenizer, str(vocab))
     print(f"vocabulary: {vocab}, {tokenizer.vocab_size} tokens", flush=True)
+    n_chars = expected_chars(source.files, config.text_column)
     recipe = {
         "source_sha256": source.digest(),
         "document": config.document,
@@ -90,14 +91,13 @@ def prepare_shards(config: PretokenizeConfig) -> Path:
         "val_fraction": None if "val" in source.files else config.val_fraction,
         "max_documents": config.max_documents,
     }
-    empty: list[str] = []
-    streams = {split: documents.with_text(_documents(config, source, split), empty) for split in SPLITS}
+    empty: dict[str, list[str]] = {split: [] for split in SPLITS}
+    streams = {split: documents.with_text(_documents(config, source, split), empty[split]) for split in SPLITS}
     if config.max_documents is not None:
         streams["train"] = documents.first_documents(streams["train"], config.max_documents)
     # A vocabulary from elsewhere gets a folder of its own, named after its digest.
     suffix = "" if vocab.resolve().parent == source.folder.resolve() else f"-{tokenizer.sha256[:8]}"
     folder = source.folder / f"tok{tokenizer.vocab_size}{suffix}"
-    n_chars = expected_chars(source.files, config.text_column)
     with Workers(config.workers) as workers, progress_bar("tokenize", n_chars) as bar:
         meta, n_kept = pretokenize(
             streams,
@@ -110,16 +110,27 @@ def prepare_shards(config: PretokenizeConfig) -> Path:
             workers=workers,
             advance=bar.update,
         )
-    _describe(folder, meta, n_kept, empty)
+    _describe(folder, meta, n_kept, [*empty["train"], *empty["val"]])
     return folder
 
 
 def find_source(config: TextConfig) -> Source:
-    """Find the source, and say which one it is if the user did not."""
+    """Find the source, and say what the user did not: which one it is, what is left out of it.
+
+    What would stop the work later is found now: a folder that cannot be written to, a file that cannot be read.
+
+    Raises:
+        DataError: if there is no such source, or the beginning of a file cannot be read.
+        DiskError: if the source's folder cannot be written to.
+    """
     source = open_source(config.source, config.data_dir)
     check_source(source.folder, source.label)
+    check_writable(source.folder)
+    documents.check(source.files, document=config.document, column=config.text_column)
     if config.source is None:
         print(f"source: {source.label}")
+    for note in source.notes:
+        print(note)
     return source
 
 
@@ -161,7 +172,7 @@ def train_vocabulary(config: TextConfig, source: Source, vocab_size: int, *, at_
 def _describe(folder: Path, meta: Meta, n_kept: int, empty: list[str]) -> None:
     """Print what was written."""
     if empty:
-        print(f"left out: {len(empty)} document(s) without text, the first: {empty[0]}")
+        print(f"left out: {len(empty)} document(s) without text (empty or null), the first: {in_one_line(empty[0])}")
     if n_kept:
         print(f"kept: {n_kept} shard(s) that were there already, checked")
     for name, split in meta.splits.items():
@@ -169,6 +180,11 @@ def _describe(folder: Path, meta: Meta, n_kept: int, empty: list[str]) -> None:
             f"{name:<5}  {split.tokens:,} tokens in {len(split.shards)} shard(s), {split.documents:,} document(s), "
             f"{split.text_bytes / 1e6:.2f} MB of text: {split.text_bytes / split.tokens:.2f} bytes per token"
         )
+        if split.unknown_tokens:
+            print(
+                f"{'':<5}  {split.unknown_tokens:,} of {split.tokens:,} tokens are <unk>: text that is not in the "
+                "vocabulary, and that the model cannot learn"
+            )
     if entropy := meta.entropy:
         print(
             f"entropy of the {entropy.stories} validation stories: {entropy.nats_per_token:.4f} nats per token, "

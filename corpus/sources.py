@@ -6,7 +6,11 @@ training and, if there are any, for validation.
 """
 
 import hashlib
+import heapq
+import os
 import re
+import shlex
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +41,14 @@ class Source:
         folder: data_dir/NAME, where its vocabularies and prepared data go.
         files: the files of each split; without "val", validation documents are taken from the training files.
         record: its source.json, if it has one.
+        notes: lines about what was left out.
     """
 
     label: str
     folder: Path
     files: Mapping[str, tuple[Path, ...]]
     record: Record | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def entropy_nats(self) -> float | None:
@@ -65,7 +71,7 @@ class Source:
                         f"{path}: sha256 is {found}, must be {entry.sha256}; delete the {RECORD_FILE} next to it"
                         " and make the source again"
                     )
-                whole.update(f"{split} {path.name} {found}\n".encode())
+                whole.update(f"{split} {path.name} {found}\n".encode(errors="surrogateescape"))
         return whole.hexdigest()
 
 
@@ -99,7 +105,7 @@ def open_source(label: str | None, data_dir: Path) -> Source:
     folder = folder_of(label, data_dir)
     record = Record.read(folder)
     if record is None:
-        option = "" if label == DEFAULT_SOURCE else f" --source={label}"
+        option = "" if label == DEFAULT_SOURCE else f" --source={shlex.quote(label)}"
         raise DataError(
             f"{label}: not downloaded yet; type: python tinystories.py download{option}"
             "  (without a network: python tinystories.py synthesize)"
@@ -133,15 +139,86 @@ def _recorded(record: Record, files_in: Path, folder: Path) -> Source:
 
 def _local(path: Path, data_dir: Path) -> Source:
     """Return the source of a file, or of all files with a known suffix in a folder and its subfolders."""
-    if path.is_file():
+    if not path.is_dir():
+        if not path.is_file():
+            raise DataError(
+                f"{path}: is a pipe or a device, and a source is read more than once; save its content to a file first"
+            )
         if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path}: a source must be {', '.join(SUFFIXES)}, or a folder of such files")
-        return Source(label=path.as_posix(), folder=data_dir / path.stem, files={"train": (path,)})
+            array = f"; a JSON array becomes one with: jq -c '.[]' {shlex.quote(str(path))} > {path.stem}.jsonl"
+            hint = array if path.suffix.lower() == ".json" else ""
+            raise DataError(f"{path}: a source must be {', '.join(SUFFIXES)}, or a folder of such files{hint}")
+        return Source(label=path.as_posix(), folder=data_dir / _folder_name(path.stem), files={"train": (path,)})
     files: dict[str, tuple[Path, ...]] = {"train": ()}
-    for found in sorted(path.rglob("*")):
-        if found.suffix.lower() in SUFFIXES and found.is_file():
-            split = "val" if VALIDATION_NAME.search(found.relative_to(path).as_posix()) else "train"
-            files[split] = (*files.get(split, ()), found)
+    found, notes = find_files(path)
+    for file in found:
+        split = "val" if VALIDATION_NAME.search(file.relative_to(path).as_posix()) else "train"
+        files[split] = (*files.get(split, ()), file)
     if not files["train"]:
-        raise DataError(f"{path}: no {', '.join(SUFFIXES)} file to train on in this folder")
-    return Source(label=path.as_posix(), folder=data_dir / path.resolve().name, files=files)
+        raise DataError("; ".join([f"{path}: no {', '.join(SUFFIXES)} file to train on in this folder", *notes]))
+    folder = data_dir / _folder_name(path.resolve().name)
+    return Source(label=path.as_posix(), folder=folder, files=files, notes=tuple(notes))
+
+
+def _folder_name(name: str) -> str:
+    """Return the name of a source's folder in data_dir, which, unlike the source's, must be valid text."""
+    return os.fsencode(name).decode(errors="replace") or "root"
+
+
+def find_files(root: Path) -> tuple[list[Path], list[str]]:
+    """Return the text files below a folder, ordered by path, and notes on what was left out.
+
+    What is hidden below the folder is left out: copies that editors keep, version control, caches. Links are followed
+    after everything else, so one to what is there anyway adds nothing. Pipes, devices and broken links are left out.
+
+    Raises:
+        DataError: if a folder cannot be read.
+    """
+    found: list[Path] = []
+    hidden: list[Path] = []
+    repeated: list[Path] = []
+    odd: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    waiting = [(False, root)]  # (whether a link led there, path): what no link leads to comes first
+    while waiting:
+        linked, path = heapq.heappop(waiting)
+        try:
+            status = path.stat()
+            entries = [*os.scandir(path)] if stat.S_ISDIR(status.st_mode) else []
+        except OSError as error:
+            if not path.is_symlink():
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            odd.append(path)
+            continue
+        identity = status.st_dev, status.st_ino
+        if stat.S_ISDIR(status.st_mode):
+            if identity in seen:
+                repeated.append(path)
+                continue
+            for entry in entries:
+                below = path / entry.name
+                if entry.name.startswith("."):
+                    hidden += [below] * (entry.is_dir() or below.suffix.lower() in SUFFIXES)
+                else:
+                    heapq.heappush(waiting, (linked or entry.is_symlink(), below))
+        elif path.suffix.lower() not in SUFFIXES:
+            continue
+        elif not stat.S_ISREG(status.st_mode):
+            odd.append(path)
+        elif linked and identity in seen:
+            repeated.append(path)
+        else:
+            found.append(path)
+        seen.add(identity)
+    left_out = {"hidden": hidden, "linked to what is read anyway": repeated, "neither file nor folder": odd}
+    notes = [
+        f"left out: {len(paths)} {kind}, the first: {in_one_line(min(paths))}"
+        for kind, paths in left_out.items()
+        if paths
+    ]
+    return sorted(found), notes
+
+
+def in_one_line(path: object) -> str:
+    """Return a path for a line of output; names may contain line ends."""
+    return str(path) if str(path).isprintable() else repr(str(path))

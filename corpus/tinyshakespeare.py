@@ -13,7 +13,7 @@ from pathlib import Path
 
 from corpus.record import RECORD_FILE, Record, RecordedFile
 from llamalet.errors import DataError
-from llamalet.files import sha256_of, write_file
+from llamalet.files import check_writable, sha256_of, write_file
 
 NAME = "tinyshakespeare"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -31,11 +31,13 @@ def make_source(data_dir: Path) -> Record:
     Raises:
         DataError: if the text cannot be downloaded or is not the expected one. A copy from elsewhere may be put there
             as input.txt.
+        DiskError: if the folder cannot be written to.
     """
     folder = data_dir / NAME
     if (known := Record.read(folder)) is not None:
         return known
     path = folder / TEXT_FILE
+    check_writable(folder)
     if not path.is_file():
         data = _download(path)
         write_file(path, data)

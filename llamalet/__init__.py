@@ -5,8 +5,8 @@ print("".join(Model.load("out/model.bin").generate("Once upon a time")))
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # true for type checkers; importing it from typing would take longer than the rest of this file
 if TYPE_CHECKING:
     from llamalet.chat import Chat
     from llamalet.runtime import Model
@@ -24,7 +24,7 @@ HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a name when it is first used, so that importing `llamalet.config` stays cheap."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,15 @@
-"""`python -m llamalet` is the command `llamalet`."""
+"""`python -m llamalet` is the command `llamalet`, which pip makes from `run`."""
 
-from llamalet.cli import run_main
+from llamalet import startup
+
+
+def run() -> None:
+    """Run the command `llamalet` and exit."""
+    startup.begin()
+    from llamalet import cli, errors  # takes a moment, in which Ctrl-C would end in a traceback without `begin`
+
+    errors.run(cli.main)
+
 
 if __name__ == "__main__":
-    run_main()
+    run()

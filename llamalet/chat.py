@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llamalet.chat_template import Message, find_template
+from llamalet.checks import checked, file_path, shown
 from llamalet.errors import ConfigError, UsageError
 from llamalet.generate import check_keep, make_room, read_tokens
 from llamalet.runtime import Model
@@ -51,11 +52,13 @@ class Chat:
                 forget.
             ConfigError: on an unknown option, or listing every value out of range.
         """
+        if not isinstance(model, Model):
+            raise UsageError(f"model={shown(model)}: must be a Model, as Model.load returns it")
+        system = None if system is None else checked("system", system, str)
+        template = None if template is None else str(file_path("template", template))
         config = SamplingConfig.create(sampling, options)
         if config.ignore_eos:
             raise ConfigError("ignore_eos: is for stories; in a chat max_new_tokens ends each answer")
-        if not isinstance(system, str | None):
-            raise UsageError(f"system must be text, not {type(system).__name__}")
         check_keep(config, model.config.max_seq_len)
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
         self.n_read = 0
@@ -72,12 +75,9 @@ class Chat:
         """Return the model's answer to a message, piece by piece as it is generated.
 
         Raises:
-            UsageError: if it is no text, there is no room for it, or the template refuses it. Then `messages` stay as
-                they were.
+            UsageError: if there is no room for the message, or the template refuses it; `messages` stay as they were.
         """
-        if not isinstance(text, str):
-            raise UsageError(f"a message must be text, not {type(text).__name__}")
-        messages = [*self.messages, Message("user", text)]
+        messages = [*self.messages, Message("user", checked("text", text, str))]
         ids, context = self._template(messages), self._model.config.max_seq_len
         if not ids:
             raise UsageError("the chat template makes nothing of the conversation, so there is nothing to answer")

@@ -7,16 +7,17 @@ short flags are those of llama2.c's run. A mistake ends in one line that names t
 import dataclasses
 import difflib
 import io
+import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from llamalet import __version__, console
 from llamalet.chat import Chat
-from llamalet.errors import ConfigError, DataError, FormatError, UsageError, not_positive, run
+from llamalet.errors import ConfigError, DataError, FormatError, UsageError, not_positive, note, nothing_to_lose
 from llamalet.generate import check_prompt, generate_batch
 from llamalet.options import read_options
 from llamalet.runtime import BACKENDS, Model
@@ -70,10 +71,11 @@ class ModelOptions:
 
     def load(self, path: str | Path) -> Model:
         """Open the model at a path."""
-        return Model.load(
-            path, dtype=self.dtype, tokenizer=self.tokenizer, backend=self.backend, threads=self.threads,
-            verify=self.verify,
-        )  # fmt: skip
+        with nothing_to_lose():
+            return Model.load(
+                path, dtype=self.dtype, tokenizer=self.tokenizer, backend=self.backend, threads=self.threads,
+                verify=self.verify,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class SampleOptions(SamplingConfig, ModelOptions):
     """number of stories, up to 64 at once; each has its own seed, one more than the last"""
     mode: Literal["generate", "chat"] = "generate"
     """generate continues the prompt; chat is for models that were trained to answer, one message a line"""
-    system_prompt: str | None = None
+    system_prompt: str | None = field(default=None, metadata={"may_be_empty": True})
     """instructions for a chat model"""
     chat_template: str | None = None
     """llama2, llama3, or a file with a Jinja template; the model's own if not given"""
@@ -120,8 +122,6 @@ class SampleOptions(SamplingConfig, ModelOptions):
         if self.num_samples > 1 and self.steps == 0 and self.overflow == "roll" and self.ignore_eos:
             problems.append(f"num_samples={self.num_samples}: the first story would never end; give -n a number")
         problems += not_positive(self, "max_new_tokens", "num_samples", "threads")
-        if self.model == "":
-            problems.append("model='': must name a file or folder")
         ConfigError.raise_for(problems)
 
     @property
@@ -174,11 +174,6 @@ class ConvertOptions:
     """write version 0 even if it loses the norm_eps"""
     check: bool = True
     """read a .gguf or a folder back and compare; --no-check skips this"""
-
-
-def run_main() -> None:
-    """Run the command `llamalet` and exit; pip makes it from this."""
-    run(main)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -237,7 +232,7 @@ def load(options: SampleOptions) -> Model:
     model = options.load(path)
     load_s = time.perf_counter() - start
     size = f"{model.config.n_params / 1e6:.2f}M parameters"
-    console.note(f"model {model.path}: {size}, {model.dtype}, loaded in {load_s:.2f} s")
+    note(f"model {model.path}: {size}, {model.dtype}, loaded in {load_s:.2f} s")
     return model
 
 
@@ -245,11 +240,11 @@ def _choose_model() -> Path:
     """Return the newest .bin under out/, or the demo model if there is none."""
     found = [path for path in OUT.rglob("*.bin") if not path.name.endswith(".tokenizer.bin")]
     if not found:
-        console.note(f"no model named and no .bin under {OUT}/: taking the demo model {DEMO_MODEL}")
+        note(f"no model named and no .bin under {OUT}/: taking the demo model {DEMO_MODEL}")
         return DEMO_MODEL
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime))
-    console.note(f"no model named: taking the newest under {OUT}/, {newest} of {made}")
+    note(f"no model named: taking the newest under {OUT}/, {newest} of {made}")
     return newest
 
 
@@ -277,7 +272,7 @@ def story_configs(options: SampleOptions, prompt: Sequence[int], context: int) -
     check_prompt(prompt, sampling, context)
     room = context - n_prompt + 1
     if sampling.overflow == "stop" and sampling.max_new_tokens is not None and sampling.max_new_tokens > room:
-        console.note(f"the context has room for {room} new tokens; to continue after them, give --overflow=roll")
+        note(f"the context has room for {room} new tokens; to continue after them, give --overflow=roll")
     return sampling.for_texts(options.num_samples)
 
 
@@ -348,8 +343,9 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def convert(argv: Sequence[str]) -> int:
     """Write a model in another format; return FormatError's code if the file read back differs."""
-    from llamalet.convert import formats
-    from llamalet.convert.target import Target, read_back, write
+    with nothing_to_lose():
+        from llamalet.convert import formats
+        from llamalet.convert.target import Target, read_back, write
 
     description = (
         "Write any model as a .bin, a .gguf or a Hugging Face folder, with its tokenizer. OUT ends in .bin or .gguf, "
@@ -362,6 +358,7 @@ def convert(argv: Sequence[str]) -> int:
     if not options.model or options.out is None:
         raise UsageError("name the model and the file or folder to write; see --help")
     target = Target(out=options.out, named_format=options.format, named_version=options.version, dtype=options.dtype)
+    target.check_writable()
     kind = options.source_format or formats.kind_of(Path(options.model))
     source = formats.read(kind, options.model, rope_theta=options.rope_theta, rope_scaling=options.rope_scaling)
     path, keep = Path(options.out), None if options.tokenizer is None else Path(options.tokenizer)
@@ -372,5 +369,5 @@ def convert(argv: Sequence[str]) -> int:
     write(source, target, path, keep=keep, force=options.force)
     if target.format != "bin" and options.check and not read_back(source, target, path):
         return FormatError.exit_code
-    print(f"run it: llamalet generate {path}{'' if source.tokenizer else ' -z TOKENIZER'}")
+    print(f"run it: llamalet generate {shlex.quote(str(path))}{'' if source.tokenizer else ' -z TOKENIZER'}")
     return 0

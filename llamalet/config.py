@@ -20,6 +20,9 @@ from llamalet.errors import ConfigError, not_positive
 Frequencies = NDArray[np.float64]
 """The radians by which each RoPE pair of a head rotates per position: (D / 2,)."""
 
+MAX_ORIGINAL = (1 << 32) - 1
+"""The longest context of the original training that a model file can hold."""
+
 IGNORED = -1
 """A training target with this value does not count towards the loss."""
 
@@ -42,7 +45,7 @@ class LinearScaling:
 
     def __post_init__(self) -> None:
         """Refuse values that the formula cannot use."""
-        if not (_is_finite(self.factor) and self.factor > 0):
+        if not 0 < _float32(self.factor) < math.inf:
             raise ConfigError(f"rope_scaling.factor={reprlib.repr(self.factor)}: must be a positive number")
         object.__setattr__(self, "factor", float(self.factor))
 
@@ -78,13 +81,15 @@ class Llama3Scaling:
                 f"high_freq_factor={reprlib.repr(high)}"
             )
         original = self.original_max_seq_len
-        if not (_is_finite(original) and original >= 1 and original % 1 == 0):
+        if not (_is_finite(original) and 1 <= original <= MAX_ORIGINAL and original % 1 == 0):
             problems.append(
-                f"rope_scaling.original_max_seq_len={reprlib.repr(original)}: must be a positive whole number"
+                f"rope_scaling.original_max_seq_len={reprlib.repr(original)}: must be a whole number in "
+                f"1..{MAX_ORIGINAL}"
             )
         ConfigError.raise_for(problems)
-        for name, kind in Llama3Scaling.__annotations__.items():
-            object.__setattr__(self, name, kind(getattr(self, name)))
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "original_max_seq_len", int(original))
 
     def scaled(self, frequencies: Frequencies) -> Frequencies:
         """Return the scaled frequencies of pairs that rotate with `frequencies` otherwise."""
@@ -112,13 +117,11 @@ class RopeDivisors:
 
     def __post_init__(self) -> None:
         """Round to float32; refuse values that the division cannot use."""
-        with np.errstate(over="ignore"):  # refused as infinite
-            rounded = tuple(float(np.float32(value)) if _is_finite(value) else math.nan for value in self.divisors)
+        rounded = tuple(map(_float32, self.divisors))
         for at, value in enumerate(rounded):
             if not 0 < value < math.inf:
-                raise ConfigError(
-                    f"rope_scaling.divisors[{at}]={self.divisors[at]!r}: must be a positive float32 number"
-                )
+                found = reprlib.repr(self.divisors[at])
+                raise ConfigError(f"rope_scaling.divisors[{at}]={found}: must be a positive float32 number")
         object.__setattr__(self, "divisors", rounded)
 
     def scaled(self, frequencies: Frequencies) -> Frequencies:
@@ -137,6 +140,12 @@ def _is_finite(value: Any) -> bool:
     """Return whether a value is a finite number."""
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return is_number and abs(value) <= sys.float_info.max
+
+
+def _float32(value: Any) -> float:
+    """Return a number rounded to float32, infinity if it is too large; NaN for what is no number."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value)) if _is_finite(value) else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

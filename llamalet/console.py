@@ -6,14 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from llamalet.chat import Chat
-from llamalet.errors import LlamaletError, UsageError
+from llamalet.errors import LlamaletError, UsageError, note
 from llamalet.tokenizer import StreamDecoder, Tokenizer
-
-
-def note(message: str) -> None:
-    """Print a line that is not part of the text."""
-    if sys.stderr is not None:  # print(file=None) would go to stdout
-        print(message, file=sys.stderr, flush=True)
 
 
 def print_stories(

@@ -4,15 +4,21 @@ A message says what is wrong, where, which value, and what to do. Only `run` tur
 code; all other code raises, argparse included (`Parser`).
 """
 
+import _thread
 import argparse
 import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from llamalet import startup
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -97,6 +103,32 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
+class CtrlC:
+    """The signal handler of `run`: raises KeyboardInterrupt, and remembers that it did.
+
+    Libraries turn that exception into others (an ImportError, a SystemError), so whatever follows it counts as Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle the signal."""
+        self.came = True
+        raise KeyboardInterrupt
+
+    def again(self, dropped: Any) -> None:
+        """Repeat a KeyboardInterrupt that Python dropped, because it came in a destructor or a callback.
+
+        Args:
+            dropped: what sys.unraisablehook gets.
+        """
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # once the callback has returned
+        else:
+            sys.__unraisablehook__(dropped)
+
+
 def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run `main` on the command line and exit; an error prints one line on stderr, never a traceback.
 
@@ -107,27 +139,50 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         if isinstance(standard, io.TextIOWrapper):
             with contextlib.suppress(OSError):  # a pipe in the place of a file cannot be asked for its position
                 standard.reconfigure(errors="backslashreplace")  # a file's name may not fit the terminal's encoding
+    ctrl_c = CtrlC()
     try:
-        code = main(sys.argv[1:])
+        if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, startup.end_at_once):
+            signal.signal(signal.SIGINT, ctrl_c)
+            sys.unraisablehook = ctrl_c.again
+        try:
+            code = main(sys.argv[1:])
+        except SystemExit as ended:  # --help
+            code = ended.code  # type: ignore[assignment]
         print(end="", flush=True)  # unlike sys.stdout.flush(), this works with stdout closed
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # during Python's clean-up it would change the exit code
-    except LlamaletError as error:
-        code = _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        code = _fail("stopped by Ctrl-C", 130)
-    except BrokenPipeError:  # the reader (head, less) has gone
-        forget_stdout()
-        code = 141
-    except MemoryError:
-        code = _fail("out of memory; use a smaller model, batch or context", 1)
-    except OSError as error:
-        where, full = f"{error.filename}: " if error.filename else "", error.errno in DISK_FULL
-        if full and not where:  # an error on another file would have its name
-            where = "stdout: "
+        _ignore_signals()
+    except BaseException as error:
+        _ignore_signals()
+        code = _report(KeyboardInterrupt() if ctrl_c.came else error)
+        try:
+            print(end="", flush=True)
+        except (OSError, ValueError):
             forget_stdout()
-        code = _fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def nothing_to_lose() -> Iterator[None]:
+    """Let Ctrl-C end a command at once inside the block, in which it imports, compiles and reads, and does no more.
+
+    `startup.end_at_once` says why. Outside of `run` this does nothing.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not isinstance(handler, CtrlC) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    print(end="", flush=True)
+    signal.signal(signal.SIGINT, startup.end_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def note(message: str) -> None:
+    """Print a line on stderr that is not part of the result; a stderr that takes nothing stops no work."""
+    if sys.stderr is not None:  # print(file=None) would go to stdout
+        with contextlib.suppress(OSError, ValueError):
+            print(message, file=sys.stderr, flush=True)
 
 
 def forget_stdout() -> None:
@@ -135,8 +190,34 @@ def forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _ignore_signals() -> None:
+    """Ignore Ctrl-C and SIGTERM from now on: during Python's clean-up they would change the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _report(error: BaseException) -> int:
+    """Print an error as one line and return the exit code; raise it again if no user can have caused it."""
+    if isinstance(error, KeyboardInterrupt):
+        return _fail("stopped by Ctrl-C", startup.INTERRUPTED)
+    if isinstance(error, LlamaletError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, BrokenPipeError):  # the reader (head, less) has gone
+        forget_stdout()
+        return 141
+    if isinstance(error, MemoryError):
+        return _fail("out of memory; use a smaller model, batch or context", 1)
+    if isinstance(error, OSError):
+        where, full = f"{error.filename}: " if error.filename else "", error.errno in DISK_FULL
+        if full and not where:  # an error on another file would have its name
+            where = "stdout: "
+            forget_stdout()
+        return _fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
+    raise error
+
+
 def _fail(message: str, code: int) -> int:
-    """Print `message` as one line and return `code`."""
-    if sys.stderr is not None:  # print(file=None) would go to stdout
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """Print `message` as one line, without a terminal's control characters, and return `code`."""
+    words = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", message).split())
+    note("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], words))
     return code

@@ -9,6 +9,7 @@ import numpy as np
 
 from llamalet import scoring
 from llamalet.errors import DataError
+from llamalet.files import read_file
 from llamalet.runtime import Model
 from llamalet.scoring import NOTHING, Evaluation
 from llamalet.shards import Entropy, Shards
@@ -29,9 +30,11 @@ def evaluate_text(model: Model, path: Path, *, windows: bool = False, max_tokens
         DataError: if the file is empty or not text.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_file(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not text in UTF-8: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if not text:
         raise DataError(f"{path}: there is no text to score")
     ids = np.array(model.tokenizer.encode(text, bos=True))[: None if max_tokens is None else max_tokens + 1]
@@ -85,7 +88,10 @@ def report(evaluation: Evaluation, entropy: Entropy | None = None) -> str:
     """
     e = evaluation
     if not e.text_bytes:
-        raise DataError("no text to score: the split has none")
+        why = (
+            "none of it is in the vocabulary: all tokens are <unk>" if e.tokens > e.documents else "the split has none"
+        )
+        raise DataError(f"no text to score: {why}")
     rows = {"model": [e.nats_per_token, e.bits_per_byte]}
     if e.documents:
         rows["model"].append(e.bits_per_document)

@@ -1,8 +1,11 @@
 """Write files atomically, and hash them."""
 
 import contextlib
+import errno
 import hashlib
+import io
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -53,6 +56,20 @@ def write_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def check_writable(folder: Path) -> None:
+    """Check that files can be created in a folder, or in the one where it would be made; nothing is left behind.
+
+    Raises:
+        DiskError: if they cannot.
+    """
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot be written to: {existing}: {error.strerror}") from None
+
+
 def sync_folder(folder: Path) -> None:
     """Sync the file names in `folder` to disk; does nothing on Windows, which cannot open folders."""
     if os.name == "nt":
@@ -68,3 +85,39 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def home_folder() -> Path | None:
+    """Return the user's home; None if HOME is not set and the system does not know the user, as in many containers."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home if os.environ.get("HOME") != "" else None
+
+
+def stamp(path: Path) -> object:
+    """Return what shows that a file, or a file directly in a folder, has changed: names, sizes and times."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        OSError: if it cannot be read, or is a pipe, which would be waited for, or a device, which may have no end.
+    """
+    with open_file(path) as file:
+        return file.read()
+
+
+def open_file(path: Path) -> io.BufferedReader:
+    """Open a file for reading.
+
+    Raises:
+        OSError: see read_file.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(path, "rb")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.checks import checked, token_ids
 from llamalet.config import ModelConfig
 from llamalet.errors import UsageError
 from llamalet.kv_cache import KVCache, cache_bytes, free_memory
@@ -51,7 +52,7 @@ class ForwardPass(LogitsOf, Protocol):
 
 def generate_batch(
     transformer: ForwardPass,
-    prompts: Iterable[Sequence[int]],
+    prompts: Iterable[Tokens],
     configs: Iterable[SamplingConfig],
     *,
     stop_tokens: Collection[int] = (),
@@ -76,22 +77,24 @@ def generate_batch(
             in the machine's memory.
 
     Raises:
-        UsageError: if a prompt is empty, or longer than a context that does not roll, or if `keep` leaves a rolling
-            context nothing to forget, or the batch size is out of range.
+        UsageError: if a prompt is empty, has other ids than the model, or is longer than a context that does not roll;
+            or if `keep` leaves a rolling context nothing to forget.
+        ConfigError: if the batch size is no whole number.
         NonFiniteError: with a token, if the model's logits are NaN or infinite.
     """
     context = transformer.config.max_seq_len
-    if batch_size is not None and not 1 <= batch_size <= MAX_BATCH:
+    if batch_size is not None and not 1 <= (batch_size := checked("batch_size", batch_size, int)) <= MAX_BATCH:
         raise UsageError(f"batch_size={batch_size}: must be between 1 and {MAX_BATCH}")
     texts = deque[_Text]()
-    for number, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
-        check_prompt(prompt, config, context)
+    for number, (tokens, config) in enumerate(zip(prompts, configs, strict=True)):
+        check_prompt(tokens, config, context)
+        prompt = token_ids(tokens, transformer.config.vocab_size).tolist()
         # The last token needs no room in the cache: nothing is computed after it.
         room = context - len(prompt) + 1 if config.overflow == "stop" else math.inf
         n_left = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
         stops = frozenset[int]() if config.ignore_eos else frozenset(stop_tokens)
         sampler = Sampler(transformer.config.vocab_size, config, undrawn)
-        texts.append(_Text(number, list(prompt), sampler, stops, config.keep, n_left))
+        texts.append(_Text(number, prompt, sampler, stops, config.keep, n_left))
     if batch_size is None:
         positions = max((min(context, len(text.prompt) + text.n_left) for text in texts), default=1)
         # A full cache doubles: one at a time, while its old memory is still there. One more holds the shared prompt.
@@ -100,10 +103,10 @@ def generate_batch(
     return _generate(transformer, texts, batch_size)
 
 
-def check_prompt(prompt: Sequence[int], config: SamplingConfig, context: int) -> None:
+def check_prompt(prompt: Tokens, config: SamplingConfig, context: int) -> None:
     """Raise a UsageError if a context of this many positions cannot take a prompt with these settings."""
     check_keep(config, context)
-    if not prompt:
+    if not len(prompt):
         raise UsageError("the prompt is empty, and this model's texts begin with no token of their own: give a prompt")
     if len(prompt) > context and config.overflow == "stop":
         raise UsageError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {context} (its context)")

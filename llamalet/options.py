@@ -2,7 +2,8 @@
 
 Each field of a frozen dataclass is an option, and the string under the field is its help. --key=value and --key value
 both work, with - or _ in the name; a switch is --x, --no-x, --x=false or --x false. A field's metadata may have `bare`,
-the value of the option when it stands alone, like --resume, and `heading`, the group that it begins in --help.
+the value of the option when it stands alone, like --resume; `may_be_empty`, for a text that is more than a name; and
+`heading`, the group that it begins in --help.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from llamalet.checks import KINDS
 from llamalet.errors import UsageError
 
 Config = TypeVar("Config")
@@ -24,7 +26,6 @@ Config = TypeVar("Config")
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 MAX_WHOLE = 2**64 - 1
 MAX_SHOWN = 100  # characters of a value in a message
-KINDS = {bool: "true or false", int: "a whole number", float: "a number"}  # and what their values must be
 METAVARS = {bool: "[BOOL]", int: "INT", float: "FLOAT"}  # of any other type: TEXT
 
 
@@ -37,6 +38,7 @@ class Option:
     may_be_none: bool
     default: Any
     bare: str | None
+    may_be_empty: bool
 
     def convert(self, text: str, shown: str) -> Any:
         """Return the value that a word stands for.
@@ -50,6 +52,10 @@ class Option:
         """
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UsageError(f"{shown}={text!a}: not valid UTF-8")
+        if "\0" in text:
+            raise UsageError(f"{shown}={text!a}: has a null character")
+        if not text and not self.may_be_empty:
+            raise UsageError(f"{shown}='': must not be empty")
         if self.bare is not None and text.lower() in ("true", "false"):
             return self.bare if text.lower() == "true" else None
         if self.may_be_none and text == "None":
@@ -145,7 +151,9 @@ def _options(config_class: type) -> Iterator[Option]:
         hint = hints[field.name]
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         kind = next(kind for kind in kinds if kind is not types.NoneType)
-        yield Option(field.name, kind, types.NoneType in kinds, field.default, field.metadata.get("bare"))
+        may_be_empty = field.default == "" or field.metadata.get("may_be_empty", False)
+        bare = field.metadata.get("bare")
+        yield Option(field.name, kind, types.NoneType in kinds, field.default, bare, may_be_empty)
 
 
 def _read_option(word: str, left: list[str], flags: Mapping[str, Option]) -> tuple[Option, str]:

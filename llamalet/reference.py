@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.checks import token_ids
 from llamalet.config import ModelConfig, rope_frequencies
-from llamalet.errors import UsageError
 from llamalet.kv_cache import KVCache
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows, unpack
 from llamalet.model_file.tensors import ModelFile
@@ -266,33 +266,13 @@ class NumpyTransformer:
         Raises:
             UsageError: as prefill.
         """
-        ids = check_tokens(tokens, self.config)
+        ids = token_ids(tokens, self.config.vocab_size)
         states = self._hidden_states(self.new_cache(len(ids)), ids)
         return matmul(states, output_weight(self._weights))
 
     def _hidden_states(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens to the cache, a chunk at a time; return their hidden states (T, C)."""
-        ids = check_tokens(tokens, self.config)
+        ids = token_ids(tokens, self.config.vocab_size)
         cache.reserve(cache.length + len(ids))
         chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
         return np.concatenate([hidden_states(self._weights, self.config, chunk[None], cache)[0] for chunk in chunks])
-
-
-def check_tokens(tokens: Tokens, config: ModelConfig) -> NDArray[np.int64]:
-    """Return tokens (T,) as an array.
-
-    Raises:
-        UsageError: if there are none, they are not whole numbers, or one is not in the vocabulary.
-    """
-    try:
-        ids = np.asarray(tokens)
-    except ValueError:  # rows of different lengths
-        raise UsageError("tokens: the model needs a list of whole numbers") from None
-    if ids.ndim != 1 or not len(ids):
-        raise UsageError(f"tokens of shape {ids.shape}: the model needs a list of at least one")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise UsageError(f"token {ids[0]}: the model's ids are whole numbers from 0 to {config.vocab_size - 1}")
-    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
-    if len(outside):
-        raise UsageError(f"token {outside[0]}: the model's vocabulary has the ids 0 to {config.vocab_size - 1}")
-    return ids.astype(np.int64, copy=False)

@@ -2,15 +2,20 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.checks import checked, choice, elements, file_path
 from llamalet.convert.formats import open_model
-from llamalet.errors import ConfigError, TokenizerError, UsageError
+from llamalet.cores import thread_count
+from llamalet.errors import FormatError, TokenizerError, UsageError, note
+from llamalet.files import stamp
 from llamalet.generate import ForwardPass, Tokens, generate_batch, stream
+from llamalet.model_file.tensors import ModelFile
 from llamalet.sampler import SamplingConfig
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents
 from llamalet.tokenizer import StreamDecoder, Tokenizer
@@ -18,8 +23,26 @@ from llamalet.tokenizer import StreamDecoder, Tokenizer
 BACKENDS = ("numba", "numpy")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a model came from: enough to open it again, in another process too.
+
+    Attributes:
+        path: of the file or folder, absolute.
+        options: the other arguments of Model.load.
+        stamp: see files.stamp.
+    """
+
+    path: Path
+    options: dict[str, Any]
+    stamp: object
+
+
 class Model:
     """A model in memory, ready to generate.
+
+    A copy, or a pickle that is read in another process, opens the file again; it must be the same as it was. After a
+    fork both processes can use the model.
 
     Attributes:
         path: where it was read from.
@@ -51,6 +74,7 @@ class Model:
         self.stop_tokens = stop_tokens
         self.dtype = dtype
         self.chat_template = chat_template
+        self._origin: Origin | None = None
 
     @classmethod
     def load(
@@ -82,33 +106,37 @@ class Model:
             CheckpointError: the same for a checkpoint.
             TokenizerError: if the tokenizer is damaged, or another model's. A model without one loads; what needs text
                 says what is missing.
-            ConfigError: on an unknown backend or dtype.
-            UsageError: if a library that the format needs is not installed.
+            ConfigError: on an unknown backend or dtype, or a bad number of threads, here or in the environment.
+            UsageError: if `path` is no path, or a library that the format needs is not installed.
         """
-        if backend not in BACKENDS:
-            raise ConfigError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-        named = None if tokenizer is None else Path(tokenizer)
-        opened = open_model(Path(path), dtype=dtype, tokenizer=named, verify=verify)
+        choice("backend", backend, BACKENDS)
+        named = None if tokenizer is None else file_path("tokenizer", tokenizer)
+        verify = None if verify is None else checked("verify", verify, bool)
+        options: dict[str, Any] = {"dtype": dtype, "tokenizer": named, "verify": verify}
+        opened = open_model(file_path("path", path), **options)
         file = opened.file
-        # Importing the compiled kernels takes longest, so every other error comes first.
-        transformer: ForwardPass
-        if backend == "numpy":
-            from llamalet.reference import NumpyTransformer
-
-            transformer = NumpyTransformer(file)
-        else:
-            from llamalet.kernels.transformer import Transformer
-
-            transformer = Transformer(file, threads=threads)
-        return cls(
+        model = cls(
             file.path,
-            transformer,
+            open_backend(file, backend, threads),
             opened.tokenizer,
             dtype=f"{file.dtype} (from {opened.stored})" if opened.stored else file.dtype,
             chat_template=opened.chat_template,
             stop_tokens=opened.stop_ids,
             problem=opened.problem,
         )
+        options |= {"tokenizer": named and named.absolute(), "backend": backend, "threads": threads}
+        model._origin = Origin(path=file.path.absolute(), options=options, stamp=stamp(file.path))
+        return model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy a model as the place that it was opened from.
+
+        Raises:
+            UsageError: if it was not opened by Model.load.
+        """
+        if self._origin is None:
+            raise UsageError("only a model that Model.load opened can be copied or pickled")
+        return _open_again, (type(self), self._origin)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -151,7 +179,7 @@ class Model:
             UsageError: if the text is empty.
             NonFiniteError: if the model's logits are NaN or infinite.
         """
-        if not text:
+        if not checked("text", text, str):
             raise UsageError("there is no text to score")
         ids = np.array(self.tokenizer.encode(text, bos=True))
         return sum(evaluate_documents(self.transformer, self.tokenizer, [ids]), NOTHING)
@@ -200,7 +228,7 @@ class Model:
             ConfigError: see generate.
             UsageError: see generate, or if the batch size is out of range.
         """
-        ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
+        ids = [self.tokenizer.encode(prompt, bos=True) for prompt in elements("prompts", prompts)]
         configs = SamplingConfig.create(sampling, options).for_texts(len(ids))
         decoders = [StreamDecoder(self.tokenizer) for _ in ids]
         for decoder, prompt_ids in zip(decoders, ids, strict=True):
@@ -210,3 +238,38 @@ class Model:
             self.transformer, ids, configs, stop_tokens=self.stop_tokens, undrawn=self.undrawn, batch_size=batch_size
         )
         return stream(events, decoders)
+
+
+def open_backend(file: ModelFile, backend: str, threads: int | None) -> ForwardPass:
+    """Return the forward pass of a model file on one of the BACKENDS; numpy where numba is told not to compile.
+
+    Raises:
+        ConfigError: if the number of threads is out of range, here or in the environment.
+        UsageError: if numba cannot be imported.
+    """
+    if threads is not None or backend == "numba":
+        thread_count(threads)
+    if backend == "numba":
+        from llamalet.kernels.environment import import_numba
+
+        # Importing and compiling the kernels takes longest, so every other error comes first.
+        if import_numba():
+            from llamalet.kernels.transformer import Transformer
+
+            return Transformer(file, threads=threads)
+        note("llamalet: NUMBA_DISABLE_JIT is set, so that numba compiles nothing: taking backend=numpy")
+    from llamalet.reference import NumpyTransformer
+
+    return NumpyTransformer(file)
+
+
+def _open_again(cls: type[Model], origin: Origin) -> Model:
+    """Return the model of a pickle or a copy.
+
+    Raises:
+        FormatError: if it is no longer there, or another one is.
+    """
+    model = cls.load(origin.path, **origin.options)
+    if stamp(model.path) != origin.stamp:
+        raise FormatError(f"{origin.path}: has changed since the model was opened that this is a copy of")
+    return model

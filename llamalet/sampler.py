@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.checks import shown, typed_fields
 from llamalet.errors import ConfigError, NonFiniteError
 
 MASK = (1 << 64) - 1
@@ -60,7 +61,8 @@ class SamplingConfig:
     """number of initial tokens that a rolling context always keeps; without a few of them models lose the thread"""
 
     def __post_init__(self) -> None:
-        """Raise one ConfigError that lists every value out of range."""
+        """Raise one ConfigError that lists every value of another type, or every one out of range."""
+        typed_fields(self)
         problems = []
         if not 0 <= self.temperature <= MAX_TEMPERATURE:
             problems.append(
@@ -95,6 +97,8 @@ class SamplingConfig:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
                 raise ConfigError(f"unknown sampling option {name}; {hint}")
+        if not isinstance(base, cls | None):
+            raise ConfigError(f"sampling={shown(base)}: must be a SamplingConfig")
         return dataclasses.replace(cls() if base is None else base, **options)
 
     def for_texts(self, n: int) -> list[Self]:

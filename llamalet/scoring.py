@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.errors import NonFiniteError
+from llamalet.errors import NonFiniteError, UsageError
 from llamalet.generate import ForwardPass, LogitsOf, make_room
 from llamalet.kv_cache import KVCache
 from llamalet.sampler import KEEP
@@ -39,18 +39,21 @@ class Evaluation:
 
     @property
     def nats_per_token(self) -> float:
-        """The loss as training reports it."""
-        return self.nats / self.tokens
+        """The loss as training reports it; NaN without tokens."""
+        return _per(self.nats, self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss independent of the vocabulary."""
-        return self.nats / math.log(2) / self.text_bytes
+        """The loss independent of the vocabulary.
+
+        Only bytes that tokens spell count: it is infinite if all are <unk>, because that spells no text.
+        """
+        return _per(self.nats / math.log(2), self.text_bytes)
 
     @property
     def bits_per_document(self) -> float:
-        """The average loss of a whole document."""
-        return self.nats / math.log(2) / self.documents
+        """The average loss of a whole document; infinite if none is closed."""
+        return _per(self.nats / math.log(2), self.documents)
 
     def __add__(self, other: "Evaluation") -> "Evaluation":
         return Evaluation(
@@ -59,6 +62,13 @@ class Evaluation:
             self.text_bytes + other.text_bytes,
             self.documents + other.documents,
         )
+
+
+def _per(total: float, count: int) -> float:
+    """Return total / count: infinite or, if there is no total either, NaN if the count is 0."""
+    if count:
+        return total / count
+    return math.inf if total else math.nan
 
 
 NOTHING = Evaluation(0.0, 0, 0, 0)
@@ -95,7 +105,15 @@ class Scorer:
         Args:
             tokens: ids (T + 1,), T at most the context.
             first: 1 .. T.
+
+        Raises:
+            UsageError: if there is no such token.
+            NonFiniteError: if the model's logits are NaN or infinite.
         """
+        if len(tokens) <= first:
+            raise UsageError(
+                "there is no text to score: in this vocabulary it has no tokens, or one that nothing predicts"
+            )
         logits = self._transformer.logits(tokens[:-1])[first - 1 :]  # (n, V)
         return self._tally.of(tokens, first, float(losses(logits, tokens[first:]).sum()))
 

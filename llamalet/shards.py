@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import strict
+from llamalet.checks import file_path
 from llamalet.config import CAPS
 from llamalet.errors import DataError
 from llamalet.files import replacing, sha256_of
@@ -41,6 +42,8 @@ class TokenBlock(NamedTuple):
     """Number of documents that start here."""
     text_bytes: int
     """Bytes of their texts in UTF-8."""
+    unknown_tokens: int = 0
+    """Number of tokens that stand for text outside the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,15 @@ class Shard:
     documents: int
     text_bytes: int
     sha256: str
+    unknown_tokens: int = 0
+    """Number of tokens that stand for text outside the vocabulary; not listed if there are none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of meta.json."""
+        entry = dataclasses.asdict(self)
+        if not self.unknown_tokens:
+            del entry["unknown_tokens"]
+        return entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,11 @@ class Split:
     def text_bytes(self) -> int:
         """Bytes of the documents' texts in UTF-8: the divisor of bits per byte."""
         return sum(shard.text_bytes for shard in self.shards)
+
+    @property
+    def unknown_tokens(self) -> int:
+        """Number of tokens that stand for text outside the vocabulary, which no model can learn from them."""
+        return sum(shard.unknown_tokens for shard in self.shards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +149,7 @@ class Meta:
                 "tokens": split.tokens,
                 "documents": split.documents,
                 "text_bytes": split.text_bytes,
-                "shards": [dataclasses.asdict(shard) for shard in split.shards],
+                "shards": [shard.to_dict() for shard in split.shards],
             }
             for name, split in self.splits.items()
         }
@@ -233,7 +250,7 @@ class Shards:
         Raises:
             DataError: if something is missing, damaged or contradicts meta.json.
         """
-        folder = Path(folder)
+        folder = file_path("folder", folder)
         meta = read_meta(folder / META_FILE)
         for name in SPLITS:
             for shard in meta.splits[name].shards:
@@ -282,7 +299,7 @@ def find_newest(root: str | Path = DATA_ROOT, *, tokenizer_sha256: str | None = 
         root: the folder, or one above it.
         tokenizer_sha256: only consider data of this vocabulary.
     """
-    metas = sorted(Path(root).glob(f"**/{META_FILE}"), key=lambda path: (path.stat().st_mtime_ns, path))
+    metas = sorted(file_path("root", root).glob(f"**/{META_FILE}"), key=lambda path: (path.stat().st_mtime_ns, path))
     if tokenizer_sha256 is not None:
         metas = [path for path in metas if _vocabulary_of(path) == tokenizer_sha256]
     return metas[-1].parent if metas else None
@@ -345,7 +362,7 @@ def write_shard(path: Path, blocks: Iterable[TokenBlock], vocab_size: int) -> Sh
     """
     dtype = id_dtype(vocab_size).newbyteorder("<")
     digest = hashlib.sha256()
-    tokens = documents = text_bytes = 0
+    tokens = documents = text_bytes = unknown_tokens = 0
     with replacing(path) as file:
         for block in blocks:
             if len(block.ids) and not 0 <= int(block.ids.min()) <= int(block.ids.max()) < vocab_size:
@@ -356,6 +373,10 @@ def write_shard(path: Path, blocks: Iterable[TokenBlock], vocab_size: int) -> Sh
             tokens += len(block.ids)
             documents += block.documents
             text_bytes += block.text_bytes
+            unknown_tokens += block.unknown_tokens
         if not tokens:
             raise DataError(f"{path}: there are no tokens to write")
-    return Shard(file=path.name, tokens=tokens, documents=documents, text_bytes=text_bytes, sha256=digest.hexdigest())
+    return Shard(
+        file=path.name, tokens=tokens, documents=documents, text_bytes=text_bytes, sha256=digest.hexdigest(),
+        unknown_tokens=unknown_tokens,
+    )  # fmt: skip

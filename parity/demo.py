@@ -3,7 +3,13 @@
 python -m parity.demo out/demo
 """
 
+if __name__ == "__main__":
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -73,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     share = f"{len(recognised)} of {len(texts)}"
     print(f"\nThe grammar recognises {share} stories that the model told at temperature 1.0. One of them:\n")
     print((recognised or texts)[0])
-    print(f"\nTell more: .venv/bin/python sample.py {folder / TOLD_WITH} -t 0.8")
+    print(f"\nTell more: .venv/bin/python sample.py {shlex.quote(str(folder / TOLD_WITH))} -t 0.8")
     return 0 if all(proof.ok for proof in proofs) else FormatError.exit_code
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 # Before numpy and torch are imported: threads that wait must leave the cores to the tests in the other process.
@@ -54,6 +55,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     if count := sum(NO_TEST_DATA in str(report.longrepr) for report in skipped):
         terminalreporter.write_line(f"{count} tests were skipped: no real files in {data_folder()} ({TEST_DATA})")
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """errors.run, which ends a command's process, leaves signals and hooks as they suit its end."""
+    handlers, hook = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, sys.unraisablehook
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    sys.unraisablehook = hook
 
 
 @pytest.fixture(scope="session")

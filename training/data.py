@@ -6,6 +6,7 @@ import shlex
 from llamalet import tokenizer
 from llamalet.errors import ConfigError, DataError
 from llamalet.shards import Shards, find_newest
+from llamalet.tokenizer import declared
 from training.config import TrainConfig
 
 
@@ -45,8 +46,10 @@ def fingerprint(data: Shards) -> str:
     return hashlib.sha256("".join([data.tokenizer_sha256, *digests]).encode()).hexdigest()
 
 
-def read_tokenizer(data: Shards) -> bytes:
-    """Return the contents of the data's tokenizer file, a copy of which goes into each checkpoint.
+def read_tokenizer(data: Shards) -> tuple[bytes, bytes | None]:
+    """Return the contents of the data's tokenizer file and of the file that says what begins and ends texts, if any.
+
+    Copies of both go into each checkpoint.
 
     Raises:
         DataError: if it is not the tokenizer that the data were made with.
@@ -54,4 +57,5 @@ def read_tokenizer(data: Shards) -> bytes:
     """
     if tokenizer.load(data.tokenizer_path).sha256 != data.tokenizer_sha256:
         raise DataError(f"{data.tokenizer_path}: not the vocabulary that the data were made with; prepare them again")
-    return data.tokenizer_path.read_bytes()
+    ids = declared.ids_path(data.tokenizer_path)
+    return data.tokenizer_path.read_bytes(), ids.read_bytes() if ids.is_file() else None

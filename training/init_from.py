@@ -36,7 +36,10 @@ class StartingPoint:
         old, new = self.config.to_dict(), config.to_dict()
         differs = [key for key in old if key not in ("max_seq_len", "vocab_size") and old[key] != new[key]]
         problems = [f"{key}={new[key]}: {self.name} has {old[key]}" for key in differs]
-        if data.vocab_size != self.config.vocab_size or self.tokenizer_sha256 not in (None, data.tokenizer_sha256):
+        fits = data.vocab_size == self.config.vocab_size  # or it has rows without a token
+        if self.tokenizer_sha256 is not None:
+            fits = self.tokenizer_sha256 == data.tokenizer_sha256 and data.vocab_size <= self.config.vocab_size
+        if not fits:
             problems.append(
                 f"{data.folder}: prepared with another vocabulary ({data.vocab_size} tokens) than that of {self.name} "
                 f"({self.config.vocab_size}); prepare the text with that one: "

@@ -63,7 +63,7 @@ class Trainer:
     ) -> None:
         self.group, self.interrupts, self.run_dir = group, interrupts or Interrupts(), Path(config.out_dir)
 
-        self.data, self.tokenizer_data = open_same_data(config, group, start)
+        self.data, (self.tokenizer_data, self.tokenizer_ids) = open_same_data(config, group, start)
         self.config, self.model_config = config, model_config = settle(config, group, self.data, resumed, start)
         self.accumulation = config.accumulation(group.count)
         self.tokens_per_step = self.accumulation * group.count * config.batch_size * config.max_seq_len
@@ -192,6 +192,7 @@ class Trainer:
                 model_state=to_numpy(weights),
                 optimizer_state=to_numpy(moments),
                 tokenizer_data=self.tokenizer_data,
+                tokenizer_ids=self.tokenizer_ids,
                 keep=self.config.keep,
             )
         self.group.barrier()
@@ -371,8 +372,10 @@ class Trainer:
         return row
 
 
-def open_same_data(config: TrainConfig, group: Processes, start: StartingPoint | None) -> tuple[Shards, bytes]:
-    """Open the prepared data; return them and the file of their tokenizer.
+def open_same_data(
+    config: TrainConfig, group: Processes, start: StartingPoint | None
+) -> tuple[Shards, tuple[bytes, bytes | None]]:
+    """Open the prepared data; return them and the files of their tokenizer (`read_tokenizer`).
 
     Raises:
         DataError: if there are none, their tokenizer is not the one they were made with, or the processes find
@@ -380,10 +383,10 @@ def open_same_data(config: TrainConfig, group: Processes, start: StartingPoint |
         ConfigError: if the vocabulary is not the one asked for.
     """
     data = open_data(config, start.tokenizer_sha256 if start else None, start.tokenizer_path if start else None)
-    tokenizer_data = read_tokenizer(data)
+    files = read_tokenizer(data)
     if len(set(group.all_gather(fingerprint(data)))) > 1:
         raise DataError(f"{data.folder}: the processes found different data; name the folder with --data")
-    return data, tokenizer_data
+    return data, files
 
 
 def settle(
@@ -397,7 +400,9 @@ def settle(
         ConfigError: if a setting does not fit the data, the processes, or the model to start from.
     """
     earlier = resumed.model_config if resumed else start.config if start else None
-    model_config = config.model_config(data.vocab_size, earlier.rope_scaling if earlier else None)
+    # A model may have more rows than its tokenizer has tokens; whether it is this tokenizer is checked below.
+    vocab_size = max(data.vocab_size, earlier.vocab_size if earlier else 0)
+    model_config = config.model_config(vocab_size, earlier.rope_scaling if earlier else None)
     tokens_per_step = config.accumulation(group.count) * group.count * config.batch_size * config.max_seq_len
     config = dataclasses.replace(config, total_batch_tokens=tokens_per_step, data=str(data.folder))
     if resumed:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llamalet import model_file, tokenizer
+from llamalet.checks import choice, file_path
 from llamalet.convert.imported_model import ImportedModel, Reported, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
 from llamalet.model_file.checkpoint import MODEL, STATE, list_steps
@@ -62,8 +63,8 @@ def open_model(
         ConfigError: on an unknown dtype.
         UsageError: if the format needs a library that is not installed.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    dtype = None if dtype is None else choice("dtype", dtype, DTYPES)
+    path = file_path("path", path)
     kind = kind_of(path)
     if kind == "bin":
         file = model_file.read(path, verify=verify)
@@ -123,6 +124,8 @@ def read(kind: str, name: str, *, rope_theta: float | None = None, rope_scaling:
         ConfigError: if the file itself says what is given.
         UsageError: if a library is missing, or the Hub refuses.
     """
+    choice("kind", kind, ("checkpoint", *FORMATS))
+    name = str(file_path("name", name))
     if kind not in ("llama2c", "bin") and (rope_theta is not None or rope_scaling is not None):
         raise ConfigError(f"rope_theta, rope_scaling: {name} says what they are; leave them out")
     from llamalet.convert import bin_file, checkpoint_file, gguf_file, huggingface, llama2c, meta_llama
@@ -187,6 +190,7 @@ def kind_of(path: Path) -> str:
     Raises:
         FormatError: if there is no model, or a split GGUF file's name could be two.
     """
+    path = file_path("path", path)
     if path.is_dir():
         if (path / HF_CONFIG).is_file():
             return "hf"
@@ -206,6 +210,8 @@ def kind_of(path: Path) -> str:
             return "gguf"
         on_the_hub = HUB_ID.fullmatch(str(path)) and path.suffix not in FILES
         advice = f"; if it is one of the Hub: llamalet convert {path} NAME.bin --from=hf" if on_the_hub else ""
+        if path.exists():
+            raise FormatError(f"{path}: neither a regular file nor a folder, so no model")
         raise FormatError(f"{path}: no such model file or folder{advice}")
     if _is_pytorch(path):
         return "meta_llama" if (path.parent / META_PARAMS).is_file() else "llama2c"

@@ -201,7 +201,7 @@ def _read_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
 
 def _check_windows(name: str, fields: Mapping[str, Any], max_seq_len: int) -> None:
     """Raise a FormatError if a layer attends to less than the context."""
-    harmless = {"full_attention"}
+    harmless = ["full_attention"]
     for key, kind in WINDOWS.items():
         window = fields.get(key)
         if window is None or key == "sliding_window" and fields.get("use_sliding_window") is False:
@@ -209,7 +209,7 @@ def _check_windows(name: str, fields: Mapping[str, Any], max_seq_len: int) -> No
         if not isinstance(window, int | float) or not window >= max_seq_len:
             what = f"{key} is {reprlib.repr(window)}: only windows"
             raise FormatError(f"{name}: {what} of at least max_position_embeddings, {max_seq_len}, can be read")
-        harmless.add(kind)
+        harmless.append(kind)
     kinds = fields.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(kind in harmless for kind in kinds)):
         raise FormatError(f"{name}: layer_types is {reprlib.repr(kinds)}: only 'full_attention' can be read")

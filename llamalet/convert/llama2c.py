@@ -3,6 +3,7 @@
 Source: llama2.c, model.py and train.py.
 """
 
+import shlex
 from pathlib import Path
 
 from llamalet.config import Llama3Scaling
@@ -43,7 +44,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scal
     if rope_theta is None and found["tok_embeddings"].shape[0] >= LLAMA3_VOCAB:
         raise FormatError(
             f"{path}: does not say its rope_theta, and with Llama 3's vocabulary it is not llama2.c's: "
-            f"python export.py NEW.bin --llama2c {path} --rope_theta 500000"
+            f"python export.py NEW.bin --llama2c {shlex.quote(str(path))} --rope_theta 500000"
         )
     said = {key: arguments.get(key) for key in FIELDS} | {"norm_eps": arguments.get("norm_eps", LLAMA2C["norm_eps"])}
     rope = {"rope_theta": rope_theta, "rope_scaling": rope_scaling}

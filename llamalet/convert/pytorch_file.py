@@ -1,5 +1,6 @@
 """PyTorch's files: mapped, and nothing in them is run as code. Only this module needs torch."""
 
+import re
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,20 @@ def load(path: Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # damage can lead to almost any error
-        reason = str(error).strip().partition("\n")[0]
-        raise FormatError(f"{path}: not a PyTorch file that can be read without running code: {reason}") from None
+        raise FormatError(f"{path}: not a PyTorch file that can be read without running code: {_why(error)}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise FormatError(f"{path}: holds a {type(found).__name__}, not a dict of tensors by their names")
     return found
+
+
+def _why(error: Exception) -> str:
+    """Return why torch does not read a file; its own message goes on to advise to run the file's code."""
+    message = str(error).strip()
+    if found := re.search(r"GLOBAL (\S+) was not an allowed global", message):
+        return f"it wants to run {found[1]}"
+    if message.startswith("Weights only load failed"):
+        return "it is damaged, or holds more than tensors"
+    return message.partition("\n")[0]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.convert.imported_model import ImportedModel, Reported, difference
 from llamalet.errors import ConfigError
+from llamalet.files import check_writable
 from llamalet.model_file.header import DTYPES, LLAMA2C
 from llamalet.tokenizer import BOS_ID, Tokenizer
 
@@ -66,6 +67,19 @@ class Target:
             raise ConfigError(f"version={version}: only a .bin has versions, and OUT is {self.out}")
         if self.dtype is not None and version not in (None, 3):
             raise ConfigError(f"dtype={self.dtype}: version {version} has one dtype; leave out --dtype or --version")
+
+    def check_writable(self) -> None:
+        """Check that what is to be written can be, before a model is downloaded or read.
+
+        Raises:
+            ConfigError: if a folder is in its place.
+            DiskError: if its folder cannot be written to.
+        """
+        if self.out is not None:
+            path = Path(self.out)
+            if path.is_dir() and self.format != "hf":
+                raise ConfigError(f"{path}: is a folder; a {self.format} is a file")
+            check_writable(path if self.format == "hf" else path.parent)
 
     @property
     def format(self) -> str:

@@ -22,6 +22,8 @@ import llvmlite
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
+from llamalet.errors import note
+from llamalet.files import home_folder
 from llamalet.kernels import simd
 from llamalet.model_file import quantize
 
@@ -42,14 +44,19 @@ def enable(kernel: Any) -> None:
 
 
 def roots() -> Iterator[Path]:
-    """Yield the folders that may hold the cache, the best first."""
+    """Yield the folders that may hold the cache, the best first: the user's, then a temporary one."""
+    variable, below = "XDG_CACHE_HOME", ".cache"
     if sys.platform == "win32":
-        yield Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "llamalet" / "kernels"
+        variable, below = "LOCALAPPDATA", "AppData/Local"
     elif sys.platform == "darwin":
-        yield Path.home() / "Library" / "Caches" / "llamalet"
-    else:
-        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamalet"
-    yield Path(tempfile.gettempdir()) / f"llamalet-{os.getuid() if hasattr(os, 'getuid') else 'kernels'}"
+        variable, below = "", "Library/Caches"
+    named, home = Path(os.environ.get(variable, "")), home_folder()
+    if named.is_absolute():  # the others are to be ignored, say the rules for XDG_CACHE_HOME
+        yield named / "llamalet"
+    elif home is not None:
+        yield home / below / "llamalet"
+    with contextlib.suppress(FileNotFoundError):  # no temporary folder can be written to
+        yield Path(tempfile.gettempdir()) / f"llamalet-{os.getuid() if hasattr(os, 'getuid') else 'kernels'}"
 
 
 def folder_name(sources: Iterable[Path]) -> str:
@@ -74,8 +81,9 @@ def open_folder(candidates: Iterable[Path], name: str) -> Path | None:
         name: from folder_name.
 
     Returns:
-        The folder; or None if no candidate can be used, after a line on stderr for each reason.
+        The folder, or None if no candidate can be used; a line on stderr says why the best one is not.
     """
+    reasons = []
     for root in candidates:
         folder = root / name
         try:
@@ -84,13 +92,17 @@ def open_folder(candidates: Iterable[Path], name: str) -> Path | None:
                 check_private(path)
             os.utime(folder)
         except OSError as error:
-            _say(f"kernel cache: {error.filename}: {error.strerror}; not used")
+            reasons.append(f"{error.filename or folder}: {error.strerror}")
             continue
+        if reasons:
+            _say(f"kernel cache: {'; '.join(reasons)}; taking {root}")
         with contextlib.suppress(OSError):  # another process may be removing them too
             used = sorted((path.stat().st_mtime, path) for path in root.iterdir() if path.is_dir())
             for _, old in used[:-KEPT_FOLDERS]:
                 shutil.rmtree(old, ignore_errors=True)
         return folder
+    why = "; ".join(reasons) or "neither a home directory nor one for temporary files"
+    _say(f"kernel cache: {why}; the kernels are compiled at every start")
     return None
 
 
@@ -163,4 +175,4 @@ class _Impl(CompileResultCacheImpl):
 
 def _say(message: str) -> None:
     """Print a line on stderr."""
-    print(f"llamalet: {message}", file=sys.stderr, flush=True)
+    note(f"llamalet: {message}")

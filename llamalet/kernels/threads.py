@@ -25,16 +25,11 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from llamalet.cores import physical_cores
-from llamalet.errors import ConfigError
 from llamalet.kernels import llvm
 
 # Indices into the array that the threads share, each word in a cache line of its own: the ticket, the finished blocks
 # of the stage, the number of the arguments that are in use.
 TICKET, DONE, GENERATION, SHARED_WORDS = 0, 16, 32, 48
-
-# More would need more blocks than a ticket can count.
-MAX_THREADS = 1024
 
 BLOCK_BITS, STAGE_BITS, JOB_BITS = 16, 16, 31
 BLOCK_MASK, STAGE_MASK, JOB_MASK = (1 << BLOCK_BITS) - 1, (1 << STAGE_BITS) - 1, (1 << JOB_BITS) - 1
@@ -184,9 +179,14 @@ class ThreadTeam:
 
     def __init__(self, work: Callable[..., None], n_threads: int) -> None:
         self._work = work
+        self._n_threads = n_threads
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin without helpers and jobs, as a forked process must: it has none of its parent's threads."""
         self._shared = new_words()
         self._arguments: tuple[Any, ...] = ()
-        self._alarms = [threading.Event() for _ in range(n_threads - 1)]
+        self._alarms = [threading.Event() for _ in range(self._n_threads - 1)]
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
 
@@ -238,27 +238,3 @@ class ThreadTeam:
 
 def _nothing(*arguments: Any) -> None:
     """Replace the work of a stopped team."""
-
-
-def thread_count(threads: int | None = None) -> int:
-    """Return the number of threads to compute with.
-
-    Args:
-        threads: a number asked for; None takes NUMBA_NUM_THREADS or OMP_NUM_THREADS where set, else one thread for
-            each physical core that this process may use.
-
-    Raises:
-        ConfigError: if a number is not positive or above MAX_THREADS.
-    """
-    if threads is not None:
-        if not 1 <= threads <= MAX_THREADS:
-            raise ConfigError(f"threads={threads}: must be at least 1 and at most {MAX_THREADS}")
-        return threads
-    for variable in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
-        # OMP_NUM_THREADS may be a list, one number for each level of nesting.
-        value = os.environ.get(variable, "").partition(",")[0].strip()
-        if value:
-            if not (value.isascii() and value.isdigit() and 1 <= int(value) <= MAX_THREADS):
-                raise ConfigError(f"{variable}={value}: must be a positive number, at most {MAX_THREADS}")
-            return int(value)
-    return physical_cores()

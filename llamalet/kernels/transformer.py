@@ -1,5 +1,6 @@
 """The fast forward pass over a KV cache: one compiled call a token, a batch, or a chunk of a prompt, on all cores."""
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -9,18 +10,20 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.checks import token_ids
 from llamalet.config import rope_tables
+from llamalet.cores import thread_count
 from llamalet.errors import UsageError
 from llamalet.kernels import cache as kernel_cache
 from llamalet.kernels import stages
 from llamalet.kernels.layers import Weights, address_of, stack_weights
 from llamalet.kernels.ops import QUERY_LANES, new_quantized_rows
 from llamalet.kernels.stages import CACHE_SLOT, JOB, RopeTables, Workspace
-from llamalet.kernels.threads import ThreadTeam, new_words, thread_count
+from llamalet.kernels.threads import ThreadTeam, new_words
 from llamalet.kv_cache import KVCache
 from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized
 from llamalet.model_file.tensors import ModelFile
-from llamalet.reference import Array, Tokens, check_tokens
+from llamalet.reference import Array, Tokens
 
 # Positions of a pass: prompts are read, and batches decoded, at most this many at a time.
 POSITIONS_PER_PASS = 128
@@ -36,7 +39,7 @@ class Transformer:
 
     Args:
         file: the model; its weights are used where they are mapped, not copied.
-        threads: number of threads; None takes one for each physical core, see `threads.thread_count`.
+        threads: number of threads; None takes one for each physical core, see `cores.thread_count`.
 
     Raises:
         ConfigError: if the number of threads is not positive.
@@ -48,12 +51,18 @@ class Transformer:
         self._weights = stack_weights(file)
         self._bits = bits_of(file.tensors["tok_embeddings"])
         self._n_threads = thread_count(threads)
-        # The memory of the kernels, for one caller at a time.
+        self._begin()
+        self._team = ThreadTeam(compile_work(self._arguments_for(1, 0)), self._n_threads)
+        weakref.finalize(self, self._team.stop)
+        if hasattr(os, "register_at_fork"):
+            this = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: _begin_in_child(this()))
+
+    def _begin(self) -> None:
+        """Create the memory of the kernels, for one caller at a time."""
         self._lock = threading.Lock()
         self._rope_tables = RopeTables(*rope_tables(self.config, 0))
         self._arguments: dict[int, tuple[Weights, Workspace, RopeTables]] = {}
-        self._team = ThreadTeam(compile_work(self._arguments_for(1, 0)), self._n_threads)
-        weakref.finalize(self, self._team.stop)
 
     def new_cache(self, capacity: int = 0) -> KVCache:
         """Return an empty KV cache with memory for `capacity` positions; it grows when they are used up."""
@@ -65,7 +74,7 @@ class Transformer:
         Raises:
             UsageError: if it is not in the vocabulary, or the context is full.
         """
-        ids = check_tokens((token,), self.config)
+        ids = token_ids((token,), self.config.vocab_size)
         cache.reserve(cache.length + 1)
         return self._run([cache], ids, 1)[0]
 
@@ -76,7 +85,7 @@ class Transformer:
             UsageError: if there are no tokens or not one for each cache, two caches are the same, a token is not in the
                 vocabulary, or a context is full; then nothing has been appended.
         """
-        ids = check_tokens(tokens, self.config)
+        ids = token_ids(tokens, self.config.vocab_size)
         if len(ids) != len(caches) or len({id(cache) for cache in caches}) != len(caches):
             raise UsageError(f"{len(ids)} tokens for {len(caches)} caches: each cache takes one")
         for cache in caches:
@@ -99,12 +108,12 @@ class Transformer:
         Raises:
             UsageError: as prefill.
         """
-        ids = check_tokens(tokens, self.config)
+        ids = token_ids(tokens, self.config.vocab_size)
         return self._append(self.new_cache(len(ids)), ids, all_logits=True)
 
     def _append(self, cache: KVCache, tokens: Tokens, *, all_logits: bool) -> Array:
         """Append tokens to the cache, some at a time; return the logits after each of them, or after the last one."""
-        ids = check_tokens(tokens, self.config)
+        ids = token_ids(tokens, self.config.vocab_size)
         cache.reserve(cache.length + len(ids))
         *chunks, last = np.split(ids, range(POSITIONS_PER_PASS, len(ids), POSITIONS_PER_PASS))
         logits = [self._run([cache], chunk, len(chunk) if all_logits else 0) for chunk in chunks]
@@ -218,6 +227,13 @@ class Transformer:
         shares = 1 if n_positions == 1 else BLOCKS_PER_THREAD * self._n_threads
         *layer, final_norm, logits = (n_blocks.get(stage, shares) for stage in range(stages.LOGITS + 1))
         return np.array([*layer * c.n_layers, final_norm, logits, 0])
+
+
+def _begin_in_child(transformer: Transformer | None) -> None:
+    """Let a transformer compute in a forked process, where another thread's lock and unfinished job would stay."""
+    if transformer is not None:
+        transformer._begin()
+        transformer._team.begin()
 
 
 def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[..., None]:

@@ -5,6 +5,7 @@
         optimizer.safetensors   the optimizer's tensors, as `parameter:slot`
         state.json              model config, step, validation loss, data, train config
         tokenizer.bin           the vocabulary the model was trained with
+        generation_config.json  what begins and ends its texts, if the vocabulary's file does not say it
         manifest.json           size and sha256 of each file above; written last
 
 A checkpoint is written to .step-N.tmp, synced and renamed. While a step is saved a second time, .step-N.old holds the
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from llamalet import strict
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError
+from llamalet.files import open_file
 
 FORMAT = "llamalet checkpoint"
 VERSION = 1
@@ -161,7 +163,7 @@ def verify(path: Path, *, digests: bool = True) -> None:
         if Path(name).name != name or not (path / name).is_file():
             raise CheckpointError(f"{path / MANIFEST}: lists {reprlib.repr(name)}, which is no file beside it")
         try:
-            with (path / name).open("rb") as file:
+            with open_file(path / name) as file:
                 size, digest = os.fstat(file.fileno()).st_size, None
                 if digests and size == seal.bytes:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()

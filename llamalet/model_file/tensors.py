@@ -18,6 +18,7 @@ Norms are float32 in every version. Source of v0-v2: llama2.c, export.py, run.c 
 import dataclasses
 import mmap
 import os
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.checks import file_path
 from llamalet.config import ModelConfig, RopeDivisors, rope_tables
 from llamalet.errors import ConfigError, FormatError, NonFiniteError
-from llamalet.files import replacing
+from llamalet.files import open_file, replacing
 from llamalet.model_file import quantize
 from llamalet.model_file.header import (
     DTYPES,
@@ -204,13 +206,9 @@ def tensor_specs(
         "rope_cos": (c.max_seq_len, c.head_dim // 2), "rope_sin": (c.max_seq_len, c.head_dim // 2),
         "rope_divisors": (c.head_dim // 2,),
     }  # fmt: skip
+    absent = {"output": c.tied, "rope_divisors": not isinstance(c.rope_scaling, RopeDivisors)}
     for pattern in ORDER[version]:
-        if (
-            pattern == "output"
-            and c.tied
-            or pattern == "rope_divisors"
-            and not isinstance(c.rope_scaling, RopeDivisors)
-        ):
+        if absent.get(pattern):
             continue
         shape = shapes[pattern.rpartition(".")[2]]
         for layer in range(c.n_layers) if "*" in pattern else (0,):
@@ -249,13 +247,15 @@ def read(path: str | os.PathLike[str], *, verify: bool | None = None, rope_theta
     Raises:
         FormatError: naming the file, the field, its value and the rule that it breaks.
     """
-    path = Path(path)
+    path = file_path("path", path)
     try:
-        file = open(path, "rb")
+        file = open_file(path)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such model file") from None
     except IsADirectoryError:
         raise FormatError(f"{path}: is a folder, not a model file") from None
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
     with file:
         n_bytes = os.fstat(file.fileno()).st_size
         header = read_header(path, file.read(HEADER_BYTES))
@@ -506,7 +506,8 @@ def _with_rope_theta(path: Path, header: Header, config: ModelConfig, rope_theta
     if config.vocab_size >= LLAMA3_VOCAB:
         raise FormatError(
             f"{path}: does not say its rope_theta, and with Llama 3's vocabulary ({config.vocab_size}) it is not "
-            f"llama2.c's {LLAMA2C['rope_theta']:g}: python export.py NEW.bin --bin {path} --rope_theta 500000"
+            f"llama2.c's {LLAMA2C['rope_theta']:g}: python export.py NEW.bin --bin {shlex.quote(str(path))} "
+            "--rope_theta 500000"
         )
     return config
 

@@ -13,6 +13,7 @@ import codecs
 import os
 from pathlib import Path
 
+from llamalet.checks import file_path
 from llamalet.errors import TokenizerError
 from llamalet.files import replacing
 from llamalet.tokenizer import declared, llama2, llama3
@@ -53,7 +54,7 @@ def read(path: str | os.PathLike[str], vocab_size: int | None = None) -> tuple[T
         TokenizerError: if the file is missing, damaged, of an unknown kind, or does not match vocab_size.
         UsageError: if it needs a package that is not installed.
     """
-    path = Path(path)
+    path = file_path("tokenizer", path)
     if not path.exists():
         raise TokenizerError(f"{path}: no such tokenizer file")
     if not path.is_file():

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from llamalet.errors import TokenizerError
+from llamalet.checks import checked, elements, shown
+from llamalet.errors import ConfigError, TokenizerError
 from llamalet.marked_text import OTHERS
 from llamalet.tokenizer.rows import TokenizerRow, pack
 
@@ -166,9 +167,10 @@ class Tokenizer(abc.ABC):
         Raises:
             TokenizerError: if the id is not in the vocabulary.
         """
-        if not 0 <= token < len(self._texts):
+        number = _whole(token)
+        if not 0 <= number < len(self._texts):
             raise TokenizerError(f"token {token}: not in the vocabulary of {self.vocab_size}")
-        return self._texts[token]
+        return self._texts[number]
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Return the ids of a text.
@@ -181,8 +183,10 @@ class Tokenizer(abc.ABC):
                 wrote itself; a user's text must not be able to contain them.
 
         Raises:
-            TokenizerError: if the text contains half of a surrogate pair.
+            TokenizerError: if it is no text, or contains half of a surrogate pair.
         """
+        if not isinstance(text, str):
+            raise TokenizerError(f"{shown(text)}: is not text")
         parts = self.split_special(text) if special else [text]
         first = list(self.ids.prefix) if bos else []
         last = [self.ids.eos] if eos and self.ids.eos is not None else []
@@ -224,8 +228,8 @@ class Tokenizer(abc.ABC):
         """
         ids: list[int] = []
         for number, part in enumerate(parts):
-            if isinstance(part, int):
-                ids.append(part)
+            if not isinstance(part, str):
+                ids.append(_whole(part))
             else:
                 ids += self._encode_after_special(valid(part)) if number else self._encode(valid(part))
         return ids
@@ -315,8 +319,13 @@ class Tokenizer(abc.ABC):
         return self._encode_part(text, is_first)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the text of ids, without the space that `encode` adds; invalid UTF-8 becomes U+FFFD."""
-        data = b"".join(map(self.token_bytes, tokens))
+        """Return the text of ids, without the space that `encode` adds; invalid UTF-8 becomes U+FFFD.
+
+        Raises:
+            UsageError: if they are no list.
+            TokenizerError: if one is no id of the vocabulary.
+        """
+        data = b"".join(map(self.token_bytes, elements("tokens", tokens)))
         return (data.removeprefix(b" ") if self.adds_space else data).decode("utf-8", errors="replace")
 
     @functools.cached_property
@@ -365,3 +374,13 @@ def valid(text: str) -> str:
     except UnicodeEncodeError as error:
         raise TokenizerError(f"character {error.start} of the text: not valid Unicode ({error.reason})") from None
     return text
+
+
+def _whole(token: object) -> int:
+    """Return an id as an int; raise a TokenizerError if it is no whole number."""
+    if type(token) is int:
+        return token
+    try:
+        return int(checked("token", token, int))
+    except ConfigError as error:
+        raise TokenizerError(str(error)) from None

@@ -1,6 +1,8 @@
 import itertools
 import json
+import tracemalloc
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -25,7 +27,7 @@ def texts(stream):
         if piece.starts:
             joined.append(piece.text)
         else:
-            joined[-1] += " " + piece.text
+            joined[-1] += piece.gap + piece.text
     return joined
 
 
@@ -115,9 +117,10 @@ def test_invalid_utf8_and_endless_lines_of_text(tmp_path, monkeypatch):
     path.write_bytes(b"a\nb\nc caf\xe9\n")
     with pytest.raises(DataError, match=r"a\.txt, line 3: byte 6 \(0xe9\) is not valid UTF-8"):
         read(path, val=path)
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 20)
-    path.write_bytes(b"a\n" + b"x" * ((1 << 20) - 1) + b"\n" + b"x" * (1 << 20) + b"\n")
-    with pytest.raises(DataError, match=r"a\.txt, line 3: longer than 1 MiB"):
+    path = tmp_path / "a.jsonl"
+    monkeypatch.setattr(documents, "MAX_LINE_CHARS", 1 << 20)
+    path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * (1 << 20) + b'"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 1048576 characters"):
         read(path, val=path)
 
 
@@ -125,9 +128,10 @@ def test_bad_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"story": ["a", "b"], "n": [1, 2]})
     pyarrow.parquet.write_table(table, path)
-    for column in ("text", "n"):
-        with pytest.raises(DataError, match=f"a.parquet: no text in a column '{column}': it has 'story', 'n'"):
-            read(path, val=path, column=column)
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'text'; the columns are 'story', 'n'; --text-column"):
+        read(path, val=path)
+    with pytest.raises(DataError, match=r"a\.parquet: the column 'n' is int64, not text; the columns are 'story', 'n'"):
+        read(path, val=path, column="n")
     assert all_texts(path, column="story") == ["a", "b"]
     whole = path.read_bytes()
     for content in (b"", b"<html>not found</html>", whole[: len(whole) // 2], whole[:-1]):
@@ -148,24 +152,202 @@ def test_parquet_damaged_within(tmp_path):
         read(path, val=path)
 
 
+def test_null_rows_and_odd_jsonl_are_read_as_they_come(tmp_path):
+    path, parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    rows = [{"text": "one"}, {"text": None, "id": 1}, {"id": 2, "text": "two"}]
+    lines = b"\r\n\r\n \t\r\n".join(json.dumps(row).encode() for row in rows)
+    path.write_bytes(b"\xef\xbb\xbf" + lines)
+    assert all_texts(path) == ["one", "", "two"]
+    empty = []
+    assert [piece.text for piece in with_text(read(path, val=path), empty)] == ["one", "two"]
+    assert empty == [f"{path}, line 4"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None, "two"]}), parquet)
+    assert all_texts(parquet) == ["one", "", "two"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(3)}), parquet)
+    assert all_texts(parquet) == ["", "", ""]
+
+
+STORIES = ["caf\u00e9", None, "one ", "one ", "\u4e2d\u6587"]
+BYTES = [text and text.encode() for text in STORIES]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array(STORIES, pyarrow.large_string()),
+        pyarrow.array(STORIES, pyarrow.string_view()),
+        pyarrow.array(STORIES).dictionary_encode(),
+        pyarrow.DictionaryArray.from_arrays(pyarrow.array([1, None, 0, 0, 2], pyarrow.int8()), ["one ", *STORIES[::4]]),
+        pyarrow.array(BYTES, pyarrow.binary()),
+        pyarrow.array(BYTES, pyarrow.large_binary()),
+        pyarrow.array(BYTES, pyarrow.binary_view()),
+        pyarrow.array(BYTES, pyarrow.binary()).dictionary_encode(),
+        pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(STORIES)),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_every_column_of_text_is_read(tmp_path, column):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    assert all_texts(path) == [text or "" for text in STORIES]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.string()])
+def test_bytes_that_are_no_text_name_the_row(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    offsets, data = pyarrow.py_buffer(np.array([0, 2, 2, 6], np.int32)), pyarrow.py_buffer(b"okcaf\xe9")
+    column = pyarrow.Array.from_buffers(kind, 3, [None, offsets, data])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 3: byte 4 \(0xe9\) of 'text' is not valid UTF-8"):
+        read(path, val=path)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (pyarrow.array([["a"], ["b"]]), "list<element: string>"),
+        (pyarrow.array([{"content": "a"}, {"content": "b"}]), "struct<content: string>"),
+        (pyarrow.array([1, 2]), "int64"),
+        (pyarrow.array([True, None]), "bool"),
+        (pyarrow.array([[("a", "b")], []], pyarrow.map_(pyarrow.string(), pyarrow.string())), "map<string, string"),
+    ],
+)
+def test_a_column_of_something_else_says_what_it_is(tmp_path, column, kind):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": column}), path)
+    with pytest.raises(DataError) as caught:
+        read(path, val=path)
+    assert f"a.parquet: the column 'text' is {kind}" in str(caught.value)
+    assert "not text; the columns are 'id', 'text'; --text-column" in str(caught.value)
+
+
+def test_rows_of_any_size_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    monkeypatch.setattr(documents, "BATCH_BYTES", 1000)
+    texts = [f"{i} " * 300 for i in range(20)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)
+    sizes = []
+    batches = pyarrow.parquet.ParquetFile.iter_batches
+
+    def watched(file, batch_size, **options):
+        sizes.append(batch_size)
+        return batches(file, batch_size, **options)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", watched)
+    assert all_texts(path) == texts and sizes == [1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_utf16_is_told(tmp_path, encoding, name):
+    path = tmp_path / name
+    path.write_bytes('{"text": "hello"}\n'.encode(encoding))
+    with pytest.raises(DataError, match=rf"{name}: is UTF-16 or not text, must be UTF-8; convert it: iconv"):
+        read(path, val=path)
+
+
+def test_latin1_and_a_character_cut_off_are_told(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("na\u00efve\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.txt, line 1: byte 3 \(0xef\) is not valid UTF-8; .* iconv -f LATIN1"):
+        read(path, val=path)
+    path.write_bytes("ab\n\u4e2d".encode()[:-1])
+    with pytest.raises(DataError, match=r"a\.txt, line 2: byte 1 \(0xe4\) is not valid UTF-8"):
+        read(path, val=path)
+    path.write_bytes(b"a few \0 zeros \0 are text")
+    assert all_texts(path) == ["a few \0 zeros \0 are text"]
+
+
+@pytest.mark.parametrize("begin", ['[{"text": "a"}, {"text": "b"}]', "[\n  {\n", '\n ["a", "b"]\n{"text": "c"}'])
+def test_a_json_array_says_how_to_convert_it(tmp_path, begin):
+    path = tmp_path / "a b.jsonl"
+    path.write_text(begin)
+    with pytest.raises(DataError, match=r"line \d: begins a JSON array, .*: jq -c '\.\[\]' '.*a b\.jsonl' > NEW"):
+        read(path, val=path)
+
+
+def test_the_beginning_of_every_file_is_checked(tmp_path):
+    good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    good.write_bytes(GOOD)
+    bad.write_bytes(b'{"story": "x"}\n')
+    documents.check({"train": [good]}, document="file", column="text")
+    for files in ({"train": [good, bad]}, {"train": [good], "val": [bad]}):
+        with pytest.raises(DataError, match=r"b\.jsonl, line 1: no text under the key 'text'"):
+            documents.check(files, document="file", column="text")
+
+
+# --- lines and documents of any length -----------------------------------------------------------------------------
+
+LINES = st.lists(st.text(st.sampled_from("ab \u4e2d\U0001f600\r\ufeff"), max_size=12), max_size=8)
+
+
+@given(LINES, st.sampled_from(["\n", "\r\n"]), st.booleans(), st.integers(1, 9))
+def test_lines_in_parts_are_the_lines(tmp_path_factory, lines, end, closed, part):
+    path = tmp_path_factory.getbasetemp() / "parts.txt"
+    data = (end.join(lines) + end * closed).encode()
+    path.write_bytes(data)
+    expected = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PART_BYTES", part)
+        found = list(documents._lines(path))
+    assert [number for number, _ in found] == list(range(1, len(found) + 1))
+    assert [text for _, text in found] == (expected if expected[-1] or data.endswith(b"\r") else expected[:-1])
+
+
+def test_a_huge_line_is_read_in_little_memory(tmp_path):
+    path = tmp_path / "a.txt"
+    with path.open("w") as file:
+        for _ in range(400):
+            file.write("\u4e2d\u6587\u3002" * 5000)  # 18 MB
+    tracemalloc.start()
+    try:
+        sizes = [(len(piece.text.encode()), piece.gap) for piece in _generated(path)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(size for size, _ in sizes) == path.stat().st_size and max(sizes) <= (1_000_000, "")
+    assert peak < 9 << 20
+
+
+def _generated(path):
+    return pieces({"train": [path], "val": [path]}, "val", document="file", column="text", val_fraction=0.05)
+
+
 # --- cutting long documents ---------------------------------------------------------------------------------------
 
 WORDS = st.text(st.sampled_from("ab \n\u00e9\u4e2d.\t\u3000"), max_size=60)
 
 
-@given(st.lists(WORDS, max_size=6), st.integers(1, 9))
-def test_pieces_join_to_the_document(parts, size):
+@given(st.lists(WORDS, max_size=6), st.integers(1, 9), st.integers(1, 9))
+def test_pieces_join_to_the_document(parts, size, more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE_CHARS", size)
+        patch.setattr(documents, "MAX_PIECE_CHARS", size + more)
         found = list(documents._cut(iter(parts), "p", 7))
+        # However the parts come, the cuts are the same.
+        assert list(documents._cut(iter("".join(parts)), "p", 7)) == found
     assert texts(found) == ["".join(parts)]
     assert [piece.starts for piece in found] == [True] + [False] * (len(found) - 1)
-    for piece in found[:-1]:
-        assert len(piece.text) >= size and not piece.text.endswith(" ")
-    # However the parts come, the cuts are the same.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_CHARS", size)
-        assert list(documents._cut(iter("".join(parts)), "p", 7)) == found
+    for piece, following in itertools.pairwise(found):
+        assert size <= len(piece.text) <= size + more
+        assert not following.gap or not piece.text.endswith(" ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("abcdefghijkl mn", ["abcdefgh", "ijkl", "mn"]),  # no space in time
+        ("abc\ndefghijklm", ["abc\n", "defghijk", "lm"]),
+        ("abcdefge\u0301ijklm", ["abcdefg", "e\u0301ijklm"]),
+        ("abcdef\U0001f468\u200d\U0001f469xyz", ["abcdef", "\U0001f468\u200d\U0001f469xyz"]),
+        ("abcdefg\r\nxyz", ["abcdefg", "\r\nxyz"]),
+        ("a" + 12 * "\u0301", ["a" + 7 * "\u0301", 5 * "\u0301"]),  # no end to accents
+    ],
+)
+def test_text_without_spaces_is_cut_at_line_ends_or_between_characters(monkeypatch, text, expected):
+    monkeypatch.setattr(documents, "PIECE_CHARS", 3)
+    monkeypatch.setattr(documents, "MAX_PIECE_CHARS", 8)
+    assert [piece.text for piece in documents._cut([text], "p", 1)] == expected
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +394,41 @@ def test_the_end_of_few_long_documents_is_for_validation(tmp_path, monkeypatch, 
         assert head + text[len(head)] + tail == text and text[len(head)] in "\n "
     for tail, text in zip(tails, whole, strict=True):
         assert abs(len(tail) / len(text) - fraction) < 0.02
+
+
+CHINESE = "".join(chr(0x4E00 + 7 * i % 5000) for i in range(4000))
+
+
+@pytest.mark.parametrize("line_end", ["", "\u3002\n", "\n"])
+@pytest.mark.parametrize("size", [300, 100_000])
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_text_without_spaces_is_divided_fairly(tmp_path, monkeypatch, line_end, size, fraction):
+    monkeypatch.setattr(documents, "PIECE_CHARS", size)
+    monkeypatch.setattr(documents, "MAX_PIECE_CHARS", 2 * size)
+    path = tmp_path / "a.txt"
+    text = line_end.join(CHINESE[i : i + 80] for i in range(0, len(CHINESE), 80))
+    path.write_text(text)
+    (head,), (tail,) = (texts(read(path, split=split, val_fraction=fraction)) for split in ("train", "val"))
+    assert abs(len(tail) / len(text) - fraction) < 0.03
+    assert (head + tail if line_end == "" else head + "\n" + tail) == text
+
+
+def test_a_line_end_far_behind_does_not_take_the_validation_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(CHINESE * 10 + "\n\u5b8c")
+    (head,), (tail,) = (texts(read(path, split=split)) for split in ("train", "val"))
+    assert head + tail == CHINESE * 10 + "\n\u5b8c" and len(tail) == 2001
+
+
+def test_the_end_of_a_piece_in_the_last_word_of_a_head(tmp_path, monkeypatch):
+    """The next piece is then divided near its beginning."""
+    monkeypatch.setattr(documents, "PIECE_CHARS", 50)
+    words = [f"word{i:04}" for i in range(100)]
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(words))
+    for fraction in np.linspace(0.02, 0.5, 60):
+        (head,), (tail,) = (texts(read(path, split=split, val_fraction=fraction)) for split in ("train", "val"))
+        assert f"{head} {tail}" == " ".join(words) and abs(len(tail) / 899 - fraction) < 0.021
 
 
 def test_first_documents(tmp_path):

@@ -24,7 +24,7 @@ from toy import MERGES, random_tensors
 from configurator import parse
 from corpus.record import Record
 from llamalet import Model, chat_template, model_file, scoring, shards, tokenizer
-from llamalet.config import ModelConfig, RopeScaling
+from llamalet.config import ModelConfig, Llama3Scaling
 from llamalet.convert import gguf_file, huggingface, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.files import sha256_of
@@ -224,7 +224,7 @@ def bin_file(version: int, dtype: str | None, config: ModelConfig, inside: bool 
     return files
 
 
-SCALED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64)
+SCALED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=64)
 
 
 def bin_seeds(versions: tuple[int, ...]) -> list[Seed]:
@@ -428,7 +428,7 @@ def gguf_seeds() -> list[Seed]:
     return [*found, *other_gguf_types()]
 
 
-SCALING_OF_META = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
+SCALING_OF_META = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 
 
 def other_gguf_types() -> list[Seed]:

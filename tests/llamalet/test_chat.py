@@ -273,15 +273,6 @@ def test_a_template_that_makes_nothing_is_refused(model, tmp_path):
     assert talk.messages[0] == Message("user", "a")
 
 
-def test_only_text_can_be_said(model):
-    for wrong in (None, 5, b"a", ["a"]):
-        with pytest.raises(errors.UsageError, match="a message must be text, not"):
-            Chat(model).say(wrong)
-        if wrong is not None:
-            with pytest.raises(errors.UsageError, match="system must be text, not"):
-                Chat(model, system=wrong)
-
-
 def test_an_endless_template_ends(model_path, tmp_path, monkeypatch):
     (tmp_path / "t.jinja").write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))

@@ -151,7 +151,7 @@ def test_convert_takes_the_tokenizer_that_is_named(model, tmp_path):
     [
         ([], "name the model and the file or folder"),
         (["model.bin"], "name the model and the file or folder"),
-        (["model.bin", ""], "out='': names no file"),
+        (["model.bin", ""], "OUT='': must not be empty"),
         (["model.bin", "b.onnx"], "out=b.onnx: must end in .bin or .gguf"),
         (["model.bin", "b.bin", "--dtype=q5"], "dtype=q5: must be one of f32, bf16, q8, q4 in a bin"),
         (["model.bin", "b.gguf", "--version=1"], "version=1: only a .bin has versions"),

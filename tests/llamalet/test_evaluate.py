@@ -4,7 +4,7 @@ from toy import SMALL_MODELS, toy_model, toy_tokenizer
 
 from llamalet import Model, cli, evaluate
 from llamalet.errors import ConfigError, DataError, FormatError, TokenizerError, UsageError
-from llamalet.scoring import NOTHING, evaluate_windows, read_documents
+from llamalet.scoring import NOTHING, Evaluation, evaluate_windows, read_documents
 from llamalet.shards import Entropy, Meta, Shards, Split, TokenBlock, write_meta, write_shard
 from llamalet.tokenizer import write_bin
 
@@ -190,3 +190,10 @@ def test_a_tokenizer_can_be_named_for_a_text_and_not_for_data(tmp_path, data, ca
     assert run(path, file, "-z", other) == 0
     with pytest.raises(ConfigError, match="prepared data brings its own"):
         run(path, data, "-z", other)
+
+
+def test_a_report_on_text_outside_the_vocabulary_says_so():
+    with pytest.raises(DataError, match="no text to score: none of it is in the vocabulary: all tokens are <unk>"):
+        evaluate.report(Evaluation(nats=9.0, tokens=3, text_bytes=0, documents=1))
+    with pytest.raises(DataError, match="no text to score: the split has none"):
+        evaluate.report(Evaluation(nats=9.0, tokens=3, text_bytes=0, documents=3))

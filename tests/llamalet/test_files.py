@@ -3,7 +3,7 @@ import os
 import pytest
 
 from llamalet.errors import DataError, DiskError
-from llamalet.files import replacing
+from llamalet.files import check_writable, replacing
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -56,3 +56,12 @@ def test_what_cannot_be_written_names_the_file_and_the_reason(tmp_path):
     with pytest.raises(DiskError, match="folder: cannot be written: Is a directory$"), replacing(tmp_path / "folder"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "parent"]
+
+
+def test_whether_a_folder_can_be_written_to_is_known_without_a_trace(tmp_path):
+    check_writable(tmp_path / "new" / "deeper")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_bytes(b"")
+    for folder in ("file", "file/deeper"):
+        with pytest.raises(DiskError, match=f"{folder}: cannot be written to: .*file: Not a directory"):
+            check_writable(tmp_path / folder)

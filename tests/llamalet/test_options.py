@@ -52,7 +52,6 @@ def test_help_shows_each_field_with_its_string_and_default(capsys):
         (["--data-folder", "x"], "data_folder", "x"),
         (["--data_folder", "x"], "data_folder", "x"),
         (["--data-folder=a=b_c"], "data_folder", "a=b_c"),
-        (["--data-folder="], "data_folder", ""),
         (["--data-folder", "-x"], "data_folder", "-x"),
         (["m", "x"], "data_folder", "x"),
         (["m", "-n", "5", "-"], "data_folder", "-"),
@@ -95,6 +94,8 @@ def test_every_spelling_is_read(words, name, value):
         (["-m", "poem"], "-m=poem: must be one of generate, chat"),
         (["--check=maybe"], "--check=maybe: must be true or false"),
         (["--data-folder=\udcff"], "--data-folder=.*: not valid UTF-8"),
+        (["--data-folder="], "--data-folder='': must not be empty"),
+        (["--data-folder", "a\0b"], r"--data-folder='a.x00b': has a null character"),
     ],
 )
 def test_a_mistake_is_one_line(words, complaint):

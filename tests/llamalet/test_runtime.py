@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import vocabularies
 from toy import random_tensors, toy_llama3, toy_model
 
 import llamalet
 from llamalet import Model, Tokenizer, errors, model_file
 from llamalet.config import ModelConfig
-from llamalet.tokenizer import pack
+from llamalet.tokenizer import pack, parse
 
 CONFIG = ModelConfig.create(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=300, max_seq_len=16)
 
@@ -59,6 +60,32 @@ def test_a_text_longer_than_the_context_is_scored_in_windows_that_overlap(model)
 def test_no_text_has_no_score(model):
     with pytest.raises(errors.UsageError, match="no text to score"):
         model.score("")
+
+
+def with_vocabulary(path, **options) -> Model:
+    """A model with a SentencePiece vocabulary of any kind."""
+    data = vocabularies.train(**options)
+    vocabulary = parse(data, "some.model")
+    config = ModelConfig.create(**{**CONFIG.to_dict(), "vocab_size": vocabulary.vocab_size})
+    inside = ("model", data)
+    model_file.write(
+        path, 3, config, random_tensors(config), dtype="f32", tokenizer_sha256=vocabulary.sha256, tokenizer=inside
+    )
+    return Model.load(path, backend="numpy")
+
+
+def test_text_outside_the_vocabulary_has_a_score_but_no_bytes(tmp_path):
+    model = with_vocabulary(tmp_path / "model.bin", byte_fallback=False, vocab_size=120)
+    score = model.score("\U0001f600")
+    assert (score.tokens, score.text_bytes, score.bits_per_byte) == (2, 0, math.inf)  # a space, and <unk>
+    assert score.nats_per_token == pytest.approx(nats(model, model.tokenizer.encode("\U0001f600", bos=True), 1) / 2)
+    assert math.isfinite(model.score("the \U0001f600").bits_per_byte)
+
+
+def test_text_that_becomes_no_token_has_no_score(tmp_path):
+    model = with_vocabulary(tmp_path / "model.bin", remove_extra_whitespaces=True)
+    with pytest.raises(errors.UsageError, match="no text to score: in this vocabulary it has no tokens"):
+        model.score("  ")
 
 
 def test_the_names_that_are_offered(model, tmp_path):

@@ -105,6 +105,15 @@ def test_units():
     assert score + score == Evaluation(160 * math.log(2), 20, 80, 4)
 
 
+def test_units_of_nothing():
+    """A score that spells no text is infinitely bad in bits per byte; no score at all is no number."""
+    unspelled = Evaluation(nats=3.0, tokens=2, text_bytes=0, documents=0)
+    assert unspelled.nats_per_token == 1.5
+    assert unspelled.bits_per_byte == unspelled.bits_per_document == math.inf
+    assert math.isnan(NOTHING.nats_per_token) and math.isnan(NOTHING.bits_per_byte)
+    assert (unspelled + Evaluation(1.0, 1, 8, 1)).bits_per_byte == pytest.approx(0.5 / math.log(2))
+
+
 def test_weights_that_are_no_numbers_are_refused(transformer, monkeypatch):
     monkeypatch.setattr(transformer, "logits", lambda tokens: np.full((len(tokens), 300), np.nan, dtype=np.float32))
     with pytest.raises(NonFiniteError):

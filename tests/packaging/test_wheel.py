@@ -58,7 +58,7 @@ def run(installed, tmp_path_factory):
         for libraries in folder.parent.glob(f"{folder.name}.libs"):
             (linked / libraries.name).symlink_to(libraries)
     # -S: no site-packages, and so neither an editable install of the checkout nor anything else.
-    start = f"import sys; sys.path[:0] = {[str(installed), str(linked)]}; from llamalet.cli import run_main; run_main()"
+    start = f"import sys; sys.path[:0] = {[str(installed), str(linked)]}; from llamalet.__main__ import run; run()"
 
     def run(*words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", "-S", "-c", start, *map(str, words)]
@@ -84,7 +84,7 @@ def test_the_wheel_requires_three_packages_and_has_one_command(wheel):
     needed = [line.split()[1] for line in metadata if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert {name.partition(">")[0] for name in needed} == {"numpy", "numba", "sentencepiece"}
     assert zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode().split() == [
-        "[console_scripts]", "llamalet", "=", "llamalet.cli:run_main",
+        "[console_scripts]", "llamalet", "=", "llamalet.__main__:run",
     ]  # fmt: skip
 
 

@@ -9,8 +9,9 @@ import pytest
 from toy import SMALL_MODELS, random_tensors, toy_data, toy_state
 
 import export
-from llamalet import model_file, shards, tokenizer
-from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
+from llamalet import cli, model_file, shards, tokenizer
+from llamalet.convert import formats
+from llamalet.errors import CheckpointError, ConfigError, DataError, DiskError, FormatError, UsageError
 from llamalet.kernels.transformer import Transformer
 from llamalet.model_file.checkpoint import MODEL
 from llamalet.runtime import Model
@@ -64,6 +65,27 @@ def test_export_alone_takes_the_best_checkpoint_and_proves_the_file(project, cap
     np.testing.assert_array_equal(file.tensors["norm"], expected["norm"])
     assert Model.load(project / "out" / name, backend="numpy").logits([1, 2]).shape == (2, CONFIG.vocab_size)
     assert export.main(["--verify", f"out/{name}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "words"),
+    [
+        ("file/new.bin", DiskError, "file: cannot be written to"),
+        ("file/new-hf", DiskError, "file/new-hf: cannot be written to"),
+        ("file/deep/new.gguf", DiskError, "file/deep: cannot be written to"),
+        ("folder.bin", ConfigError, "folder.bin: is a folder; a bin is a file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_known_before_a_model_is_read(project, monkeypatch, out, error, words):
+    def read(*_args, **_options):
+        raise AssertionError("this work comes too early")
+
+    monkeypatch.setattr(formats, "read", read)
+    (project / "file").write_text("in the way")
+    (project / "folder.bin").mkdir()
+    for command in (lambda: export.main([out, "--hf=some/one"]), lambda: cli.main(["convert", "some.gguf", out])):
+        with pytest.raises(error, match=words):
+            command()
 
 
 def test_a_checkpoint_can_be_named(project):

@@ -246,7 +246,7 @@ def test_wrong_words_end_in_one_line(model, capsys):
     assert "keep=32: a context of 32 positions" in refuse(capsys, model, "--overflow=roll", "--keep=32")
     endless = ["-n", 0, "--overflow=roll", "--ignore-eos", "--num-samples=2"]
     assert "the first story would never end" in refuse(capsys, model, *endless)
-    assert "model=''" in refuse(capsys, "")
+    assert "MODEL=''" in refuse(capsys, "")
     line = refuse(
         capsys, model, "-t", -1, "-p", 2, "--top-k=-3", "--min-p=7", "-s", -9, "--num-samples=0", "-n", -1, "--keep=-1"
     )

@@ -16,17 +16,18 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import vocabularies
 from hypothesis import given
 from hypothesis import strategies as st
 
 import tinystories
-from corpus import pretokenize, story_grammar, vocabulary
+from corpus import documents, download, pretokenize, sources, story_grammar, tinyshakespeare, vocabulary
 from corpus.documents import Piece
 from corpus.record import Record, RecordedFile
 from corpus.sources import open_source
 from corpus.workers import Workers
 from llamalet import tokenizer
-from llamalet.errors import ConfigError, DataError, LlamaletError, UsageError
+from llamalet.errors import ConfigError, DataError, DiskError, LlamaletError, TokenizerError, UsageError
 from llamalet.shards import Shards, find_newest
 
 ROOT = Path(__file__).parents[2]
@@ -241,10 +242,16 @@ def test_a_failing_worker_names_shard_file_and_line(stories, monkeypatch):
     class Failing:
         vocab_size = 320
 
-        def encode(self, text, bos):
+        def encode(self, text):
+            return [1, 5]
+
+        def encode_document(self, text):
             if "Story 7." in text:
                 raise ValueError("seven")
             return [1, 5]
+
+        def token_bytes(self, token):
+            return b""
 
     options = vocabulary_and_options(stories)
     monkeypatch.setattr(pretokenize, "_worker_tokenizer", lambda path: Failing())
@@ -282,7 +289,7 @@ def _slow_square(n):
 def test_documents_without_text_are_left_out_and_reported(capsys):
     write_jsonl(Path("s.jsonl"), ["", "one story about a dog", " ", *["another story about a cat"] * 30])
     run("pretokenize", "s.jsonl")
-    assert "left out: 2 document(s) without text, the first: s.jsonl, line 1" in capsys.readouterr().out
+    assert "left out: 2 document(s) without text (empty or null), the first: s.jsonl, line 1" in capsys.readouterr().out
     data = Shards.open(find_newest())
     assert data.meta.splits["train"].documents + data.meta.splits["val"].documents == 31
 
@@ -405,25 +412,71 @@ def test_pretokenize_takes_the_vocabulary_that_was_asked_for(stories):
     assert Shards.open(find_newest()).vocab_size == 305
 
 
-def test_a_vocabulary_that_cannot_be_cut_at_spaces_is_refused(stories):
-    import sentencepiece
+def trained(name, **options):
+    """Train a small SentencePiece vocabulary of any kind and return its path."""
+    path = Path(f"{name}.model")
+    path.write_bytes(vocabularies.train(**options))
+    return path
 
-    for name, options in (("no-prefix", {"add_dummy_prefix": False}), ("wide", {"split_by_whitespace": False})):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["a b a b a b"] * 9),
-            model_prefix=name,
-            model_type="bpe",
-            vocab_size=265,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            hard_vocab_limit=False,
-            minloglevel=2,
-            **options,
-        )
-    write_jsonl(Path("s.jsonl"), stories)
-    for name in ("no-prefix", "wide"):
-        with pytest.raises(LlamaletError, match=f"{name}.model"):
-            run("pretokenize", "s.jsonl", f"--vocab={name}.model")
+
+OTHER_KINDS = {
+    "unigram": {"model_type": "unigram", "vocab_size": 340},
+    "no-bytes": {"byte_fallback": False, "vocab_size": 120},
+    "padded": {"pad_id": 3},
+    "bos-2-eos-3": {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3},
+    "symbols": {"user_defined_symbols": ["<sep>", "the", "dog s"]},
+    "control": {"control_symbols": ["<|im_start|>"]},
+    "normalizing": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    "no-prefix": {"add_dummy_prefix": False, "remove_extra_whitespaces": True},
+    "wide": {"split_by_whitespace": False},
+    "char": {"model_type": "char", "byte_fallback": False, "vocab_size": 40},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_every_kind_of_vocabulary_encodes_a_long_text_in_pieces(name, monkeypatch):
+    """The text comes back as from the whole document at once, without spaces between the pieces or lost ones."""
+    monkeypatch.setattr(documents, "PIECE_CHARS", 20)
+    monkeypatch.setattr(documents, "MAX_PIECE_CHARS", 30)
+    whole = "the dog saw the bas denilo. the dog s mur na the " + "thebademurqu" * 9 + "\nden qu\u00e9 ba the"
+    vocab = trained(name, **OTHER_KINDS[name])
+    model = tokenizer.load(vocab)
+    pretokenize.check_tokenizer(model, str(vocab))
+    pieces = list(documents._cut([whole], "s.txt", 1))
+    ids = [id for piece in pieces for id in pretokenize.encode_piece(piece, model)]
+    assert len(pieces) > 6 and {piece.gap for piece in pieces} == {"", " "}
+    assert model.decode(ids) == model.decode(model.encode(whole))
+    block = pretokenize.encode_pieces(pretokenize.EncodeTask(vocab, tuple(pieces)))
+    assert block.ids.tolist() == [model.bos_id, *ids] and block.text_bytes == len(whole.encode())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model_type": "word", "byte_fallback": False, "vocab_size": 100}, {"treat_whitespace_as_suffix": True}],
+)
+def test_a_vocabulary_whose_pieces_do_not_fit_together_is_refused_before_any_work(options):
+    trained("words", **options)
+    Path("s.txt").write_text("the dog\n" * 50)
+    with pytest.raises(TokenizerError, match=r"words\.model: cannot be used: long documents are encoded in pieces"):
+        run("pretokenize", "s.txt", "--vocab=words.model")
+    assert not Path("data").exists()
+
+
+def test_text_outside_the_vocabulary_is_counted_and_said(capsys):
+    vocab = trained("no-bytes", **OTHER_KINDS["no-bytes"])
+    write_jsonl(Path("s.jsonl"), [*["the ba den \U0001f600 the \u4e2d\u6587 na"] * 39, "the ba"])
+    run("pretokenize", "s.jsonl", f"--vocab={vocab}")
+    said = capsys.readouterr().out
+    folder = find_newest("data")
+    meta = Shards.open(folder, verify=True).meta
+    train, val = meta.splits["train"], meta.splits["val"]
+    assert (train.unknown_tokens, val.unknown_tokens) == (2 * 38, 2)  # neighbours become one <unk>
+    assert f"76 of {train.tokens:,} tokens are <unk>" in said and f"2 of {val.tokens:,} tokens are <unk>" in said
+    run("pretokenize", "s.jsonl", f"--vocab={vocab}")  # kept shards keep their counts
+    assert "kept: 2" in (again := capsys.readouterr().out) and f"76 of {train.tokens:,} tokens are <unk>" in again
+    run("pretokenize", "s.jsonl", "--vocab-size=290")  # with bytes nothing is unknown, and nothing is said
+    assert "<unk>" not in capsys.readouterr().out
+    assert "unknown" not in Path("data/s/tok290/meta.json").read_text()
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
@@ -466,6 +519,10 @@ def test_which_source_is_meant(stories):
         ("a b", "a b: no such file"),
         ("", "--source=: is empty"),
         ("image.png", "image.png: a source must be .txt, .jsonl, .parquet"),
+        (
+            "rows.json",
+            "parquet, or a folder of such files; a JSON array becomes one with: jq -c '.[]' rows.json > rows.jsonl",
+        ),
         ("empty", "empty: no .txt, .jsonl, .parquet file"),
     ],
 )
@@ -473,6 +530,7 @@ def test_a_source_that_is_not_there(stories, label, words):
     write_jsonl(Path("data/TinyStories/a.jsonl"), stories)
     record("roneneldan/TinyStories", Path("data/TinyStories"), "a.jsonl")
     Path("image.png").write_bytes(b"png")
+    Path("rows.json").write_text('[{"text": "a"}]')
     Path("empty").mkdir()
     with pytest.raises(DataError) as caught:
         open_source(label, Path("data"))
@@ -544,6 +602,55 @@ def test_too_little_text_for_a_validation_split():
     Path("s.txt").write_text("word")
     with pytest.raises(DataError, match=r"s\.txt: there is no text for the val split"):
         run("pretokenize", "s.txt")
+
+
+def must_not_run(*_args, **_options):
+    raise AssertionError("this work comes too early")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["pretokenize", "s.txt"],
+        ["pretokenize", "s.txt", "--vocab-size=300"],
+        ["train-vocab", "s.txt"],
+        ["pretokenize", "tinyshakespeare"],
+        ["download", "some/one"],
+        ["download", "tinyshakespeare"],
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_known_before_any_work(argv, monkeypatch):
+    Path("s.txt").write_text("some words\n" * 30)
+    Path("file").write_text("in the way")
+    for module, name in (
+        (download, "_resolve"), (tinyshakespeare, "_download"), (vocabulary, "train"), (documents, "pieces"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, must_not_run)
+    with pytest.raises(DiskError, match="file/data.*: cannot be written to: file: Not a directory"):
+        run(*argv, "--data-dir=file/data")
+
+
+@pytest.mark.parametrize("name", ["z.jsonl", "z.parquet", "val.jsonl", "z.txt"])
+@pytest.mark.parametrize("command", ["train-vocab", "pretokenize"])
+def test_a_bad_file_among_many_is_known_before_any_work(name, command, stories, monkeypatch):
+    write_jsonl(Path("s/a.jsonl"), stories)
+    if name == "z.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"story": stories}), f"s/{name}")
+    else:
+        Path("s", name).write_bytes('{"story": "caf\u00e9"}\n'.encode("utf-16" if name == "z.txt" else "utf-8"))
+    for module, function in ((vocabulary, "train"), (documents, "pieces"), (sources, "sha256_of")):
+        monkeypatch.setattr(module, function, must_not_run)
+    with pytest.raises(DataError, match=rf"s/{name}"):
+        run(command, "s")
+    assert not Path("data").exists()
+
+
+def test_a_validation_split_without_text_is_known_before_the_training_split_is_encoded(stories):
+    write_jsonl(Path("s/train.jsonl"), stories)
+    write_jsonl(Path("s/val.jsonl"), ["", " "])
+    with pytest.raises(DataError, match="s: there is no text for the val split"):
+        run("pretokenize", "s", "--vocab-size=303")
+    assert not list(Path("data").glob("*/*/train*"))
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

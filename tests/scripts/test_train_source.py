@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import vocabularies
 from toy import toy_llama3
 from vocabularies import byte_level
 
@@ -16,7 +17,7 @@ import tinystories
 import train
 from corpus import documents, tinyshakespeare
 from llamalet import Model, model_file
-from llamalet.errors import ConfigError, DataError
+from llamalet.errors import CheckpointError, ConfigError, DataError, DiskError
 from llamalet.shards import Shards
 from llamalet.tokenizer import load, pack, write_bin
 from llamalet.tokenizer.llama3 import special_names
@@ -167,3 +168,52 @@ def test_a_text_is_trained_on_from_scratch_and_a_model_further_with_one_command_
     assert train.main([*small, *shape, "--max_iters=4", "--resume"]) == 0
     with pytest.raises(ConfigError, match="leave --data=elsewhere out"):
         train.main([*small, "--data=elsewhere"])
+
+
+# Vocabularies that llama2.c's tokenizer.bin cannot hold.
+OTHER_KINDS = {
+    "unigram": {"model_type": "unigram", "vocab_size": 340},
+    "no-bytes": {"byte_fallback": False, "vocab_size": 120},
+    "padded": {"pad_id": 3},
+    "symbols": {"user_defined_symbols": ["<sep>"]},
+}
+TINY = [
+    "--dim=16", "--n_layers=1", "--n_heads=2", "--max_seq_len=16", "--batch_size=2", "--max_iters=2",
+    "--warmup_iters=1", "--eval_iters=1", "--threads=1", "--compile=False", "--no-sample",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_any_vocabulary_goes_from_text_to_a_model(kind, capsys):
+    Path("v.model").write_bytes(vocabularies.train(**OTHER_KINDS[kind]))
+    Path("texts.txt").write_text("\n".join(f"the ba den {word} \U0001f600" for word in ["na", "mur", "ilo"] * 20))
+    run("pretokenize", "texts.txt", "--document=line", "--vocab=v.model", "--workers=1")
+    assert train.main(TINY) == 0
+    said = capsys.readouterr().out
+    assert 0 < said.index("export   without a tokenizer.bin, so not for llama2.c: ") < said.index("step 1/2")
+    assert sorted(path.name for path in Path("out").glob("model*")) == ["model.bin", "model.tokenizer.model"]
+    model = Model.load("out/model.bin", backend="numpy")
+    assert model.tokenizer.sha256 == load("v.model").sha256
+    assert "".join(model.generate("the ba", max_new_tokens=8, seed=1))
+    assert export.main(["small.bin", "--dtype=q8", "--no-check"]) == 0  # with the tokenizer inside
+    assert "".join(Model.load("small.bin", backend="numpy").generate("the ba", max_new_tokens=8, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (["--out_dir=file/out"], DiskError, "file/out: cannot be written to: Not a directory"),
+        (["--out_dir=used"], CheckpointError, "used: holds the checkpoints of an earlier run"),
+        (["--resume"], CheckpointError, "out: no valid checkpoint to resume from"),
+        (["--total_batch_tokens=100"], ConfigError, "total_batch_tokens=100: must be a multiple"),
+        (["--dim=30", "--n_heads=4"], ConfigError, "dim=30"),
+        (["--device=cuda:99"], ConfigError, "device=cuda:99"),
+    ],
+)
+def test_what_stops_a_run_is_known_before_its_text_is_prepared(options, error, words):
+    Path("file").write_text("in the way")
+    Path("used/checkpoints/step-00000001").mkdir(parents=True)
+    Path("texts.txt").write_text("some words\n" * 30)
+    with pytest.raises(error, match=words):
+        train.main([*TINY, "--source=texts.txt", *options])
+    assert not Path("data").exists()

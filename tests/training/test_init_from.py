@@ -1,6 +1,7 @@
 """Models from elsewhere, trained further."""
 
 import dataclasses
+import json
 import re
 import shlex
 import shutil
@@ -8,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import SMALL_MODELS, toy_data, toy_model
+from makes import BOS_EOS, byte_level
+from toy import SMALL_MODELS, random_tensors, toy_data, toy_model
 
 import tinystories
 import train
-from llamalet import model_file
+from llamalet import Model, model_file, tokenizer
 from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
+from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, TokenizerError
 from llamalet.model_file.checkpoint import find_best
+from llamalet.shards import Shards
 from training.run import checkpoint
 
 VOCAB = 300
@@ -153,3 +157,55 @@ def test_another_shape_or_vocabulary_is_refused(project):
     fix = f"pretokenize --source=toy --vocab={re.escape(str(path))}$"
     with pytest.raises(ConfigError, match=rf"another vocabulary \(300 tokens\) than that of .* \(301\); .*{fix}"):
         train_further(path)
+
+
+NAMES = (*BOS_EOS.values(), "<|end_of_turn|>")
+
+
+def hugging_face_folder(path: Path, rows: int, declared: dict, **generation: object) -> Path:
+    """A model with byte-level tokens, of which tokenizer.json does not say what begins and ends texts."""
+    config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=rows)
+    huggingface.write(path, ImportedModel(name="toy", config=config, tensors=random_tensors(config)))
+    (path / "tokenizer.json").write_text(byte_level(special=NAMES).to_str())
+    (path / "tokenizer_config.json").write_text(json.dumps(declared))
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+def test_a_padded_model_whose_texts_begin_with_nothing_is_trained_further(project, capsys):
+    """Its documents are separated by EOS; what ends its texts stays with it through every step."""
+    hub = hugging_face_folder(project / "hub", 384, {"eos_token": "<|end_of_turn|>"}, eos_token_id=[342, 341])
+    Path("t.txt").write_text("\n".join(["the ba den mur"] * 300))
+    tinystories.main(["pretokenize", "t.txt", "--document=line", f"--vocab={hub}", "--workers=1"])
+    data = Shards.open(next(Path("data").glob("t/tok343-*")))
+    tokens = data.split("train")[:]
+    assert data.meta.bos_id == 342 and tokens[0] == 342
+    assert np.count_nonzero(tokens == 342) == data.meta.splits["train"].documents == 285
+    options = [option for option in FEW_STEPS if option != "--no-sample"]
+    assert train.main([*options, f"--init_from={hub}", f"--data={data.folder}", "--out_dir=further"]) == 0
+    captured = capsys.readouterr()
+    assert "run it with" in captured.out and "no stories" not in captured.err
+    assert train.main(["--resume", "--out_dir=further", "--max_iters=3", "--no-sample"]) == 0
+    expected = tokenizer.load(hub / "tokenizer.json").ids
+    for path in ("further", "further/model.bin"):
+        model = Model.load(path, backend="numpy")
+        assert model.config.vocab_size == 384 and model.tokenizer.ids == expected
+        assert model.stop_tokens == {341, 342} and expected.prefix == ()
+    # The same tokens with another beginning are other data.
+    other = hugging_face_folder(project / "other", 384, BOS_EOS)
+    capsys.readouterr()
+    tinystories.main(["pretokenize", "t.txt", "--document=line", f"--vocab={other}", "--workers=1"])
+    assert "kept" not in capsys.readouterr().out and Shards.open(data.folder, verify=True).meta.bos_id == 341
+
+
+def test_a_vocabulary_without_any_end_is_refused_by_name(project):
+    hub = hugging_face_folder(project / "hub", 384, {})
+    Path("t.txt").write_text("the ba den mur\n" * 30)
+    with pytest.raises(TokenizerError, match="hub: the vocabulary has neither BOS nor EOS"):
+        tinystories.main(["pretokenize", "t.txt", f"--vocab={hub}"])
+
+
+def test_data_of_more_tokens_than_the_model_has_rows_are_refused(project):
+    toy_data(project / "data" / "toy" / "tok300", VOCAB + 1)
+    with pytest.raises(ConfigError, match=r"another vocabulary \(301 tokens\) than that of .* \(300\)"):
+        train.main([*FEW_STEPS, f"--init_from={toy_model(project, SMALL_MODELS['gqa-tied'])}"])

@@ -26,6 +26,7 @@ from llamalet.convert import safetensors_file
 from llamalet.errors import CheckpointError, DiskError, FormatError, NonFiniteError
 from llamalet.files import sync_folder
 from llamalet.model_file import checkpoint as layout
+from llamalet.tokenizer import declared
 from training.run.run_state import RunState
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -57,6 +58,7 @@ def save(
     model_state: Arrays,
     optimizer_state: Arrays,
     tokenizer_data: bytes,
+    tokenizer_ids: bytes | None = None,
     keep: int = 2,
 ) -> Path:
     """Write a checkpoint durably, then remove old ones: all but the newest `keep` and the best.
@@ -67,6 +69,7 @@ def save(
         model_state: the weights under their names in model.safetensors.
         optimizer_state: the optimizer's tensors, named `parameter:slot`.
         tokenizer_data: the contents of the file `state.tokenizer`.
+        tokenizer_ids: what begins and ends texts, a generation_config.json, if the tokenizer's file does not say it.
         keep: number of newest checkpoints to keep.
 
     Returns:
@@ -83,6 +86,8 @@ def save(
     for name, arrays in tensors.items():
         _refuse_non_finite(final / name, arrays)
     texts = {layout.STATE: _json(state.to_json()), state.tokenizer: tokenizer_data}
+    if tokenizer_ids is not None:
+        texts[declared.GENERATION] = tokenizer_ids
     n_bytes = sum(array.nbytes for arrays in tensors.values() for array in arrays.values())
     n_bytes += sum(len(text) for text in texts.values())
     renamed = False

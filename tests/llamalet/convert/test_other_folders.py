@@ -204,6 +204,7 @@ def test_harmless_keys_are_read(tmp_path, changes):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*: only 'full_attention' can be"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types is .*: only 'full_attention'"),
         ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
+        ({"layer_types": [["full_attention"]]}, r"layer_types is \[\['full_attention'\]\]"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': only Llama models with 'silu' can be read"),
         ({"attention_bias": True}, "attention_bias is True: only Llama models with False can be read"),
         ({"mlp_bias": True}, "mlp_bias is True: only Llama models with False can be read"),

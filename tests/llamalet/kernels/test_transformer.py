@@ -10,7 +10,7 @@ from toy import SMALL_MODELS, in_memory, random_tensors
 
 from llamalet import model_file, reference, tokenizer
 from llamalet.config import ModelConfig
-from llamalet.cores import physical_cores
+from llamalet.cores import physical_cores, thread_count
 from llamalet.errors import ConfigError, UsageError
 from llamalet.kernels import simd, threads
 from llamalet.kernels.layers import stack_weights
@@ -295,17 +295,17 @@ def test_thread_count(environment, expected, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    assert threads.thread_count() == (expected or physical_cores())
-    assert threads.thread_count(7) == 7
+    assert thread_count() == (expected or physical_cores())
+    assert thread_count(7) == 7
     assert 1 <= physical_cores() <= os.cpu_count()
 
 
 def test_a_bad_thread_count_is_refused(monkeypatch):
     monkeypatch.setenv("NUMBA_NUM_THREADS", "many")
     with pytest.raises(ConfigError, match="NUMBA_NUM_THREADS=many"):
-        threads.thread_count()
+        thread_count()
     with pytest.raises(ConfigError, match="threads=40000"):
-        threads.thread_count(40_000)
+        thread_count(40_000)
 
 
 def test_tells_llama2_c_story(shared_data):

@@ -1,0 +1,55 @@
+"""What a command does before its other imports, which may take seconds: Ctrl-C, standard streams, the locale.
+
+Imports only what Python has already loaded: until `begin` has run, Python answers Ctrl-C with a traceback.
+"""
+
+import _signal  # the part of `signal` that is written in C; the rest of it takes a millisecond to import
+import os
+import sys
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+
+
+def begin() -> None:
+    """Prepare the process of a command. A script calls this above its other imports, and only as the main program."""
+    if (
+        _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
+    ):  # a shell lets jobs in the background ignore it
+        _signal.signal(_signal.SIGINT, end_at_once)
+    _open_missing_streams()
+    _use_utf8()
+
+
+def end_at_once(number: int, frame: object) -> None:
+    """End the process at Ctrl-C: a signal handler for while nothing can be lost.
+
+    An exception would not do there. It can come out of an import as another one, or get lost in a callback.
+    """
+    try:
+        os.write(2, b"error: stopped by Ctrl-C\n")
+    finally:
+        os._exit(INTERRUPTED)
+
+
+def _open_missing_streams() -> None:
+    """Let standard streams that are closed read and write /dev/null.
+
+    The next file to be opened would get their numbers, and messages of C libraries would be written into it. sys.stdin
+    remains None, which says that there is nothing to read.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None and os.name == "posix":
+            null = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.set_inheritable(null, True)
+            if number and null == number:
+                setattr(sys, name, open(null, "w", encoding="utf-8", closefd=False))
+
+
+def _use_utf8() -> None:
+    """Start Python again in its UTF-8 mode if the locale is C and Python was told to believe that.
+
+    Arguments, names of files and output would be ASCII only.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1" and sys.executable:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
