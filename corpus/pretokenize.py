@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from corpus import documents
 from corpus.documents import Piece
 from corpus.workers import Workers
 from llamalet import shards
@@ -78,7 +79,7 @@ def pretokenize(
     """
     meta = Meta(
         source=source,
-        recipe={**recipe, "shard_chars": SHARD_CHARS},
+        recipe={**recipe, "shard_chars": SHARD_CHARS, "max_piece_chars": documents.MAX_PIECE_CHARS},
         bos_id=tokenizer.separator_id,
         eos_id=tokenizer.separator_id if tokenizer.eos_id is None else tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,

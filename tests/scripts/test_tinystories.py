@@ -179,6 +179,11 @@ def test_only_missing_and_damaged_shards_are_made_again(stories, monkeypatch, ca
     made = {name for name in names if (folder / name).stat().st_ino != inodes[name]}
     assert made <= set(names[1:3]) | {names[1]} and names[0] not in made and names[3] not in made
     assert f"kept: {len(before) - 4} shard(s)" in capsys.readouterr().out
+    # Shards that were cut in another way do not fit together: nothing is kept.
+    monkeypatch.setattr(documents, "MAX_PIECE_CHARS", 200_000)
+    capsys.readouterr()
+    run("pretokenize", "s.jsonl")
+    assert "kept" not in capsys.readouterr().out
     # Another text under the same name: nothing is kept.
     write_jsonl(Path("s.jsonl"), stories[:-30])
     capsys.readouterr()

@@ -181,7 +181,7 @@ def test_a_padded_model_whose_texts_begin_with_nothing_is_trained_further(projec
     tokens = data.split("train")[:]
     assert data.meta.bos_id == 342 and tokens[0] == 342
     assert np.count_nonzero(tokens == 342) == data.meta.splits["train"].documents == 285
-    options = [option for option in FEW_STEPS if option != "--no-sample"]
+    options = [*(option for option in FEW_STEPS if option != "--no-sample"), "--eval_interval=1"]
     assert train.main([*options, f"--init_from={hub}", f"--data={data.folder}", "--out_dir=further"]) == 0
     captured = capsys.readouterr()
     assert "run it with" in captured.out and "no stories" not in captured.err
