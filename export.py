@@ -27,7 +27,7 @@ from configurator import parse
 from llamalet import model_file, shards
 from llamalet.convert import formats
 from llamalet.convert.imported_model import ImportedModel
-from llamalet.convert.target import Target, read_back, write
+from llamalet.convert.target import Target, read_back, with_tokenizer, write
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, nothing_to_lose, run
 from llamalet.model_file import checkpoint
 from llamalet.model_file.tensors import Rows
@@ -63,6 +63,8 @@ class ExportConfig:
     """A .bin of any version."""
     tokenizer: str | None = None
     """The model's tokenizer, if it is not with the model."""
+    no_tokenizer: bool = False
+    """Write no tokenizer, where the model's own cannot be read or cannot be written in the format."""
     rope_theta: float | None = None
     """The rope_theta of llama2.c's files, which do not say it; Llama 3's is 500000."""
     rope_scaling: float | None = None
@@ -96,7 +98,10 @@ class ExportConfig:
     @property
     def target(self) -> Target:
         """What to write."""
-        return Target(out=self.out, named_format=self.format, named_version=self.version, dtype=self.dtype)
+        return Target(
+            out=self.out, named_format=self.format, named_version=self.version, dtype=self.dtype,
+            without_tokenizer=self.no_tokenizer,
+        )  # fmt: skip
 
     def path(self, source: Path) -> Path:
         """Return the file or folder to write when the checkpoint `source` is exported."""
@@ -138,10 +143,9 @@ def _open(config: ExportConfig) -> tuple[ImportedModel, str | None]:
         facts = checkpoint.read_facts(Path(source.name))
         print(f"checkpoint of step {facts.step}:")
         trained_on = facts.data
-    if config.tokenizer is not None:
-        source = formats.with_tokenizer(source, Path(config.tokenizer))
-    elif kind is None:
-        formats.tokenizer_of(source)  # every checkpoint has one
+    source = with_tokenizer(source, config.target, None if config.tokenizer is None else Path(config.tokenizer))
+    if kind is None:
+        formats.tokenizer_of(source)  # a checkpoint says which one it was trained with
     return source, trained_on
 
 

@@ -166,6 +166,8 @@ class ConvertOptions:
     of a repository on the Hub, and fetches it"""
     tokenizer: str | None = None
     """the tokenizer's file; the model's own if not given"""
+    no_tokenizer: bool = False
+    """write no tokenizer, where the model's own cannot be read or cannot be written in the format"""
     rope_theta: float | None = None
     """for llama2.c's files, which do not say; Llama 3's is 500000"""
     rope_scaling: float | None = None
@@ -345,7 +347,7 @@ def convert(argv: Sequence[str]) -> int:
     """Write a model in another format; return FormatError's code if the file read back differs."""
     with nothing_to_lose():
         from llamalet.convert import formats
-        from llamalet.convert.target import Target, read_back, write
+        from llamalet.convert.target import Target, read_back, with_tokenizer, write
 
     description = (
         "Write any model as a .bin, a .gguf or a Hugging Face folder, with its tokenizer. OUT ends in .bin or .gguf, "
@@ -357,13 +359,15 @@ def convert(argv: Sequence[str]) -> int:
     )  # fmt: skip
     if not options.model or options.out is None:
         raise UsageError("name the model and the file or folder to write; see --help")
-    target = Target(out=options.out, named_format=options.format, named_version=options.version, dtype=options.dtype)
+    target = Target(
+        out=options.out, named_format=options.format, named_version=options.version, dtype=options.dtype,
+        without_tokenizer=options.no_tokenizer,
+    )  # fmt: skip
     target.check_writable()
     kind = options.source_format or formats.kind_of(Path(options.model))
     source = formats.read(kind, options.model, rope_theta=options.rope_theta, rope_scaling=options.rope_scaling)
     path, keep = Path(options.out), None if options.tokenizer is None else Path(options.tokenizer)
-    if keep is not None:
-        source = formats.with_tokenizer(source, keep)
+    source = with_tokenizer(source, target, keep)
     if target.format == "bin" and options.version is None and options.dtype is None and source.dtype != "f32":
         target = dataclasses.replace(target, dtype=source.dtype)  # the weights keep their width
     write(source, target, path, keep=keep, force=options.force)

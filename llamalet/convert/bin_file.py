@@ -9,8 +9,8 @@ import numpy as np
 from llamalet import model_file, tokenizer
 from llamalet.chat_template import TEMPLATE, read_template
 from llamalet.config import Llama3Scaling
-from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale
-from llamalet.errors import ConfigError, TokenizerError
+from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale, set_aside
+from llamalet.errors import ConfigError, TokenizerError, UsageError
 from llamalet.files import replacing
 from llamalet.model_file.companions import SUFFIXES, beside, ids_path, load_tokenizer, special_ids
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
@@ -53,7 +53,7 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scal
     Raises:
         FormatError: if the file breaks a rule of its format, or does not say its rope_theta.
         ConfigError: if either is given for a file that says it.
-        TokenizerError: if the tokenizer is damaged, or another model's.
+        TokenizerError: if what begins and ends texts stands next to it and is damaged.
         UsageError: if the chat template next to it cannot be read.
     """
     file = model_file.read(name, rope_theta=rope_theta)
@@ -62,7 +62,11 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scal
         if file.header.payload_crc32 is not None:
             raise ConfigError(f"rope_scaling={rope_scaling.factor:g}: {name} says how RoPE is scaled; leave it out")
         config = dataclasses.replace(config, rope_scaling=rope_scaling)
-    vocabulary, data = load_tokenizer(file), file.tokenizer_data or b""
+    vocabulary, problem, data = None, "", file.tokenizer_data or b""
+    try:
+        vocabulary = load_tokenizer(file)
+    except (TokenizerError, UsageError) as error:
+        problem = str(error)
     if not data and (found := beside(name)) is not None:
         data = found.read_bytes()
     stated = special_ids(file)
@@ -79,18 +83,25 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scal
         stored=frozenset({file.dtype.upper()}),
         tokenizer=vocabulary,
         tokenizer_data=data,
+        tokenizer_problem=problem,
         tokenizer_sha256=file.tokenizer_sha256,
         stop_tokens=() if stated is None else tuple(sorted(stated.stops)),
         notes=notes,
     )
 
 
-def ids_to_state(source: ImportedModel) -> SpecialIds | None:
-    """Return what begins and ends a model's texts, if its tokenizer's file alone would say something else."""
+def ids_to_state(source: ImportedModel, version: int) -> SpecialIds | None:
+    """Return what begins and ends a model's texts, if its tokenizer alone would say something else.
+
+    Inside version 3 a tokenizer says what its names tell; next to the others it is a file like any other.
+    """
     if source.tokenizer is None:
         stops = frozenset(source.stop_tokens)
         return SpecialIds(bos=None, eos=None, prefix=(), stops=stops) if stops else None
-    return None if source.tokenizer.ids == source.tokenizer.file_ids else source.tokenizer.ids
+    alone = source.tokenizer.file_ids
+    if version < 3:
+        alone = declared.ids_alone(source.tokenizer, source.tokenizer_data, source.name)
+    return None if source.tokenizer.ids == alone else source.tokenizer.ids
 
 
 def llama2c_problem(vocabulary: Tokenizer) -> str | None:
@@ -123,7 +134,7 @@ def write(
     Version 3 has the tokenizer inside. The other versions get it next to them, unchanged, as NAME.tokenizer.SUFFIX, and
     for llama2.c as NAME.tokenizer.bin too, if that layout can hold it; what begins and ends texts goes into
     NAME.generation_config.json, unless the tokenizer says the same. The chat template goes into
-    NAME.chat_template.jinja.
+    NAME.chat_template.jinja. If NAME.bin existed, what else is next to it belongs to the model that was replaced.
 
     Args:
         path: NAME.bin, the file to make or replace.
@@ -138,22 +149,28 @@ def write(
         NonFiniteError: if a weight is NaN or infinite.
     """
     path, vocabulary = Path(path), source.tokenizer
+    replaces = path.is_file()
     sha256 = None if vocabulary is None else vocabulary.sha256
     inside = (vocabulary.suffix, source.tokenizer_data) if vocabulary is not None and version == 3 else None
-    ids = ids_to_state(source)
+    ids = ids_to_state(source, version)
     written = model_file.write(
         path, version, source.config, source.tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside,
         special_ids=ids if version == 3 else None, force=force,
     )  # fmt: skip
+    paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
+    beside_it = []
     if vocabulary is not None and version < 3:
-        paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
         if llama2c_problem(vocabulary) is None:
             tokenizer.write_bin(paths["bin"], vocabulary, source.config.vocab_size)
+            beside_it.append("bin")
         if vocabulary.suffix != "bin":
             with replacing(paths[vocabulary.suffix]) as file:
                 file.write(source.tokenizer_data)
+            beside_it.append(vocabulary.suffix)
         earlier = SUFFIXES[: SUFFIXES.index(vocabulary.suffix)]
         remove_stale([paths[suffix] for suffix in earlier], keep)
+    if replaces and inside is None:
+        set_aside([paths[suffix] for suffix in SUFFIXES if suffix not in beside_it], keep)
     if ids is not None and version < 3:
         with replacing(ids_path(path)) as file:
             file.write(declared.ids_json(ids))
@@ -162,4 +179,6 @@ def write(
     if source.chat_template is not None:
         with replacing(path.with_suffix(TEMPLATE_SUFFIX)) as file:
             file.write(source.chat_template.encode())
+    elif replaces:
+        set_aside([path.with_suffix(TEMPLATE_SUFFIX)], keep)
     return written

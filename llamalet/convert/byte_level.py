@@ -1,19 +1,62 @@
-"""Llama 3's vocabularies as Hugging Face and llama.cpp store them: a visible character per byte, and pairs to merge.
+"""Byte-level vocabularies as Hugging Face and llama.cpp store them: a visible character per byte, and pairs to merge.
 
-In our files a token's id is its rank, and the ranks decide what is merged. In theirs a list of pairs does, so each
-token gives one pair for every way to split it into two tokens, in the order of the ids.
+A tokenizer.json says with regular expressions how texts are split into words; llama.cpp has a name for each way that it
+knows. In our rank tables (Llama 3's kind) a token's id is its rank, and the ranks decide what is merged. In both of
+the others a list of pairs does, so each token of a rank table gives one pair for every way to split it into two tokens,
+in the order of the ids.
 
-Source: transformers, convert_llama_weights_to_hf.py and convert_slow_tokenizer.py (TikTokenConverter).
+Source: llama.cpp, src/llama-vocab.cpp (llm_tokenizer_bpe, load); transformers, convert_llama_weights_to_hf.py and
+convert_slow_tokenizer.py (TikTokenConverter).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llamalet.errors import TokenizerError
-from llamalet.tokenizer import JsonTokenizer, Llama3Tokenizer, Tokenizer
-from llamalet.tokenizer.huggingface import byte_level_bytes, pairs_in, rows_of_table
+from llamalet.tokenizer import Llama3Tokenizer
+from llamalet.tokenizer.huggingface import byte_level_bytes, pairs_in
 from llamalet.tokenizer.llama3 import WORDS
+
+# How GPT-2 splits texts, which is what ByteLevel does by itself.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+QWEN2 = WORDS.replace(r"\p{N}{1,3}", DIGIT)
+LINE_END, IDEOGRAPHS = "[\r\n]", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+
+
+class Words(NamedTuple):
+    """A way to split texts into words, and to merge within them.
+
+    patterns: regular expressions, applied one after another; what one matches becomes a word of its own.
+    ignore_merges: whether a word that is a token becomes that token, whatever merging would give.
+    """
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False
+
+
+# llama.cpp's names of them; its other names for the same; and those under which BOS begins texts unless a file says no.
+NAMES: Mapping[str, Words] = {
+    "llama-bpe": Words((WORDS,), ignore_merges=True),
+    "smaug-bpe": Words((WORDS,)),
+    "gpt-2": Words((GPT2,)),
+    "smollm": Words((DIGIT, GPT2)),
+    "qwen2": Words((QWEN2,)),
+    "default": Words((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "deepseek-coder": Words((LINE_END, r"\s?\p{L}+", r"\s?\p{P}+", IDEOGRAPHS, DIGIT)),
+}
+ALIASES: Mapping[str, str] = {
+    alias: name
+    for name, aliases in {
+        "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "glm4"),
+        "smaug-bpe": ("dbrx", "chatglm-bpe"),
+        "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat", "mellum"),
+        "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+        "qwen2": ("stablelm2", "deepseek-r1-qwen", "hunyuan", "solar-open", "megrez", "grok-2"),
+    }.items()
+    for alias in aliases
+}
+BEGIN_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 
 
 class MergeTable(NamedTuple):
@@ -21,66 +64,69 @@ class MergeTable(NamedTuple):
 
     tokens: the token of each id, one character per byte; special tokens by name.
     merges: the pairs, in the order in which they are merged.
-    special: the special tokens' ids by name.
     """
 
     tokens: list[str]
     merges: list[tuple[str, str]]
-    special: Mapping[str, int]
 
 
-def table(vocabulary: Tokenizer, data: bytes) -> MergeTable:
-    """Return a vocabulary as a table.
-
-    Args:
-        vocabulary: of Llama 3's kind.
-        data: its file; a tokenizer.json has the pairs.
-
-    Raises:
-        TokenizerError: if it is a tokenizer.json that splits texts into other words than Llama 3's.
-    """
-    if isinstance(vocabulary, JsonTokenizer):
-        return _of_json(vocabulary, json.loads(data))
-    assert isinstance(vocabulary, Llama3Tokenizer)
+def table(vocabulary: Llama3Tokenizer) -> MergeTable:
+    """Return a rank table's tokens and pairs."""
     characters = {byte: character for character, byte in byte_level_bytes().items()}
     n_ranks = vocabulary.vocab_size - len(vocabulary.special)
     rows = [piece for piece, _ in vocabulary.pieces()]
     tokens = ["".join(map(characters.__getitem__, row)) for row in rows[:n_ranks]]
     ids = {token: id for id, token in enumerate(tokens)}
     merges = sorted(pairs_in(ids), key=lambda pair: (ids[pair[0] + pair[1]], ids[pair[0]], ids[pair[1]]))
-    return MergeTable(tokens + [row.decode() for row in rows[n_ranks:]], merges, vocabulary.special)
+    return MergeTable(tokens + [row.decode() for row in rows[n_ranks:]], merges)
 
 
-def _of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> MergeTable:
-    """Return the table in a tokenizer.json."""
-    model = fields["model"]
-    if model.get("type") != "BPE" or json.dumps(WORDS) not in json.dumps(fields.get("pre_tokenizer")):
-        raise TokenizerError("the tokenizer.json does not split texts as Llama 3 does; no other can be written here")
-    names = {id: token for token, id in (model["vocab"] | vocabulary.special).items()}
-    if sorted(names) != list(range(vocabulary.vocab_size)):
-        raise TokenizerError("the tokenizer.json has no token for some ids")
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    return MergeTable(
-        [names[id] for id in range(len(names))], [(left, right) for left, right in pairs], vocabulary.special
-    )
+def pre_tokenizer(words: Words) -> dict[str, Any]:
+    """Return the steps of a tokenizer.json that split texts into these words."""
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in words.patterns
+    ]
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [*splits, to_bytes]}
 
 
-def from_table(tokens: Sequence[str], merges: Sequence[str], special: Sequence[int], name: str) -> Llama3Tokenizer:
-    """Return the vocabulary that a table describes.
+def name_of(steps: Sequence[Mapping[str, Any]], *, ignore_merges: bool) -> str:
+    """Return llama.cpp's name of the way in which a tokenizer.json splits texts.
 
     Args:
-        tokens: see MergeTable.
-        merges: the pairs, as "LEFT RIGHT".
-        special: the special tokens' ids.
-        name: where the table is from, for messages.
+        steps: its pre-tokenizers.
+        ignore_merges: see Words. If llama.cpp has only the other way, that is returned: most vocabularies reach all
+            of their tokens by merging, and texts tell whether this is one.
 
     Raises:
-        TokenizerError: if it is damaged, or not of Llama 3's kind, where ids are ranks.
+        TokenizerError: naming the steps, if llama.cpp has no name for them.
     """
-    try:
-        rows = rows_of_table(tokens, [merge.split(" ") for merge in merges], [tokens[id] for id in special])
-    except (KeyError, ValueError, IndexError) as error:
-        raise TokenizerError(f"{name}: its tokens are damaged, or not written byte by byte: {error}") from None
-    if rows is None:
-        raise TokenizerError(f"{name}: its pairs are not merged in the order of the ids, as Llama 3's are")
-    return Llama3Tokenizer(rows, name, suffix="bin")
+    patterns = tuple(pattern for step in steps for pattern in _patterns(step))
+    names = [name for name, words in NAMES.items() if words.patterns == patterns]
+    if not names or not steps or steps[-1]["type"] != "ByteLevel":
+        shown = ", ".join(map(_shown, steps)) or "nothing"
+        raise TokenizerError(f"its texts are split into words by {shown}, for which llama.cpp has no name")
+    return next((name for name in names if NAMES[name].ignore_merges == ignore_merges), names[0])
+
+
+def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the regular expressions of a step, whose matches become words; one that matches nothing if it differs."""
+    if step["type"] == "ByteLevel" and not step.get("add_prefix_space", True):
+        return (GPT2,) if step.get("use_regex", True) else ()
+    if step["type"] == "Digits" and step.get("individual_digits"):
+        return (DIGIT,)
+    # Removing what does not match is the same where an expression matches everything; texts tell.
+    how = step.get("behavior"), step.get("invert", False)
+    if step["type"] == "Split" and how in (("Isolated", False), ("Removed", True)) and "Regex" in step["pattern"]:
+        return (step["pattern"]["Regex"],)
+    return ("(?!)",)
+
+
+def _shown(step: Mapping[str, Any]) -> str:
+    """Return a step for a message: its type, and what it says beside."""
+    told = {
+        key: value for key, value in step.items() if key not in ("type", "trim_offsets") and value not in (None, "")
+    }
+    text = ", ".join(f"{key}={value}" for key, value in told.items())
+    return f"{step['type']}({text[:80]}{'...' if len(text) > 80 else ''})"

@@ -40,5 +40,5 @@ def read(name: str, *, check: bool = False) -> ImportedModel:
     try:
         vocabulary, data = tokenizer.read(tokenizer_path, config.vocab_size)
     except (TokenizerError, UsageError) as error:
-        return dataclasses.replace(model, notes=(str(error),))
+        return dataclasses.replace(model, tokenizer_problem=str(error))
     return dataclasses.replace(model, tokenizer=vocabulary, tokenizer_data=data)

@@ -85,7 +85,8 @@ def open_model(
         else:
             source = read(kind, str(path))
         vocabulary = tokenizer_of(source, tokenizer)
-        problem = "; ".join([f"{source.name}: has no tokenizer that can be read", *source.notes])
+        problem = f"{source.name}: has no tokenizer that can be read"
+        problem += f"; {source.tokenizer_problem}" if source.tokenizer_problem else ""
         stop_ids = frozenset(source.stop_tokens) if vocabulary is None else vocabulary.stop_ids
     dtype = dtype or source.dtype
     tensors = Reported(source.tensors, source.config)
@@ -161,7 +162,13 @@ def with_tokenizer(source: ImportedModel, path: Path) -> ImportedModel:
     stops = source.stop_tokens or (source.tokenizer.stop_ids if source.tokenizer else ())
     if stops:
         vocabulary = vocabulary.with_stops(stops)
-    return dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=data, notes=())
+    return dataclasses.replace(source, tokenizer=vocabulary, tokenizer_data=data, tokenizer_problem="")
+
+
+def without_tokenizer(source: ImportedModel) -> ImportedModel:
+    """Return a model without its tokenizer; its texts end where they always did."""
+    stops = source.stop_tokens or tuple(sorted(source.tokenizer.stop_ids) if source.tokenizer else ())
+    return dataclasses.replace(source, tokenizer=None, tokenizer_data=b"", tokenizer_problem="", stop_tokens=stops)
 
 
 def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:
@@ -180,7 +187,8 @@ def read_tokenizer(path: Path) -> tuple[Tokenizer, bytes]:
     except FormatError:
         raise problem from None
     if source.tokenizer is None:
-        raise TokenizerError(f"{path}: a model without a tokenizer inside or beside it; name the tokenizer itself")
+        why = f" ({source.tokenizer_problem})" if source.tokenizer_problem else ""
+        raise TokenizerError(f"{path}: a model without a tokenizer inside or beside it{why}; name the tokenizer itself")
     return source.tokenizer, source.tokenizer_data
 
 

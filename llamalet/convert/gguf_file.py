@@ -20,23 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.config import LinearScaling, ModelConfig, RopeDivisors, RopeScaling, rope_frequencies
-from llamalet.convert import byte_level, imported_model
+from llamalet.convert import gguf_tokenizer, imported_model
 from llamalet.convert.imported_model import DECODERS, FileTensor, Floats, ImportedModel
-from llamalet.convert.tokenizer_json import CONTROLS, FIRST_TEXT_ID
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
 from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
-from llamalet.tokenizer import (
-    BOS_ID,
-    EOS_ID,
-    SPACE_MARK,
-    BinTokenizer,
-    JsonTokenizer,
-    Llama3Tokenizer,
-    SpecialIds,
-    Tokenizer,
-    pack,
-)
+from llamalet.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import gguf
@@ -71,11 +60,6 @@ BLOCK = 32
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 MAX_PARTS = (1 << 16) - 1
 SHAPE_KEYS = ("general.architecture", f"{ARCHITECTURE}.")
-END_OF_TURN = "<|eot_id|>"
-# The kinds of tokens.
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-# llama.cpp's names for the way Llama 3 splits a text into words.
-LLAMA3_WORDS = ("llama-bpe", "llama3", "llama-v3")
 
 
 def _package() -> Any:
@@ -117,25 +101,22 @@ def read(name: str) -> ImportedModel:
     found = {ours.get(theirs, theirs): place for theirs, place in stored.items() if theirs != ROPE_FACTORS}
     imported_model.check_shapes(str(path), config, {our: _shape(tensor) for our, (_, tensor) in found.items()}, names)
     tensors = {our: _opened(*place) for our, place in found.items()}
-    vocabulary: Tokenizer | None = None
     notes = []
     if rounded := sorted({tensor.tensor_type.name for _, tensor in stored.values()} - DECODERS.keys()):
         notes.append(f"its weights were already rounded to {', '.join(rounded)}; the export keeps that rounding")
-    try:
-        vocabulary = _read_tokenizer(str(path), fields)
-    except (TokenizerError, UsageError) as error:
-        notes.append(f"its tokenizer cannot be used: {error}")
+    vocabulary, data, problem = _read_tokenizer(path, fields, config.vocab_size)
+    stops = gguf_tokenizer.stops(fields.get, str(path)) if vocabulary is None else vocabulary.stop_ids
     template = fields.get("tokenizer.chat_template")
-    stops = {fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
     return ImportedModel(
         name=str(path),
         config=config,
         tensors=tensors,
         stored=imported_model.stored_types(tensors.values()),
         tokenizer=vocabulary,
-        tokenizer_data=b"" if vocabulary is None else pack(vocabulary.pieces()),
+        tokenizer_data=data,
+        tokenizer_problem=problem,
         chat_template=template if isinstance(template, str) else None,
-        stop_tokens=tuple(sorted(id for id in stops if isinstance(id, int))),
+        stop_tokens=tuple(sorted(stops)),
         notes=tuple(notes),
         files=tuple(part.path for part in parts),
     )
@@ -204,6 +185,14 @@ def _check_parts(parts: Sequence["_Part"]) -> None:
     if total not in (None, len(names)):
         found = reprlib.repr(total)
         raise FormatError(f"{first.path}: {SPLIT_TENSORS} is {found}, and its {len(parts)} parts have {len(names)}")
+
+
+def _read_tokenizer(path: Path, fields: "_Part", n_rows: int) -> tuple[Tokenizer | None, bytes, str]:
+    """Return the vocabulary and its file's bytes, or what is wrong with it."""
+    try:
+        return *(gguf_tokenizer.read(fields.get, str(path), n_rows) or (None, b"")), ""
+    except (TokenizerError, UsageError) as error:
+        return None, b"", str(error)
 
 
 def _strict_reader(path: Path) -> "gguf.GGUFReader":
@@ -423,55 +412,15 @@ def rope_factors(config: ModelConfig) -> Floats | None:
     return (plain / rope_frequencies(config)).astype(np.float32)
 
 
-def _read_tokenizer(name: str, fields: _Part) -> Tokenizer:
-    """Return the vocabulary of a file.
-
-    Raises:
-        TokenizerError: if it is neither Llama 3's, nor SentencePiece's BPE with byte fallback and a space before texts.
-    """
-    kind, words = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
-    if kind == "gpt2" and words in LLAMA3_WORDS:
-        tokens, merges, kinds = (
-            fields.get(f"tokenizer.ggml.{part}") or [] for part in ("tokens", "merges", "token_type")
-        )
-        special = [id for id, kind in enumerate(kinds) if kind == CONTROL]
-        return byte_level.from_table(tokens, merges, special, name)
-    if kind != "llama":
-        raise TokenizerError(f"{name}: is of kind {kind!r} with {words!r}: only Llama 2's and Llama 3's can be read")
-    if fields.get("tokenizer.ggml.add_space_prefix") is False:
-        raise TokenizerError(f"{name}: puts no space before a text")
-    tokens, scores, kinds = (fields.get(f"tokenizer.ggml.{part}") or [] for part in ("tokens", "scores", "token_type"))
-    ids = fields.get("tokenizer.ggml.bos_token_id"), fields.get("tokenizer.ggml.eos_token_id")
-    if not len(tokens) == len(scores) == len(kinds) or ids not in ((BOS_ID, EOS_ID), (None, None)):
-        raise TokenizerError(
-            f"{name}: has {len(tokens)} tokens, {len(scores)} scores, {len(kinds)} kinds, BOS, EOS {ids}"
-        )
-    pieces = [
-        (token.replace(SPACE_MARK, " ").encode(), float(np.float32(score)))
-        for token, score in zip(tokens, scores, strict=True)
-    ]
-    if any(kind != NORMAL for kind in kinds[FIRST_TEXT_ID:]):
-        raise TokenizerError(f"{name}: has special tokens other than the control tokens")
-    if tuple(tokens[: len(CONTROLS)]) != CONTROLS:
-        raise TokenizerError(f"{name}: its first tokens are {tokens[: len(CONTROLS)]}, not {', '.join(CONTROLS)}")
-    for id, row in ((BOS_ID, b"\n<s>\n"), (EOS_ID, b"\n</s>\n")):
-        pieces[id] = (row, pieces[id][1])
-    return BinTokenizer(pieces, name)
-
-
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def _check(source: ImportedModel) -> None:
     """Raise an error if GGUF, or llama.cpp, cannot hold the model."""
-    if source.tokenizer is None:
-        raise TokenizerError(
-            f"{source.name}: llama.cpp needs the tokenizer inside a GGUF file; name it with --tokenizer"
-        )
 
 
 def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
-    """Write a model and its tokenizer as one file, which llama.cpp runs.
+    """Write a model and its tokenizer, if it has one, as one file, which llama.cpp runs.
 
     Args:
         path: the file to make or replace.
@@ -479,7 +428,7 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         dtype: f32, f16, q8_0 or q4_0; norms are always float32.
 
     Returns:
-        The names of the matrices stored as float16, because their rows are not a multiple of BLOCK.
+        What the user should know, a line each.
 
     Raises:
         ConfigError: if float16 cannot hold a weight.
@@ -491,7 +440,7 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
     _check(source)
     kinds = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
-    _add_fields(writer, source, path.stem, gguf.LlamaFileType[DTYPES[dtype][1]])
+    notes = _add_fields(writer, source, path, gguf.LlamaFileType[DTYPES[dtype][1]])
     names, others = imported_model.expand(NAMES, config.n_layers), []
     plan: list[tuple[str, str, Any]] = []
     tensors = dict[str, Rows]()
@@ -518,7 +467,11 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
             for data in _encoded(ours, tensor, kind):
                 file.write(data)
         writer.write_padding(file, file.tell())
-    return others
+    if others:
+        notes.append(
+            f"{len(others)} matrices are f16, because their rows are not a multiple of {BLOCK}: {others[0]} ..."
+        )
+    return notes
 
 
 def add_tensor_info(writer: "gguf.GGUFWriter", name: str, shape: tuple[int, ...], kind: Any) -> None:
@@ -537,33 +490,22 @@ def _encoded(name: str, tensor: Rows, kind: Any) -> Iterator[memoryview]:
         yield np.ascontiguousarray(quants.quantize(block, kind)).data.cast("B")
 
 
-def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, name: str, file_type: Any) -> None:
-    """Put the model's shape and its tokenizer into the metadata."""
-    writer.add_name(name)
+def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, path: Path, file_type: Any) -> list[str]:
+    """Put the model's shape and its tokenizer into the metadata; return what llama.cpp does differently."""
+    writer.add_name(path.stem)
     writer.add_file_type(file_type)
     writer.add_quantization_version(_package().GGML_QUANT_VERSION)
     add_shape(writer, source.config)
-    assert source.tokenizer is not None  # _check
-    if isinstance(source.tokenizer, Llama3Tokenizer | JsonTokenizer):
-        _add_llama3(writer, byte_level.table(source.tokenizer, source.tokenizer_data))
+    notes = []
+    if source.tokenizer is None:
+        gguf_tokenizer.add_none(writer, source.stop_tokens)
     else:
-        _add_llama2(writer, source.tokenizer, source.name)
-    _add_special_ids(writer, source.tokenizer.ids)
-    writer.add_add_eos_token(False)
+        plan = gguf_tokenizer.plan(source.tokenizer, source.tokenizer_data, source.config.vocab_size, str(path))
+        gguf_tokenizer.add(writer, plan)
+        notes = plan.notes
     if source.chat_template is not None:
         writer.add_chat_template(source.chat_template)
-
-
-def _add_special_ids(writer: "gguf.GGUFWriter", ids: SpecialIds) -> None:
-    """Put the ids that begin and end texts into the metadata.
-
-    llama.cpp has three places for ids that end one: EOS, the end of a turn (EOT) and of a message (EOM).
-    """
-    if ids.bos is not None:
-        writer.add_bos_token_id(ids.bos)
-    if ids.eos is not None:
-        writer.add_eos_token_id(ids.eos)
-    writer.add_add_bos_token(bool(ids.prefix))
+    return notes
 
 
 def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
@@ -584,35 +526,3 @@ def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
     if isinstance(c.rope_scaling, LinearScaling):
         writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(c.rope_scaling.factor)
-
-
-def _add_llama3(writer: "gguf.GGUFWriter", table: byte_level.MergeTable) -> None:
-    """Put a vocabulary of Llama 3's kind into the metadata."""
-    special = set(table.special.values())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(LLAMA3_WORDS[0])
-    writer.add_token_list(table.tokens)
-    writer.add_token_types([CONTROL if id in special else NORMAL for id in range(len(table.tokens))])
-    writer.add_token_merges([" ".join(pair) for pair in table.merges])
-    if END_OF_TURN in table.special:
-        writer.add_eot_token_id(table.special[END_OF_TURN])
-
-
-def _add_llama2(writer: "gguf.GGUFWriter", vocabulary: Tokenizer, name: str) -> None:
-    """Put a vocabulary of Llama 2's kind into the metadata.
-
-    Raises:
-        TokenizerError: if llama.cpp would encode texts differently.
-    """
-    copy = BinTokenizer(vocabulary.pieces(), name)  # raises if it is not of this kind
-    tokens = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in copy.pieces()]
-    tokens[: len(CONTROLS)] = CONTROLS
-    kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * (FIRST_TEXT_ID - len(CONTROLS))
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([score for _, score in copy.pieces()])
-    writer.add_token_types(kinds + [NORMAL] * (len(tokens) - FIRST_TEXT_ID))
-    writer.add_unk_token_id(0)
-    writer.add_add_space_prefix(vocabulary.adds_space)
-    writer.add_remove_extra_whitespaces(False)

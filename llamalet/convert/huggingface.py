@@ -76,6 +76,7 @@ DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
+BESIDE_TOKENIZER = (SENTENCEPIECE, TOKENIZER_CONFIG, declared.SPECIAL_MAP, declared.ADDED)
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 UNWANTED = ("original/*", "onnx/*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -121,9 +122,10 @@ def read(name: str) -> ImportedModel:
         stored=imported_model.stored_types(found.values()),
         tokenizer=vocabulary,
         tokenizer_data=data,
+        tokenizer_problem="; ".join(problems) if vocabulary is None else "",
         chat_template=_chat_template(folder),
         stop_tokens=declared.stops_in(folder),
-        notes=(*notes, *problems),
+        notes=tuple(notes) if vocabulary is None else (*notes, *problems),
     )
 
 
@@ -349,7 +351,7 @@ def _chat_template(folder: Path) -> str | None:
 
 
 def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
-    """Return the tokenizer, its file's bytes, and notes on files that cannot be used.
+    """Return the tokenizer, its file's bytes, and what is wrong with files that cannot be used.
 
     Where tokenizer.json has the same tokens as SentencePiece's tokenizer.model, the latter is taken: it is the
     original, and llama2.c's layout can hold it. Tokens that other files add to a tokenizer.model make it a
@@ -358,8 +360,9 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, by
     paths = [folder / SENTENCEPIECE, folder / TOKENIZER]
     model, json_file = (imported_model.find_tokenizer([path], vocab_size) for path in paths)
     if model[0] is None or json_file[0] is not None and not json_file[0].has_same_tokens(model[0]):
-        vocabulary, data, notes = json_file
-        return vocabulary, data, () if vocabulary is not None else model[2] + notes
+        vocabulary, data, problems = json_file
+        missing = (f"{folder}: has neither {TOKENIZER} nor {SENTENCEPIECE}",)
+        return vocabulary, data, () if vocabulary is not None else model[2] + problems or missing
     if (folder / TOKENIZER).is_file():
         return model
     try:
@@ -403,17 +406,22 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
 
     files[CONFIG] = _json(config_fields(source, dtype))
     files[GENERATION] = _json({"_from_model_config": False, **_special_ids(source), "do_sample": True, "top_p": 0.9})
-    is_new = not folder.exists()
+    is_new, replaces = not folder.exists(), (folder / CONFIG).is_file()
     try:
         with replacing(folder / WEIGHTS) as file:
             file.writelines(safetensors_file.encode(layout, blocks, {"format": "pt"}))
         for name, data in files.items():
             with replacing(folder / name) as file:
                 file.write(data)
-        if source.tokenizer is not None and SENTENCEPIECE not in files:
-            imported_model.remove_stale([folder / SENTENCEPIECE], keep)
+        tokenizer_files = [folder / name for name in (TOKENIZER, *BESIDE_TOKENIZER) if name not in files]
+        if source.tokenizer is not None:
+            imported_model.remove_stale(tokenizer_files, keep)
+        elif replaces:
+            imported_model.set_aside(tokenizer_files, keep)
         if source.tokenizer is not None and source.chat_template is not None:
             imported_model.remove_stale([folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG], keep)
+        elif replaces:
+            imported_model.set_aside([folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG], keep)
     except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)

@@ -47,6 +47,8 @@ class ImportedModel:
         stored: the types in which its matrices are stored, like F16 or Q4_K.
         tokenizer: its vocabulary; None if there is none, or none that this project reads.
         tokenizer_data: the tokenizer's file, unchanged; empty if there is none.
+        tokenizer_problem: why the tokenizer that it should have is missing or cannot be read; empty if it has one, and
+            for a model that comes without one.
         tokenizer_sha256: identity of the tokenizer that it was trained with; None if it does not say.
         chat_template: the Jinja template that turns a conversation into a prompt, if there is one.
         stop_tokens: the ids that end a text, if the model itself says; the tokenizer's are the same then.
@@ -60,6 +62,7 @@ class ImportedModel:
     stored: frozenset[str] = frozenset({"F32"})
     tokenizer: Tokenizer | None = None
     tokenizer_data: bytes = b""
+    tokenizer_problem: str = ""
     tokenizer_sha256: str | None = None
     chat_template: str | None = None
     stop_tokens: tuple[int, ...] = ()
@@ -265,20 +268,20 @@ def llama3_scaling(factor: float) -> Llama3Scaling:
 
 
 def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
-    """Return the first usable tokenizer among some files, its bytes, and notes on those that are not usable.
+    """Return the first usable tokenizer among some files, its bytes, and what is wrong with those that are not usable.
 
     Args:
         paths: the files, the best first; they need not exist.
         vocab_size: the size that the tokenizer must have.
     """
-    notes = []
+    problems = []
     for path in paths:
         if path.is_file():
             try:
                 return *compact(*tokenizer.read(path, vocab_size)), ()
             except (TokenizerError, UsageError) as error:
-                notes.append(f"cannot be used as its tokenizer: {error}")
-    return None, b"", tuple(notes)
+                problems.append(str(error))
+    return None, b"", tuple(problems)
 
 
 def remove_stale(paths: Iterable[Path], keep: Path | None) -> None:
@@ -287,6 +290,14 @@ def remove_stale(paths: Iterable[Path], keep: Path | None) -> None:
         if path.is_file() and not (keep is not None and keep.exists() and path.samefile(keep)):
             path.unlink()
             print(f"note: removed {path}, which would be read instead of what was written")
+
+
+def set_aside(paths: Iterable[Path], keep: Path | None) -> None:
+    """Rename files of a model that was replaced, which would be read with the new one, except `keep`; say which."""
+    for path in paths:
+        if path.is_file() and not (keep is not None and keep.exists() and path.samefile(keep)):
+            path.replace(path.with_name(f"{path.name}.old"))
+            print(f"note: renamed {path} to {path.name}.old: it belongs to the model that was replaced")
 
 
 def compact(vocabulary: Tokenizer, data: bytes) -> tuple[Tokenizer, bytes]:

@@ -84,7 +84,13 @@ def read(name: str) -> ImportedModel:
         "rope_theta": params.rope_theta,
         "rope_scaling": scaling,
     }
-    return imported(folder, found_tensors, shape, [path / "tokenizer.model" for path in (folder, folder.parent)])
+    return imported(
+        folder,
+        found_tensors,
+        shape,
+        [path / "tokenizer.model" for path in (folder, folder.parent)],
+        missing=f"{folder}: no tokenizer.model in it or beside it",
+    )
 
 
 def _joined(name: str, paths: Sequence[Path], parts: Sequence[Any], params: Params) -> TorchTensor:

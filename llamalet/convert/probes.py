@@ -21,23 +21,27 @@ TEXTS = (
 def difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
     """Return a text that two tokenizers encode differently, or None if there is none among the probes.
 
-    The probes are TEXTS, the tokens' own texts and names, and the ids that begin and end texts.
+    The probes are TEXTS, and the first tokenizer's own tokens, by their texts and by their names.
     """
-    for text in _probes(ours):
-        if ours.encode(text, special=True) != theirs.encode(text, special=True) or ours.encode(text) != theirs.encode(
-            text
-        ):
-            return text
+    names = [*ours.special, *theirs.special]
+    for text in probes(ours):
+        has_name = any(name in text for name in names)
+        for special in (False, True) if has_name else (False,):
+            if ours.encode(text, special=special) != theirs.encode(text, special=special):
+                return text
     return None
 
 
-def check_same(ours: Tokenizer, theirs: Tokenizer, where: str) -> None:
-    """Raise a TokenizerError if a copy of a tokenizer encodes a text differently, or begins or ends texts differently.
+def check_same(ours: Tokenizer, theirs: Tokenizer, where: str) -> int:
+    """Return the number of texts for which a tokenizer and its copy give the same ids.
 
     Args:
         ours: the tokenizer.
         theirs: its copy.
         where: the copy's file, for the message.
+
+    Raises:
+        TokenizerError: if the copy encodes a text differently, or begins or ends texts differently.
     """
     text = difference(ours, theirs)
     if text is not None:
@@ -50,9 +54,10 @@ def check_same(ours: Tokenizer, theirs: Tokenizer, where: str) -> None:
             f"{where}: its texts begin with {list(theirs.ids.prefix)} and end at {sorted(theirs.stop_ids)}, the "
             f"model's own begin with {list(ours.ids.prefix)} and end at {sorted(ours.stop_ids)}"
         )
+    return sum(1 for _ in probes(ours))
 
 
-def _probes(tokenizer: Tokenizer) -> Iterator[str]:
+def probes(tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the texts to compare; the tokens' own texts in one, as words, and after one another."""
     yield from TEXTS
     names = [*tokenizer.special, *tokenizer.added][:64]

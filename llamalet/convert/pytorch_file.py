@@ -109,7 +109,11 @@ def check_weights(path: Path, name: str, value: Any, n_axes: Collection[int] = (
 
 
 def imported(
-    name: Path, found: dict[str, TorchTensor], fields: Mapping[str, Any], vocabularies: Sequence[Path]
+    name: Path,
+    found: dict[str, TorchTensor],
+    fields: Mapping[str, Any],
+    vocabularies: Sequence[Path],
+    missing: str = "",
 ) -> ImportedModel:
     """Return the model that PyTorch's files hold.
 
@@ -118,6 +122,7 @@ def imported(
         found: its tensors by our names; a copy of the embeddings as output makes it a tied model.
         fields: what the file says of ModelConfig's fields; widths that the tensors tell are left out.
         vocabularies: where its tokenizer may be, the best first.
+        missing: the tokenizer_problem if there is none at all.
 
     Raises:
         FormatError: if the fields and the tensors are not a Llama model's.
@@ -128,7 +133,7 @@ def imported(
     config = imported_model.build_config(str(name), {**fields, "hidden_dim": found[MATRICES[1]].shape[0], "tied": tied})
     names = {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)}
     imported_model.check_shapes(str(name), config, {ours: tensor.shape for ours, tensor in found.items()}, names)
-    vocabulary, data, notes = imported_model.find_tokenizer(vocabularies, config.vocab_size)
+    vocabulary, data, problems = imported_model.find_tokenizer(vocabularies, config.vocab_size)
     return ImportedModel(
         name=str(name),
         config=config,
@@ -136,7 +141,7 @@ def imported(
         stored=imported_model.stored_types(found.values()),
         tokenizer=vocabulary,
         tokenizer_data=data,
-        notes=notes,
+        tokenizer_problem="" if vocabulary is not None else "; ".join(problems) or missing,
     )
 
 

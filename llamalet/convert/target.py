@@ -12,11 +12,14 @@ from llamalet import model_file
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.convert.imported_model import ImportedModel, Reported, difference
-from llamalet.errors import ConfigError
+from llamalet.convert.probes import TEXTS, check_same
+from llamalet.errors import ConfigError, TokenizerError
 from llamalet.files import check_writable
+from llamalet.model_file.companions import load_tokenizer
 from llamalet.model_file.header import DTYPES, LLAMA2C
-from llamalet.tokenizer import BOS_ID, Tokenizer
+from llamalet.tokenizer import BOS_ID, Tokenizer, load
 
+REMEDIES = "name its tokenizer with --tokenizer FILE, or write the model without one: --no-tokenizer"
 VERSIONS = (0, 1, 2, 3)
 DEFAULT_NAMES = {0: "model_v0.bin", 1: "model.bin", 2: "model_q8.bin"}
 SUFFIXES = {".bin": "bin", ".gguf": "gguf"}
@@ -37,12 +40,14 @@ class Target:
         named_format: bin, hf or gguf; None: what the ending of `out` says, or bin.
         named_version: of a .bin; None: 3 if there is a dtype, else 1.
         dtype: of the weights, one of the format's; None: its default.
+        without_tokenizer: whether to write no tokenizer, although the format should have one.
     """
 
     out: str | None
     named_format: str | None = None
     named_version: int | None = None
     dtype: str | None = None
+    without_tokenizer: bool = False
 
     def __post_init__(self) -> None:
         """Raise a ConfigError about a value or combination that means nothing."""
@@ -114,6 +119,20 @@ def describe(c: ModelConfig) -> str:
     )
 
 
+def with_tokenizer(source: ImportedModel, target: Target, named: Path | None) -> ImportedModel:
+    """Return a model with the tokenizer that is to be written: the one at `named`, its own, or none.
+
+    Raises:
+        ConfigError: if one is named and none is wanted.
+        TokenizerError: if the named one is damaged, or another model's.
+    """
+    if named is not None and target.without_tokenizer:
+        raise ConfigError(f"tokenizer={named}: --no-tokenizer writes none; leave one of them out")
+    if target.without_tokenizer:
+        return formats.without_tokenizer(source)
+    return source if named is None else formats.with_tokenizer(source, named)
+
+
 def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | None = None, force: bool = False) -> None:
     """Write a model and its tokenizer, and print what was read and written.
 
@@ -126,63 +145,102 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
 
     Raises:
         ConfigError: if the format cannot hold the model, or `path` is a folder or the model itself.
-        TokenizerError: if the format cannot hold the tokenizer.
+        TokenizerError: if the model's tokenizer cannot be read, or the format cannot hold it.
         NonFiniteError: if a weight is NaN or infinite.
     """
     if path.is_dir() and target.format != "hf":
         raise ConfigError(f"{path}: is a folder; a {target.format} is a file")
     if path.exists() and any(path.samefile(file) for file in source.files or (source.name,)):
         raise ConfigError(f"{path}: is the model to export, which would be lost; name another file or folder")
+    if problem := _tokenizer_problem(source, target):
+        raise TokenizerError(f"{source.name}: {problem}; {REMEDIES}")
     print(f"{source.name}: {describe(source.config)}")
     for note in source.notes:
         print(f"note: {note}")
-    start, dtype = time.perf_counter(), target.dtype or "f32"
+    start = time.perf_counter()
     watched = dataclasses.replace(source, tensors=Reported(source.tensors, source.config))
-    notes: list[str] = []
-    what, checked = f"{target.format}, {dtype}", ""
-    if target.format == "bin":
-        written = bin_file.write(path, watched, target.version, dtype=target.dtype, keep=keep, force=force)
-        kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
-        what, checked = f"version {target.version}, {kind}", ", read back and compared"
-        if target.version < 3 and (lost := model_file.llama2c_differences(source.config)):
-            notes.append(f"llama2.c's programs will compute something else from this file: {', '.join(lost)}")
-        if target.version < 3 and source.tokenizer is not None:
-            notes += _llama2c_notes(source.tokenizer)
-    elif target.format == "hf":
-        huggingface.write(path, watched, dtype, keep=keep)
-    else:
-        others = gguf_file.write(path, watched, dtype)
-        if others:
-            notes.append(
-                f"{len(others)} matrices are f16, because their rows are not a multiple of {gguf_file.BLOCK}: "
-                f"{others[0]} ..."
-            )
+    try:
+        what, notes = _write(watched, target, path, keep, force)
+    except TokenizerError as error:
+        raise TokenizerError(f"{error}; {REMEDIES}") from None
     files = path.iterdir() if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    print(f"wrote {path}: {what}, {size:,} bytes in {time.perf_counter() - start:.2f} s{checked}")
-    if target.format != "bin" and source.tokenizer is None:
-        notes.append("without a tokenizer, which is not known; name it with --tokenizer")
+    print(f"wrote {path}: {what}, {size:,} bytes in {time.perf_counter() - start:.2f} s")
+    if source.tokenizer is None and not target.without_tokenizer:
+        notes.append("without a tokenizer, because the model has none; name one with --tokenizer")
     for note in notes:
         print(f"note: {note}")
+    if target.format == "bin":
+        print(f"read back: every byte is equal{_same_ids(source, load_tokenizer(model_file.read(path)), path)}")
 
 
-def _llama2c_notes(vocabulary: Tokenizer) -> list[str]:
-    """Return what llama2.c's programs do differently with a vocabulary."""
+def _tokenizer_problem(source: ImportedModel, target: Target) -> str:
+    """Return why a model cannot be written with its tokenizer; empty if it can, and for one that never had any."""
+    if source.tokenizer is not None or target.without_tokenizer:
+        return ""
+    if source.tokenizer_problem:
+        return f"its tokenizer cannot be taken along: {source.tokenizer_problem}"
+    return "llama.cpp needs a tokenizer inside a GGUF file, and the model has none" if target.format == "gguf" else ""
+
+
+def _write(source: ImportedModel, target: Target, path: Path, keep: Path | None, force: bool) -> tuple[str, list[str]]:
+    """Write a model; return what was written, and what the user should know."""
+    dtype = target.dtype or "f32"
+    if target.format == "hf":
+        huggingface.write(path, source, dtype, keep=keep)
+        return f"hf, {dtype}", []
+    if target.format == "gguf":
+        return f"gguf, {dtype}", gguf_file.write(path, source, dtype)
+    written = bin_file.write(path, source, target.version, dtype=target.dtype, keep=keep, force=force)
+    kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
+    notes = []
+    if target.version < 3 and (lost := model_file.llama2c_differences(source.config)):
+        notes.append(f"llama2.c's programs will compute something else from this file: {', '.join(lost)}")
+    if target.version < 3 and source.tokenizer is not None:
+        notes += _llama2c_notes(source.tokenizer, path.with_suffix(".tokenizer.bin"))
+    return f"version {target.version}, {kind}", notes
+
+
+def _same_ids(source: ImportedModel, found: Tokenizer | None, path: Path, problem: str = "") -> str:
+    """Return in words that the tokenizer that was written gives the same ids as the model's own; nothing without one.
+
+    Raises:
+        TokenizerError: if it does not.
+    """
+    if source.tokenizer is None:
+        return ""
+    if found is None:
+        raise TokenizerError(f"{path}: the tokenizer that was written cannot be read: {problem}; do not use this file")
+    return f", and {check_same(source.tokenizer, found, str(path))} texts give the same ids"
+
+
+def _llama2c_notes(vocabulary: Tokenizer, path: Path) -> list[str]:
+    """Return what llama2.c's programs do differently with a vocabulary, whose tokenizer.bin may be at `path`."""
     if problem := bin_file.llama2c_problem(vocabulary):
         return [f"llama2.c's programs cannot read texts with it: {problem}"]
-    if vocabulary.ids.prefix == (BOS_ID,):
-        return []
-    ours = ", ".join(map(str, vocabulary.ids.prefix)) or "nothing"
-    return [f"llama2.c's programs begin every text with token {BOS_ID}, this model with {ours}"]
+    notes = []
+    theirs = load(path)
+    if (text := next((text for text in TEXTS if theirs.encode(text) != vocabulary.encode(text)), None)) is not None:
+        counts = f"{len(theirs.encode(text))} tokens, this model into {len(vocabulary.encode(text))}"
+        notes.append(f"llama2.c's programs cut {text!r} into {counts}")
+    if vocabulary.ids.prefix != (BOS_ID,):
+        ours = ", ".join(map(str, vocabulary.ids.prefix)) or "nothing"
+        notes.append(f"llama2.c's programs begin every text with token {BOS_ID}, this model with {ours}")
+    return notes
 
 
 def read_back(source: ImportedModel, target: Target, path: Path) -> bool:
-    """Compare a Hugging Face folder or a GGUF file with what it was written from, print and return the result."""
+    """Compare a Hugging Face folder or a GGUF file with what it was written from, print and return the result.
+
+    Raises:
+        TokenizerError: if the tokenizer in it gives other ids.
+    """
     found = formats.read(target.format, str(path))
+    ids = _same_ids(source, found.tokenizer, path, found.tokenizer_problem)
     off = difference(source.tensors, found.tensors)
     same = _compute_the_same(found.config, source.config) and off <= ROUNDING[target.dtype or "f32"]
     words = "every weight is equal" if not off else f"off by at most {off:.2%} of a matrix's root mean square"
-    print(f"read back: {words}{'' if same else ', NOT what was meant'}")
+    print(f"read back: {words}{ids}{'' if same else ', NOT what was meant'}")
     return same
 
 

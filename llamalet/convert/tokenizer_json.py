@@ -8,6 +8,7 @@ Source: tokenizers, https://huggingface.co/docs/tokenizers/components; transform
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llamalet.convert import byte_level
@@ -15,7 +16,6 @@ from llamalet.convert.probes import difference
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
 from llamalet.tokenizer.huggingface import BYTE_TOKEN, pairs_in, prefix_of
-from llamalet.tokenizer.llama3 import WORDS
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 CONTROLS = (UNKNOWN, BOS, EOS)
@@ -42,9 +42,7 @@ def build(vocabulary: Tokenizer, data: bytes) -> bytes:
         import tokenizers
     except ImportError:
         raise UsageError("a tokenizer.json needs the tokenizers library: pip install tokenizers") from None
-    found = tokenizers.Tokenizer.from_str(
-        json.dumps(_llama3_fields(vocabulary) if isinstance(vocabulary, Llama3Tokenizer) else _fields(vocabulary))
-    )
+    found = tokenizers.Tokenizer.from_str(json.dumps(_fields(vocabulary)))
     built = (found.to_str(pretty=True) + "\n").encode()
     probe = difference(vocabulary, JsonTokenizer(built, "tokenizer.json"))
     if probe is not None:
@@ -79,26 +77,52 @@ def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -
 
 
 def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json's contents for Llama 2's kind; the steps that are left out are none."""
-    names = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in vocabulary.pieces()]
-    apart = {id: name for named in (vocabulary.special, vocabulary.added) for name, id in named.items()}
+    """Return tokenizer.json's contents for a vocabulary of any kind but tokenizer.json's own."""
+    named = {"special": vocabulary.special, "added": vocabulary.added}
+    if isinstance(vocabulary, Llama3Tokenizer):
+        tokens, merges = byte_level.table(vocabulary)
+        fields = byte_level_fields(tokens, merges, words=byte_level.NAMES["llama-bpe"], **named)
+    else:
+        names = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in vocabulary.pieces()]
+        scores = [score for _, score in vocabulary.pieces()]
+        fields = sentencepiece_fields(names, scores, adds_space=vocabulary.adds_space, **named)
+    return fields | {"post_processor": _puts_in_front(vocabulary)}
+
+
+def sentencepiece_fields(
+    tokens: Sequence[str | None],
+    scores: Sequence[float],
+    *,
+    special: Mapping[str, int],
+    added: Mapping[str, int],
+    adds_space: bool,
+) -> dict[str, Any]:
+    """Return tokenizer.json's contents for Llama 2's kind; the steps that are left out are none.
+
+    Args:
+        tokens: the piece of each id, with SPACE_MARK for a space; None for ids without a token.
+        scores: the score of each id; pieces are merged in the order of their scores.
+        special: name -> id of the special tokens, whatever their piece is.
+        added: name -> id of the tokens that are found by name too, but are text.
+        adds_space: whether a space is put before each text.
+    """
+    names = list(tokens)
+    apart = {id: name for named in (special, added) for name, id in named.items()}
     for id, name in apart.items():
         names[id] = name
-    ids = {name: id for id, name in enumerate(names)}
-    scores = [score for _, score in vocabulary.pieces()]
-    mergeable = {name for id, name in enumerate(names) if id not in apart and not BYTE_TOKEN.fullmatch(name)}
+    ids = {name: id for id, name in enumerate(names) if name is not None}
+    mergeable = {name for name, id in ids.items() if id not in apart and not BYTE_TOKEN.fullmatch(name)}
     merges = [(ids[left + right], ids[left], ids[right]) for left, right in pairs_in(mergeable)]
     merges.sort(key=lambda merge: (-scores[merge[0]], *merge))
-    steps = [{"type": "Prepend", "prepend": SPACE_MARK}] if vocabulary.adds_space else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if vocabulary.adds_space else []
+    steps = [{"type": "Prepend", "prepend": SPACE_MARK}] if adds_space else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if adds_space else []
     return {
         "version": "1.0",
-        "added_tokens": [_added(name, id, name in vocabulary.special) for id, name in sorted(apart.items())],
+        "added_tokens": _listed(special, added),
         "normalizer": {
             "type": "Sequence",
             "normalizers": [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}],
         },
-        "post_processor": _puts_in_front(vocabulary),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -110,9 +134,9 @@ def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
         },
         "model": {
             "type": "BPE",
-            "unk_token": UNKNOWN if UNKNOWN in vocabulary.special else None,
+            "unk_token": UNKNOWN if UNKNOWN in special else None,
             "fuse_unk": True,
-            "byte_fallback": any(map(BYTE_TOKEN.fullmatch, names)),
+            "byte_fallback": any(map(BYTE_TOKEN.fullmatch, ids)),
             "ignore_merges": False,
             "vocab": ids,
             "merges": [[names[left], names[right]] for _, left, right in merges],
@@ -120,33 +144,50 @@ def _fields(vocabulary: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _llama3_fields(vocabulary: Llama3Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json's contents for Llama 3's kind."""
-    tokens, merges, special = byte_level.table(vocabulary, b"")
-    names = {id: name for name, id in special.items()}
-    bytes_in_words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    words = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+def byte_level_fields(
+    tokens: Sequence[str | None],
+    merges: Iterable[Sequence[str]],
+    *,
+    words: byte_level.Words,
+    special: Mapping[str, int],
+    added: Mapping[str, int],
+) -> dict[str, Any]:
+    """Return tokenizer.json's contents for a byte-level vocabulary.
+
+    Args:
+        tokens: the token of each id, one character per byte, or its name; None for ids without a token.
+        merges: the pairs, in the order in which they are merged.
+        words: how texts are split into words.
+        special: name -> id of the special tokens.
+        added: name -> id of the tokens that are found by name too, but are text.
+    """
+    vocab = {token: id for id, token in enumerate(tokens) if token is not None}
+    apart = {*special.values(), *added.values()}
+    n_others = len(tokens) - len(apart)
+    if apart == set(range(n_others, len(tokens))):  # then the library gives them these ids by itself
+        vocab = {token: id for token, id in vocab.items() if id < n_others}
     return {
         "version": "1.0",
-        "added_tokens": [_added(name, id, True) for id, name in sorted(names.items())],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, bytes_in_words]},
-        "post_processor": _puts_in_front(vocabulary),
+        "added_tokens": _listed(special, added),
+        "normalizer": None,
+        "pre_tokenizer": byte_level.pre_tokenizer(words),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token becomes that token, whatever merging would give
-            "vocab": {token: id for id, token in enumerate(tokens) if id not in names},
+            "ignore_merges": words.ignore_merges,
+            "vocab": vocab,
             "merges": [list(pair) for pair in merges],
         },
     }
 
 
-def _added(name: str, id: int, special: bool) -> dict[str, Any]:
-    """Return the entry of a token that is found by name, before anything is merged."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
-    return {"id": id, "content": name, **flags}
+def _listed(special: Mapping[str, int], added: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return the entries of the tokens that are found by name, before anything is merged, in the order of their ids."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    named = [(id, name, True) for name, id in special.items()] + [(id, name, False) for name, id in added.items()]
+    return [{"id": id, "content": name, **flags, "special": is_special} for id, name, is_special in sorted(named)]
 
 
 def _puts_in_front(vocabulary: Tokenizer) -> dict[str, Any] | None:

@@ -68,12 +68,12 @@ def ids_beside(path: Path, found: Tokenizer) -> SpecialIds:
     if (own := own_ids(beside)) is not None:
         return own
     if path.name not in (JSON, MODEL) or not any((folder / name).is_file() for name in (CONFIG, MODEL_CONFIG)):
-        return _ids_alone(path, found)
+        return ids_alone(found, path.read_bytes(), str(path))
     names = _Declared(folder).special
     alone = {"bos_token": found.file_ids.bos, "eos_token": found.file_ids.eos} if path.name == MODEL else {}
     bos, eos = (found.id_of(names[role]) if role in names else alone.get(role) for role in ("bos_token", "eos_token"))
     if (folder / JSON).is_file():
-        prefix = _prefix(folder / JSON)
+        prefix = _prefix(_read(folder / JSON), folder / JSON)
     else:
         prefix = (bos,) if bos is not None and _read(folder / CONFIG).get("add_bos_token") is True else ()
     if bos is None and prefix:
@@ -82,11 +82,21 @@ def ids_beside(path: Path, found: Tokenizer) -> SpecialIds:
     return SpecialIds(bos=bos, eos=eos, prefix=prefix, stops=frozenset(stops))
 
 
-def _ids_alone(path: Path, found: Tokenizer) -> SpecialIds:
-    """Return the ids of a tokenizer whose file is all there is: the post-processor of a tokenizer.json is asked."""
+def ids_alone(found: Tokenizer, data: bytes, name: str) -> SpecialIds:
+    """Return the ids of a tokenizer whose file is all there is: the post-processor of a tokenizer.json is asked.
+
+    Args:
+        found: what the file holds.
+        data: the file's bytes.
+        name: its name, for messages.
+
+    Raises:
+        TokenizerError: if the post-processor is damaged.
+    """
+    found = found.with_ids(found.file_ids)
     if found.suffix != "json":
         return found.ids
-    prefix = _prefix(path)
+    prefix = _prefix(_object(data, name), name)
     bos = prefix[0] if prefix else None
     stops = found.ids.stops if bos == found.ids.bos else found.ids.stops - {found.ids.bos} | {found.ids.eos}
     return SpecialIds(bos=bos, eos=found.ids.eos, prefix=prefix, stops=frozenset(id for id in stops if id is not None))
@@ -294,12 +304,12 @@ def _name(path: Path, key: str, value: Any) -> str:
     return found
 
 
-def _prefix(path: Path) -> tuple[int, ...]:
+def _prefix(fields: Mapping[str, Any], name: Path | str) -> tuple[int, ...]:
     """Return what the post-processor of a tokenizer.json puts before every text."""
     try:
-        return prefix_of(_object(path.read_bytes(), path))
+        return prefix_of(fields)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise TokenizerError(f"{path}: its post_processor is damaged: {error!r}") from None
+        raise TokenizerError(f"{name}: its post_processor is damaged: {error!r}") from None
 
 
 def own_ids(path: Path) -> SpecialIds | None:
@@ -308,7 +318,16 @@ def own_ids(path: Path) -> SpecialIds | None:
     Raises:
         TokenizerError: if it is damaged.
     """
-    fields = _read(path)
+    return parse_ids(path.read_bytes(), str(path)) if path.is_file() else None
+
+
+def parse_ids(data: bytes, name: str) -> SpecialIds | None:
+    """Return the ids in the bytes of such a file; None if it is another's.
+
+    Raises:
+        TokenizerError: if they are damaged.
+    """
+    fields = _object(data, name)
     if PREFIX not in fields:
         return None
     prefix, stops = fields[PREFIX], fields.get("eos_token_id")
@@ -316,7 +335,7 @@ def own_ids(path: Path) -> SpecialIds | None:
     lists = [prefix, stops]
     numbers = [id for ids in lists if isinstance(ids, list) for id in ids] + [id for id in (bos, eos) if id is not None]
     if not all(isinstance(ids, list) for ids in lists) or not all(type(id) is int and id >= 0 for id in numbers):
-        raise TokenizerError(f"{path}: bos_token_id, eos_token_id and {PREFIX} must be ids and lists of ids")
+        raise TokenizerError(f"{name}: bos_token_id, eos_token_id and {PREFIX} must be ids and lists of ids")
     return SpecialIds(bos=bos, eos=eos, prefix=tuple(prefix), stops=frozenset(stops or ()))
 
 
@@ -325,7 +344,7 @@ def _read(path: Path) -> dict[str, Any]:
     return strict.read_json(path, TokenizerError) if path.is_file() else {}
 
 
-def _object(data: bytes, path: Path) -> dict[str, Any]:
+def _object(data: bytes, path: Path | str) -> dict[str, Any]:
     """Return the object in a tokenizer.json, which may be larger than other files and is checked by the library.
 
     Raises:

@@ -61,7 +61,7 @@ class JsonTokenizer(Tokenizer):
         with self._refusals():
             table = json.loads(data)
             self._library = tokenizers.Tokenizer.from_str(data.decode())
-            decoders = _parts(table.get("decoder"), "decoders")
+            decoders = parts_of(table.get("decoder"), "decoders")
             vocab = self._library.get_vocab()
             texts = _texts(vocab, table["added_tokens"], decoders)
             special, added = (
@@ -219,11 +219,11 @@ def rank_rows(data: bytes) -> list[TokenizerRow] | None:
     try:
         fields = json.loads(data)
         model, added = fields["model"], fields["added_tokens"]
-        steps = _parts(fields["pre_tokenizer"], "pretokenizers")
+        steps = parts_of(fields["pre_tokenizer"], "pretokenizers")
         names = {token["content"] for token in added if token["special"] and not token["normalized"]}
         if (
             fields["normalizer"] is not None
-            or [part["type"] for part in _parts(fields["decoder"], "decoders")] != ["ByteLevel"]
+            or [part["type"] for part in parts_of(fields["decoder"], "decoders")] != ["ByteLevel"]
             or any(model.get(key) != value for key, value in LLAMA3_MODEL.items())
             or [{key: step.get(key) for key in LLAMA3_STEPS[i]} for i, step in enumerate(steps)] != [*LLAMA3_STEPS]
             or len(names) != len(added)
@@ -299,7 +299,7 @@ def prefix_of(fields: Mapping[str, Any]) -> tuple[int, ...]:
         KeyError, TypeError, ValueError: if the fields are damaged.
     """
     prefix: list[int] = []
-    for part in _parts(fields.get("post_processor"), "processors"):
+    for part in parts_of(fields.get("post_processor"), "processors"):
         if part["type"] in ("BertProcessing", "RobertaProcessing"):
             prefix.append(int(part["cls"][1]))
         elif part["type"] == "TemplateProcessing":
@@ -310,7 +310,7 @@ def prefix_of(fields: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(prefix)
 
 
-def _parts(decoder: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+def parts_of(decoder: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     """Return the parts of a Sequence of decoders, pre-tokenizers or post-processors, or the single one."""
     if decoder is None:
         return []

@@ -29,6 +29,7 @@ FIRST_TEXT_ID = N_CONTROLS + N_BYTES
 WORD = re.compile(" *[^ ]+| +")
 SPACE_INSIDE = re.compile("[^ ] ")
 USER_DEFINED = b"\x18\x04"  # as a piece's type is written
+MODEL_TYPES, BPE = {1: "unigram", 3: "word", 4: "character"}, 2
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -105,6 +106,28 @@ def user_defined(data: bytes) -> list[int]:
         return []
     pieces = [piece for field, piece in _fields(data) if field == 1 and isinstance(piece, bytes)]
     return [id for id, piece in enumerate(pieces) if (3, 4) in _fields(piece)]
+
+
+def peculiarity(data: bytes) -> str | None:
+    """Return what a .model does that BPE with byte fallback does not, in words; None if there is nothing.
+
+    Field 2 of the message says how it was trained, field 3 how it changes texts. Source: sentencepiece_model.proto
+    """
+    message = [(field, value) for field, value in _fields(data) if isinstance(value, bytes)]
+    trained, changes = (dict(_fields(b"".join(value for field, value in message if field == n))) for n in (2, 3))
+    found = []
+    if (kind := trained.get(3, 1)) != BPE:
+        found.append(f"is a {MODEL_TYPES.get(int(kind), 'foreign')} model")
+    if changes.get(2):
+        name = changes.get(1, b"")
+        found.append(f"normalizes texts ({name.decode(errors='replace') if isinstance(name, bytes) else name})")
+    if changes.get(4, 1):
+        found.append("removes extra spaces")
+    if trained.get(24):
+        found.append("puts spaces behind words")
+    if not trained.get(35):
+        found.append("has no byte fallback")
+    return " and ".join(found) or None
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -9,7 +9,7 @@ import pytest
 from configurator import read_toml
 from corpus.record import Record
 from llamalet import Model, strict
-from llamalet.config import ModelConfig, Llama3Scaling
+from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.convert import checkpoint_file, huggingface, meta_llama, safetensors_file
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
 from llamalet.model_file import checkpoint
