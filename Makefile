@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-bounds torture lint bench clean
+.PHONY: help demo test test-fast test-bounds torture fuzz lint bench clean
 
 help:  ## list these targets
 	@echo "llamalet: small Llama models, from data to story"
@@ -32,6 +32,9 @@ test-bounds: .venv/dev  ## run the runtime's tests with every index of the kerne
 
 torture: .venv/dev  ## kill, fill, flip and interrupt runs by the hundred (an hour), for benchmarks/torture.log
 	$(RUN) -m pytest --torture --torture-log=benchmarks/torture.log $(ARGS)
+
+fuzz: .venv/dev  ## damage files of every format in 350,000 ways (half an hour), for benchmarks/fuzz.log
+	PYTHONPATH=tests:. $(RUN) -m fuzz.campaign --log=benchmarks/fuzz.log $(ARGS)
 
 lint: .venv/dev  ## check style (ruff), types (mypy) and which room imports which (import-linter)
 	$(BIN)/ruff format --check .

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from llamalet import startup
 
+MAX_END = 1000  # characters of a message's beginning and of its end
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,6 +28,11 @@ class LlamaletError(Exception):
     """Base class of all errors that a user can cause."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message; of a very long one, which repeats a file's own text, both ends."""
+        text = super().__str__()
+        return text if len(text) <= 2 * MAX_END else f"{text[:MAX_END]} ... {text[-MAX_END:]}"
 
 
 class UsageError(LlamaletError):

@@ -138,6 +138,7 @@ def read_options(
 
 def unknown_option(shown: str, names: Collection[str]) -> str:
     """Return the error message for an option that is not one of `names`, with the nearest, in the user's spelling."""
+    shown = shown[:MAX_SHOWN]
     near = difflib.get_close_matches(shown.lstrip("-").replace("-", "_"), names, n=1, cutoff=0.5)
     dashes = "--" if shown.startswith("-") else ""
     nearest = near[0] if near and "_" in shown else near[0].replace("_", "-") if near else ""

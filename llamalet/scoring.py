@@ -183,9 +183,10 @@ def losses(logits: NDArray[np.float32], targets: Ids) -> NDArray[np.float64]:
     Raises:
         NonFiniteError: if a loss or a logit is NaN or infinite.
     """
-    peaks = logits.max(axis=1)
-    sums = np.exp(logits - peaks[:, None]).sum(axis=1, dtype=np.float64)
-    nats = np.log(sums) + peaks - logits[np.arange(len(targets)), targets]
+    with np.errstate(invalid="ignore"):  # infinite less infinite: refused below
+        peaks = logits.max(axis=1)
+        sums = np.exp(logits - peaks[:, None]).sum(axis=1, dtype=np.float64)
+        nats = np.log(sums) + peaks - logits[np.arange(len(targets)), targets]
     if not (np.isfinite(nats).all() and np.isfinite(logits.min())):
         raise NonFiniteError("the logits are NaN or infinite: the weights are damaged, or the training diverged")
     return nats

@@ -194,11 +194,14 @@ class Meta:
 class TokenArray:
     """The tokens of one split as one long array, memory-mapped across its shards.
 
-    `len(tokens)` counts them; `tokens[a:b]` copies a range, across shards, into an int64 array (b - a,).
+    `len(tokens)` counts them; `tokens[a:b]` copies a range, across shards, into an int64 array (b - a,); an id outside
+    the vocabulary is a DataError.
     """
 
-    def __init__(self, paths: Iterable[Path], dtype: np.dtype[Any]) -> None:
-        self._maps = [np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r") for path in paths]
+    def __init__(self, paths: Iterable[Path], vocab_size: int) -> None:
+        self._vocab_size, self._paths = vocab_size, list(paths)
+        dtype = id_dtype(vocab_size).newbyteorder("<")
+        self._maps = [np.memmap(path, dtype=dtype, mode="r") for path in self._paths]
         self._ends = np.cumsum([0] + [len(tokens) for tokens in self._maps])  # shard i begins at _ends[i]
 
     def __len__(self) -> int:
@@ -217,6 +220,11 @@ class TokenArray:
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
+        if len(out) and out.max() >= self._vocab_size:
+            raise DataError(
+                f"{self._paths[0].parent}: token {out.max()} of {start}..{stop} is outside the vocabulary of "
+                f"{self._vocab_size}: a shard is damaged; prepare the data again"
+            )
         return out
 
     def document_starts(self, bos_id: int) -> NDArray[np.int64]:
@@ -280,7 +288,7 @@ class Shards:
         """
         if name not in self.meta.splits or not self.meta.splits[name].shards:
             raise DataError(f"{self.folder}: no tokens for split {name!r}; prepare the data again")
-        return TokenArray((self.folder / shard.file for shard in self.meta.splits[name].shards), self.meta.dtype)
+        return TokenArray((self.folder / shard.file for shard in self.meta.splits[name].shards), self.vocab_size)
 
     def document_starts(self, name: str) -> NDArray[np.int64]:
         """Return where the documents of the split `name` start in its tokens: int64 (documents,)."""

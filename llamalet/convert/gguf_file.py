@@ -60,6 +60,8 @@ BLOCK = 32
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 MAX_PARTS = (1 << 16) - 1
 SHAPE_KEYS = ("general.architecture", f"{ARCHITECTURE}.")
+# The package makes several objects of each value of an array; no vocabulary or list of merges has as many.
+ARRAY, MAX_ARRAY = 9, 1 << 21
 
 
 def _package() -> Any:
@@ -203,10 +205,18 @@ def _strict_reader(path: Path) -> "gguf.GGUFReader":
     """
 
     class Reader(_package().GGUFReader):  # type: ignore[misc]
+        data: NDArray[np.uint8]
+
         def _get(self, offset: Any, *args: Any, **options: Any) -> Any:
             if offset >= len(self.data):
                 raise ValueError("ends within its metadata")
+            self.data = np.asarray(self.data)  # a memmap takes twice as long for each of the many small views
             return super()._get(offset, *args, **options)
+
+        def _get_field_parts(self, offset: int, kind: int) -> Any:
+            if kind == ARRAY and self._get(offset + 4, np.uint64)[0] > MAX_ARRAY:
+                raise ValueError(f"an array of more than {MAX_ARRAY} values")
+            return super()._get_field_parts(offset, kind)
 
     return Reader(path)
 
@@ -219,7 +229,7 @@ class _Part:
         try:
             self._reader = _strict_reader(path)
             self.tensors = list(self._reader.tensors)
-        except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        except (ValueError, IndexError, KeyError, OverflowError, TypeError, RecursionError) as error:
             raise FormatError(f"{path}: not a GGUF file, damaged or truncated: {error}") from None
 
     def keys(self) -> Collection[str]:

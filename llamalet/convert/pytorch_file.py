@@ -1,5 +1,7 @@
 """PyTorch's files: mapped, and nothing in them is run as code. Only this module needs torch."""
 
+import io
+import os
 import re
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,11 @@ def load(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         is_zip = file.read(len(ZIP_START)) == ZIP_START  # older files cannot be mapped
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if is_zip:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with _Bounded(io.FileIO(path)) as bounded:
+                found = torch.load(bounded, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # damage can lead to almost any error
@@ -57,6 +63,15 @@ def _why(error: Exception) -> str:
     if message.startswith("Weights only load failed"):
         return "it is damaged, or holds more than tensors"
     return message.partition("\n")[0]
+
+
+class _Bounded(io.BufferedReader):
+    """A file that never reads past its end: a damaged length would allocate gigabytes before the end is seen."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return up to `size` bytes."""
+        rest = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(rest if size is None or size < 0 else min(size, rest))
 
 
 @dataclass(frozen=True)

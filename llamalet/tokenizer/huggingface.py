@@ -65,7 +65,11 @@ class JsonTokenizer(Tokenizer):
             vocab = self._library.get_vocab()
             texts = _texts(vocab, table["added_tokens"], decoders)
             special, added = (
-                {token["content"]: token["id"] for token in table["added_tokens"] if token["special"] is is_special}
+                {
+                    token["content"]: vocab[token["content"]]
+                    for token in table["added_tokens"]
+                    if token["special"] is is_special
+                }
                 for is_special in (True, False)
             )
             ids = _guessed_ids(table, special)

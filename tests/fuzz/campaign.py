@@ -33,10 +33,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
-
 import numpy as np
 import torch
 import torture
@@ -67,6 +63,7 @@ class Result:
     refused: int = 0
     behind: int = 0
     slowest: float = 0.0
+    slowest_number: int = 0
     biggest_mb: float = 0.0
     seconds: float = 0.0
     faults: list[tuple[int, str]] = field(default_factory=list)
@@ -76,13 +73,14 @@ class Result:
         share = self.behind / max(1, self.mutants + self.truncations)
         return (
             f"{self.name:16} {self.mutants:7} {self.truncations:11} {self.loaded:7} {self.refused:7} {share:7.0%} "
-            f"{len(self.faults):6} {self.slowest:9.2f} {self.biggest_mb:8.0f} {self.seconds:8.0f}"
+            f"{len(self.faults):6} {self.slowest:9.2f} {self.slowest_number:7} {self.biggest_mb:8.0f} "
+            f"{self.seconds:8.0f}"
         )
 
 
 HEADING = (
     f"{'format':16} {'mutants':>7} {'truncations':>11} {'loaded':>7} {'refused':>7} {'behind':>7} {'faults':>6} "
-    f"{'slowest s':>9} {'MB more':>8} {'seconds':>8}"
+    f"{'slowest s':>9} {'which':>7} {'MB more':>8} {'seconds':>8}"
 )
 
 
@@ -112,7 +110,8 @@ def truncations(seeds: Sequence[Seed]) -> list[tuple[Seed, int]]:
         data = seed.files[seed.target]
         if data not in seen:
             seen.add(data)
-            found += [(seed, n) for n in range(len(data)) if n < WHOLE or n % STRIDE == 0 or n > len(data) - 64]
+            every = WHOLE if seed.cut else 0
+            found += [(seed, n) for n in range(len(data)) if n < every or n % STRIDE == 0 or n > len(data) - 64]
     return found
 
 
@@ -326,7 +325,8 @@ def run(name: str, *, seed: int, workers: int = 2, cases: int | None = None, cut
                 result.loaded += worker.get("loaded")
                 result.refused += worker.get("refused")
                 result.behind += worker.get("behind")
-                result.slowest = max(result.slowest, worker.get("slowest_ms") / 1000)
+                if (slowest := worker.get("slowest_ms") / 1000) > result.slowest:
+                    result.slowest, result.slowest_number = slowest, worker.get("slowest")
                 result.biggest_mb = max(result.biggest_mb, worker.get("biggest_kb") / 1024)
     result.seconds = time.monotonic() - began
     result.faults.sort()

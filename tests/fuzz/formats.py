@@ -23,6 +23,8 @@ from toy import MERGES, random_tensors
 
 from configurator import parse
 from corpus.record import Record
+from fuzz import mutants
+from fuzz.mutants import Mutator
 from llamalet import Model, chat_template, model_file, scoring, shards, tokenizer
 from llamalet.config import ModelConfig, Llama3Scaling
 from llamalet.convert import gguf_file, huggingface, safetensors_file, tokenizer_json
@@ -36,9 +38,6 @@ from training.config import TrainConfig, with_defaults
 from training.run import checkpoint, metrics
 from training.run.run_state import RunState
 
-from fuzz import mutants
-from fuzz.mutants import Mutator
-
 Files = dict[str, bytes]
 
 VOCAB = 264
@@ -49,7 +48,8 @@ TEXTS = ("", " ", "an and the <s>", "a\tb\n\n\u00e9\u4e2d\U0001f600", "</s>\0x 1
 class Seed:
     """A folder of valid files, of which one is changed.
 
-    mend recomputes the checksums behind a change, in place; every other mutant gets it.
+    mend recomputes the checksums behind a change, in place; more than half of the mutants get it. cut: whether the file
+    is truncated at every length, or only at some, because another seed begins with the same bytes.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Seed:
     target: str
     mutate: Mutator = mutants.binary
     mend: Callable[[Files], None] | None = None
+    cut: bool = True
 
 
 @dataclass(frozen=True)
@@ -424,7 +425,7 @@ def gguf_seeds() -> list[Seed]:
         mutate = mutants.either(
             mutants.within(0, values + 900), mutants.within(max(0, len(data) - 6000), None), mutants.binary
         )
-        found.append(Seed(name, {"m.gguf": data}, "m.gguf", mutate))
+        found.append(Seed(name, {"m.gguf": data}, "m.gguf", mutate, cut=name in ("f32", "llama3")))
     return [*found, *other_gguf_types()]
 
 
@@ -458,7 +459,7 @@ def other_gguf_types() -> list[Seed]:
             writer.write_tensors_to_file()
             writer.close()
             data = path.read_bytes()
-        found.append(Seed(kind.name, {"m.gguf": data}, "m.gguf", mutants.within(0, 7000)))
+        found.append(Seed(kind.name, {"m.gguf": data}, "m.gguf", mutants.within(0, 7000), cut=False))
     return found
 
 
@@ -707,7 +708,8 @@ def record_seeds() -> list[Seed]:
         (folder / "a.txt").write_text("an and the")
         entries = {"train": (("a.txt", 10, sha256_of(folder / "a.txt")),), "val": ()}
     fields = {
-        "format": "llamalet source", "version": 1, "source": "x", "revision": None, "entropy": {"stories": 1, "nats": 2.5},
+        "format": "llamalet source", "version": 1, "source": "x", "revision": None,
+        "entropy": {"stories": 1, "nats": 2.5},
         "files": {
             split: [{"file": file, "bytes": size, "sha256": digest} for file, size, digest in listed]
             for split, listed in entries.items()
@@ -744,31 +746,35 @@ TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "llama2": (
-        "{%- set ns = namespace(s='', n=0) %}{%- for m in messages %}{%- if m.role == 'system' %}{%- set ns.s = m.content"
-        " %}{%- elif m['role'] == 'user' %}{{ bos_token + '[INST] ' + ns.s + m['content'].strip() + ' [/INST]' }}"
+        "{%- set ns = namespace(s='', n=0) %}{%- for m in messages %}{%- if m.role == 'system' %}"
+        "{%- set ns.s = m.content %}{%- elif m['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + ns.s + m['content'].strip() + ' [/INST]' }}"
         "{%- else %}{{ ' ' ~ m['content'] | trim ~ ' ' ~ eos_token }}{%- endif %}{%- endfor %}"
     ),
     "think": (
-        "{%- macro say(m, n=1) -%}{{ m.role }}: {{ m.content.split('</think>')[-1] | replace('<', '(') }}{%- endmacro %}"
-        "{% for m in messages if m.role != 'system' %}{{ say(m) }}\n{% if loop.last %}{{ loop.index }}{% endif %}"
+        "{%- macro say(m, n=1) -%}{{ m.role }}: {{ m.content.split('</think>')[-1] | replace('<', '(') }}"
+        "{%- endmacro %}{% for m in messages if m.role != 'system' %}{{ say(m) }}\n"
+        "{% if loop.last %}{{ loop.index }}{% endif %}"
         "{% else %}{{ raise_exception('nothing') }}{% endfor %}{{ messages | length }}{{ tools | tojson }}"
     ),
 }
 JINJA = (
-    "{% for a in range(99999) %}", "{% endfor %}", "{{ 10**5000 }}", "{% break %}", "{% continue %}", "{{ f(a=1,a=2) }}",
-    "{% if %}", "{% endif %}", "{% else %}", "{{", "}}", "{%", "%}", "{#", "#}", "{% macro r() %}{{ r() }}{% endmacro %}",
-    "{{ r() }}", "{{ '%1500000000d'|format(1) }}", "{{ 'a' * 10**10 }}", "{{ [1] * 10**9 }}", "{{ range(10**12)|list }}",
-    "{{ ''.__class__ }}", "{{ messages[99] }}", "{{ x.y.z }}", "{{ messages|map(attribute='content')|join }}", "|tojson",
-    "{{ strftime_now('%Y') }}", "{{ raise_exception('no') }}", "{% set x = 1 %}", "{% generation %}", "{% endgeneration %}",
-    "{% include 'x' %}", "{% import 'x' as y %}", "{% extends 'x' %}", "{% block b %}{% endblock %}", "{% raw %}",
-    "{{ self }}", "{{ 1 / 0 }}", "{{ -1 }}", "'", '"', "(", ")", "[", "]", "|", "~", ".", ",", "none", "true", "loop",
+    "{% for a in range(99999) %}", "{% endfor %}", "{{ 10**5000 }}", "{% break %}", "{% continue %}",
+    "{{ f(a=1,a=2) }}", "{% if %}", "{% endif %}", "{% else %}", "{{", "}}", "{%", "%}", "{#", "#}",
+    "{% macro r() %}{{ r() }}{% endmacro %}", "{{ r() }}", "{{ '%1500000000d'|format(1) }}", "{{ 'a' * 10**10 }}",
+    "{{ [1] * 10**9 }}", "{{ range(10**12)|list }}", "{{ ''.__class__ }}", "{{ messages[99] }}", "{{ x.y.z }}",
+    "{{ messages|map(attribute='content')|join }}", "|tojson", "{{ strftime_now('%Y') }}",
+    "{{ raise_exception('no') }}", "{% set x = 1 %}", "{% generation %}", "{% endgeneration %}", "{% include 'x' %}",
+    "{% import 'x' as y %}", "{% extends 'x' %}", "{% block b %}{% endblock %}", "{% raw %}", "{{ self }}",
+    "{{ 1 / 0 }}", "{{ -1 }}", "'", '"', "(", ")", "[", "]", "|", "~", ".", ",", "none", "true", "loop",
     "loop.previtem", "namespace", "{{ lipsum(9999) }}", "{{ cycler(1).next() }}", "{{ joiner() }}", "{{ dict(a=1) }}",
     "|batch(0)", "|slice(0)", "|indent(10**9)", "|center(10**9)", "|sort", "|groupby('role')", "|random", "|pprint",
-    "|int", "|round(-5)", "|truncate(-1)", "|wordwrap(0)", "|urlize", "|xmlattr", "|reverse", "|sum", "|attr('__init__')",
-    "{{ messages.append(1) }}", "{{ m.update(a=1) }}", "<s>", "</s>", "<unk>", "\ud800", "\0", "\u2581", "{{ 1.0e400 }}",
-    "{{ 0x" + "f" * 5000 + " }}", "{% filter upper %}", "{% endfilter %}", "{% call say(1) %}", "{% endcall %}",
-    "{% with a=1 %}", "{% endwith %}", "{% autoescape true %}", "{{ ((((((((((((((((((((1)))))))))))))))))))) }}",
-    "{% if a %}" * 30, "{% for a in b %}" * 25, "(" * 300, "[" * 2000, "{% if true %}" * 150 + "{% endif %}" * 150,
+    "|int", "|round(-5)", "|truncate(-1)", "|wordwrap(0)", "|urlize", "|xmlattr", "|reverse", "|sum",
+    "|attr('__init__')", "{{ messages.append(1) }}", "{{ m.update(a=1) }}", "<s>", "</s>", "<unk>", "\ud800", "\0",
+    "\u2581", "{{ 1.0e400 }}", "{{ 0x" + "f" * 5000 + " }}", "{% filter upper %}", "{% endfilter %}",
+    "{% call say(1) %}", "{% endcall %}", "{% with a=1 %}", "{% endwith %}", "{% autoescape true %}",
+    "{{ ((((((((((((((((((((1)))))))))))))))))))) }}", "{% if a %}" * 30, "{% for a in b %}" * 25, "(" * 300,
+    "[" * 2000, "{% if true %}" * 150 + "{% endif %}" * 150,
 )  # fmt: skip
 
 
@@ -784,10 +790,11 @@ def template_seeds() -> list[Seed]:
 
 
 TOML = (
-    "[a]\n", "[[a]]\n", "x = 1\n", "dim = 5\n", "= ", "[", "]", "{", "}", '"', "'", '"""', "inf", "nan", "-1", "0", "true",
-    "9" * 5000, "0x" + "f" * 5000, "1e999", "2**31", "2147483648", "9223372036854775808", "1979-05-27T07:32:00Z", "[1, 2]",
-    "{a = 1}", "\ufeff", "\ud800", "\0", "\x7f", "1_000", "0b11", "0o17", ".5", "5.", '"\\u0000"', "a.b.c = 1\n",
-    "[" * DEEP if (DEEP := mutants.DEEP) else "", "{a=" * 500, "a." * 2000 + "b = 1\n", "#", "\r", "\n", "1024", "16.0",
+    "[a]\n", "[[a]]\n", "x = 1\n", "dim = 5\n", "= ", "[", "]", "{", "}", '"', "'", '"""', "inf", "nan", "-1", "0",
+    "true", "9" * 5000, "0x" + "f" * 5000, "1e999", "2**31", "2147483648", "9223372036854775808",
+    "1979-05-27T07:32:00Z", "[1, 2]", "{a = 1}", "\ufeff", "\ud800", "\0", "\x7f", "1_000", "0b11", "0o17", ".5", "5.",
+    '"\\u0000"', "a.b.c = 1\n", "[" * mutants.DEEP, "{a=" * 500, "a." * 2000 + "b = 1\n",
+    "#", "\r", "\n", "1024", "16.0",
 )  # fmt: skip
 
 
@@ -813,6 +820,8 @@ def toml_seeds() -> list[Seed]:
 # ---- all ----
 
 MODEL_FILE = ("llamalet.model_file.tensors:tensor_specs",)
+SENTENCEPIECE = "sentencepiece:SentencePieceProcessor.get_piece_size"
+RANKS = ("llamalet.tokenizer.llama3:is_rank_table", "llamalet.tokenizer.llama3:parse_tiktoken")
 IMPORTED = ("llamalet.convert.imported_model:build_config", "llamalet.convert.imported_model:check_shapes")
 
 
@@ -831,11 +840,11 @@ FORMATS: dict[str, Format] = {
     "bin-v3": Format(lambda: bin_seeds((3,)), at("m.bin", use_model), MODEL_FILE),
     "v3-flipped-bits": Format(flipped_seeds, at("m.bin", use_model), (), cases=10_000, may_load=False),
     "tokenizer-bin": Format(rows_seeds, only_file(use_tokenizer), ("llamalet.tokenizer.llama2:check_pieces",)),
-    "sentencepiece": Format(model_seeds, only_file(use_tokenizer), ("sentencepiece:SentencePieceProcessor.get_piece_size",)),
+    "sentencepiece": Format(model_seeds, only_file(use_tokenizer), (SENTENCEPIECE,)),
     "tokenizer-json": Format(
         tokenizer_json_seeds, only_file(use_tokenizer), ("llamalet.tokenizer.huggingface:JsonTokenizer.__init__",)
     ),
-    "ranks": Format(ranks_seeds, only_file(use_tokenizer), ("llamalet.tokenizer.llama3:is_rank_table", "llamalet.tokenizer.llama3:parse_tiktoken")),
+    "ranks": Format(ranks_seeds, only_file(use_tokenizer), RANKS),
     "gguf": Format(gguf_seeds, at("m.gguf", use_model), IMPORTED),
     "hf": Format(hf_seeds, use_model, IMPORTED),
     "llama2c-pt": Format(llama2c_seeds, at("ckpt.pt", use_model), IMPORTED),
