@@ -28,6 +28,7 @@ from configurator import parse
 from llamalet import Model, errors, model_file, tokenizer
 from llamalet.convert import bin_file, formats
 from llamalet.errors import CheckpointError, ConfigError
+from llamalet.kernels.environment import check_variables
 from llamalet.model_file.checkpoint import find_best
 from training.config import TrainConfig, with_defaults, with_shape
 from training.data import open_data
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     config = read_options(TrainConfig, argv)
     if config.eval_only:
         return evaluate(config, argv)
+    check_variables()  # for the stories, before the training that they end
     if config.source is not None:
         argv = [*argv, f"--data={prepare_source(config)}"]
         config = read_options(TrainConfig, argv)

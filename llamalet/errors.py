@@ -130,9 +130,18 @@ class CtrlC:
             dropped: what sys.unraisablehook gets.
         """
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # once the callback has returned
+            threading.Timer(0.05, _interrupt_main_thread).start()  # once the callback has returned
         else:
             sys.__unraisablehook__(dropped)
+
+
+def _interrupt_main_thread() -> None:
+    """Send Ctrl-C's signal to the main thread, as if it were pressed."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, signal.SIGINT)  # also ends a system call
+    else:
+        _thread.interrupt_main()
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:

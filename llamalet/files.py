@@ -3,10 +3,10 @@
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import tempfile
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -112,7 +112,7 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
-def open_file(path: Path) -> io.BufferedReader:
+def open_file(path: Path) -> BufferedReader:
     """Open a file for reading.
 
     Raises:

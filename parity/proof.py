@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from llamalet import model_file, shards, tokenizer
 from llamalet.config import ModelConfig, rope_tables
 from llamalet.convert.bin_file import tensors_of
-from llamalet.generate import Tokens
-from llamalet.kernels.transformer import Transformer
+from llamalet.generate import ForwardPass, Tokens
 from llamalet.model_file.quantize import Packed, Quantized, to_bfloat16, unpack
 from llamalet.model_file.tensors import Rows, row_blocks
+from llamalet.runtime import open_backend
 from llamalet.scoring import NOTHING, evaluate_windows
 from model import Block, Llama
 from training import weights
@@ -146,7 +146,7 @@ def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shar
     proof = Proof(path=path, version=file.version, dtype=file.dtype)
     large = config.n_params > LARGE_PARAMS
     from_file = _in_torch(tensors_of(file), config)
-    runtime = Transformer(file)
+    runtime = open_backend(file, "numba", None)
     if originals is not None:
         _compare_weights(proof, file, originals)
     tokens = _some_tokens(config, data, LARGE_TOKENS if large else LOGIT_TOKENS)
@@ -228,7 +228,7 @@ def _compare_logits(proof: Proof, expected: NDArray[np.float32], found: NDArray[
 
 
 def _compare_text(
-    proof: Proof, expected: TorchLogits | LayeredLogits, runtime: Transformer, data: shards.Shards | None, n: int
+    proof: Proof, expected: TorchLogits | LayeredLogits, runtime: ForwardPass, data: shards.Shards | None, n: int
 ) -> None:
     """Check that PyTorch too finds each token of the runtime's most likely text the most likely.
 
@@ -260,7 +260,7 @@ def _compare_text(
 
 
 def _compare_bits(
-    proof: Proof, original: TorchLogits | LayeredLogits, runtime: Transformer, data: shards.Shards
+    proof: Proof, original: TorchLogits | LayeredLogits, runtime: ForwardPass, data: shards.Shards
 ) -> None:
     """Check that both programs have the same bits per byte on the same validation tokens."""
     vocabulary = tokenizer.load(data.tokenizer_path, data.meta.vocab_size)

@@ -52,12 +52,11 @@ class SamplePrinter:
         if self._broken or interrupts.requested:
             return None
         try:
-            from llamalet.kernels.transformer import Transformer
             from llamalet.model_file import Header, ModelFile
-            from llamalet.runtime import Model
+            from llamalet.runtime import Model, open_backend
 
             file = ModelFile(Path("memory"), Header(1, self.config), dict(tensors))
-            model = Model(file.path, Transformer(file, threads=self.threads), self.tokenizer)
+            model = Model(file.path, open_backend(file, "numba", self.threads), self.tokenizer)
             pieces = model.generate(max_new_tokens=MAX_TOKENS, temperature=1.0, top_p=0.9, seed=self.seed)
             text = "".join(takewhile(lambda _: not interrupts.requested, pieces))
         except Exception as error:

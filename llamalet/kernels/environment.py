@@ -11,6 +11,15 @@ UNREADABLE = re.compile(r"Environment variable '(\w+)' is defined but its associ
 FEATURES = re.compile(r"([+-][\w.-]+(,[+-][\w.-]+)*)?")
 
 
+def check_variables() -> None:
+    """Raise a ConfigError about a variable that would keep numba from being imported, or the kernels from starting."""
+    for variable in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
+        threads_in(variable)
+    features = os.environ.get("NUMBA_CPU_FEATURES", "")
+    if not FEATURES.fullmatch(features):
+        raise ConfigError(f"NUMBA_CPU_FEATURES={features}: must be names with + or - before them, as in +avx2,-avx512f")
+
+
 def import_numba() -> bool:
     """Import numba; a variable that it cannot read is ignored, with a line on stderr.
 
@@ -18,13 +27,10 @@ def import_numba() -> bool:
         Whether numba compiles, which NUMBA_DISABLE_JIT can switch off.
 
     Raises:
-        ConfigError: if it would fail because of a variable.
+        ConfigError: see check_variables.
         UsageError: if it cannot be imported.
     """
-    threads_in("NUMBA_NUM_THREADS")
-    features = os.environ.get("NUMBA_CPU_FEATURES", "")
-    if not FEATURES.fullmatch(features):
-        raise ConfigError(f"NUMBA_CPU_FEATURES={features}: must be names with + or - before them, as in +avx2,-avx512f")
+    check_variables()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -102,6 +102,22 @@ def test_a_peer_that_fails_says_why(tmp_path: Path) -> None:
         peers.llama2c_decode(program(tmp_path / "run", out="Hello"), tmp_path, tmp_path, 1, 8)
 
 
+def test_a_peer_that_is_another_program_says_so(tmp_path: Path) -> None:
+    stranger = program(tmp_path / "run", out="{}", err="unknown option --version", code=2)
+    assert peers.llama_cpp_build(stranger) == "version unknown; build flags unknown"
+    for build in (peers.llama_cpp_build, peers.llama2c_build):
+        with pytest.raises(UsageError, match="missing: cannot be"):
+            build(str(tmp_path / "missing"))
+    (tmp_path / "text").write_text("no program")
+    with pytest.raises(UsageError, match="text: cannot be started: Permission denied"):
+        peers.llama_cpp_build(str(tmp_path / "text"))
+    other = program(tmp_path / "other", out='{"rows": 1}')
+    with pytest.raises(UsageError, match="other: prints no measurements"):
+        peers.llama_bench(other, tmp_path, 1, prompts=[8], tokens=1, repeats=1)
+    with pytest.raises(UsageError, match="other: prints no measurements"):
+        peers.batched_bench(other, tmp_path, 1, batches=[1], tokens=1)
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
