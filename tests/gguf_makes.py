@@ -1,5 +1,6 @@
 """Tokenizers of different make, for the tests of the formats that carry them."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 import tokenizers
@@ -90,6 +91,21 @@ def normalized() -> Made:
     return made(built)
 
 
+def unigram() -> Made:
+    """Return a tokenizer.json of another kind than BPE."""
+    built = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("\u2581", -1.0), ("a", -2.0), ("b", -3.0)], unk_id=0))
+    built.pre_tokenizer = pre_tokenizers.Metaspace()
+    built.decoder = decoders.Metaspace()
+    return made(built)
+
+
+def with_affix(affix: str) -> Made:
+    """Return a byte-level tokenizer that marks the ends of words."""
+    fields = json.loads(byte_pairs().to_str())
+    fields["model"][affix] = "</w>"
+    return made(tokenizers.Tokenizer.from_str(json.dumps(fields)))
+
+
 # What GGUF carries.
 MAKES: Mapping[str, Callable[[], Made]] = {
     "tokenizer.bin": lambda: rows(toy_tokenizer(300)),
@@ -137,5 +153,7 @@ OTHERS: Mapping[str, tuple[Callable[[], Made], str]] = {
         lambda: with_step(pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])),
         r"words by WhitespaceSplit\(\), ByteLevel\(.*llama.cpp has no name",
     ),
+    "unigram json": (unigram, "is a Unigram model, and llama.cpp has only plain BPE"),
+    "end of word": (lambda: with_affix("end_of_word_suffix"), "is a BPE model with marked parts of words"),
     "overlap": (lambda: made(byte_pairs(added=("ab", "bcd"))), "'ab' and 'bcd' overlap"),
 }

@@ -38,7 +38,10 @@ class SamplePrinter:
         self.tokenizer = as_in_training(load(tokenizer_path, config.vocab_size))
         self._broken = False
         try:
-            import llamalet.kernels.transformer  # noqa: F401
+            from llamalet.kernels.environment import import_numba
+
+            if import_numba():
+                import llamalet.kernels.transformer  # noqa: F401
         except Exception as error:
             self._give_up(error)
 

@@ -13,7 +13,8 @@ Source: llama.cpp, src/llama-vocab.cpp (tokenize); conversion/base.py.
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +34,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 PIECES, BYTES = "llama", "gpt2"
 DEFAULT_WORDS = "default"
 PAD_SCORE = -1000.0
+MAX_CONTESTED = 4096
 
 
-class Table(NamedTuple):
+class TokenTable(NamedTuple):
     """A vocabulary as GGUF stores it.
 
     type: PIECES or BYTES.
@@ -79,7 +81,7 @@ def _in_utf8(byte: int) -> bool:
 # -- to a vocabulary ---------------------------------------------------------------------------------------------------
 
 
-def vocabulary_of(table: Table, name: str, n_rows: int) -> tuple[Tokenizer, bytes]:
+def vocabulary_of(table: TokenTable, name: str, n_rows: int) -> tuple[Tokenizer, bytes]:
     """Return the vocabulary that a table describes, without the unused tokens at its end, and its file's bytes.
 
     Llama 2's and Llama 3's kinds become the rows of a tokenizer.bin, any other a tokenizer.json.
@@ -103,7 +105,7 @@ def vocabulary_of(table: Table, name: str, n_rows: int) -> tuple[Tokenizer, byte
     return found, data
 
 
-def _rows(table: Table) -> list[TokenizerRow] | None:
+def _rows(table: TokenTable) -> list[TokenizerRow] | None:
     """Return the rows of the tokenizer.bin with the same vocabulary as a table of pieces; None if there is none."""
     usual = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * (FIRST_TEXT_ID - len(CONTROLS))
     usual += [NORMAL] * (len(table.tokens) - FIRST_TEXT_ID)
@@ -121,7 +123,7 @@ def _rows(table: Table) -> list[TokenizerRow] | None:
     return rows
 
 
-def _json_fields(table: Table) -> dict[str, Any]:
+def _json_fields(table: TokenTable) -> dict[str, Any]:
     """Return the contents of a tokenizer.json with a table's vocabulary."""
     named = {
         "special": {table.tokens[id]: id for id, kind in enumerate(table.kinds) if kind in (CONTROL, UNKNOWN)},
@@ -139,39 +141,52 @@ def _json_fields(table: Table) -> dict[str, Any]:
     return tokenizer_json.byte_level_fields(tokens, table.merges, words=words, **named)
 
 
-def _check_merging(table: Table, found: Tokenizer, name: str) -> None:
+def _check_merging(table: TokenTable, found: Tokenizer, name: str) -> None:
     """Raise a TokenizerError if a tokenizer.json merges the pieces of a table in another order than llama.cpp.
 
     They differ where pieces have the same score: llama.cpp merges the leftmost first, the library one kind of pair
     after another.
     """
-    pieces = [id for id, kind in enumerate(table.kinds) if kind == NORMAL]
-    ids = {token: id for id, token in enumerate(table.tokens)}
-    seen: dict[float, str] = {}
-    for piece in dict.fromkeys(left + right for left, right in pairs_in({table.tokens[id] for id in pieces})):
-        score = table.scores[ids[piece]]
-        if seen.setdefault(score, piece) != piece:
-            raise TokenizerError(
-                f"{name}: pieces {seen[score]!r} and {piece!r} have the same score, {score:g}: cannot be read"
-            )
-    order = {score: rank for rank, score in enumerate(sorted({table.scores[id] for id in pieces}, reverse=True))}
-    ranks = {table.tokens[id]: order[table.scores[id]] for id in pieces}
+    bytes_at = [table.tokens.index(f"<0x{byte:02X}>") for byte in range(256)]
+    pieces = {token: id for id, token in enumerate(table.tokens) if table.kinds[id] == NORMAL}
+    scores = {piece: table.scores[id] for piece, id in pieces.items()}
+    order = {score: rank for rank, score in enumerate(sorted(set(scores.values()), reverse=True))}
+    ranks = {piece: order[score] for piece, score in scores.items()}
     names = [*found.special, *found.added]
-    for text in (*TEXTS, *(table.tokens[id].replace(SPACE_MARK, " ") for id in pieces)):
-        if any(name in text for name in names):
+    for text in (*TEXTS, *itertools.islice(_contested(scores), MAX_CONTESTED)):
+        if not text or any(name in text for name in names):
             continue
         expected: list[int] = []
-        for piece in merge((" " * table.adds_space + text).replace(" ", SPACE_MARK), ranks) if text else ():
-            known = piece in ids
-            expected += [ids[piece]] if known else [ids[f"<0x{byte:02X}>"] for byte in piece.encode()]
+        for piece in merge((" " * table.adds_space + text).replace(" ", SPACE_MARK), ranks):
+            id = pieces.get(piece)
+            expected += [id] if id is not None else (bytes_at[byte] for byte in piece.encode())
         if found.encode(text) != expected:
-            raise TokenizerError(f"{name}: a tokenizer.json would merge {text[:40]!r} in another order than llama.cpp")
+            raise TokenizerError(
+                f"{name}: has pieces of the same score, which the tokenizers library merges in another order than "
+                f"llama.cpp, as in {text[:40]!r}"
+            )
+
+
+def _contested(scores: Mapping[str, float]) -> Iterator[str]:
+    """Yield texts in which two pieces of the same score overlap, so that only one of them can be merged."""
+    made = dict.fromkeys(left + right for left, right in pairs_in(scores))
+    beginning: dict[tuple[float, str], list[str]] = {}
+    counts = Counter(scores[piece] for piece in made)
+    tied = [piece for piece in made if counts[scores[piece]] > 1]
+    for piece in tied:
+        for at in range(1, len(piece)):
+            beginning.setdefault((scores[piece], piece[:at]), []).append(piece)
+    for piece in tied:
+        for at in range(1, len(piece)):
+            for other in beginning.get((scores[piece], piece[at:]), ()):
+                text = (piece[:at] + other).replace(SPACE_MARK, " ")
+                yield from (text, f"\n{text}")
 
 
 # -- from a vocabulary -------------------------------------------------------------------------------------------------
 
 
-def table_of(vocabulary: Tokenizer, data: bytes) -> Table:
+def table_of(vocabulary: Tokenizer, data: bytes) -> TokenTable:
     """Return a vocabulary as a table.
 
     Raises:
@@ -181,21 +196,23 @@ def table_of(vocabulary: Tokenizer, data: bytes) -> Table:
         return _table_of_json(vocabulary, json.loads(data))
     if isinstance(vocabulary, Llama3Tokenizer):
         tokens, merges = byte_level.table(vocabulary)
-        return Table(BYTES, "llama-bpe", tokens, _kinds(tokens, vocabulary), [], merges, False)
+        return TokenTable(BYTES, "llama-bpe", tokens, _kinds(tokens, vocabulary), [], merges, False)
     names: list[str | None] = [piece.decode().replace(" ", SPACE_MARK) for piece, _ in vocabulary.pieces()]
     scores = [score for _, score in vocabulary.pieces()]
     return _pieces(names, scores, vocabulary)
 
 
-def _table_of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> Table:
+def _table_of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> TokenTable:
     """Return the table of a tokenizer.json.
 
     Raises:
         TokenizerError: if it does something that llama.cpp cannot.
     """
     model, listed = fields["model"], fields["added_tokens"]
-    if (kind := model.get("type", "BPE")) != "BPE" or model.get("continuing_subword_prefix"):
-        raise TokenizerError(f"it is a {kind} model, and llama.cpp has only BPE for the models of Llama's kind")
+    kind = model.get("type") or ("BPE" if "merges" in model else "foreign")
+    if kind != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        affixes = " with marked parts of words" if kind == "BPE" else ""
+        raise TokenizerError(f"it is a {kind} model{affixes}, and llama.cpp has only plain BPE for Llama models")
     for token in listed:
         if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]:
             raise TokenizerError(f"its token {token['content']!r} has {', '.join(flags)}, which GGUF cannot say")
@@ -212,7 +229,7 @@ def _table_of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> Tabl
             how = ", ".join(step["type"] for step in normalizers)
             raise TokenizerError(f"it normalizes texts ({how}), which llama.cpp does not")
         words = byte_level.name_of(steps, ignore_merges=bool(model.get("ignore_merges")))
-        return Table(BYTES, words, _with_pads(tokens, vocabulary), _kinds(tokens, vocabulary), [], merges, False)
+        return TokenTable(BYTES, words, _with_pads(tokens, vocabulary), _kinds(tokens, vocabulary), [], merges, False)
     kinds = [step["type"] for step in [*normalizers, *steps]]
     if kinds not in (["Prepend", "Replace"], ["Replace"], ["Metaspace"]):
         raise TokenizerError(f"it changes texts by {', '.join(kinds) or 'nothing'}, and llama.cpp does not")
@@ -237,7 +254,7 @@ def _scores(tokens: Sequence[str | None], merges: Sequence[tuple[str, str]], voc
     return [-float(ranks[token] if token in ranks else next(rest)) for token in tokens]
 
 
-def _pieces(names: Sequence[str | None], scores: list[float], vocabulary: Tokenizer) -> Table:
+def _pieces(names: Sequence[str | None], scores: list[float], vocabulary: Tokenizer) -> TokenTable:
     """Return a table of pieces.
 
     Args:
@@ -257,7 +274,7 @@ def _pieces(names: Sequence[str | None], scores: list[float], vocabulary: Tokeni
     unknown = vocabulary.special.get(tokenizer_json.UNKNOWN)
     if unknown is not None:
         kinds[unknown] = UNKNOWN
-    return Table(PIECES, DEFAULT_WORDS, _with_pads(tokens, vocabulary), kinds, scores, [], vocabulary.adds_space)
+    return TokenTable(PIECES, DEFAULT_WORDS, _with_pads(tokens, vocabulary), kinds, scores, [], vocabulary.adds_space)
 
 
 def _kinds(tokens: Sequence[str | None], vocabulary: Tokenizer) -> list[int]:
@@ -279,7 +296,7 @@ def _with_pads(tokens: Sequence[str | None], vocabulary: Tokenizer) -> list[str]
     return [_pad(id, taken) if token is None or id in vocabulary.unused else token for id, token in enumerate(tokens)]
 
 
-def padded(table: Table, n_rows: int) -> Table:
+def padded(table: TokenTable, n_rows: int) -> TokenTable:
     """Return a table with an unused token for each further row of the embeddings."""
     taken, tokens = set(table.tokens), list(table.tokens)
     for id in range(len(tokens), n_rows):

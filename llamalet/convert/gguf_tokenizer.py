@@ -20,7 +20,7 @@ from llamalet.convert.gguf_table import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Table,
+    TokenTable,
     check_table,
     padded,
     table_of,
@@ -58,7 +58,7 @@ ID_KEYS = ("bos", "eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 PLACES = ("eot", "eom", "bos", "eos")  # those that are written, in this order
 
 
-class Plan(NamedTuple):
+class TokenizerPlan(NamedTuple):
     """What a file will say of a tokenizer, proved to give the same ids.
 
     table: the vocabulary, with a token for each row of the embeddings.
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     notes: what llama.cpp will do differently, a line each.
     """
 
-    table: Table
+    table: TokenTable
     ids: Mapping[str, int]
     begins: bool
     own_ids: SpecialIds | None
@@ -127,7 +127,7 @@ def _said_ids(get: Callable[[str], Any]) -> dict[str, int]:
     return {key: id for key, id in found.items() if isinstance(id, int) and id >= 0}
 
 
-def _read_table(get: Callable[[str], Any], name: str) -> Table:
+def _read_table(get: Callable[[str], Any], name: str) -> TokenTable:
     """Return the table of a file.
 
     Raises:
@@ -148,7 +148,7 @@ def _read_table(get: Callable[[str], Any], name: str) -> Table:
     merges = [_pair(text) for text in _list(get, name, "merges", str)] if type == BYTES else []
     adds_space = type == PIECES and get("tokenizer.ggml.add_space_prefix") is not False
     check_table(tokens, kinds, type, name)
-    return Table(type, words, tokens, kinds, scores, merges, adds_space)
+    return TokenTable(type, words, tokens, kinds, scores, merges, adds_space)
 
 
 def _list(get: Callable[[str], Any], name: str, key: str, kind: type | UnionType) -> list[Any]:
@@ -167,7 +167,7 @@ def _pair(text: str) -> tuple[str, str]:
     return (text[:at], text[at + 1 :]) if at > 0 else (text, "")
 
 
-def _kinds_for_llama_cpp(table: Table) -> list[int]:
+def _kinds_for_llama_cpp(table: TokenTable) -> list[int]:
     """Return what llama.cpp takes each token for, which some names decide."""
     return [
         USER_DEFINED if token in TEXT_NAMES else CONTROL if token in SPECIAL_NAMES and kind != UNUSED else kind
@@ -175,7 +175,7 @@ def _kinds_for_llama_cpp(table: Table) -> list[int]:
     ]
 
 
-def _ids_for_llama_cpp(table: Table, ids: Mapping[str, int], begins: bool | None) -> SpecialIds:
+def _ids_for_llama_cpp(table: TokenTable, ids: Mapping[str, int], begins: bool | None) -> SpecialIds:
     """Return the ids with which llama.cpp begins and ends texts.
 
     Args:
@@ -197,7 +197,7 @@ def _ids_for_llama_cpp(table: Table, ids: Mapping[str, int], begins: bool | None
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def plan(vocabulary: Tokenizer, data: bytes, n_rows: int, name: str) -> Plan:
+def plan(vocabulary: Tokenizer, data: bytes, n_rows: int, name: str) -> TokenizerPlan:
     """Return what a file will say of a tokenizer.
 
     Args:
@@ -232,7 +232,7 @@ def plan(vocabulary: Tokenizer, data: bytes, n_rows: int, name: str) -> Plan:
         notes.append(
             f"llama.cpp decides by their names which tokens are special, not by their kinds: {', '.join(changed[:8])}"
         )
-    return Plan(
+    return TokenizerPlan(
         table, ids, bool(ours.prefix), None if theirs == ours else ours, table.kinds if changed else None, notes
     )
 
@@ -263,7 +263,7 @@ def _reason(vocabulary: Tokenizer, data: bytes) -> str:
     return "llama.cpp puts a space after each added token" if vocabulary.added and vocabulary.adds_space else ""
 
 
-def _places(ids: SpecialIds, table: Table) -> dict[str, int]:
+def _places(ids: SpecialIds, table: TokenTable) -> dict[str, int]:
     """Return the ids under ID_KEYS: llama.cpp stops at EOS, at the end of a turn (EOT) and of a message (EOM).
 
     It has its own idea of EOS if a file says none, so a stop takes its place, or a token that is no text.
@@ -280,13 +280,13 @@ def _places(ids: SpecialIds, table: Table) -> dict[str, int]:
     return {key: id for key, id in found.items() if id is not None}
 
 
-def _named(ids: frozenset[int], table: Table) -> str:
+def _named(ids: frozenset[int], table: TokenTable) -> str:
     """Return ids and their tokens, for a message."""
     shown = [f"{id} ({table.tokens[id]!a})" for id in sorted(ids) if id < len(table.tokens)]
     return ", ".join(shown[:8]) or "no token"
 
 
-def add(writer: "gguf.GGUFWriter", planned: Plan) -> None:
+def add(writer: "gguf.GGUFWriter", planned: TokenizerPlan) -> None:
     """Put a tokenizer into the metadata."""
     table = planned.table
     writer.add_tokenizer_model(table.type)

@@ -366,9 +366,10 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, by
     if (folder / TOKENIZER).is_file():
         return model
     try:
-        if not declared.adds_to(model[0], folder):
+        if declared.names(folder) <= {*model[0].special, *model[0].added}:
             return model
-        data = declared.completed(tokenizer_json.build(model[0], model[1]), folder, as_it_is=True)
+        built = tokenizer_json.build(model[0], model[1])
+        data = declared.completed(built, folder, as_it_is=True)
         found = tokenizer.parse(data, str(folder / SENTENCEPIECE), vocab_size)
         return found.with_ids(declared.ids_beside(folder / SENTENCEPIECE, found)), data, ()
     except (TokenizerError, UsageError) as error:

@@ -118,15 +118,14 @@ def stops_in(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def adds_to(found: Tokenizer, folder: Path) -> bool:
-    """Return whether the files of a folder add tokens to a tokenizer.
+def names(folder: Path) -> set[str]:
+    """Return the names of all tokens that transformers would add to the tokenizer in a folder, or finds in it.
 
     Raises:
         TokenizerError: if one of the files is damaged.
     """
-    declared = _Declared(folder)
-    names = [token["content"] for token in declared.added] + [*declared.special.values(), *declared.extra]
-    return any(found.id_of(name) is None for name in names)
+    found = _Declared(folder)
+    return {*found.special.values(), *found.extra, *(token["content"] for token in found.added)}
 
 
 def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:

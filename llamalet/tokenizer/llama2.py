@@ -117,7 +117,7 @@ def peculiarity(data: bytes) -> str | None:
     trained, changes = (dict(_fields(b"".join(value for field, value in message if field == n))) for n in (2, 3))
     found = []
     if (kind := trained.get(3, 1)) != BPE:
-        found.append(f"is a {MODEL_TYPES.get(int(kind), 'foreign')} model")
+        found.append(f"is a {MODEL_TYPES.get(kind, 'foreign') if isinstance(kind, int) else 'foreign'} model")
     if changes.get(2):
         name = changes.get(1, b"")
         found.append(f"normalizes texts ({name.decode(errors='replace') if isinstance(name, bytes) else name})")

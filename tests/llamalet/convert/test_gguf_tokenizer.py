@@ -258,9 +258,21 @@ def test_pieces_of_the_same_score_that_merge_in_another_order(tmp_path):
     tokens, kinds = [*PLAIN, "ba", "<x>"], [*PLAIN_KINDS, NORMAL, CONTROL]
     assert foreign(tmp_path / "m.gguf", tokens, kinds).tokenizer.encode("bab")[1:] == [B, AB]
     found = foreign(tmp_path / "n.gguf", tokens, kinds, scores=[0.0] * len(tokens))
-    assert found.tokenizer is None and "have the same score, 0: cannot be read" in found.tokenizer_problem
+    assert found.tokenizer is None and "has pieces of the same score, which the" in found.tokenizer_problem
     plain = foreign(tmp_path / "o.gguf", tokens[:-1], kinds[:-1], scores=[0.0] * (len(tokens) - 1))
     assert plain.tokenizer.encode("bab")[1:] == [len(PLAIN), B]  # "ba" is the leftmost
+
+
+def test_pieces_of_the_same_score_that_do_not_meet_are_read(tmp_path):
+    """Llama 2's vocabulary has them: runs of spaces, in this order, all with the score -1e9."""
+    runs = ["\u2581" * n for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 15)]
+    tokens, kinds = [*PLAIN, *runs, "<pad>"], [*PLAIN_KINDS, *[NORMAL] * len(runs), CONTROL]
+    scores = [*(-float(id) for id in range(len(PLAIN))), *[-1e9] * len(runs), 0.0]
+    found = foreign(tmp_path / "m.gguf", tokens, kinds, scores=scores)
+    plain = foreign(tmp_path / "n.gguf", tokens[:-1], kinds[:-1], scores=scores[:-1])
+    assert isinstance(found.tokenizer, JsonTokenizer) and isinstance(plain.tokenizer, BinTokenizer)
+    for n in range(40):
+        assert found.tokenizer.encode("b" + " " * n + "ab") == plain.tokenizer.encode("b" + " " * n + "ab")
 
 
 def test_a_file_says_that_it_has_no_tokenizer(tmp_path):

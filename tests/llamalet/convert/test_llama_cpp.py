@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_makes import MAKES
 from other_programs import FACTOR, LLAMA_CPP_FACTORS, logits, write_gguf
 from toy import random_tensors, toy_llama3, toy_tokenizer
 from vocabularies import HARD
@@ -13,6 +14,7 @@ from llamalet import Model, tokenizer
 from llamalet.config import LinearScaling, ModelConfig, RopeDivisors, rope_frequencies
 from llamalet.convert import bin_file, gguf_file
 from llamalet.convert.imported_model import ImportedModel, llama3_scaling
+from llamalet.convert.probes import probes
 from llamalet.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is in the extra [peers]")
@@ -31,14 +33,14 @@ OTHER_HEADS = dataclasses.replace(LLAMA3, n_heads=6, n_kv_heads=2, head_dim=32)
 TEXTS = (*HARD, "Once upon a time", "a band  of\n\n\nbandits' 12345 \U0001f600\u200d", " leading", "x" * 3000)
 
 
-def source_of(config: ModelConfig, vocabulary: Tokenizer, seed: int = 0) -> ImportedModel:
+def source_of(config: ModelConfig, vocabulary: Tokenizer, seed: int = 0, data: bytes = b"") -> ImportedModel:
     tensors = random_tensors(config, seed, 0.4)
     return ImportedModel(
         name="toy",
         config=config,
         tensors=tensors,
         tokenizer=vocabulary,
-        tokenizer_data=tokenizer.pack(vocabulary.pieces()),
+        tokenizer_data=data or tokenizer.pack(vocabulary.pieces()),
     )
 
 
@@ -139,3 +141,32 @@ def check_ids(tmp_path: Path, vocabulary: Tokenizer) -> None:
     assert (peer.token_bos(), peer.token_eos()) == (vocabulary.bos_id, vocabulary.eos_id)
     for text in TEXTS:
         assert peer.tokenize(text.encode(), add_bos=True) == vocabulary.encode(text, bos=True), text
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_the_ids_of_every_make_are_the_same(tmp_path, make):
+    """Padded by 7 rows; where llama.cpp decides by a token's name what it is, our file says so beside."""
+    vocabulary, data = MAKES[make]()
+    config = dataclasses.replace(LLAMA2, vocab_size=vocabulary.vocab_size + 7)
+    notes = gguf_file.write(tmp_path / "m.gguf", source_of(config, vocabulary, data=data))
+    peer = theirs(tmp_path / "m.gguf", vocab_only=True)
+    decided = [name for name in vocabulary.added if peer_decides(peer, name, 3)]
+    decided += [name for name in vocabulary.special if peer_decides(peer, name, 4)]
+    assert bool(decided) == any("decides by their names" in note for note in notes)
+    for text in (*TEXTS, *probes(vocabulary)):
+        for special in (False, True):
+            if special or not any(name in text for name in decided):
+                found = peer.tokenize(text.encode(), add_bos=True, special=special)
+                assert found == vocabulary.encode(text, bos=True, special=special), (text, special)
+    ends = {id for id in range(config.vocab_size) if llama_cpp.llama_vocab_is_eog(peer._model.vocab, id)}
+    assert ends == vocabulary.stop_ids or any("llama.cpp stops at" in note for note in notes)
+
+
+CONTROL, USER_DEFINED = 1 << 3, 1 << 4  # llama.cpp's attributes of tokens
+
+
+def peer_decides(peer: "llama_cpp.Llama", name: str, kind: int) -> bool:
+    """Return whether llama.cpp takes a token for special (3), or for one that is text (4)."""
+    (id,) = peer.tokenize(name.encode(), add_bos=False, special=True)
+    attributes = llama_cpp.llama_vocab_get_attr(peer._model.vocab, id)
+    return bool(attributes & {3: CONTROL, 4: USER_DEFINED}[kind])
