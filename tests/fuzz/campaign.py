@@ -302,6 +302,8 @@ def run(name: str, *, seed: int, workers: int = 2, cases: int | None = None, cut
         cut_numbers = range(form.cases, form.cases + n_cuts, step)[:cuts]
     else:
         cut_numbers = range(form.cases, form.cases + n_cuts)
+    gc.collect()
+    gc.freeze()  # or the first collection in each worker would copy all memory
     result = Result(name, mutants=chosen, truncations=len(cut_numbers))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=fast_folder()) as folder:

@@ -13,7 +13,7 @@ from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.convert import checkpoint_file, huggingface, meta_llama, safetensors_file
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
 from llamalet.model_file import checkpoint
-from llamalet.options import Option
+from llamalet.options import _options as option_list
 from llamalet.shards import read_meta
 from training.config import TrainConfig, with_defaults
 from training.run import metrics
@@ -92,7 +92,7 @@ def test_a_file_must_hold_an_object_be_a_file_and_not_be_huge(tmp_path):
 def test_toml_that_is_read_and_toml_that_is_refused(tmp_path, text, words):
     path = tmp_path / "x.toml"
     path.write_bytes(text)
-    options = {name: Option(name, kind, False, None, None) for name, kind in (("seed", int), ("learning_rate", float))}
+    options = {option.name: option for option in option_list(TrainConfig)}
     if words is None:
         assert read_toml(path, options) == {"seed": 5}
         return
@@ -103,7 +103,7 @@ def test_toml_that_is_read_and_toml_that_is_refused(tmp_path, text, words):
 @pytest.mark.parametrize("number", ["9" * 30, "-" + "9" * 30, "9" * 5000])
 def test_a_whole_number_that_no_machine_word_holds_is_refused(number):
     with pytest.raises(UsageError, match=r"seed=.{0,110}: must be a whole number"):
-        Option("seed", int, False, None, None).convert(number, "seed")
+        next(option for option in option_list(TrainConfig) if option.name == "seed").convert(number, "seed")
 
 
 # ---- records ----
