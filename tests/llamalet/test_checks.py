@@ -21,7 +21,7 @@ CONFIG = SMALL_MODELS["gqa-tied"]
 INTEGERS = [getattr(np, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)]
 # No number, no text and no path.
 JUNK = [
-    None, b"x", [], {}, Ellipsis, np.array([1, 2]), np.array(0.5), 3 + 4j, [[1], [2, 3]], np.ma.masked, Ellipsis, {1},
+    None, b"x", [], {}, np.array([1, 2]), np.array(0.5), 3 + 4j, [[1], [2, 3]], np.ma.masked, Ellipsis, {1},
 ]  # fmt: skip
 
 
