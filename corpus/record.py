@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,8 @@ class Record:
         if not self.files.get("train"):
             raise DataError("files has no training files")
         for entry in itertools.chain(*self.files.values()):
-            if Path(entry.file).is_absolute() or ".." in Path(entry.file).parts:
-                raise DataError(f"file={entry.file!r}: must be inside the folder")
+            if not (parts := Path(entry.file).parts) or not all(map(strict.is_file_name, parts)):
+                raise DataError(f"file={reprlib.repr(entry.file)}: must be inside the folder")
         if self.entropy is not None and "nats" not in self.entropy:
             raise DataError("entropy.nats is missing")
 

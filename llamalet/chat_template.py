@@ -3,12 +3,12 @@
 Messages are text, whatever they look like: only the template's own words can be special tokens.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llamalet import strict
 from llamalet.errors import UsageError
 from llamalet.template_process import TemplateProcess
 from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer, declared
@@ -217,13 +217,7 @@ def read_template(path: Path) -> str | None:
 
 def _read_table(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file."""
-    try:
-        table = json.loads(_read_text(path))
-        if not isinstance(table, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
-    return table
+    return strict.read_json(path, UsageError)
 
 
 def _read_text(path: Path) -> str:

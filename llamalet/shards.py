@@ -132,8 +132,8 @@ class Meta:
         for name in ("bos_id", "eos_id"):
             if not 0 <= (id := getattr(self, name)) < self.vocab_size:
                 problems.append(f"{name}={id}: must be below vocab_size={self.vocab_size}")
-        if Path(self.tokenizer).name != self.tokenizer:
-            problems.append(f"tokenizer={self.tokenizer!r}: must be the name of a file in the same folder")
+        if not strict.is_file_name(self.tokenizer):
+            problems.append(f"tokenizer={reprlib.repr(self.tokenizer)}: must be the name of a file in the same folder")
         if problems:
             raise DataError("; ".join(problems))
 
@@ -344,7 +344,7 @@ def check_shard(folder: Path, shard: Shard, dtype: np.dtype[Any], *, verify: boo
         DataError: if the file is missing, has another size or (with `verify`) another sha256.
     """
     path = folder / shard.file
-    if Path(shard.file).name != shard.file or not path.is_file():
+    if not strict.is_file_name(shard.file) or not path.is_file():
         raise DataError(f"{path}: shard not found; prepare the data again")
     size, expected = path.stat().st_size, shard.tokens * dtype.itemsize
     if size != expected or not size:

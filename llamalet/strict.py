@@ -27,6 +27,7 @@ MAX_BYTES = 1 << 24  # hundreds of times what such files have; parsed, 16 MB can
 MAX_DEPTH = 64
 MAX_DIGITS = 1000
 MAX_WHOLE = 2**63 - 1
+MAX_NAME = 255  # bytes
 MAX_SHOWN = 5  # problems in a message
 
 KINDS = {int: "a whole number from 0 up", float: "a number", bool: "true or false", str: "a text"}
@@ -109,6 +110,13 @@ def read_bytes(path: Path, error: type[LlamaletError], missing: str, most: int =
     if len(data) > most:
         raise error(f"{path}: has more than {most >> 20} MB: too large to be such a file")
     return data
+
+
+def is_file_name(text: object) -> bool:
+    """Return whether something can be the name of a file in a folder; others make the system's calls fail."""
+    if not isinstance(text, str) or text == ".." or "\0" in text:
+        return False
+    return Path(text).name == text and len(text.encode()) <= MAX_NAME
 
 
 def build(

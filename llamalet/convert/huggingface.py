@@ -314,9 +314,7 @@ def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
         advice = f"; {others[0]} is PyTorch's format: save it again as safetensors with transformers" if others else ""
         raise FormatError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{advice}")
     table = strict.read_json(folder / INDEX, FormatError).get("weight_map")
-    if not isinstance(table, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in table.values()
-    ):
+    if not isinstance(table, dict) or not all(map(strict.is_file_name, table.values())):
         raise FormatError(f"{folder / INDEX}: its weight_map is not a table of tensors and files")
     tensors: dict[str, FileTensor] = {}
     for file in sorted(set(table.values())):

@@ -139,7 +139,12 @@ def read_facts(path: Path) -> Facts:
     Raises:
         CheckpointError: if it cannot be read, or a field is missing or wrong.
     """
-    return strict.build(Facts, read_state(path), str(path / STATE), CheckpointError, ignore_unknown=True)
+    facts = strict.build(Facts, read_state(path), str(path / STATE), CheckpointError, ignore_unknown=True)
+    if not strict.is_file_name(facts.tokenizer):
+        raise CheckpointError(
+            f"{path / STATE}: tokenizer={reprlib.repr(facts.tokenizer)}: must be the name of a file in the same folder"
+        )
+    return facts
 
 
 def verify(path: Path, *, digests: bool = True) -> None:
@@ -160,7 +165,7 @@ def verify(path: Path, *, digests: bool = True) -> None:
     if not {MODEL, OPTIMIZER, STATE} <= manifest.files.keys():
         raise CheckpointError(f"{path / MANIFEST}: must list {MODEL}, {OPTIMIZER} and {STATE}")
     for name, seal in manifest.files.items():
-        if Path(name).name != name or not (path / name).is_file():
+        if not strict.is_file_name(name) or not (path / name).is_file():
             raise CheckpointError(f"{path / MANIFEST}: lists {reprlib.repr(name)}, which is no file beside it")
         try:
             with open_file(path / name) as file:

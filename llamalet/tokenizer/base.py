@@ -99,8 +99,8 @@ class Tokenizer(abc.ABC):
             TokenizerError: if one of them is not in the vocabulary; stops may be any.
         """
         for id in (ids.bos, ids.eos, *ids.prefix):
-            if id is not None and not 0 <= id < self.vocab_size:
-                raise TokenizerError(f"BOS, EOS or prefix {id}: not in the vocabulary of {self.vocab_size}")
+            if id is not None and not (isinstance(id, int) and 0 <= id < self.vocab_size):
+                raise TokenizerError(f"BOS, EOS or prefix {id!r:.100}: not in the vocabulary of {self.vocab_size}")
         other = copy.copy(self)
         other.ids = ids
         return other

@@ -143,7 +143,9 @@ def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
     declared = _Declared(folder)
     fields = _object(data, folder / JSON)
     listed = fields.get("added_tokens") or []
-    if not isinstance(listed, list) or not all(isinstance(token, dict) for token in listed):
+    if not isinstance(listed, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in listed
+    ):
         raise TokenizerError(f"{folder / JSON}: added_tokens is not a list of tokens")
     known = {token.get("content") for token in listed}
     special = dict.fromkeys([*declared.special.values(), *declared.extra])

@@ -21,6 +21,7 @@ from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
 from llamalet.tokenizer.rows import TokenizerRow
 
+MAX_BYTE_LEVELS, MAX_STEPS = 3, 64
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Names of BOS and EOS to try, in this order, in files that do not say which they are.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|im_start|>", "<|endoftext|>")
@@ -60,6 +61,7 @@ class JsonTokenizer(Tokenizer):
         self._name = name
         with self._refusals():
             table = json.loads(data)
+            _check_steps(table)
             self._library = tokenizers.Tokenizer.from_str(data.decode())
             decoders = parts_of(table.get("decoder"), "decoders")
             vocab = self._library.get_vocab()
@@ -324,6 +326,14 @@ def parts_of(decoder: Mapping[str, Any] | None, key: str) -> list[Mapping[str, A
 def _strips(metaspace: Mapping[str, Any]) -> bool:
     """Return whether a Metaspace puts a space before a text."""
     return bool(metaspace.get("add_prefix_space", True)) and metaspace.get("prepend_scheme", "always") != "never"
+
+
+def _check_steps(table: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a text passes through so many steps, each of which may double it, that memory runs out."""
+    for key in ("normalizer", "pre_tokenizer", "decoder"):
+        steps = json.dumps(table.get(key))
+        if steps.count('"ByteLevel"') > MAX_BYTE_LEVELS or steps.count('"type"') > MAX_STEPS:
+            raise ValueError(f"its {key} has more steps than any tokenizer needs")
 
 
 def _texts(

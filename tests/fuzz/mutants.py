@@ -199,11 +199,13 @@ def text_of(fragments: Sequence[str]) -> Mutator:
 
     def mutate(data: bytes, rng: Random) -> bytes:
         text = data.decode()
-        for _ in range(rng.choice((1, 1, 2, 3))):
+        for _ in range(rng.choice((1, 1, 1, 2))):
+            between = [match.end() for match in re.finditer(r"%}|}}|\n", text)]  # where a whole statement fits
             spots = [match.start() for match in re.finditer(r"\b|\W", text)] or [0]
             a, b = sorted((rng.choice(spots), rng.choice(spots)))
             kind = rng.randrange(6)
             if kind < 2:
+                a = rng.choice(between) if between and kind else a
                 text = text[:a] + rng.choice(fragments) + text[a:]
             elif kind == 2:
                 text = text[:a] + rng.choice(fragments) + text[b if b - a < 40 else a + 1 :]

@@ -56,7 +56,7 @@ def fields(**changes: object) -> Callable[[bytes], bytes]:
         table = json.loads(data)
         for name, value in changes.items():
             *outer, last = name.split("__")
-            holder = functools.reduce(lambda inner, key: inner[key], outer, table)
+            holder = functools.reduce(lambda inner, key: inner[int(key) if key.isdigit() else key], outer, table)
             holder[last] = value
         return json.dumps(table).encode()
 
@@ -94,7 +94,12 @@ CORPUS = [
     ("hf", "config.json", fields(model_type="x" * 9000), FormatError, "model_type is 'xxx"),
     ("hf", "config.json", fields(tie_word_embeddings="false"), FormatError, "tie_word_embeddings.*'false': must be"),
     ("hf", "config.json", lambda data: b"[" * DEEP, FormatError, "not valid JSON"),
-    ("hf", "index", fields(weight_map={"a": "x\0y"}), FormatError, "is missing"),
+    ("hf", "index", fields(weight_map={"a": "x\0y"}), FormatError, "weight_map is not a table"),
+    ("hf", "index", fields(weight_map={"a": "x" * 5000}), FormatError, "weight_map is not a table"),
+    ("shards", "meta.json", fields(tokenizer="x" * 5000), DataError, "must be the name of a file"),
+    ("shards", "meta.json", fields(splits__train__shards__0__file="x" * 5000), DataError, "shard not found"),
+    ("checkpoint", "state.json", fields(tokenizer="x" * 5000), CheckpointError, "must be the name of a file"),
+    ("records", "source.json", fields(files__train__0__file="x" * 5000), DataError, "must be inside the folder"),
     ("meta-pth", "params.json", fields(dim="2"), FormatError, "dim='2': must be a whole number"),
     ("meta-pth", "params.json", fields(use_scaled_rope=[]), FormatError, r"use_scaled_rope=\[\]: must be"),
     ("checkpoint", "state.json", fields(model_config__n_layers=2**31), CheckpointError, "must be at most 1024"),
@@ -150,6 +155,49 @@ def test_a_byte_order_mark_in_front_of_a_tokenizer_json_is_no_reason_to_refuse_i
 
     data = seed("tokenizer-json", "bpe").files["t.json"]
     assert tokenizer.parse(b"\xef\xbb\xbf" + data, "t").sha256 == tokenizer.parse(data, "t").sha256
+
+
+@pytest.mark.parametrize("part", ["pre_tokenizer", "decoder"])
+def test_steps_that_double_a_text_without_end_are_refused(tmp_path, part):
+    from llamalet import tokenizer
+
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    kind = {"pre_tokenizer": "pretokenizers", "decoder": "decoders"}[part]
+    edit = fields(**{part: {"type": "Sequence", kind: [step] * 300}})
+    with pytest.raises(TokenizerError, match=f"its {part} has more steps than any tokenizer needs"):
+        tokenizer.parse(edit(seed("tokenizer-json", "gpt2").files["t.json"]), "t")
+
+
+@pytest.mark.parametrize("ids", [["<s>"], [{}], [True, 10**9], [-1]])
+def test_a_prefix_that_is_no_id_is_refused(tmp_path, ids):
+    from llamalet import tokenizer
+
+    (tmp_path / "tokenizer.json").write_bytes(
+        fields(post_processor__special_tokens={"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"]}})(
+            seed("tokenizer-json", "bpe").files["t.json"]
+        )
+    )
+    with pytest.raises(TokenizerError):
+        tokenizer.load(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("content", [[], None, {}])
+def test_an_added_token_without_a_name_is_refused(tmp_path, content):
+    from llamalet import tokenizer
+
+    files = dict(seed("hf", "tokenizer.json").files)
+    files["tokenizer.json"] = fields(added_tokens__0__content=content)(files["tokenizer.json"])
+    place(tmp_path, files)
+    with pytest.raises(TokenizerError, match="added_tokens is not a list of tokens"):
+        tokenizer.load(tmp_path / "tokenizer.json")
+    assert Model.load(tmp_path, backend="numpy").logits([1]).shape[0] == 1
+
+
+def test_a_byte_order_mark_in_front_of_a_tokenizer_config_json_is_read_over(tmp_path):
+    from llamalet.chat_template import read_template
+
+    (tmp_path / "tokenizer_config.json").write_bytes(b'\xef\xbb\xbf{"chat_template": "{{ 1 }}"}')
+    assert read_template(tmp_path / "tokenizer_config.json") == "{{ 1 }}"
 
 
 def test_scores_of_minus_infinity_are_no_numbers(tmp_path):
