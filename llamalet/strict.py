@@ -98,7 +98,7 @@ def read_bytes(path: Path, error: type[LlamaletError], missing: str, most: int =
     """
     try:
         if path.exists() and not path.is_file():
-            raise error(f"{path}: cannot be read: {'Is a directory' if path.is_dir() else 'it is not a file'}")
+            raise error(f"{path}: cannot be read: {'Is a directory' if path.is_dir() else 'not a regular file'}")
         with path.open("rb") as file:
             data = file.read(most + 1)
     except (FileNotFoundError, NotADirectoryError):

@@ -64,7 +64,7 @@ def test_a_file_must_hold_an_object_be_a_file_and_not_be_huge(tmp_path):
         strict.read_json(tmp_path / "gone.json", DataError, "not here")
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         strict.read_json(tmp_path, DataError)
-    with pytest.raises(DataError, match="cannot be read: it is not a file"):
+    with pytest.raises(DataError, match="cannot be read: not a regular file"):
         strict.read_json(Path("/dev/zero"), DataError)
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(DataError, match="list.json: must hold a JSON object, not .1."):

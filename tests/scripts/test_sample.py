@@ -13,7 +13,7 @@ from toy import SMALL_MODELS, toy_model, toy_tokenizer
 import sample
 from llamalet import Model, cli, errors, kv_cache
 from llamalet.sampler import Sampler
-from llamalet.tokenizer import pack
+from llamalet.tokenizer import Tokenizer, pack
 
 CONFIG = SMALL_MODELS["gqa-tied"]  # vocabulary 300, context 32
 
@@ -180,7 +180,7 @@ def test_lengths(model, capsys, words, n_new):
 
 
 def test_ignore_eos_goes_on(model, capsys, monkeypatch):
-    monkeypatch.setattr(Model, "stop_tokens", range(300))
+    monkeypatch.setattr(Tokenizer, "stop_ids", frozenset(range(300)))
     out, err = tell(capsys, model, "-i", "a")
     assert out == "a\n" and "no tokens" in err
     assert "story: 30 tokens" in tell(capsys, model, "-i", "a", "--ignore-eos")[1]
@@ -263,8 +263,8 @@ def test_wrong_files_end_in_one_line(model, folder, capsys):
     assert "empty.bin" in refuse(capsys, folder / "empty.bin")
     assert "is it a model?" in refuse(capsys, model, "-z", model) or "tokenizer" in refuse(capsys, model, "-z", model)
     assert "no such tokenizer file" in refuse(capsys, model, "-z", folder / "missing")
-    (folder / "short.bin").write_bytes(pack(toy_tokenizer(299).pieces()))
-    assert "299 entries where the model has vocab_size=300" in refuse(capsys, model, "-z", folder / "short.bin")
+    (folder / "long.bin").write_bytes(pack(toy_tokenizer(301).pieces()))
+    assert "301 entries where the model has vocab_size=300" in refuse(capsys, model, "-z", folder / "long.bin")
     (folder / "run").mkdir()
     assert "neither a checkpoint" in refuse(capsys, folder / "run")
     shutil.copy(model, folder / "alone.bin")
