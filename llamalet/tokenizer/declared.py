@@ -17,6 +17,7 @@ Source: transformers 5.23, tokenization_utils_base.py (_from_pretrained), tokeni
 models/auto/tokenization_auto.py, models/llama/tokenization_llama.py.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -67,13 +68,15 @@ def ids_beside(path: Path, found: Tokenizer) -> SpecialIds:
     folder, beside = path.parent, ids_path(path)
     if (own := own_ids(beside)) is not None:
         return own
-    if path.name not in (JSON, MODEL) or not any((folder / name).is_file() for name in (CONFIG, MODEL_CONFIG)):
-        return ids_alone(found, path.read_bytes(), str(path))
+    others = (CONFIG, SPECIAL_MAP, MODEL_CONFIG, GENERATION)
+    if path.name not in (JSON, MODEL) or not any((folder / name).is_file() for name in others):
+        ids, ends = ids_alone(found, path.read_bytes(), str(path)), _stops(beside)
+        return dataclasses.replace(ids, stops=frozenset(ends)) if ends else ids
     names = _Declared(folder).special
     alone = {"bos_token": found.file_ids.bos, "eos_token": found.file_ids.eos} if path.name == MODEL else {}
     bos, eos = (found.id_of(names[role]) if role in names else alone.get(role) for role in ("bos_token", "eos_token"))
     if (folder / JSON).is_file():
-        prefix = _prefix(_read(folder / JSON), folder / JSON)
+        prefix = _prefix(_object((folder / JSON).read_bytes(), folder / JSON), folder / JSON)
     else:
         prefix = (bos,) if bos is not None and _read(folder / CONFIG).get("add_bos_token") is True else ()
     if bos is None and prefix:
@@ -108,14 +111,16 @@ def stops_in(folder: Path) -> tuple[int, ...]:
     Raises:
         TokenizerError: if a file is damaged, or says something else than ids.
     """
-    for name in (GENERATION, MODEL_CONFIG):
-        found = _read(folder / name).get("eos_token_id")
-        ids = found if isinstance(found, list) else [] if found is None else [found]
-        if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
-            raise TokenizerError(f"{folder / name}: eos_token_id is {found!r}: must be a token's id or a list of them")
-        if ids:
-            return tuple(ids)
-    return ()
+    return _stops(folder / GENERATION) or _stops(folder / MODEL_CONFIG)
+
+
+def _stops(path: Path) -> tuple[int, ...]:
+    """Return the ids at which a model stops, as one file says; empty if it does not say, or is missing."""
+    found = _read(path).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
+        raise TokenizerError(f"{path}: eos_token_id is {found!r}: must be a token's id or a list of them")
+    return tuple(ids)
 
 
 def names(folder: Path) -> set[str]:

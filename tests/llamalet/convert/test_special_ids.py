@@ -235,6 +235,20 @@ def test_ids_written_beside_a_tokenizer_are_read_again(tmp_path):
     assert load(tmp_path / "t.tokenizer.model").ids == ids
 
 
+def test_a_generation_config_beside_any_tokenizer_says_where_texts_end(tmp_path):
+    (tmp_path / "t.tokenizer.model").write_bytes(train())
+    (tmp_path / "t.generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+    assert load(tmp_path / "t.tokenizer.model").ids == SpecialIds(bos=1, eos=2, prefix=(1,), stops=frozenset({7, 2}))
+
+
+def test_a_large_tokenizer_json_is_read(tmp_path):
+    """Llama 3's has 17 MB, more than other JSON files may have."""
+    made = begins_with(byte_level(), "<|bos|>")
+    (tmp_path / "tokenizer.json").write_text(made.to_str() + " " * (17 << 20))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(BOS_EOS))
+    assert load(tmp_path / "tokenizer.json").ids.prefix == (340,)
+
+
 def test_tokens_that_transformers_adds_are_in_the_tokenizer_that_goes_along(tmp_path):
     made = byte_level()
     (tmp_path / "tokenizer.json").write_text(made.to_str())
