@@ -292,7 +292,7 @@ def _tie(name: str, fields: Mapping[str, Any], stored: dict[str, FileTensor]) ->
         FormatError: if config.json does not say true or false.
     """
     tied = fields.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
+    if not isinstance(tied, bool | None):
         raise FormatError(f"{name}: tie_word_embeddings is {reprlib.repr(tied)}: must be true or false")
     embeddings, output = NAMES["tok_embeddings"], NAMES["output"]
     if output not in stored:
