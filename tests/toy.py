@@ -10,7 +10,7 @@ from llamalet import model_file, shards
 from llamalet.config import ModelConfig
 from llamalet.model_file import quantize
 from llamalet.model_file.tensors import tensor_specs
-from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, write_bin
+from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, Tokenizer, write_bin
 from llamalet.tokenizer.llama3 import special_names
 from llamalet.tokenizer.rows import TokenizerRow
 from training.run.run_state import RunState
@@ -99,8 +99,10 @@ def toy_model(
     return path
 
 
-def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 0) -> Path:
-    """Write random tokens of the toy vocabulary as prepared data, in documents of 50 tokens."""
+def toy_data(
+    folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 0, tokenizer: Tokenizer | None = None
+) -> Path:
+    """Write random tokens as prepared data, in documents of 50 tokens; the vocabulary is the toy one by default."""
     rng = np.random.default_rng(seed)
     splits = {}
     for name in shards.SPLITS:
@@ -108,7 +110,7 @@ def toy_data(folder: Path, vocab_size: int, *, n_tokens: int = 700, seed: int = 
         ids[::50] = BOS_ID
         block = shards.TokenBlock(ids=ids, documents=-(-n_tokens // 50), text_bytes=3 * n_tokens)
         splits[name] = shards.Split((shards.write_shard(folder / f"{name}_00000.bin", [block], vocab_size),))
-    tokenizer = toy_tokenizer(vocab_size)
+    tokenizer = tokenizer or toy_tokenizer(vocab_size)
     write_bin(folder / "tokenizer.bin", tokenizer)
     meta = shards.Meta(
         source="toy", recipe={}, bos_id=1, eos_id=2, vocab_size=vocab_size, tokenizer="tokenizer.bin",

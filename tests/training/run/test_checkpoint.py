@@ -45,6 +45,7 @@ from llamalet.model_file.checkpoint import (
     list_steps,
     step_of,
 )
+from llamalet.tokenizer import Tokenizer
 from training.run import checkpoint, run_folder
 
 CONFIG = SMALL_MODELS["gqa-tied"]
@@ -448,8 +449,9 @@ def test_retention_counts_whole_checkpoints_alone(tmp_path):
 def test_a_checkpoint_of_the_first_layout_goes_on_to_the_same_loss(tmp_path, monkeypatch):
     """Written at version 0.1.0, before there were guards and intervals in minutes; kept to be read for ever."""
     monkeypatch.chdir(tmp_path)
-    toy_data(tmp_path / "data" / "toy", 276)
-    shutil.copytree(ROOT / "tests" / "golden" / "checkpoint-1", "out/checkpoints/step-00000002")
+    golden = ROOT / "tests" / "golden" / "checkpoint-1"
+    toy_data(tmp_path / "data" / "toy", 276, tokenizer=Tokenizer.load(golden / "tokenizer.bin"))
+    shutil.copytree(golden, "out/checkpoints/step-00000002")
     assert train.main(["--resume"]) == 0
     reached = checkpoint.load("out/checkpoints/step-00000004").state.val_loss
     assert reached == pytest.approx(5.404939768607156, rel=1e-5)
