@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from gguf_makes import TEXT_TOKENS, byte_pairs
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from vocabularies import SYLLABLES, train
+from vocabularies import SYLLABLES, from_sentencepiece, train
+
+from llamalet.convert import byte_level as byte_level_table
 
 MARK = "\u2581"
 GPT4_WORDS = (
@@ -271,6 +274,34 @@ MAKES: dict[str, tuple[Callable[[], tokenizers.Tokenizer] | None, dict[str, Any]
     ),
     "bytes, LlamaTokenizer": (
         byte_level, {"tokenizer_config.json": BOS_EOS | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}},
+    ),
+}  # fmt: skip
+
+
+# The splits that llama.cpp has a name for, and pieces of SentencePiece's own training: these go into a GGUF too.
+for _words in byte_level_table.NAMES:
+    MAKES |= {
+        f"bytes, split as {_words}, BOS in front": (
+            functools.partial(byte_pairs, _words, bos="<bos>"),
+            {"tokenizer_config.json": {"bos_token": "<bos>", "eos_token": "<|endoftext|>"}},
+        ),
+        f"bytes, split as {_words}, chat tokens": (
+            functools.partial(byte_pairs, _words, special=CHAT, added=TEXT_TOKENS),
+            {"tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+        ),
+        f"bytes, split as {_words}, special tokens first": (
+            functools.partial(byte_pairs, _words, first=("<pad>", "<bos>"), bos="<bos>"),
+            {"tokenizer_config.json": {"bos_token": "<bos>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}},
+        ),
+    }
+MAKES |= {
+    "SentencePiece's pieces": (lambda: from_sentencepiece(prepend=True), {"tokenizer_config.json": SPM | FAST}),
+    "SentencePiece's pieces, BOS in front": (
+        lambda: begins_with(from_sentencepiece(prepend=True), "<s>"), {"tokenizer_config.json": SPM | FAST},
+    ),
+    "SentencePiece's pieces, chat tokens": (
+        lambda: with_added(from_sentencepiece(prepend=True), *(AddedToken(name, special=True) for name in CHAT[1:])),
+        {"tokenizer_config.json": SPM | FAST | {"eos_token": "<|im_end|>"}},
     ),
 }  # fmt: skip
 

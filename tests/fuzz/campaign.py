@@ -365,7 +365,7 @@ def log_text(path: Path, results: Sequence[Result], seed: int) -> str:
     if path.exists():
         known = [line for line in path.read_text().splitlines() if line.partition(" ")[0] in FORMATS]
         lines = {line.partition(" ")[0]: line for line in known}
-    note = f"  seed {seed}, {torture.commit()}, {time.strftime('%Y-%m-%d', time.gmtime())}"
+    note = f"  seed {seed}, {time.strftime('%Y-%m-%d', time.gmtime())}"
     lines |= {result.name: result.line() + note for result in results}
     head = [
         f"make fuzz: {torture.processor()}, {os.cpu_count()} cores, {platform.system()}, Python "
