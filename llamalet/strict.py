@@ -114,7 +114,7 @@ def read_bytes(path: Path, error: type[LlamaletError], missing: str, most: int =
 
 def is_file_name(text: object) -> bool:
     """Return whether something can be the name of a file in a folder; others make the system's calls fail."""
-    if not isinstance(text, str) or text == ".." or "\0" in text:
+    if not isinstance(text, str) or text in ("", "..") or "\0" in text:
         return False
     return Path(text).name == text and len(text.encode()) <= MAX_NAME
 

@@ -15,7 +15,7 @@ from llamalet.convert import byte_level
 from llamalet.convert.probes import difference
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
-from llamalet.tokenizer.huggingface import BYTE_TOKEN, pairs_in, prefix_of
+from llamalet.tokenizer.huggingface import BYTE_TOKEN, pairs_in, prefix_of, refusals
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 CONTROLS = (UNKNOWN, BOS, EOS)
@@ -42,7 +42,8 @@ def build(vocabulary: Tokenizer, data: bytes) -> bytes:
         import tokenizers
     except ImportError:
         raise UsageError("a tokenizer.json needs the tokenizers library: pip install tokenizers") from None
-    found = tokenizers.Tokenizer.from_str(json.dumps(_fields(vocabulary)))
+    with refusals("the vocabulary's tokenizer.json"):
+        found = tokenizers.Tokenizer.from_str(json.dumps(_fields(vocabulary)))
     built = (found.to_str(pretty=True) + "\n").encode()
     probe = difference(vocabulary, JsonTokenizer(built, "tokenizer.json"))
     if probe is not None:

@@ -62,7 +62,7 @@ def read(path: str | os.PathLike[str], vocab_size: int | None = None) -> tuple[T
     n_bytes = path.stat().st_size
     if n_bytes > MAX_FILE_BYTES:
         raise TokenizerError(f"{path}: {n_bytes} bytes: too large for a tokenizer; is it a model?")
-    data = path.read_bytes()
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if path.name == declared.JSON and data.startswith(b"{"):
         data = declared.completed(data, path.parent)
     found = parse(data, str(path), vocab_size)

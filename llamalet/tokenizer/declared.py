@@ -20,14 +20,16 @@ models/auto/tokenization_auto.py, models/llama/tokenization_llama.py.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llamalet import strict
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer.base import SpecialIds, Tokenizer
-from llamalet.tokenizer.huggingface import prefix_of
+from llamalet.tokenizer.huggingface import prefix_of, refusals
+from llamalet.tokenizer.rows import MAX_VOCAB
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -76,7 +78,7 @@ def ids_beside(path: Path, found: Tokenizer) -> SpecialIds:
     alone = {"bos_token": found.file_ids.bos, "eos_token": found.file_ids.eos} if path.name == MODEL else {}
     bos, eos = (found.id_of(names[role]) if role in names else alone.get(role) for role in ("bos_token", "eos_token"))
     if (folder / JSON).is_file():
-        prefix = _prefix(_object((folder / JSON).read_bytes(), folder / JSON), folder / JSON)
+        prefix = _prefix(_tokenizer_json(folder), folder / JSON)
     else:
         prefix = (bos,) if bos is not None and _read(folder / CONFIG).get("add_bos_token") is True else ()
     if bos is None and prefix:
@@ -118,9 +120,14 @@ def _stops(path: Path) -> tuple[int, ...]:
     """Return the ids at which a model stops, as one file says; empty if it does not say, or is missing."""
     found = _read(path).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
-        raise TokenizerError(f"{path}: eos_token_id is {found!r}: must be a token's id or a list of them")
+    if not all(map(_is_id, ids)):
+        raise TokenizerError(f"{path}: eos_token_id is {reprlib.repr(found)}: must be a token's id or a list of them")
     return tuple(ids)
+
+
+def _is_id(value: object) -> bool:
+    """Return whether a value can be a token's id."""
+    return type(value) is int and 0 <= value < MAX_VOCAB
 
 
 def names(folder: Path) -> set[str]:
@@ -167,7 +174,7 @@ def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
         import tokenizers
     except ImportError:
         raise UsageError(f"{folder}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
-    try:
+    with refusals(str(folder / JSON)):
         if is_llama:
             fields = _as_llama(fields, declared)
         library = tokenizers.Tokenizer.from_str(json.dumps(fields))
@@ -175,8 +182,6 @@ def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
             added = tokenizers.AddedToken(**token)
             (library.add_special_tokens if token["special"] else library.add_tokens)([added])
         text: str = library.to_str()
-    except Exception as error:  # the library raises plain Exceptions
-        raise TokenizerError(f"{folder / JSON}: not a usable tokenizer.json: {error}") from None
     return text.encode()
 
 
@@ -201,7 +206,7 @@ def chat_spaces(folder: Path) -> str | None:
         return declared.prepend_scheme
     if not (folder / JSON).is_file():
         return "never" if (folder / CONFIG).is_file() else None
-    steps = json.dumps([_read(folder / JSON).get(key) for key in ("normalizer", "pre_tokenizer")])
+    steps = json.dumps([_tokenizer_json(folder).get(key) for key in ("normalizer", "pre_tokenizer")])
     found = re.search(r'"prepend_scheme": "(\w+)"', steps)
     return found[1] if found else "always" if '"Prepend"' in steps else "never"
 
@@ -249,8 +254,7 @@ class _Declared:
         listed = self.config.get("added_tokens_decoder")
         if listed is None:
             table |= _read(folder / SPECIAL_MAP)
-        is_bytes = (folder / JSON).is_file() and BYTE_LEVEL in (folder / JSON).read_bytes()
-        self.is_llama = self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS and not is_bytes
+        self.is_llama = self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS and not _is_byte_level(folder)
         self.special: dict[str, str] = dict(LLAMA_TOKENS) if self.is_llama else {}
         others = [key for key, value in table.items() if key.endswith("_token") and isinstance(value, str)]
         for key in dict.fromkeys([*ROLES, *others]):
@@ -267,13 +271,13 @@ class _Declared:
         self.extra = [_name(source, "extra_special_tokens", value) for value in extra]
         if listed is None:
             names = {*self.special.values(), *self.extra}
-            by_id = {id: _added(name, name in names) for name, id in _read(folder / ADDED).items()}
-            self.added = [token for _, token in _sorted(folder / ADDED, by_id)]
+            listed = [(id, _added(name, name in names)) for name, id in _read(folder / ADDED).items()]
+            self.added = _sorted(folder / ADDED, listed)
         else:
             if not isinstance(listed, dict) or not all(isinstance(token, dict) for token in listed.values()):
                 raise TokenizerError(f"{source}: added_tokens_decoder is not an object of tokens by id")
             self.added = []
-            for _, token in _sorted(source, listed):
+            for token in _sorted(source, listed.items()):
                 flags = {key: bool(token[key]) for key in FLAGS if key in token}
                 self.added.append(
                     {"special": False} | flags | {"content": _name(source, "added_tokens_decoder", token)}
@@ -294,10 +298,15 @@ def _added(name: str, special: bool) -> dict[str, Any]:
     return {"content": name, "special": special, "normalized": not special}
 
 
-def _sorted(path: Path, tokens: Mapping[Any, Any]) -> list[tuple[int, Any]]:
+def _is_byte_level(folder: Path) -> bool:
+    """Return whether the tokenizer.json of a folder speaks of bytes, in transformers' eyes."""
+    return (folder / JSON).is_file() and BYTE_LEVEL in (folder / JSON).read_bytes()
+
+
+def _sorted(path: Path, tokens: Iterable[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return tokens in the order of their ids, which may be written as text."""
     try:
-        return sorted(((int(id), token) for id, token in tokens.items()), key=lambda item: item[0])
+        return [token for _, token in sorted(((int(id), token) for id, token in tokens), key=lambda pair: pair[0])]
     except (ValueError, TypeError):
         raise TokenizerError(f"{path}: the added tokens' ids must be numbers") from None
 
@@ -333,14 +342,14 @@ def parse_ids(data: bytes, name: str) -> SpecialIds | None:
     Raises:
         TokenizerError: if they are damaged.
     """
-    fields = _object(data, name)
-    if PREFIX not in fields:
+    fields = strict.parse_json(data, name, TokenizerError)
+    if not isinstance(fields, dict) or PREFIX not in fields:
         return None
     prefix, stops = fields[PREFIX], fields.get("eos_token_id")
     bos, eos = fields.get("bos_token_id"), fields.get(EOS)
     lists = [prefix, stops]
     numbers = [id for ids in lists if isinstance(ids, list) for id in ids] + [id for id in (bos, eos) if id is not None]
-    if not all(isinstance(ids, list) for ids in lists) or not all(type(id) is int and id >= 0 for id in numbers):
+    if not all(isinstance(ids, list) for ids in lists) or not all(_is_id(id) for id in numbers):
         raise TokenizerError(f"{name}: bos_token_id, eos_token_id and {PREFIX} must be ids and lists of ids")
     return SpecialIds(bos=bos, eos=eos, prefix=tuple(prefix), stops=frozenset(stops or ()))
 
@@ -348,6 +357,11 @@ def parse_ids(data: bytes, name: str) -> SpecialIds | None:
 def _read(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if there is no file."""
     return strict.read_json(path, TokenizerError) if path.is_file() else {}
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    """Return the fields of a folder's tokenizer.json."""
+    return _object((folder / JSON).read_bytes(), folder / JSON)
 
 
 def _object(data: bytes, path: Path | str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from llamalet.marked_text import OTHERS
 from llamalet.tokenizer.base import CONTINUED, SpecialIds, Tokenizer, valid
 from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
-from llamalet.tokenizer.rows import TokenizerRow
+from llamalet.tokenizer.rows import MAX_VOCAB, TokenizerRow
 
 MAX_BYTE_LEVELS, MAX_STEPS = 3, 64
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
@@ -59,7 +59,7 @@ class JsonTokenizer(Tokenizer):
         except ImportError:
             raise UsageError(f"{name}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
         self._name = name
-        with self._refusals():
+        with refusals(self._name):
             table = json.loads(data)
             _check_steps(table)
             self._library = tokenizers.Tokenizer.from_str(data.decode())
@@ -105,7 +105,7 @@ class JsonTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         self._library.encode_special_tokens = True  # encode their names as plain text
-        with self._refusals():
+        with refusals(self._name):
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -114,7 +114,7 @@ class JsonTokenizer(Tokenizer):
         if not special:
             return super().encode(text, bos=bos, eos=eos)
         self._library.encode_special_tokens = False
-        with self._refusals():
+        with refusals(self._name):
             ids: list[int] = self._library.encode(valid(text), add_special_tokens=False).ids
         first = list(self.ids.prefix) if bos else []
         return first + ids + ([self.ids.eos] if eos and self.ids.eos is not None else [])
@@ -127,7 +127,7 @@ class JsonTokenizer(Tokenizer):
     def _encode_behind_marker(self, text: str) -> list[int]:
         """Return the ids of a text, free of special tokens' names, that follows a special token."""
         self._library.encode_special_tokens = False
-        with self._refusals():
+        with refusals(self._name):
             ids: list[int] = self._library.encode(f"{self._marker}{text}", add_special_tokens=False).ids
         return ids[1:]
 
@@ -168,7 +168,7 @@ class JsonTokenizer(Tokenizer):
             inside: whether it continues another text.
         """
         self._library.encode_special_tokens = False
-        with self._refusals():
+        with refusals(self._name):
             for before in CONTINUED if inside else ():
                 ids = self._library.encode(before, add_special_tokens=False).ids
                 both = self._library.encode(before + text, add_special_tokens=False)
@@ -194,16 +194,6 @@ class JsonTokenizer(Tokenizer):
         """The tokens that nobody but a template may name."""
         return frozenset(self._names.values())
 
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
-        """Turn whatever the library raises, a panic of its Rust code included, into a TokenizerError."""
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-            raise
-        except BaseException as error:  # a panic is no Exception
-            raise TokenizerError(f"{self._name}: not a usable tokenizer.json: {error}") from None
-
     def _cut_names(self, text: str) -> Iterator[str]:
         """Split a text inside each name of a special token, after its first character."""
         while match := self._special_name.search(text):
@@ -218,6 +208,17 @@ def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
     if not name.strip():
         return start, end
     return end - len(name.lstrip()), start + len(name.rstrip())
+
+
+@contextlib.contextmanager
+def refusals(name: str) -> Iterator[None]:
+    """Turn whatever the library raises, a panic of its Rust code included, into a TokenizerError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
 
 
 def rank_rows(data: bytes) -> list[TokenizerRow] | None:
@@ -344,6 +345,8 @@ def _texts(
     if not kinds & {"ByteLevel", "Metaspace", "Replace"}:
         raise ValueError(f"its decoder is {'+'.join(sorted(kinds)) or 'missing'}: must be ByteLevel or SentencePiece's")
     bytes_of = byte_level_bytes()
+    if max(vocab.values()) >= MAX_VOCAB:
+        raise ValueError(f"it has the id {max(vocab.values())}: must be below {MAX_VOCAB}")
     texts = [b""] * (max(vocab.values()) + 1)
     added = {token["content"]: token for token in added_tokens}
     for token, id in vocab.items():

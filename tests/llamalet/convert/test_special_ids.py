@@ -12,7 +12,7 @@ from makes import BOS_EOS, CHAT, begins_with, byte_level
 from toy import SMALL_MODELS, random_tensors, toy_model
 from vocabularies import train
 
-from llamalet import Chat, Model, model_file
+from llamalet import Chat, Model, model_file, tokenizer
 from llamalet.convert import bin_file, formats, huggingface
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
@@ -203,6 +203,9 @@ def test_more_ids_than_the_header_has_room_for_are_refused(turns, tmp_path):
         ("tokenizer_config.json", '{"additional_special_tokens": 5}', "must be a list of tokens"),
         ("special_tokens_map.json", '{"eos_token": []}', r"eos_token is \[\]"),
         ("added_tokens.json", '{"<a>": "x"}', "ids must be numbers"),
+        ("added_tokens.json", '{"<a>": [1]}', "ids must be numbers"),
+        ("generation_config.json", '{"eos_token_id": 1099511627776}', "eos_token_id is 1099511627776: must be"),
+        ("generation_config.json", '{"prefix_token_ids": [], "prefix_token_ids": [1]}', "there twice"),
         ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is '2': must be a token's id"),
         ("generation_config.json", '{"eos_token_id": [true]}', "must be a token's id"),
         ("generation_config.json", '{"prefix_token_ids": 1}', "must be ids and lists of ids"),
@@ -225,6 +228,30 @@ def test_the_files_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(BOS_EOS), encoding="utf-8-sig")
     assert load(tmp_path / "tokenizer.json").bos_id == 340
+
+
+def test_a_tokenizer_json_may_begin_with_one_too_and_is_read_alike(tmp_path):
+    made = byte_level()
+    (tmp_path / "tokenizer.json").write_text(made.to_str(), encoding="utf-8-sig")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(BOS_EOS | {"pad_token": "[PAD]"}))
+    found, data = tokenizer.read(tmp_path / "tokenizer.json")
+    assert found.special["[PAD]"] == 342 and data.startswith(b"{")
+
+
+def test_an_id_far_off_is_refused_before_memory_is_filled(tmp_path):
+    fields = json.loads(byte_level().to_str())
+    fields["model"]["vocab"]["x" * 9] = 10**9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(TokenizerError, match="it has the id 1000000000: must be below"):
+        load(tmp_path / "tokenizer.json")
+
+
+def test_a_panic_of_the_library_while_tokens_are_added_is_a_refusal(tmp_path, capfd):
+    fields = json.loads(byte_level().to_str()) | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(BOS_EOS | {"pad_token": "[PAD]"}))
+    with pytest.raises(TokenizerError, match="not a usable tokenizer.json"):
+        load(tmp_path / "tokenizer.json")
 
 
 def test_ids_written_beside_a_tokenizer_are_read_again(tmp_path):
