@@ -93,8 +93,10 @@ def _jinja_template(source: str, path: Path, model: Path, tokenizer: Tokenizer, 
     """Return the Jinja template from `path`, with what the files beside a model say of its tokenizer."""
     folder = model if model.is_dir() else model.parent
     special = declared.template_variables(folder)
-    if special is not None and not model.is_dir():  # a model in one file knows its BOS and EOS without them
-        special = _bos_and_eos(tokenizer) | special
+    if special is not None and not model.is_dir():
+        # Beside a model in one file there may be another's, whose names count only for its template.
+        own = _bos_and_eos(tokenizer)
+        special = own | special if path.name in TEMPLATE_FILES else special | own
     if isinstance(tokenizer, SentencePieceTokenizer) and (spaces := declared.chat_spaces(folder)) is not None:
         tokenizer = tokenizer.with_chat_spaces(spaces)
     return JinjaTemplate(source, tokenizer, str(path), special, context=context)

@@ -368,7 +368,8 @@ def convert(argv: Sequence[str]) -> int:
     source = formats.read(kind, options.model, rope_theta=options.rope_theta, rope_scaling=options.rope_scaling)
     path, keep = Path(options.out), None if options.tokenizer is None else Path(options.tokenizer)
     source = with_tokenizer(source, target, keep)
-    if target.format == "bin" and options.version is None and options.dtype is None and source.dtype != "f32":
+    is_free = options.version == 3 or options.version is None and source.dtype != "f32"
+    if target.format == "bin" and options.dtype is None and is_free:
         target = dataclasses.replace(target, dtype=source.dtype)  # the weights keep their width
     write(source, target, path, keep=keep, force=options.force)
     if target.format != "bin" and options.check and not read_back(source, target, path):

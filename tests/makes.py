@@ -231,6 +231,13 @@ MAKES: dict[str, tuple[Callable[[], tokenizers.Tokenizer] | None, dict[str, Any]
             "343": {"content": "<text>", "special": False, "lstrip": False, "rstrip": True, "normalized": True},
         }}},
     ),
+    "bytes, other flags in tokenizer_config": (
+        lambda: with_added(byte_level(), AddedToken("<|im_start|>", special=True, normalized=False)),
+        {"tokenizer_config.json": BOS_EOS | {"added_tokens_decoder": {
+            "342": {"content": "<|im_start|>", "special": True, "lstrip": True, "rstrip": True, "normalized": False},
+        }}},
+    ),
+    "bytes, EOS is declared empty": (byte_level, {"tokenizer_config.json": {"bos_token": "<|bos|>", "eos_token": ""}}),
     "bytes, added by added_tokens.json": (byte_level, {"added_tokens.json": {"<|a|>": 342, "<|b|>": 343}}),
     "bytes, additional special tokens": (
         byte_level, {"tokenizer_config.json": BOS_EOS | {"additional_special_tokens": ["<|x|>", "<|y|>"]}},

@@ -86,7 +86,8 @@ def open_model(
             source = read(kind, str(path))
         vocabulary = tokenizer_of(source, tokenizer)
         problem = f"{source.name}: has no tokenizer that can be read"
-        problem += f"; {source.tokenizer_problem}" if source.tokenizer_problem else ""
+        problem += f": {source.tokenizer_problem}" if source.tokenizer_problem else ""
+        problem += "; name one with --tokenizer"
         stop_ids = frozenset(source.stop_tokens) if vocabulary is None else vocabulary.stop_ids
     dtype = dtype or source.dtype
     tensors = Reported(source.tensors, source.config)

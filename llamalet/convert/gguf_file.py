@@ -314,6 +314,8 @@ def _read_config(path: Path, fields: _Part, stored: Mapping[str, "gguf.ReaderTen
     if (architecture := fields.needed("general.architecture")) != ARCHITECTURE:
         raise FormatError(f"{path}: is a {architecture!r} model: only {ARCHITECTURE!r} ones can be read")
     of = functools.partial("{}.{}".format, ARCHITECTURE)
+    if fields.get(of("attention.causal")) is False:
+        raise FormatError(f"{path}: {of('attention.causal')} is false: only models that look back can be read")
     if fields.get(of("expert_count")):
         raise FormatError(f"{path}: is a mixture of {fields.get(of('expert_count'))} experts, not a plain Llama")
     values = {ours: fields.needed(of(theirs)) for ours, theirs in FIELDS.items()}

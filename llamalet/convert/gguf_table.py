@@ -216,7 +216,8 @@ def _table_of_json(vocabulary: JsonTokenizer, fields: Mapping[str, Any]) -> Toke
     for token in listed:
         if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]:
             raise TokenizerError(f"its token {token['content']!r} has {', '.join(flags)}, which GGUF cannot say")
-    ids: dict[str, int] = model["vocab"] | {token["content"]: token["id"] for token in listed}
+    # The library numbers added tokens itself where their list leaves a gap.
+    ids: dict[str, int] = model["vocab"] | vocabulary.special | vocabulary.added
     tokens: list[str | None] = [None] * vocabulary.vocab_size
     for token, id in ids.items():
         tokens[id] = token

@@ -23,6 +23,7 @@ from llamalet.chat_template import TEMPLATE_FILES, TOKENIZER_CONFIG, read_templa
 from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
+from llamalet.convert.probes import TEXTS
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
 from llamalet.model_file.quantize import to_bfloat16
@@ -115,6 +116,8 @@ def read(name: str) -> ImportedModel:
     imported_model.check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
     tensors = {our: _reordered(our, tensor, config, (2, -1)) for our, tensor in found.items()}
     vocabulary, data, problems = _read_tokenizer(folder, config.vocab_size)
+    if (folder / TOKENIZER).is_file() and (other := declared.other_class(folder)):
+        notes.append(f"its tokenizer.json is read as it is; transformers 5 makes the class {other}'s own of it")
     return ImportedModel(
         name=str(folder),
         config=config,
@@ -351,27 +354,32 @@ def _chat_template(folder: Path) -> str | None:
 def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
     """Return the tokenizer, its file's bytes, and what is wrong with files that cannot be used.
 
-    Where tokenizer.json has the same tokens as SentencePiece's tokenizer.model, the latter is taken: it is the
-    original, and llama2.c's layout can hold it. Tokens that other files add to a tokenizer.model make it a
-    tokenizer.json.
+    Where tokenizer.json and SentencePiece's tokenizer.model give the same ids, the latter is taken: it is the original,
+    and llama2.c's layout can hold it. Tokens that other files add to a tokenizer.model make it a tokenizer.json.
     """
     paths = [folder / SENTENCEPIECE, folder / TOKENIZER]
     model, json_file = (imported_model.find_tokenizer([path], vocab_size) for path in paths)
-    if model[0] is None or json_file[0] is not None and not json_file[0].has_same_tokens(model[0]):
+    if model[0] is None or json_file[0] is not None and not _are_alike(model[0], json_file[0]):
         vocabulary, data, problems = json_file
-        missing = (f"{folder}: has neither {TOKENIZER} nor {SENTENCEPIECE}",)
-        return vocabulary, data, () if vocabulary is not None else model[2] + problems or missing
+        return vocabulary, data, () if vocabulary is not None else model[2] + problems
     if (folder / TOKENIZER).is_file():
         return model
     try:
         if declared.names(folder) <= {*model[0].special, *model[0].added}:
             return model
-        built = tokenizer_json.build(model[0], model[1])
-        data = declared.completed(built, folder, as_it_is=True)
+        data = declared.completed(tokenizer_json.build(model[0], model[1]), folder)
         found = tokenizer.parse(data, str(folder / SENTENCEPIECE), vocab_size)
         return found.with_ids(declared.ids_beside(folder / SENTENCEPIECE, found)), data, ()
     except (TokenizerError, UsageError) as error:
         return None, b"", (f"tokens added to its tokenizer cannot be used: {error}",)
+
+
+def _are_alike(model: Tokenizer, other: Tokenizer) -> bool:
+    """Return whether two tokenizers have the same tokens and cut difficult texts alike."""
+    texts = (*TEXTS, *(f"a {name}b{name} " for name in model.special))
+    return model.has_same_tokens(other) and all(
+        model.encode(text, special=True) == other.encode(text, special=True) for text in texts
+    )
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

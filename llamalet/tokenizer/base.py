@@ -274,10 +274,19 @@ class Tokenizer(abc.ABC):
                 ids.append(part)
                 continue
             first, *others = self._cut_added(valid(part))
-            ids += encode(first, number == 0)
+            found = encode(first, number == 0)
             for other in others:
-                ids += self._encode_inside(other)
+                found += self._encode_inside(other)
+            if self._marker_ids.isdisjoint(found):
+                ids += found
+            else:  # a vocabulary that normalizes texts makes a name of other characters; of one alone it cannot
+                ids += [id for character in part for id in self._encode_inside(character) if id not in self._marker_ids]
         return ids
+
+    @functools.cached_property
+    def _marker_ids(self) -> frozenset[int]:
+        """The tokens in `_names`, but for the unknown one, which stands for any text."""
+        return frozenset(id for name, id in self._names.items() if "unk" not in name.lower())
 
     @functools.cached_property
     def _names(self) -> dict[str, int]:

@@ -40,6 +40,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # The class that ignores how a tokenizer.json splits texts, and its own special tokens.
 LLAMA_CLASS = "LlamaTokenizer"
 BYTE_LEVEL = b'"ByteLevel"'
+# Those that take a tokenizer.json as it is, and the one above.
+PLAIN_CLASSES = ("", "PreTrainedTokenizer", "TokenizersBackend", LLAMA_CLASS)
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -120,9 +122,9 @@ def _stops(path: Path) -> tuple[int, ...]:
     """Return the ids at which a model stops, as one file says; empty if it does not say, or is missing."""
     found = _read(path).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(map(_is_id, ids)):
+    if not all(type(id) is int for id in ids):
         raise TokenizerError(f"{path}: eos_token_id is {reprlib.repr(found)}: must be a token's id or a list of them")
-    return tuple(ids)
+    return tuple(id for id in ids if _is_id(id))  # -1 and the like are no token's, so no text ends there
 
 
 def _is_id(value: object) -> bool:
@@ -140,13 +142,18 @@ def names(folder: Path) -> set[str]:
     return {*found.special.values(), *found.extra, *(token["content"] for token in found.added)}
 
 
-def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
+def other_class(folder: Path) -> str | None:
+    """Return the tokenizer's class, if it is one that makes its own of a tokenizer.json in transformers 5."""
+    named = _Declared(folder).tokenizer_class
+    return None if named.removesuffix("Fast") in PLAIN_CLASSES else named
+
+
+def completed(data: bytes, folder: Path) -> bytes:
     """Return a tokenizer.json with all tokens that transformers would add to it, and split as its class splits texts.
 
     Args:
         data: the file's bytes; the same object is returned if nothing is to be added.
         folder: where the files beside it are.
-        as_it_is: whether it splits texts as it says, whatever its class.
 
     Raises:
         TokenizerError: if one of the files is damaged.
@@ -159,23 +166,22 @@ def completed(data: bytes, folder: Path, *, as_it_is: bool = False) -> bytes:
         isinstance(token, dict) and isinstance(token.get("content"), str) for token in listed
     ):
         raise TokenizerError(f"{folder / JSON}: added_tokens is not a list of tokens")
-    known = {token.get("content") for token in listed}
+    known = {token["content"]: _flags(token) for token in listed}
     special = dict.fromkeys([*declared.special.values(), *declared.extra])
-    missing = [token for token in declared.added if token["content"] not in known]
+    missing = [token for token in declared.added if known.get(token["content"]) != _flags(token)]
     missing += [
         {"content": name, "special": True, "normalized": False}
         for name in special
         if name not in known and name not in {token["content"] for token in missing}
     ]
-    is_llama = declared.is_llama and not as_it_is
-    if not missing and not is_llama:
+    if not missing and not declared.is_llama:
         return data
     try:
         import tokenizers
     except ImportError:
         raise UsageError(f"{folder}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
     with refusals(str(folder / JSON)):
-        if is_llama:
+        if declared.is_llama:
             fields = _as_llama(fields, declared)
         library = tokenizers.Tokenizer.from_str(json.dumps(fields))
         for token in missing:
@@ -252,16 +258,16 @@ class _Declared:
         self.tokenizer_class = str(named)
         table, source = dict(self.config), folder / CONFIG
         listed = self.config.get("added_tokens_decoder")
-        if listed is None:
-            table |= _read(folder / SPECIAL_MAP)
+        mapped = _read(folder / SPECIAL_MAP) if listed is None else {}
+        table |= mapped
         self.is_llama = self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS and not _is_byte_level(folder)
         self.special: dict[str, str] = dict(LLAMA_TOKENS) if self.is_llama else {}
         others = [key for key, value in table.items() if key.endswith("_token") and isinstance(value, str)]
         for key in dict.fromkeys([*ROLES, *others]):
             if key in table:
                 self.special.pop(key, None)
-                if table[key] is not None:
-                    self.special[key] = _name(source, key, table[key])
+                if table[key] not in (None, ""):
+                    self.special[key] = _name(folder / (SPECIAL_MAP if key in mapped else CONFIG), key, table[key])
         extra = table.get("extra_special_tokens") or table.get("additional_special_tokens") or []
         if isinstance(extra, dict):
             self.special |= {str(key): _name(source, str(key), value) for key, value in extra.items()}
@@ -291,6 +297,13 @@ class _Declared:
         if self.config.get("add_prefix_space") not in (None, True):
             return "never"
         return "always" if self.config.get("legacy", False) else "first"
+
+
+def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
+    """Return how an added token is found in a text; by default, text that is normalized too."""
+    special = bool(token.get("special", False))
+    found = {flag: bool(token.get(flag, False)) for flag in FLAGS}
+    return found | {"special": special, "normalized": bool(token.get("normalized", not special))}
 
 
 def _added(name: str, special: bool) -> dict[str, Any]:

@@ -190,6 +190,11 @@ class JsonTokenizer(Tokenizer):
         return id == self._unknown_id and self._names.get(text) != id
 
     @functools.cached_property
+    def _marker_ids(self) -> frozenset[int]:
+        """The tokens that nobody but a template may name, but for the unknown one, which stands for any text."""
+        return self._name_ids - {self._unknown_id}
+
+    @functools.cached_property
     def _name_ids(self) -> frozenset[int]:
         """The tokens that nobody but a template may name."""
         return frozenset(self._names.values())

@@ -133,6 +133,11 @@ def test_convert_writes_what_reads_back_as_the_model(model, tmp_path, capsys, ou
     assert (difference(found.tensors, read.tensors) == 0) == (not words)
 
 
+def test_convert_to_version_3_keeps_the_width(model, tmp_path):
+    assert cli.main(["convert", model, "b.bin", "--version=3"]) == 0
+    assert formats.read("bin", "b.bin").stored == {"F32"}
+
+
 @pytest.mark.parametrize(("out", "words"), [("b.bin", ["--version=2"]), ("b.bin", ["--dtype", "q4"]), ("b.bin", [])])
 def test_convert_writes_the_bytes_of_export(model, tmp_path, out, words):
     assert cli.main(["convert", model, out, *words]) == 0

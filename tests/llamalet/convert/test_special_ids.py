@@ -204,7 +204,6 @@ def test_more_ids_than_the_header_has_room_for_are_refused(turns, tmp_path):
         ("special_tokens_map.json", '{"eos_token": []}', r"eos_token is \[\]"),
         ("added_tokens.json", '{"<a>": "x"}', "ids must be numbers"),
         ("added_tokens.json", '{"<a>": [1]}', "ids must be numbers"),
-        ("generation_config.json", '{"eos_token_id": 1099511627776}', "eos_token_id is 1099511627776: must be"),
         ("generation_config.json", '{"prefix_token_ids": [], "prefix_token_ids": [1]}', "there twice"),
         ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is '2': must be a token's id"),
         ("generation_config.json", '{"eos_token_id": [true]}', "must be a token's id"),

@@ -69,7 +69,7 @@ def broken(kind: str, folder: Path) -> Path:
     return path
 
 
-KINDS = ("hf", "missing", "gguf", "bin, damaged", "bin, another's")
+KINDS = ("hf", "gguf", "bin, damaged", "bin, another's")
 
 
 @pytest.mark.parametrize("out", ["new.bin", "new.gguf", "new"])
@@ -90,6 +90,14 @@ def test_a_tokenizer_that_cannot_be_taken_along_is_an_error_with_two_remedies(tm
     assert model.logits([1, 2]).shape == (2, 300) and not model.undrawn
     with pytest.raises(TokenizerError, match="no tokenizer"):
         model.score("a band")
+
+
+def test_a_model_that_comes_without_a_tokenizer_has_none_to_lose(tmp_path, capsys):
+    path = broken("missing", tmp_path)
+    for out in ("new.bin", "new"):
+        assert "without a tokenizer" in convert(path, tmp_path / out, capsys=capsys)
+    with pytest.raises(TokenizerError, match="llama.cpp needs a tokenizer .*--no-tokenizer$"):
+        convert(path, tmp_path / "new.gguf")
 
 
 def test_export_says_the_same(tmp_path):
@@ -207,7 +215,7 @@ def test_a_replaced_folder_leaves_nothing_to_the_new_one(tmp_path):
     assert found.tokenizer.ids == VOCABULARY.ids and found.tokenizer.added == {} and found.chat_template is None
     write(folder, source_of(None))
     found = formats.read("hf", str(folder))
-    assert found.tokenizer is None and "has neither" in found.tokenizer_problem and found.stop_tokens == ()
+    assert (found.tokenizer, found.tokenizer_problem, found.stop_tokens) == (None, "", ())
 
 
 def test_files_that_the_user_put_there_first_stay(tmp_path):

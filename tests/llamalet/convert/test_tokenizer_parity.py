@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import transformers
-from makes import MAKES, write_make
+from makes import FAST, MAKES, SPM, begins_with, write_make
 from toy import SMALL_MODELS, random_tensors
-from vocabularies import HARD, train
+from vocabularies import HARD, from_sentencepiece, train
 
 from llamalet import model_file
 from llamalet.convert import bin_file, gguf_file, huggingface
@@ -41,6 +41,7 @@ NOT_IN_GGUF = {
     "bytes, added single word": "has single_word",
     "bytes, added normalized under NFKC": "normalizes texts",
     "bytes, added by tokenizer_config": "has rstrip",
+    "bytes, other flags in tokenizer_config": "has lstrip",
     "pieces, unigram": "a Unigram model",
     **dict.fromkeys(("pieces, no space in front", "pieces, Prepend", "pieces, chat tokens"), "not merged in the order"),
     "pieces, LlamaTokenizer, no space": "not merged in the order",
@@ -93,6 +94,43 @@ def test_ids_are_those_of_transformers(tmp_path, name):
     again = gguf_file.read(str(tmp_path / "m.gguf")).tokenizer
     assert again is not None and again.ids == ours.ids
     assert {text: ids_of(again, text) + behind for text in TEXTS} == expected
+
+
+LLAMA = SPM | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+CHATML = ("<|im_end|>", "<|im_start|>")
+# What stands beside a tokenizer.model, and whether there is a tokenizer.json too.
+BESIDE_A_MODEL = {
+    "the same json": (True, {"tokenizer_config.json": SPM | FAST}),
+    "LlamaTokenizer's json": (True, {"tokenizer_config.json": LLAMA}),
+    "LlamaTokenizer's json, legacy": (True, {"tokenizer_config.json": LLAMA | {"legacy": True}}),
+    "added tokens": (
+        False, {"tokenizer_config.json": LLAMA, "added_tokens.json": {name: 420 + i for i, name in enumerate(CHATML)}},
+    ),
+    "added tokens, listed": (
+        False,
+        {"tokenizer_config.json": LLAMA | {"added_tokens_decoder": {
+            str(420 + i): {"content": name, "special": i == 0, "lstrip": False, "rstrip": False, "normalized": i == 1}
+            for i, name in enumerate(CHATML)
+        }}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE_A_MODEL)
+def test_what_stands_beside_a_tokenizer_model_counts_as_for_transformers(tmp_path, name):
+    has_json, files = BESIDE_A_MODEL[name]
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 448}')
+    if has_json:
+        (tmp_path / "tokenizer.json").write_text(begins_with(from_sentencepiece(prepend=True), "<s>").to_str())
+    for file, fields in files.items():
+        (tmp_path / file).write_text(json.dumps(fields))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, _, problems = huggingface._read_tokenizer(tmp_path, 448)
+    assert ours is not None and problems == ()
+    assert (ours.suffix == "model") is (name == "the same json")
+    texts = [*TEXTS, " den", "den</s>den", "<|im_start|>a<|im_end|>\n<|im_start|>b c<|im_end|>"]
+    assert {text: ids_of(ours, text) for text in texts} == {text: theirs(text)["input_ids"] for text in texts}
 
 
 PIECES = {
