@@ -33,7 +33,7 @@ TASK_CHARS = 200_000
 
 # A character that no vocabulary joins to others, so that the tokens of a text after it are those of the text alone.
 SEAM = "\ue000"
-# A character that is in no vocabulary: it shows what becomes of those.
+# A character in no vocabulary: its ids show what a tokenizer does with unknown ones.
 UNKNOWN = "\U0010fffd"
 
 _worker_tokenizer = functools.cache(load_tokenizer)  # each worker loads the vocabulary once

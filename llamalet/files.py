@@ -1,4 +1,4 @@
-"""Write files atomically, and hash them."""
+"""Files: replaced atomically, read only where they are regular, hashed."""
 
 import contextlib
 import errno

@@ -11,7 +11,7 @@ from llamalet.chat_template import TEMPLATE, read_template
 from llamalet.config import Llama3Scaling
 from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale, set_aside
 from llamalet.errors import ConfigError, TokenizerError, UsageError
-from llamalet.files import replacing
+from llamalet.files import write_file
 from llamalet.model_file.companions import SUFFIXES, beside, ids_path, load_tokenizer, special_ids
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
 from llamalet.model_file.tensors import ModelFile, Rows
@@ -164,21 +164,18 @@ def write(
             tokenizer.write_bin(paths["bin"], vocabulary, source.config.vocab_size)
             beside_it.append("bin")
         if vocabulary.suffix != "bin":
-            with replacing(paths[vocabulary.suffix]) as file:
-                file.write(source.tokenizer_data)
+            write_file(paths[vocabulary.suffix], source.tokenizer_data)
             beside_it.append(vocabulary.suffix)
         earlier = SUFFIXES[: SUFFIXES.index(vocabulary.suffix)]
         remove_stale([paths[suffix] for suffix in earlier], keep)
     if replaces and inside is None:
         set_aside([paths[suffix] for suffix in SUFFIXES if suffix not in beside_it], keep)
     if ids is not None and version < 3:
-        with replacing(ids_path(path)) as file:
-            file.write(declared.ids_json(ids))
+        write_file(ids_path(path), declared.ids_json(ids))
     else:
         remove_stale([ids_path(path)], keep)
     if source.chat_template is not None:
-        with replacing(path.with_suffix(TEMPLATE_SUFFIX)) as file:
-            file.write(source.chat_template.encode())
+        write_file(path.with_suffix(TEMPLATE_SUFFIX), source.chat_template.encode())
     elif replaces:
         set_aside([path.with_suffix(TEMPLATE_SUFFIX)], keep)
     return written

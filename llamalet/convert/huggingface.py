@@ -25,7 +25,7 @@ from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
 from llamalet.convert.probes import TEXTS
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
-from llamalet.files import replacing
+from llamalet.files import replacing, write_file
 from llamalet.model_file.quantize import to_bfloat16
 from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
 from llamalet.tokenizer import Tokenizer, declared
@@ -44,7 +44,7 @@ NAMES = {
     "norm": "model.norm.weight",
     "output": "lm_head.weight",
 }
-# Our fields -> theirs; and theirs that change the arithmetic, with the values that a plain Llama has.
+# Our fields -> theirs.
 FIELDS = {
     "dim": "hidden_size", "hidden_dim": "intermediate_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
@@ -418,8 +418,7 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
         with replacing(folder / WEIGHTS) as file:
             file.writelines(safetensors_file.encode(layout, blocks, {"format": "pt"}))
         for name, data in files.items():
-            with replacing(folder / name) as file:
-                file.write(data)
+            write_file(folder / name, data)
         tokenizer_files = [folder / name for name in (TOKENIZER, *BESIDE_TOKENIZER) if name not in files]
         if source.tokenizer is not None:
             imported_model.remove_stale(tokenizer_files, keep)
@@ -501,8 +500,7 @@ def _special_ids(source: ImportedModel) -> dict[str, Any]:
     ids = None if source.tokenizer is None else source.tokenizer.ids
     stops = source.stop_tokens
     if not stops and ids is not None:
-        first = [ids.eos] if ids.eos is not None and ids.eos in ids.stops else []
-        stops = (*first, *sorted(ids.stops.difference(first)))
+        stops = tuple(ids.ordered_stops)
     ends = {} if not stops else {"eos_token_id": stops[0] if len(stops) == 1 else list(stops)}
     return ends if ids is None else {"bos_token_id": ids.bos, **ends}
 

@@ -317,10 +317,8 @@ def write(
     if (tokenizer is not None or special_ids is not None) and version != 3:
         raise ConfigError(f"version {version} has no place for a tokenizer; take --version 3")
     if special_ids is not None and len(special_ids.prefix) + len(special_ids.stops) > MAX_IDS:
-        raise ConfigError(
-            f"{len(special_ids.prefix)} ids begin every text and {len(special_ids.stops)} end one: version 3 has room "
-            f"for {MAX_IDS} together"
-        )
+        n = len(special_ids.prefix) + len(special_ids.stops)
+        raise ConfigError(f"{n} ids begin every text or end one: version 3 has room for {MAX_IDS}")
     dtype = dtype or DEFAULT_DTYPES[version]
     group_size = {
         2: quantize.group_size_for(config.dim, config.hidden_dim),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llamalet.checks import file_path
 from llamalet.errors import TokenizerError
-from llamalet.files import replacing
+from llamalet.files import write_file
 from llamalet.tokenizer import declared, llama2, llama3
 from llamalet.tokenizer.base import SpecialIds, StreamDecoder, Tokenizer
 from llamalet.tokenizer.huggingface import JsonTokenizer, rank_rows
@@ -127,5 +127,4 @@ def write_bin(path: str | os.PathLike[str], tokenizer: Tokenizer, n_rows: int = 
     if not isinstance(tokenizer, Llama3Tokenizer):
         llama2.check_for_llama2c(tokenizer, str(path))
     data = pack(tokenizer.pieces(), n_rows)
-    with replacing(Path(path)) as file:
-        file.write(data)
+    write_file(Path(path), data)

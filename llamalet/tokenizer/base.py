@@ -47,6 +47,11 @@ class SpecialIds:
         stops = frozenset(id for id in (bos, eos, *turn_ends) if id is not None)
         return cls(bos=bos, eos=eos, prefix=() if bos is None else (bos,), stops=stops)
 
+    @property
+    def ordered_stops(self) -> list[int]:
+        """The ids that end a text, EOS first, as files list them."""
+        return sorted(self.stops, key=lambda id: (id != self.eos, id))
+
 
 class Tokenizer(abc.ABC):
     """A vocabulary and its rule for splitting text into tokens.

@@ -54,8 +54,7 @@ def ids_path(tokenizer_path: Path) -> Path:
 
 def ids_json(ids: SpecialIds) -> bytes:
     """Return a generation_config.json that says these ids."""
-    first = [] if ids.eos is None or ids.eos not in ids.stops else [ids.eos]
-    fields = {"bos_token_id": ids.bos, "eos_token_id": first + sorted(ids.stops.difference(first))}
+    fields = {"bos_token_id": ids.bos, "eos_token_id": ids.ordered_stops}
     return (json.dumps(fields | {PREFIX: list(ids.prefix), EOS: ids.eos}, indent=2) + "\n").encode()
 
 

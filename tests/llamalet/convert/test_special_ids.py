@@ -184,7 +184,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
 def test_more_ids_than_the_header_has_room_for_are_refused(turns, tmp_path):
     source = formats.read("hf", str(turns))
     many = dataclasses.replace(source, tokenizer=source.tokenizer.with_stops(range(17)))
-    with pytest.raises(ConfigError, match="17 end one: version 3 has room for 16"):
+    with pytest.raises(ConfigError, match="17 ids begin every text or end one: version 3 has room for 16"):
         bin_file.write(tmp_path / "m.bin", many, 3)
 
 
