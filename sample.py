@@ -31,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
     options = cli.read_sample_options(argv, "sample.py", __doc__ or "")
     model = cli.load(options)  # the weights, the functions that compute with them, and the vocabulary
     if options.mode == "chat":
-        cli.talk(model, options)
-        return 0
+        return cli.talk(model, options)
     ids = model.tokenizer.encode(options.prompt, bos=True)  # text -> token ids
     configs = cli.story_configs(options, ids, model.config.max_seq_len)
     if len(configs) == 1:

@@ -203,13 +203,13 @@ def finish(trainer: "Trainer") -> None:
     best_path = find_best(run_dir)
     if best_path is None:
         raise CheckpointError(f"{run_dir}: no valid checkpoint to export")
-    source, target = formats.read("checkpoint", str(best_path)), run_dir / "model.bin"
+    source, target = formats.read("checkpoint", str(best_path)), run_dir / run_folder.EXPORT
     version = model_file.float_version(source.config)
     bin_file.write(target, source, version, dtype="f32" if version == 3 else None)
     print(f"best checkpoint: {best_path}, exported to {target}")
-    if trainer.config.sample:
+    if trainer.sample_printer is not None:
         print()
-        loaded = Model.load(target)
+        loaded = Model.load(target, backend=trainer.sample_printer.backend)
         model = Model(target, loaded.transformer, as_in_training(loaded.tokenizer))
         for text in model.generate("", temperature=1.0, top_p=0.9, seed=trainer.config.seed):
             print(text, end="", flush=True)

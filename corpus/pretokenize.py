@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,10 +158,16 @@ def check_source(folder: Path, source: str) -> None:
             other = shards.read_meta(record).source
         except DataError:
             continue  # unusable: it will be replaced
-        if other != source:
+        if not same_source(other, source):
             raise DataError(
                 f"{record.parent}: holds data of {other}, not {source}; delete {folder} or choose another --data-dir"
             )
+
+
+def same_source(one: str, other: str) -> bool:
+    """Return whether two names of sources mean the same, or the same file or folder, as a link to it does."""
+    both = os.path.exists(one) and os.path.exists(other)
+    return one == other or both and os.path.samefile(one, other)
 
 
 def valid_shards(folder: Path, meta: Meta) -> dict[str, Shard]:
@@ -171,8 +178,8 @@ def valid_shards(folder: Path, meta: Meta) -> dict[str, Shard]:
             old = shards.read_meta(record)
         except DataError:
             continue  # missing or unusable: nothing to keep
-        facts = ("source", "recipe", "tokenizer_sha256", "bos_id")
-        if any(getattr(old, name) != getattr(meta, name) for name in facts):
+        facts = ("recipe", "tokenizer_sha256", "bos_id")
+        if not same_source(old.source, meta.source) or any(getattr(old, name) != getattr(meta, name) for name in facts):
             continue
         for shard in itertools.chain.from_iterable(split.shards for split in old.splits.values()):
             try:

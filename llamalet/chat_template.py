@@ -17,6 +17,7 @@ from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer, declared
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE_FILES = (f"{TEMPLATE_FOLDER}/default.jinja", TEMPLATE, TOKENIZER_CONFIG)
+BUILT_IN = ("llama2", "llama3")
 MAX_FILE_BYTES = 1 << 26
 MAX_CONTEXT = 1 << 17
 # The vocabulary of Llama 2, whose conversations have no special tokens.
@@ -82,11 +83,20 @@ def find_template(
     if named == "llama2":
         return lambda messages: tokenizer.encode_nameless(llama2_parts(messages, tokenizer))
     path = Path(named)
+    return _jinja_template(read_named(path), path, path.parent if path.suffix == ".json" else model, tokenizer, context)
+
+
+def read_named(path: Path) -> str:
+    """Return the Jinja template in a file that the user named.
+
+    Raises:
+        UsageError: if there is none, or it cannot be read.
+    """
     if not path.is_file():
         raise UsageError(f"chat template {path}: must be llama2, llama3 or a file with a Jinja template")
     if (found := read_template(path)) is None:
         raise UsageError(f"{path}: has no chat_template")
-    return _jinja_template(found, path, path.parent if path.suffix == ".json" else model, tokenizer, context)
+    return found
 
 
 def _jinja_template(source: str, path: Path, model: Path, tokenizer: Tokenizer, context: int) -> Template:

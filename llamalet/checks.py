@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from llamalet.errors import ConfigError, UsageError
 
-KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def shown(value: object) -> str:
@@ -86,10 +86,11 @@ def elements(name: str, value: Any) -> list[Any]:
     """Return the elements of a list, an array or an iterator.
 
     Raises:
-        UsageError: if it is none. A text is none, although Python would take it for a list of characters.
+        UsageError: if it is none. A text is none, although Python would take it for a list of characters, and neither
+            is a set, which has no order.
     """
     try:
-        if not isinstance(value, str | bytes):
+        if not isinstance(value, str | bytes | bytearray | set | frozenset | dict):
             return list(value)
     except TypeError:
         pass
@@ -100,19 +101,20 @@ def token_ids(tokens: Any, vocab_size: int) -> NDArray[np.int64]:
     """Return tokens (T,) as an array.
 
     Args:
-        tokens: a list or an array of whole numbers of any type.
+        tokens: a list, an array or an iterator of whole numbers of any type.
         vocab_size: every id is below it.
 
     Raises:
         UsageError: if there are none, they are not whole numbers, or one is not in the vocabulary.
     """
+    tokens = tokens if isinstance(tokens, np.ndarray) and tokens.ndim else elements("tokens", tokens)
     try:
         ids = np.asarray(tokens)
-    except (ValueError, TypeError, OverflowError):  # rows of different lengths
+    except (ValueError, TypeError, OverflowError, RuntimeError):  # rows of different lengths, a tensor with a gradient
         raise UsageError("tokens: the model needs a list of whole numbers") from None
     if ids.ndim != 1 or not len(ids):
         raise UsageError(f"tokens of shape {ids.shape}: the model needs a list of at least one")
-    if not np.issubdtype(ids.dtype, np.integer):  # a list of several types, which numpy makes floats
+    if ids.dtype.kind not in "iu":  # a list of several types, which numpy makes floats; or times
         ids = np.array([_token(token, vocab_size) for token in tokens], object)
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from llamalet import __version__, console
 from llamalet.chat import Chat
+from llamalet.chat_template import BUILT_IN, read_named
 from llamalet.errors import ConfigError, DataError, FormatError, UsageError, not_positive, note, nothing_to_lose
 from llamalet.generate import check_prompt, generate_batch
 from llamalet.options import read_options
@@ -229,6 +230,8 @@ def read_sample_options(argv: Sequence[str], program: str, description: str, **f
 
 def load(options: SampleOptions) -> Model:
     """Open the model that the options name, else the newest .bin under out/, else the demo model; say which."""
+    if options.chat_template is not None and options.chat_template not in BUILT_IN:
+        read_named(Path(options.chat_template))  # before work that takes long
     path = Path(options.model) if options.model is not None else _choose_model()
     start = time.perf_counter()
     model = options.load(path)
@@ -278,11 +281,11 @@ def story_configs(options: SampleOptions, prompt: Sequence[int], context: int) -
     return sampling.for_texts(options.num_samples)
 
 
-def talk(model: Model, options: SampleOptions) -> None:
-    """Hold a conversation at the terminal."""
+def talk(model: Model, options: SampleOptions) -> int:
+    """Hold a conversation at the terminal; return the exit code."""
     (sampling,) = options.sampling.for_texts(1)
     chat = Chat(model, sampling, system=options.system_prompt, template=options.chat_template)
-    console.converse(chat, options.prompt, sampling.seed)
+    return console.converse(chat, options.prompt, sampling.seed)
 
 
 def generate(argv: Sequence[str]) -> int:
@@ -302,8 +305,7 @@ def chat(argv: Sequence[str]) -> int:
     """Talk to a model as the command line says."""
     description = "Talk to a model that was trained to answer: each line is a message, until Ctrl-D."
     options = read_sample_options(argv, "llamalet chat", description, mode="chat")
-    talk(load(options), options)
-    return 0
+    return talk(load(options), options)
 
 
 # --- evaluate and convert ---

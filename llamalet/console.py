@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from llamalet.chat import Chat
-from llamalet.errors import LlamaletError, UsageError, note
+from llamalet.errors import LlamaletError, UsageError, fail, note
 from llamalet.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -111,8 +111,15 @@ def speed(n_prompt: int, clock: Clock, n_stories: int) -> str:
     return prompt + story
 
 
-def converse(chat: Chat, first: str, seed: int) -> None:
-    """Answer one message after the other, beginning with `first`, until Ctrl-C or the end of stdin."""
+def converse(chat: Chat, first: str, seed: int) -> int:
+    """Answer one message after the other, beginning with `first`, until Ctrl-C or the end of stdin.
+
+    A message that is refused, by the template or for want of room, costs one line; the conversation goes on without it.
+
+    Returns:
+        The exit code: UsageError's if every message was refused.
+    """
+    code, answered = 0, False
     interactive = sys.stdin is not None and sys.stdin.isatty()
     note(f"seed {seed}" + ("; Ctrl-C or Ctrl-D ends the conversation" if interactive else ""))
     try:
@@ -120,15 +127,15 @@ def converse(chat: Chat, first: str, seed: int) -> None:
             try:
                 pieces = chat.say(message)
             except UsageError as error:
-                if not interactive:
-                    raise
-                note(str(error))
+                code = fail(str(error), error.exit_code)
                 continue
+            answered = True
             for piece in pieces:
                 print(piece, end="", flush=True)
             print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)
+    return 0 if answered else code
 
 
 def read_messages(first: str, interactive: bool) -> Iterator[str]:
@@ -141,13 +148,13 @@ def read_messages(first: str, interactive: bool) -> Iterator[str]:
         yield first
     while sys.stdin is not None:
         if interactive:
-            print("> ", end="", file=sys.stderr, flush=True)
+            note("> ", end="")
         try:
             # input() lets the user edit the line; unlike readline, it tells an empty line from the end of stdin.
             line = input()
         except EOFError:
             if interactive:
-                print(file=sys.stderr)
+                note("")
             return
         except UnicodeDecodeError:
             raise UsageError("stdin is not text in UTF-8") from None

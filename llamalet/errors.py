@@ -193,11 +193,11 @@ def nothing_to_lose() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def note(message: str) -> None:
+def note(message: str, end: str = "\n") -> None:
     """Print a line on stderr that is not part of the result; a stderr that takes nothing stops no work."""
     if sys.stderr is not None:  # print(file=None) would go to stdout
         with contextlib.suppress(OSError, ValueError):
-            print(message, file=sys.stderr, flush=True)
+            print(message, end=end, file=sys.stderr, flush=True)
 
 
 def forget_stdout() -> None:
@@ -214,24 +214,26 @@ def _ignore_signals() -> None:
 def _report(error: BaseException) -> int:
     """Print an error as one line and return the exit code; raise it again if no user can have caused it."""
     if isinstance(error, KeyboardInterrupt):
-        return _fail("stopped by Ctrl-C", startup.INTERRUPTED)
+        return fail("stopped by Ctrl-C", startup.INTERRUPTED)
     if isinstance(error, LlamaletError):
-        return _fail(str(error), error.exit_code)
+        return fail(str(error), error.exit_code)
+    if line := startup.missing_package(error):
+        return fail(line, startup.MISSING)
     if isinstance(error, BrokenPipeError):  # the reader (head, less) has gone
         forget_stdout()
         return 141
     if isinstance(error, MemoryError):
-        return _fail("out of memory; use a smaller model, batch or context", 1)
+        return fail("out of memory; use a smaller model, batch or context", 1)
     if isinstance(error, OSError):
         where, full = f"{error.filename}: " if error.filename else "", error.errno in DISK_FULL
         if full and not where:  # an error on another file would have its name
             where = "stdout: "
             forget_stdout()
-        return _fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
+        return fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
     raise error
 
 
-def _fail(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
     """Print `message` as one line, without a terminal's control characters, and return `code`."""
     words = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", message).split())
     note("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], words))

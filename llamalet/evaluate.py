@@ -1,6 +1,5 @@
 """What `llamalet evaluate` computes and prints: a model's loss and bits per byte on prepared data or a text file."""
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llamalet import scoring
-from llamalet.errors import DataError
+from llamalet.errors import DataError, note
 from llamalet.files import read_file
 from llamalet.runtime import Model
 from llamalet.scoring import NOTHING, Evaluation
@@ -71,8 +70,8 @@ def evaluate_shards(
     total = sum(with_progress(scores, n_tokens), NOTHING)
     entropy = shards.meta.entropy if split == "val" and not windows else None
     if entropy is not None and total.documents < entropy.stories:
-        note = f"The corpus entropy is known for all {entropy.stories} stories; to compare with it, omit --max-tokens."
-        return f"{note}\n{report(total)}"
+        why = f"The corpus entropy is known for all {entropy.stories} stories; to compare with it, omit --max-tokens."
+        return f"{why}\n{report(total)}"
     return report(total, entropy)
 
 
@@ -120,7 +119,7 @@ def with_progress(scores: Iterator[Evaluation], n_tokens: int) -> Iterator[Evalu
         if now - shown > PROGRESS_AFTER_S:
             shown = now
             speed = done / (now - start)
-            print(f"{done} of about {n_tokens} tokens, {speed:.0f} tokens/s", file=sys.stderr, flush=True)
+            note(f"{done} of about {n_tokens} tokens, {speed:.0f} tokens/s")
         yield score
 
 

@@ -118,6 +118,15 @@ def open_file(path: Path) -> BufferedReader:
     Raises:
         OSError: see read_file.
     """
+    check_regular(path)
+    return open(path, "rb")
+
+
+def check_regular(path: Path) -> None:
+    """Check that opening a path does not wait for another program, as a pipe does; a folder fails by itself.
+
+    Raises:
+        OSError: see read_file.
+    """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(path, "rb")

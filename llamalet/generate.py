@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.checks import checked, token_ids
+from llamalet.checks import checked, elements, token_ids
 from llamalet.config import ModelConfig
 from llamalet.errors import UsageError
 from llamalet.kv_cache import KVCache, cache_bytes, free_memory
@@ -87,6 +87,7 @@ def generate_batch(
         raise UsageError(f"batch_size={batch_size}: must be between 1 and {MAX_BATCH}")
     texts = deque[_Text]()
     for number, (tokens, config) in enumerate(zip(prompts, configs, strict=True)):
+        tokens = elements("prompt", tokens)
         check_prompt(tokens, config, context)
         prompt = token_ids(tokens, transformer.config.vocab_size).tolist()
         # The last token needs no room in the cache: nothing is computed after it.

@@ -249,18 +249,29 @@ def open_backend(file: ModelFile, backend: str, threads: int | None) -> ForwardP
     """
     if threads is not None or backend == "numba":
         thread_count(threads)
-    if backend == "numba":
-        from llamalet.kernels.environment import import_numba
+    # Importing and compiling the kernels takes longest, so every other error comes first.
+    if usable_backend(backend) == "numba":
+        from llamalet.kernels.transformer import Transformer
 
-        # Importing and compiling the kernels takes longest, so every other error comes first.
-        if import_numba():
-            from llamalet.kernels.transformer import Transformer
-
-            return Transformer(file, threads=threads)
-        note("llamalet: NUMBA_DISABLE_JIT is set, so that numba compiles nothing: taking backend=numpy")
+        return Transformer(file, threads=threads)
     from llamalet.reference import NumpyTransformer
 
     return NumpyTransformer(file)
+
+
+def usable_backend(backend: str) -> str:
+    """Return one of the BACKENDS, or numpy, with a note, where numba is told not to compile.
+
+    Raises:
+        UsageError: if numba cannot be imported.
+    """
+    if backend == "numba":
+        from llamalet.kernels.environment import import_numba
+
+        if not import_numba():
+            note("llamalet: NUMBA_DISABLE_JIT is set, so that numba compiles nothing: taking backend=numpy")
+            return "numpy"
+    return backend
 
 
 def _open_again(cls: type[Model], origin: Origin) -> Model:

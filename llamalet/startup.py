@@ -1,4 +1,4 @@
-"""What a command does before its other imports, which may take seconds: Ctrl-C, standard streams, the locale.
+"""What a command does before its other imports, which may take seconds: Ctrl-C, streams, the locale, missing packages.
 
 Imports only what Python has already loaded: until `begin` has run, Python answers Ctrl-C with a traceback.
 """
@@ -7,7 +7,12 @@ import _signal  # the part of `signal` that is written in C; the rest of it take
 import os
 import sys
 
+TYPE_CHECKING = False  # as in __init__.py
+if TYPE_CHECKING:
+    from types import TracebackType
+
 INTERRUPTED = 130  # exit code after Ctrl-C
+MISSING = 2  # exit code without a package, UsageError's
 
 
 def begin() -> None:
@@ -18,6 +23,7 @@ def begin() -> None:
         _signal.signal(_signal.SIGINT, end_at_once)
     _open_missing_streams()
     _use_utf8()
+    sys.excepthook = _end_for_missing
 
 
 def end_at_once(number: int, frame: object) -> None:
@@ -29,6 +35,24 @@ def end_at_once(number: int, frame: object) -> None:
         os.write(2, b"error: stopped by Ctrl-C\n")
     finally:
         os._exit(INTERRUPTED)
+
+
+def missing_package(error: BaseException) -> str | None:
+    """Return a line about a package that is not installed; None for any other error."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    package = (name or "").partition(".")[0]
+    if not package or package in sys.stdlib_module_names or sys.modules.get(package) is not None:
+        return None
+    return f"needs the package {package}: pip install {package}, or in a checkout everything: pip install -e '.[train]'"
+
+
+def _end_for_missing(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
+    """Print what ended the program, a missing package in one line: a handler for errors in a command's imports."""
+    if (line := missing_package(error)) is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    os.write(2, f"error: {line}\n".encode())
+    os._exit(MISSING)
 
 
 def _open_missing_streams() -> None:

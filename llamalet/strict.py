@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import math
-import reprlib
 import sys
 import tomllib
 import types
@@ -19,7 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from llamalet import checks
+from llamalet.checks import shown
 from llamalet.errors import LlamaletError
+from llamalet.files import open_file
 
 Record = TypeVar("Record")
 
@@ -30,7 +32,7 @@ MAX_WHOLE = 2**63 - 1
 MAX_NAME = 255  # bytes
 MAX_SHOWN = 5  # problems in a message
 
-KINDS = {int: "a whole number from 0 up", float: "a number", bool: "true or false", str: "a text"}
+KINDS = checks.KINDS | {int: "a whole number from 0 up"}
 
 
 def read_json(path: Path, error: type[LlamaletError], missing: str = "no such file") -> dict[str, Any]:
@@ -46,7 +48,7 @@ def read_json(path: Path, error: type[LlamaletError], missing: str = "no such fi
     """
     fields = parse_json(read_bytes(path, error, missing), str(path), error)
     if not isinstance(fields, dict):
-        raise error(f"{path}: must hold a JSON object, not {_shown(fields)}")
+        raise error(f"{path}: must hold a JSON object, not {shown(fields)}")
     return fields
 
 
@@ -97,15 +99,11 @@ def read_bytes(path: Path, error: type[LlamaletError], missing: str, most: int =
         error: if it is missing, larger, or no file; a pipe would be waited for.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise error(f"{path}: cannot be read: {'Is a directory' if path.is_dir() else 'not a regular file'}")
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(most + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise error(f"{path}: {missing}") from None
     except OSError as problem:
-        if isinstance(problem, LlamaletError):
-            raise
         raise error(f"{path}: cannot be read: {problem.strerror}") from None
     if len(data) > most:
         raise error(f"{path}: has more than {most >> 20} MB: too large to be such a file")
@@ -206,7 +204,7 @@ class _Checker:
 
     def _refuse(self, name: str, value: object, wanted: str) -> None:
         """Note that a field must hold something else."""
-        self.problems.append(f"{name}={_shown(value)}: must be {wanted}")
+        self.problems.append(f"{name}={shown(value)}: must be {wanted}")
 
 
 @functools.cache
@@ -229,7 +227,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) < len(pairs):
         for key, value in pairs:
             if table[key] != value:
-                raise ValueError(f"{_shown(key)} is there twice, with different values")
+                raise ValueError(f"{shown(key)} is there twice, with different values")
     return table
 
 
@@ -272,8 +270,3 @@ def _one_line(problem: BaseException) -> str:
     if isinstance(problem, RecursionError):
         return f"it is nested more than {MAX_DEPTH} deep"
     return f"{problem!s:.200}"
-
-
-def _shown(value: object) -> str:
-    """Return a value for a message, in short."""
-    return reprlib.repr(value)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import sys
 import textwrap
 from collections.abc import Mapping
 from itertools import takewhile
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig
+from llamalet.errors import note
 from llamalet.tokenizer import Tokenizer, load
 from training.run.interrupts import Interrupts
 from training.run.progress import say
@@ -26,6 +26,9 @@ class SamplePrinter:
 
     The runtime is loaded at once, so that it says before the run what it lacks, such as a folder for its kernels.
 
+    Attributes:
+        backend: what the runtime computes with, one of runtime.BACKENDS.
+
     Args:
         config: the model's shape.
         tokenizer_path: the file of its vocabulary.
@@ -36,11 +39,12 @@ class SamplePrinter:
     def __init__(self, config: ModelConfig, tokenizer_path: Path, seed: int, threads: int) -> None:
         self.config, self.seed, self.threads = config, seed, threads
         self.tokenizer = as_in_training(load(tokenizer_path, config.vocab_size))
-        self._broken = False
+        self.backend, self._broken = "numba", False
         try:
-            from llamalet.kernels.environment import import_numba
+            from llamalet.runtime import usable_backend
 
-            if import_numba():
+            self.backend = usable_backend(self.backend)  # once, because it may have something to say
+            if self.backend == "numba":
                 import llamalet.kernels.transformer  # noqa: F401
         except Exception as error:
             self._give_up(error)
@@ -59,7 +63,7 @@ class SamplePrinter:
             from llamalet.runtime import Model, open_backend
 
             file = ModelFile(Path("memory"), Header(1, self.config), dict(tensors))
-            model = Model(file.path, open_backend(file, "numba", self.threads), self.tokenizer)
+            model = Model(file.path, open_backend(file, self.backend, self.threads), self.tokenizer)
             pieces = model.generate(max_new_tokens=MAX_TOKENS, temperature=1.0, top_p=0.9, seed=self.seed)
             text = "".join(takewhile(lambda _: not interrupts.requested, pieces))
         except Exception as error:
@@ -70,7 +74,7 @@ class SamplePrinter:
 
     def _give_up(self, error: Exception) -> None:
         """Warn that there will be no stories: a sample is not worth a run."""
-        print(f"warning: no stories: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        note(f"warning: no stories: {' '.join(str(error).split())}")
         self._broken = True
 
 

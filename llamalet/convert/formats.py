@@ -12,7 +12,7 @@ from llamalet import model_file, tokenizer
 from llamalet.checks import choice, file_path
 from llamalet.convert.imported_model import ImportedModel, Reported, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
-from llamalet.model_file.checkpoint import MODEL, STATE, list_steps
+from llamalet.model_file.checkpoint import MANIFEST, MODEL, STATE, list_steps
 from llamalet.model_file.companions import check_identity, load_tokenizer, no_tokenizer, stops_of
 from llamalet.model_file.header import DTYPES
 from llamalet.model_file.tensors import ModelFile
@@ -205,8 +205,10 @@ def kind_of(path: Path) -> str:
             return "hf"
         if (path / META_PARAMS).is_file():
             return "meta_llama"
-        if list_steps(path) or (path / MODEL).is_file() or (path / STATE).is_file():
+        if list_steps(path) or (path / MANIFEST).is_file() or (path / STATE).is_file():
             return "checkpoint"
+        if (path / MODEL).is_file():
+            raise FormatError(f"{path}: holds {MODEL} but no {HF_CONFIG} (Hugging Face), so its shape is unknown")
         raise FormatError(
             f"{path}: holds no model: neither a checkpoint nor a run with checkpoints, no {HF_CONFIG} (Hugging Face), "
             f"no {META_PARAMS} (Meta)"

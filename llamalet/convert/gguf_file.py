@@ -427,10 +427,6 @@ def rope_factors(config: ModelConfig) -> Floats | None:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _check(source: ImportedModel) -> None:
-    """Raise an error if GGUF, or llama.cpp, cannot hold the model."""
-
-
 def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
     """Write a model and its tokenizer, if it has one, as one file, which llama.cpp runs.
 
@@ -449,7 +445,6 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         UsageError: if the gguf package is not installed.
     """
     gguf, config = _package(), source.config
-    _check(source)
     kinds = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     notes = _add_fields(writer, source, path, gguf.LlamaFileType[DTYPES[dtype][1]])

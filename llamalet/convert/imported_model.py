@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llamalet import tokenizer
 from llamalet.config import CAPS, Llama3Scaling, ModelConfig
-from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
+from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError, note
 from llamalet.model_file.quantize import from_bfloat16
 from llamalet.model_file.tensors import BLOCK_WEIGHTS, Rows, row_blocks, tensor_specs
 from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
@@ -88,7 +88,7 @@ class Reported(dict[str, Rows]):
     def __getitem__(self, name: str) -> Rows:
         if time.perf_counter() - self._reported > REPORT_AFTER_S:
             self._reported = time.perf_counter()
-            print(f"  {self._done / sum(self._sizes.values()):.0%} ({name})", file=sys.stderr, flush=True)
+            note(f"  {self._done / sum(self._sizes.values()):.0%} ({name})")
         self._done += self._sizes[name]
         return super().__getitem__(name)
 

@@ -77,14 +77,20 @@ class Target:
         """Check that what is to be written can be, before a model is downloaded or read.
 
         Raises:
-            ConfigError: if a folder is in its place.
+            ConfigError: if something else is in its place.
             DiskError: if its folder cannot be written to.
         """
         if self.out is not None:
             path = Path(self.out)
-            if path.is_dir() and self.format != "hf":
-                raise ConfigError(f"{path}: is a folder; a {self.format} is a file")
+            self.check_place(path)
             check_writable(path if self.format == "hf" else path.parent)
+
+    def check_place(self, path: Path) -> None:
+        """Raise a ConfigError if what is at `path` is not what would be replaced: a file, or with hf a folder."""
+        if path.exists() and not (path.is_dir() if self.format == "hf" else path.is_file()):
+            what = "a folder" if path.is_dir() else "a file" if path.is_file() else "a pipe or a device"
+            wanted = "a Hugging Face model is a folder" if self.format == "hf" else f"a .{self.format} is a file"
+            raise ConfigError(f"{path}: is {what}; {wanted}")
 
     @property
     def format(self) -> str:
@@ -144,12 +150,11 @@ def write(source: ImportedModel, target: Target, path: Path, *, keep: Path | Non
         force: write version 0 even if it loses the norm_eps.
 
     Raises:
-        ConfigError: if the format cannot hold the model, or `path` is a folder or the model itself.
+        ConfigError: if the format cannot hold the model, or `path` is the model itself, or nothing to replace.
         TokenizerError: if the model's tokenizer cannot be read, or the format cannot hold it.
         NonFiniteError: if a weight is NaN or infinite.
     """
-    if path.is_dir() and target.format != "hf":
-        raise ConfigError(f"{path}: is a folder; a {target.format} is a file")
+    target.check_place(path)
     if path.exists() and any(path.samefile(file) for file in source.files or (source.name,)):
         raise ConfigError(f"{path}: is the model to export, which would be lost; name another file or folder")
     if problem := _tokenizer_problem(source, target):

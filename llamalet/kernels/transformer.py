@@ -54,9 +54,7 @@ class Transformer:
         self._begin()
         self._team = ThreadTeam(compile_work(self._arguments_for(1, 0)), self._n_threads)
         weakref.finalize(self, self._team.stop)
-        if hasattr(os, "register_at_fork"):
-            this = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: _begin_in_child(this()))
+        _alive.add(self)
 
     def _begin(self) -> None:
         """Create the memory of the kernels, for one caller at a time."""
@@ -229,11 +227,18 @@ class Transformer:
         return np.array([*layer * c.n_layers, final_norm, logits, 0])
 
 
-def _begin_in_child(transformer: Transformer | None) -> None:
-    """Let a transformer compute in a forked process, where another thread's lock and unfinished job would stay."""
-    if transformer is not None:
+_alive = weakref.WeakSet[Transformer]()
+
+
+def _begin_in_child() -> None:
+    """Let transformers compute in a forked process, where another thread's lock and unfinished job would stay."""
+    for transformer in _alive:
         transformer._begin()
         transformer._team.begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[..., None]:

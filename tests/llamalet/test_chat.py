@@ -2,6 +2,7 @@ import datetime
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -292,11 +293,10 @@ def test_a_template_that_makes_nothing_is_refused(model, tmp_path):
     assert talk.messages[0] == Message("user", "a")
 
 
-def test_an_endless_template_ends(model_path, tmp_path, monkeypatch):
+def test_an_endless_template_ends(model_path, tmp_path, capsys, monkeypatch):
     (tmp_path / "t.jinja").write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
-    with pytest.raises(errors.UsageError, match=r"t\.jinja: .* takes more than 2 s"):
-        sample.main(["--backend=numpy", str(model_path), "-m", "chat", f"--chat-template={tmp_path / 't.jinja'}"])
+    _, err = converse(capsys, monkeypatch, model_path, "a\n", f"--chat-template={tmp_path / 't.jinja'}", code=2)
+    assert re.search(r"error: .*t\.jinja: .* takes more than 2 s", err)
 
 
 def test_the_date_is_todays(model):
@@ -472,9 +472,9 @@ def test_nobody_can_type_the_end_of_a_turn_in_a_sentencepiece_model(tmp_path, ki
 # --- the command ---
 
 
-def converse(capsys, monkeypatch, path: Path, lines: str, *words: object) -> tuple[str, str]:
+def converse(capsys, monkeypatch, path: Path, lines: str, *words: object, code: int = 0) -> tuple[str, str]:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    assert sample.main(["--backend=numpy", str(path), "-m", "chat", *map(str, words)]) == 0
+    assert sample.main(["--backend=numpy", str(path), "-m", "chat", *map(str, words)]) == code
     captured = capsys.readouterr()
     return captured.out, captured.err
 
@@ -489,6 +489,37 @@ def test_the_command_is_the_class(model, model_path, capsys, monkeypatch):
     out, _ = converse(capsys, monkeypatch, model_path, "b\n", "-i", "a", "-s", 4, "--max-new-tokens=8", "-y", "the")
     talk = Chat(model, seed=4, max_new_tokens=8, system="the")
     assert out == "".join("".join(talk.say(text)) + "\n" for text in "ab")
+
+
+REFUSING = "{% for m in messages %}{{ raise_exception('no') if 'bad' in m.content }}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "refused", "why"),
+    [
+        ("llama2", "[INST]", r"a message cannot contain \[INST\]"),
+        (REFUSING, "bad", "the chat template refuses the conversation: no"),
+        (REFUSING, "the " * 300, "the model's context"),
+    ],
+)
+def test_a_message_that_is_refused_does_not_end_it(template, refused, why, model_path, tmp_path, capsys, monkeypatch):
+    if template == REFUSING:
+        template = tmp_path / "t.jinja"
+        template.write_text(REFUSING)
+    words = (f"--chat-template={template}", "--max-new-tokens=3", "--temperature=0")
+    expected, _ = converse(capsys, monkeypatch, model_path, "a\nb\n", *words)
+    out, err = converse(capsys, monkeypatch, model_path, f"{refused}\na\n{refused}\nb\n", *words)
+    assert out == expected
+    assert len(re.findall(f"^error: .*{why}", err, re.MULTILINE)) == 2
+    # Where nothing is answered, as with a template that refuses everything, the command has failed.
+    assert converse(capsys, monkeypatch, model_path, f"{refused}\n", *words, code=2)[0] == ""
+
+
+def test_a_template_that_is_missing_is_known_before_the_model_is_read(tmp_path):
+    (tmp_path / "empty.json").write_text("{}")
+    for name, why in (("gone.jinja", "must be llama2, llama3 or a file"), ("empty.json", "has no chat_template")):
+        with pytest.raises(errors.UsageError, match=why):
+            sample.main([str(tmp_path / "no model.bin"), "-m", "chat", f"--chat-template={tmp_path / name}"])
 
 
 def test_ctrl_c_ends_it(model_path, capsys, monkeypatch):

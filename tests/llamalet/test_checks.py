@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from toy import SMALL_MODELS, toy_model, toy_tokenizer
 
 from llamalet import Chat, Model, SamplingConfig, Tokenizer, model_file, shards
@@ -22,6 +23,11 @@ INTEGERS = [getattr(np, f"{kind}{bits}") for kind in ("int", "uint") for bits in
 # No number, no text and no path.
 JUNK = [
     None, b"x", [], {}, np.array([1, 2]), np.array(0.5), 3 + 4j, [[1], [2, 3]], np.ma.masked, Ellipsis, {1},
+]  # fmt: skip
+# No list of ids: nothing, a number, a text, what has no order, times, numbers with a gradient.
+NO_IDS = [
+    None, 5, np.int64(5), np.array(5), "1", b"1", bytearray(b"1"), {1}, frozenset({1}), {1: 2}, np.array([5], "m8[s]"),
+    np.timedelta64(5, "s"), [np.timedelta64(5, "s")], torch.ones(2, requires_grad=True), torch.tensor(5), [None],
 ]  # fmt: skip
 
 
@@ -57,6 +63,15 @@ def test_the_largest_seed_and_numpy_s_floats(model):
         config = SamplingConfig(temperature=number(1), top_p=number(0), ignore_eos=np.True_)
         assert config == SamplingConfig(temperature=1.0, top_p=0.0, ignore_eos=True)
         assert type(config.temperature) is float and type(config.ignore_eos) is bool
+
+
+def test_ids_may_come_one_by_one_or_from_torch(model):
+    expected = model.logits([1, 2, 3])
+    for ids in (iter([1, 2, 3]), (id for id in (1, 2, 3)), torch.tensor([1, 2, 3]), range(1, 4)):
+        assert (model.logits(ids) == expected).all()
+    config = [SamplingConfig(seed=1, max_new_tokens=3)]
+    expected = list(generate_batch(model.transformer, [[1, 260]], config))
+    assert list(generate_batch(model.transformer, [iter([1, 260])], config)) == expected
 
 
 def test_a_prompt_of_ids_may_be_an_array(model):
@@ -120,6 +135,8 @@ def test_any_other_value_ends_in_a_line(model, path, value):
         lambda model, path: model.tokenizer.token_bytes(-1),
         lambda model, path: model.tokenizer.token_bytes(300),
         lambda model, path: model.logits(np.ones((1, 2), int)),
+        *(lambda model, path, ids=ids: model.logits(ids) for ids in NO_IDS),
+        *(lambda model, path, ids=ids: generate_batch(model.transformer, [ids], [SamplingConfig()]) for ids in NO_IDS),
         lambda model, path: model.logits([1] * 33),
         lambda model, path: Model.load(path, backend="numpy", threads=0),
         lambda model, path: Model.load(path, backend="numpy", threads="2"),
@@ -136,7 +153,7 @@ def test_any_other_value_ends_in_a_line(model, path, value):
 def test_wrong_values_of_the_right_type_do_too(model, path, call):
     with pytest.raises(LlamaletError) as caught:
         call(model, path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "shape ()" not in str(caught.value)
 
 
 def test_a_message_shows_a_long_value_shortened():

@@ -197,3 +197,12 @@ def test_a_report_on_text_outside_the_vocabulary_says_so():
         evaluate.report(Evaluation(nats=9.0, tokens=3, text_bytes=0, documents=1))
     with pytest.raises(DataError, match="no text to score: the split has none"):
         evaluate.report(Evaluation(nats=9.0, tokens=3, text_bytes=0, documents=3))
+
+
+def test_without_a_stderr_the_progress_goes_nowhere(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "PROGRESS_AFTER_S", -1.0)
+    assert sum(evaluate.with_progress(iter([NOTHING]), 9), NOTHING) == NOTHING
+    assert capsys.readouterr().err == "0 of about 9 tokens, 0 tokens/s\n"
+    monkeypatch.setattr("sys.stderr", None)
+    assert list(evaluate.with_progress(iter([NOTHING]), 9)) == [NOTHING]
+    assert capsys.readouterr().out == ""

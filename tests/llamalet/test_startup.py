@@ -40,6 +40,35 @@ def shell(folder: Path, command: str, **environment: str) -> subprocess.Complete
     )  # fmt: skip
 
 
+# --- packages ---
+
+
+@pytest.mark.parametrize(
+    ("package", "script", "words"),
+    [
+        ("tqdm", "tinystories.py", []),  # among the imports at the top
+        ("torch", "train.py", ["--max_iters=1"]),  # later
+        ("numpy", "sample.py", []),
+    ],
+)
+def test_a_package_that_is_missing_is_named_in_a_line(tmp_path, package, script, words):
+    code = "import runpy, sys; sys.modules[sys.argv[1]] = None; del sys.argv[:2]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, package, ROOT / script, *words], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith(f"error: needs the package {package}: pip install {package}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    for line in ("1 / 0", "import json.gone", "from os import gone"):
+        code = f"from llamalet import startup; startup.begin(); {line}"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 1 and "Traceback" in done.stderr
+
+
 # --- streams ---
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ from llamalet import Model, strict
 from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.convert import checkpoint_file, huggingface, meta_llama, safetensors_file
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
+from llamalet.files import read_file
 from llamalet.model_file import checkpoint
 from llamalet.options import _options as option_list
 from llamalet.shards import read_meta
@@ -356,3 +358,13 @@ def test_a_record_of_metrics_that_is_huge_is_refused_and_stops_no_run(tmp_path, 
 def test_rope_scaling_takes_whole_numbers():
     fields = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_seq_len": 8192}
     assert strict.build(Llama3Scaling, fields, "x", FormatError).factor == 8.0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_what_is_no_file_is_named_in_the_words_of_every_reader(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "Is a directory")):
+        with pytest.raises(DataError, match=f"{path}: cannot be read: {why}$"):
+            strict.read_bytes(path, DataError, "no such file")
+        with pytest.raises(OSError, match=why):
+            read_file(path)

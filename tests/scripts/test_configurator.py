@@ -109,6 +109,15 @@ def test_toml_lies_between_defaults_and_command_line(tmp_path):
     [
         ("lerning_rate = 1\n[model]\nx = 1\n", ["lerning_rate", "learning_rate", "model"]),
         ("batch_size = [1]\n", ["batch_size"]),
+        ('batch_size = "1"\n', ["batch_size='1': must be a whole number"]),
+        ("batch_size = 1.0\n", ["batch_size=1.0: must be a whole number"]),
+        ("batch_size = true\n", ["batch_size=True: must be a whole number"]),
+        ('learning-rate = "1"\n', ["learning-rate='1': must be a number"]),
+        ("seed = 1979-05-27\n", ["seed=", "must be a whole number"]),
+        ('compile = "no"\n', ["compile='no': must be true or false"]),
+        ("compile = 0\n", ["compile=0: must be true or false"]),
+        ("prompt = true\n", ["prompt=True: must be a text"]),
+        ("checkpoint = 07:32:00\n", ["checkpoint=07:32:00: must be a text"]),
         ("batch_size = \n", ["not valid TOML", "line 1"]),
     ],
 )
@@ -118,6 +127,7 @@ def test_bad_toml_is_one_config_error(tmp_path, text, words):
     with pytest.raises(ConfigError) as caught:
         options(str(path), toml=True)
     assert all(word in str(caught.value) for word in [str(path), *words]), str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_toml_may_stand_anywhere(tmp_path):

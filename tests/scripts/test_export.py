@@ -20,6 +20,7 @@ from training.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
 CONFIG = dataclasses.replace(SMALL_MODELS["gqa-tied"], max_seq_len=64)
+PIPES = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 
 
 def save_checkpoint(run: Path, data: Path, step: int, val_loss: float, seed: int = 0) -> Path:
@@ -73,7 +74,10 @@ def test_export_alone_takes_the_best_checkpoint_and_proves_the_file(project, cap
         ("file/new.bin", DiskError, "file: cannot be written to"),
         ("file/new-hf", DiskError, "file/new-hf: cannot be written to"),
         ("file/deep/new.gguf", DiskError, "file/deep: cannot be written to"),
-        ("folder.bin", ConfigError, "folder.bin: is a folder; a bin is a file"),
+        ("folder.bin", ConfigError, "folder.bin: is a folder; a .bin is a file"),
+        ("file", ConfigError, "file: is a file; a Hugging Face model is a folder"),
+        pytest.param("pipe.gguf", ConfigError, "pipe.gguf: is a pipe or a device; a .gguf is a file", marks=PIPES),
+        pytest.param("/dev/null", ConfigError, "/dev/null: is a pipe or a device; a Hugging Face", marks=PIPES),
     ],
 )
 def test_a_place_that_cannot_be_written_is_known_before_a_model_is_read(project, monkeypatch, out, error, words):
@@ -83,6 +87,8 @@ def test_a_place_that_cannot_be_written_is_known_before_a_model_is_read(project,
     monkeypatch.setattr(formats, "read", read)
     (project / "file").write_text("in the way")
     (project / "folder.bin").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(project / "pipe.gguf")
     for command in (lambda: export.main([out, "--hf=some/one"]), lambda: cli.main(["convert", "some.gguf", out])):
         with pytest.raises(error, match=words):
             command()

@@ -576,6 +576,18 @@ def test_prepared_data_of_another_source_are_not_replaced(stories):
     assert [path.name for path in Path("data/s").glob("*.model")] == ["tok303.model"]
 
 
+def test_a_folder_may_be_named_in_other_ways(stories, capsys):
+    write_jsonl(Path("s/train.jsonl"), stories)
+    os.symlink("s", "link")
+    run("pretokenize", "s", "--vocab-size=303")
+    before = digests(Path("data/s/tok303"))
+    for name in ("link", str(Path("s").resolve()), "link/../s"):
+        capsys.readouterr()
+        run("pretokenize", name, "--vocab-size=303")
+        assert "kept: 2 shard(s)" in capsys.readouterr().out
+    assert digests(Path("data/s/tok303")) | {"meta.json": ""} == before | {"meta.json": ""}  # it has the name
+
+
 def test_the_next_command_repeats_what_was_typed(stories, capsys):
     Path("my poems.txt").write_text("\n\n".join(stories))
     typed = ["--source=my poems.txt", "--document=blankline", "--val-fraction=0.1"]

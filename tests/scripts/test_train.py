@@ -19,7 +19,7 @@ from toy import SMALL_MODELS, toy_data, toy_state, toy_tokenizer
 import train
 from configurator import parse
 from llamalet import model_file
-from llamalet.errors import CheckpointError, ConfigError, DataError, UsageError
+from llamalet.errors import CheckpointError, ConfigError, DataError, DiskError, UsageError
 from llamalet.model_file.checkpoint import MODEL, find_best, find_latest, list_steps, newest_best
 from llamalet.shards import Shards
 from llamalet.tokenizer import BOS_ID, write_bin
@@ -283,6 +283,20 @@ def test_memory_that_runs_out_is_a_memory_error(project, monkeypatch, error):
     monkeypatch.setattr(Trainer, "optimizer_step", fail)
     with pytest.raises(MemoryError):
         train.main(SMALL)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.tokenizer.bin", "model.generation_config.json"])
+def test_a_folder_in_the_place_of_the_export_is_found_before_the_first_step(project, name):
+    (project / "out" / name).mkdir(parents=True)
+    with pytest.raises(DiskError, match=f"{name}: is in the place of a file"):
+        train.main([*SMALL, "--no-sample"])
+    assert not list_steps(project / "out")
+
+
+@pytest.mark.trains
+def test_without_numbas_compiler_the_run_says_so_once(project, monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert run(*SMALL, cwd=project).stderr.count("taking backend=numpy") == 1
 
 
 def test_config_toml_reads_back_what_was_typed(project):

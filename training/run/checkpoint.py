@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig
 from llamalet.convert import safetensors_file
-from llamalet.errors import CheckpointError, DiskError, FormatError, NonFiniteError
+from llamalet.errors import CheckpointError, DiskError, FormatError, NonFiniteError, note
 from llamalet.files import sync_folder
 from llamalet.model_file import checkpoint as layout
 from llamalet.tokenizer import declared
@@ -127,7 +126,7 @@ def save(
         _remove(old)
         _retire(run_dir, keep, final)
     except OSError as error:
-        print(f"warning: {parent}: cannot remove old checkpoints: {error.strerror or error}", file=sys.stderr)
+        note(f"warning: {parent}: cannot remove old checkpoints: {error.strerror or error}")
     return final
 
 

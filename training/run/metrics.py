@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from llamalet import strict
-from llamalet.errors import DataError
-from llamalet.files import replacing
+from llamalet.errors import DataError, note
+from llamalet.files import check_regular, read_file, replacing
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.damaged.jsonl"
@@ -67,6 +67,7 @@ class Metrics:
         row["elapsed_s"] = round(time.monotonic() - self._began, 3)
         self._unwritten += _line(row)
         try:
+            check_regular(self.path)
             # Opened for each row and unbuffered: what a full disk refuses is written with a later row.
             with self.path.open("ab", buffering=0) as file:
                 while self._unwritten:
@@ -87,7 +88,7 @@ class Metrics:
             try:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
             except Exception as failure:
-                print(f"warning: wandb: {_one_line(failure)}", file=sys.stderr, flush=True)
+                note(f"warning: wandb: {_one_line(failure)}")
 
     def _to_wandb(self, row: Row, step: int) -> None:
         """Log a row to wandb, until the first failure."""
@@ -95,14 +96,14 @@ class Metrics:
             try:
                 self._wandb.log(dict(row), step=step)
             except Exception as error:  # wandb's errors have no common base class
-                print(f"warning: wandb stopped: {_one_line(error)}", file=sys.stderr, flush=True)
+                note(f"warning: wandb stopped: {_one_line(error)}")
                 self._wandb = None
 
     def _warn(self, error: Exception) -> None:
         """Warn, once, that rows are missing."""
         if not self._warned:
             reason = getattr(error, "strerror", None) or _one_line(error)
-            print(f"warning: {self.path} is incomplete: {reason}; training continues", file=sys.stderr, flush=True)
+            note(f"warning: {self.path} is incomplete: {reason}; training continues")
         self._warned = True
 
 
@@ -160,9 +161,7 @@ def _salvage(path: Path) -> list[dict[str, Any]]:
         backup = path.replace(path.with_name(DAMAGED_FILE))
         number, what = next(iter(damage.items()))
         lines = f"line {number} damaged" if len(damage) == 1 else f"{len(damage)} lines damaged, the first is {number}"
-        print(
-            f"warning: {path}: {lines}: {what}; left out; {backup} has the original file", file=sys.stderr, flush=True
-        )
+        note(f"warning: {path}: {lines}: {what}; left out; {backup} has the original file")
     return rows
 
 
@@ -196,17 +195,17 @@ def _start_wandb(settings: Mapping[str, Any], run_dir: Path, resumed: bool) -> A
             wandb.teardown()  # or the failed run would keep its id
             run = wandb.init(**arguments, mode="offline")
             reason = _one_line(error).rstrip(".")
-            print(f"warning: wandb is offline: {reason}; `wandb sync` sends it later", file=sys.stderr, flush=True)
+            note(f"warning: wandb is offline: {reason}; `wandb sync` sends it later")
             return run
     except Exception as error:
-        print(f"warning: no wandb: {_one_line(error)}", file=sys.stderr, flush=True)
+        note(f"warning: no wandb: {_one_line(error)}")
         return None
 
 
 def _wandb_id(run_dir: Path, resumed: bool) -> str:
     """Return the run's id in wandb; a new run gets a new one."""
     path = run_dir / WANDB_ID_FILE
-    if resumed and path.exists() and (known := path.read_text(encoding="utf-8").strip()):
+    if resumed and path.exists() and (known := read_file(path).decode().strip()):
         return known
     with replacing(path) as file:
         file.write((new := uuid.uuid4().hex[:8]).encode())

@@ -10,7 +10,6 @@ the corpus entropy, if known: no model can get below it. Needs neither torch nor
 import argparse
 import itertools
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import errors
-from llamalet.errors import DataError, LlamaletError, UsageError
+from llamalet.errors import DataError, LlamaletError, UsageError, note
 from llamalet.files import replacing
 from training.run.metrics import METRICS_FILE, read
 
@@ -150,7 +149,7 @@ def draw_or_warn(run_dir: Path) -> Path | None:
     try:
         return draw([run_dir], run_dir / PLOT_FILE)
     except Exception as error:  # a picture is not worth a run
-        print(f"warning: no {run_dir / PLOT_FILE}: {error}", file=sys.stderr, flush=True)
+        note(f"warning: no {run_dir / PLOT_FILE}: {error}")
         return None
 
 

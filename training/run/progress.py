@@ -1,13 +1,12 @@
 """What a run prints: a summary at the start, then a line for each logged step and each evaluation."""
 
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from llamalet.config import ModelConfig
-from llamalet.errors import forget_stdout
+from llamalet.errors import forget_stdout, note
 from llamalet.shards import Shards
 from training.config import TrainConfig
 
@@ -18,8 +17,7 @@ def say(text: str = "", end: str = "\n") -> None:
         print(text, end=end, flush=True)
     except OSError as error:
         forget_stdout()
-        with suppress(OSError):
-            print(f"warning: stdout: {error.strerror}; training continues without it", file=sys.stderr, flush=True)
+        note(f"warning: stdout: {error.strerror}; training continues without it")
 
 
 class Timer:

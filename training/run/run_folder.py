@@ -14,6 +14,7 @@ from llamalet import strict
 from llamalet.errors import CheckpointError, DataError, DiskError, LockedError
 from llamalet.files import replacing
 from llamalet.model_file.checkpoint import FOLDER, find_best, find_latest, list_steps
+from llamalet.model_file.companions import SUFFIXES, ids_path
 from training.config import TrainConfig
 from training.run import checkpoint
 from training.run.progress import say
@@ -25,6 +26,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE, CONFIG_FILE = ".lock", "config.toml"
+EXPORT = "model.bin"
 MAX_HOLDER = 1000  # characters of the lock file
 
 
@@ -106,11 +108,16 @@ def _is_of(launch: str | None, path: Path) -> bool:
 
 
 def check(config: TrainConfig, resumed: Path | None, launch: str | None = None) -> None:
-    """Refuse to mix the checkpoints of two runs, or to remove the one to resume from.
+    """Refuse to mix the checkpoints of two runs, or to remove the one to resume from; check the place of the export.
 
     Raises:
         CheckpointError: saying what the folder holds and what to do.
+        DiskError: if something else is in the place of the files that the run writes at its end.
     """
+    export = Path(config.out_dir) / EXPORT
+    for path in (export, ids_path(export), *(export.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES)):
+        if path.exists() and not path.is_file():
+            raise DiskError(f"{path}: is in the place of a file that the run writes at its end; move it away")
     earlier = list_steps(config.out_dir)
     own = (Path(config.out_dir) / FOLDER).resolve()
     if earlier and resumed is not None and resumed.resolve().is_relative_to(own):

@@ -750,7 +750,12 @@ def test_the_kinds_are_told_apart(tmp_path):
     gguf_file.write(tmp_path / "g", our_source(SMALL_MODELS["gqa-tied"], tokenizer=toy_tokenizer(VOCAB)))
     for path, kind in (("hf", "hf"), ("meta", "meta_llama"), ("ckpt.pt", "llama2c"), ("g", "gguf")):
         assert formats.kind_of(tmp_path / path) == kind
-    for path, words in ((tmp_path, "no config.json"), (tmp_path / "gone", "no such model file")):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "half" / "model.safetensors")
+    for path, words in (
+        (tmp_path, "no config.json"), (tmp_path / "gone", "no such model file"),
+        (tmp_path / "half", "half: holds model.safetensors but no config.json"),
+    ):  # fmt: skip
         with pytest.raises(FormatError, match=words):
             formats.kind_of(path)
 
@@ -804,7 +809,7 @@ def test_no_model_is_lost_to_its_own_export(tmp_path):
         with pytest.raises(ConfigError, match="is the model to export"):
             run_main(out, "--dtype=q4", "--bin", tmp_path / "model.bin")
     (tmp_path / "d.gguf").mkdir()
-    with pytest.raises(ConfigError, match="d.gguf: is a folder; a gguf is a file"):
+    with pytest.raises(ConfigError, match="d.gguf: is a folder; a .gguf is a file"):
         run_main(tmp_path / "d.gguf", "--bin", tmp_path / "model.bin")
     assert (tmp_path / "model.bin").read_bytes() == before
 

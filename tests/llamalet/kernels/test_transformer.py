@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from llamalet.config import ModelConfig
 from llamalet.cores import physical_cores, thread_count
 from llamalet.errors import ConfigError, UsageError
 from llamalet.kernels import simd, threads
+from llamalet.kernels import transformer as kernels_transformer
 from llamalet.kernels.layers import stack_weights
 from llamalet.kernels.transformer import POSITIONS_PER_PASS, Transformer
 from llamalet.kv_cache import KVCache
@@ -349,3 +351,13 @@ def test_another_instruction_path_gives_the_same_logits(dtype, path, tmp_path):
     model = Transformer(in_memory(SMALL_MODELS["gqa-tied"], dtype))
     expected = np.stack([model.logits(np.arange(20))[-1], model.decode(model.new_cache(), 3)])
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+
+
+def test_a_transformer_that_has_gone_leaves_nothing_for_a_forked_process(monkeypatch):
+    hooks = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **hook: hooks.append(hook), raising=False)
+    transformer = Transformer(in_memory(SMALL_MODELS["gqa-tied"], "f32"), threads=1)
+    assert transformer in kernels_transformer._alive
+    del transformer
+    gc.collect()
+    assert not hooks and not [one for one in kernels_transformer._alive if one.config == SMALL_MODELS["gqa-tied"]]

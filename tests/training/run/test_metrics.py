@@ -230,3 +230,23 @@ def test_rows_are_lines_of_json(tmp_path):
         record.log({"step": 1, "loss": 0.5, "mfu": None})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert set(json.loads(line)) == {"step", "loss", "mfu", "elapsed_s"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_in_the_place_of_the_record_is_not_waited_for(tmp_path, capsys, wandb):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    (tmp_path / "wandb").mkdir()
+    os.mkfifo(tmp_path / "wandb" / "id")
+    with Metrics(tmp_path, resumed_at=(1, True), wandb={}) as record:
+        record.log({"step": 2, "loss": 1.0})
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: ") and "is incomplete: " in first and "not a regular file" in first
+    assert second.startswith("warning: no wandb: ") and "not a regular file" in second
+
+
+def test_without_a_stderr_a_warning_goes_nowhere(tmp_path, capsys, monkeypatch):
+    (tmp_path / "metrics.jsonl").mkdir()
+    monkeypatch.setattr(sys, "stderr", None)
+    with Metrics(tmp_path) as record:
+        record.log({"step": 1})
+    assert capsys.readouterr().out == ""
