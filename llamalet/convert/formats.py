@@ -208,7 +208,7 @@ def kind_of(path: Path) -> str:
         if list_steps(path) or (path / MANIFEST).is_file() or (path / STATE).is_file():
             return "checkpoint"
         if (path / MODEL).is_file():
-            raise FormatError(f"{path}: holds {MODEL} but no {HF_CONFIG} (Hugging Face), so its shape is unknown")
+            raise FormatError(f"{path}: holds {MODEL} but no {HF_CONFIG} (Hugging Face) and no {STATE} (a checkpoint)")
         raise FormatError(
             f"{path}: holds no model: neither a checkpoint nor a run with checkpoints, no {HF_CONFIG} (Hugging Face), "
             f"no {META_PARAMS} (Meta)"

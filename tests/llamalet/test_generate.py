@@ -509,7 +509,6 @@ def test_a_runs_best_checkpoint_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("state.json", None),
         ("state.json", "{"),
         ("state.json", "[]"),
         ("state.json", "{}"),
@@ -520,9 +519,7 @@ def test_a_runs_best_checkpoint_is_taken(tmp_path):
 )
 def test_a_damaged_checkpoint_is_refused(tmp_path, file, content):
     write_checkpoint(tmp_path / "step")
-    (tmp_path / "step" / file).unlink()
-    if content is not None:
-        (tmp_path / "step" / file).write_text(content)
+    (tmp_path / "step" / file).write_text(content)
     with pytest.raises(CheckpointError, match="step"):
         Model.load(tmp_path / "step", backend="numpy")
 
@@ -537,6 +534,11 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "step")
+    (tmp_path / "step" / "state.json").unlink()
+    with pytest.raises(FormatError, match=r"no config\.json \(Hugging Face\) and no state\.json \(a checkpoint\)"):
+        Model.load(tmp_path / "step", backend="numpy")
+    shutil.rmtree(tmp_path / "step")
     with pytest.raises(FormatError, match="holds no model: neither a checkpoint"):
         Model.load(tmp_path, backend="numpy")
     with pytest.raises(FormatError, match="no such model file"):
