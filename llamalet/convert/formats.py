@@ -224,6 +224,8 @@ def kind_of(path: Path) -> str:
         if path.exists():
             raise FormatError(f"{path}: neither a regular file nor a folder, so no model")
         raise FormatError(f"{path}: no such model file or folder{advice}")
+    if path.name == HF_CONFIG or path.suffix == ".safetensors":
+        raise FormatError(f"{path}: is one file of a Hugging Face model; name its folder: {path.parent}")
     if _is_pytorch(path):
         return "meta_llama" if (path.parent / META_PARAMS).is_file() else "llama2c"
     return "gguf" if _head(path) == GGUF_START else "bin"

@@ -71,6 +71,7 @@ ROPE_FIELDS = {
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings"),
 }  # fmt: skip
 DEFAULT_NORM_EPS = 1e-6
+OWN_ROLES = ("bos_token", "eos_token")
 # Our dtypes -> transformers' names of them; safetensors' are ours in capitals.
 DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
 
@@ -346,9 +347,17 @@ def _reordered(our: str, tensor: Rows, config: ModelConfig, pairs: tuple[int, in
 
 
 def _chat_template(folder: Path) -> str | None:
-    """Return the chat template: a file of its own, or a field of tokenizer_config.json."""
+    """Return the chat template: a file of its own, or a field of tokenizer_config.json.
+
+    It begins with the special tokens that it names but BOS and EOS: only these two go with a model otherwise.
+    """
     files = (folder / name for name in TEMPLATE_FILES)
-    return next((found for path in files if path.is_file() and (found := read_template(path))), None)
+    found = next((found for path in files if path.is_file() and (found := read_template(path))), None)
+    known = declared.template_variables(folder) if found else None
+    used = {role: name for role, name in (known or {}).items() if role not in OWN_ROLES and role in str(found)}
+    # The empty text keeps a line end that a template begins with: one right behind a block would be removed.
+    sets = "".join(f"{{% set {role} = {json.dumps(name)} %}}" for role, name in used.items())
+    return f"{sets}{{{{ '' }}}}{found}" if sets else found
 
 
 def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:

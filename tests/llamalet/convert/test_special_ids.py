@@ -85,6 +85,22 @@ def test_the_ids_that_end_a_text_go_wherever_the_model_goes(turns, tmp_path):
         assert len("".join(model.generate("den", max_new_tokens=5, ignore_eos=True))) == 0
 
 
+def test_a_template_keeps_its_variables_wherever_the_model_goes(turns, tmp_path):
+    config = json.loads((turns / "tokenizer_config.json").read_text())
+    template = "\n{{ pad_token }}{{ sep_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    more = {"chat_template": template, "pad_token": "<|user|>", "sep_token": "<|assistant|>"}
+    (turns / "tokenizer_config.json").write_text(json.dumps(config | more))
+    expected = None
+    for path in copies(turns, tmp_path):
+        model = Model.load(path, backend="numpy")
+        chat = Chat(model, max_new_tokens=1)
+        "".join(chat.say("ba"))
+        expected = expected or chat._seen
+        assert (path.name, chat._seen) == (path.name, expected)
+    names = [model.tokenizer.special[name] for name in ("<|user|>", "<|assistant|>")]
+    assert expected == [*model.tokenizer.encode("\n"), *names, *model.tokenizer.encode("ba"), 341]
+
+
 def test_without_its_tokenizer_a_model_still_says_where_texts_end(turns, tmp_path):
     source = dataclasses.replace(formats.read("hf", str(turns)), tokenizer=None, tokenizer_data=b"")
     for version in (1, 3):
