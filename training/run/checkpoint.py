@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from llamalet.config import ModelConfig
 from llamalet.convert import safetensors_file
 from llamalet.errors import CheckpointError, DiskError, FormatError, NonFiniteError, note
-from llamalet.files import sync_folder
+from llamalet.files import read_file, sync_folder
 from llamalet.model_file import checkpoint as layout
 from llamalet.tokenizer import declared
 from training.run.run_state import RunState
@@ -157,7 +157,7 @@ def load(path: str | Path) -> Checkpoint:
 def label(path: Path) -> str:
     """Return a checkpoint's name and the start of its manifest's sha256, to tell two checkpoints apart."""
     manifest = path / layout.MANIFEST
-    return f"{path.name} {hashlib.sha256(manifest.read_bytes()).hexdigest()[:8] if manifest.exists() else 'missing'}"
+    return f"{path.name} {hashlib.sha256(read_file(manifest)).hexdigest()[:8] if manifest.exists() else 'missing'}"
 
 
 def remove_all(run_dir: Path) -> None:
