@@ -19,14 +19,13 @@ import math
 import os
 import re
 import reprlib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamalet import strict
 from llamalet.config import ModelConfig
-from llamalet.errors import CheckpointError
+from llamalet.errors import CheckpointError, note
 from llamalet.files import open_file
 
 FORMAT = "llamalet checkpoint"
@@ -197,7 +196,7 @@ def _first_valid(paths: Iterable[Path]) -> Path | None:
         try:
             verify(path)
         except CheckpointError as error:
-            print(f"warning: checkpoint {path.name} is skipped: {error}", file=sys.stderr, flush=True)
+            note(f"warning: checkpoint {path.name} is skipped: {error}")
         else:
             return path
     return None
