@@ -35,7 +35,7 @@ class Words(NamedTuple):
     ignore_merges: bool = False
 
 
-# llama.cpp's names of them; its other names for the same; and those under which BOS begins texts unless a file says no.
+# llama.cpp's names.
 NAMES: Mapping[str, Words] = {
     "llama-bpe": Words((WORDS,), ignore_merges=True),
     "smaug-bpe": Words((WORDS,)),
@@ -45,6 +45,7 @@ NAMES: Mapping[str, Words] = {
     "default": Words((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     "deepseek-coder": Words((LINE_END, r"\s?\p{L}+", r"\s?\p{P}+", IDEOGRAPHS, DIGIT)),
 }
+# Its other names for the same.
 ALIASES: Mapping[str, str] = {
     alias: name
     for name, aliases in {
@@ -56,6 +57,7 @@ ALIASES: Mapping[str, str] = {
     }.items()
     for alias in aliases
 }
+# Those under which BOS begins texts, unless the file says otherwise.
 BEGIN_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 
 

@@ -1,4 +1,4 @@
-"""Importing numba whatever the environment says: it answers bad values with tracebacks, or LLVM ends the process."""
+"""Imports numba safely: bad values of its variables would end in a traceback, or in LLVM ending the process."""
 
 import os
 import re

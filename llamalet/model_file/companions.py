@@ -1,4 +1,4 @@
-"""The tokenizer of a model file, and the ids that begin and end its texts: inside it or next to it."""
+"""A model file's tokenizer and the ids that begin and end its texts, inside it or beside it."""
 
 import os
 from pathlib import Path
