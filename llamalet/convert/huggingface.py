@@ -378,7 +378,7 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, by
             return model
         data = declared.completed(tokenizer_json.build(model[0], model[1]), folder)
         found = tokenizer.parse(data, str(folder / SENTENCEPIECE), vocab_size)
-        return found.with_ids(declared.ids_beside(folder / SENTENCEPIECE, found)), data, ()
+        return found.with_ids(declared.ids_beside(folder / SENTENCEPIECE, found, data)), data, ()
     except (TokenizerError, UsageError) as error:
         return None, b"", (f"tokens added to its tokenizer cannot be used: {error}",)
 

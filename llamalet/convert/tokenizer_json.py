@@ -15,7 +15,7 @@ from llamalet.convert import byte_level
 from llamalet.convert.probes import difference
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
-from llamalet.tokenizer.huggingface import BYTE_TOKEN, pairs_in, prefix_of, refusals
+from llamalet.tokenizer.huggingface import BYTE_TOKEN, pairs_in, piece_decoder, prefix_of, refusals
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 CONTROLS = (UNKNOWN, BOS, EOS)
@@ -116,7 +116,6 @@ def sentencepiece_fields(
     merges = [(ids[left + right], ids[left], ids[right]) for left, right in pairs_in(mergeable)]
     merges.sort(key=lambda merge: (-scores[merge[0]], *merge))
     steps = [{"type": "Prepend", "prepend": SPACE_MARK}] if adds_space else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if adds_space else []
     return {
         "version": "1.0",
         "added_tokens": _listed(special, added),
@@ -124,15 +123,7 @@ def sentencepiece_fields(
             "type": "Sequence",
             "normalizers": [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}],
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *strip,
-            ],
-        },
+        "decoder": piece_decoder(strips=adds_space),
         "model": {
             "type": "BPE",
             "unk_token": UNKNOWN if UNKNOWN in special else None,

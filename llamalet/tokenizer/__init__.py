@@ -67,7 +67,7 @@ def read(path: str | os.PathLike[str], vocab_size: int | None = None) -> tuple[T
         data = declared.completed(data, path.parent)
     found = parse(data, str(path), vocab_size)
     try:
-        return found.with_ids(declared.ids_beside(path, found)), data
+        return found.with_ids(declared.ids_beside(path, found, data)), data
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
 

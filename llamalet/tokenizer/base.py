@@ -192,10 +192,13 @@ class Tokenizer(abc.ABC):
         """
         if not isinstance(text, str):
             raise TokenizerError(f"{shown(text)}: is not text")
-        parts = self.split_special(text) if special else [text]
         first = list(self.ids.prefix) if bos else []
         last = [self.ids.eos] if eos and self.ids.eos is not None else []
-        return first + self.encode_parts(parts) + last
+        return first + (self._encode_named(text) if special else self.encode_parts([text])) + last
+
+    def _encode_named(self, text: str) -> list[int]:
+        """Return the ids of a text in which names of special tokens become these tokens."""
+        return self.encode_parts(self.split_special(text))
 
     def encode_document(self, text: str) -> list[int]:
         """Return the ids of a document of training data, from its separator_id on.
@@ -304,11 +307,8 @@ class Tokenizer(abc.ABC):
         return re.compile("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))) or "(?!)")
 
     def _cut_added(self, text: str) -> list[str]:
-        """Split a text inside each name of an added token, after its first character, so that it is none any more."""
-        cuts = [0]
-        while match := self._any_name.search(text, cuts[-1]) if self.added else None:
-            cuts.append(match.start() + 1)
-        return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
+        """Split a text inside each name of a special or added token; only where tokens were added."""
+        return cut_inside(text, self._any_name) if self.added else [text]
 
     def _encode_inside(self, text: str) -> list[int]:
         """Return the ids of a valid text that continues another, so that no space is put before it."""
@@ -379,6 +379,14 @@ class StreamDecoder:
     def finish(self) -> str:
         """Return U+FFFD if the tokens ended inside a character, else an empty text."""
         return self._utf8.decode(b"", final=True)
+
+
+def cut_inside(text: str, name: re.Pattern[str]) -> list[str]:
+    """Split a text inside each name, after its first character, so that it is none any more."""
+    cuts = [0]
+    while match := name.search(text, cuts[-1]):
+        cuts.append(match.start() + 1)
+    return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
 
 
 def valid(text: str) -> str:

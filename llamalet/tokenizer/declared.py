@@ -28,13 +28,14 @@ from typing import Any
 from llamalet import strict
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer.base import SpecialIds, Tokenizer
-from llamalet.tokenizer.huggingface import prefix_of, refusals
+from llamalet.tokenizer.huggingface import piece_decoder, prefix_of, refusals
+from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.rows import MAX_VOCAB
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
 CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 MODEL_CONFIG, GENERATION = "config.json", "generation_config.json"
-PREFIX, EOS = "prefix_token_ids", "tokenizer_eos_id"
+PREFIX_KEY, EOS_KEY = "prefix_token_ids", "tokenizer_eos_id"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # The class that ignores how a tokenizer.json splits texts, and its own special tokens.
@@ -55,15 +56,16 @@ def ids_path(tokenizer_path: Path) -> Path:
 def ids_json(ids: SpecialIds) -> bytes:
     """Return a generation_config.json that says these ids."""
     fields = {"bos_token_id": ids.bos, "eos_token_id": ids.ordered_stops}
-    return (json.dumps(fields | {PREFIX: list(ids.prefix), EOS: ids.eos}, indent=2) + "\n").encode()
+    return (json.dumps(fields | {PREFIX_KEY: list(ids.prefix), EOS_KEY: ids.eos}, indent=2) + "\n").encode()
 
 
-def ids_beside(path: Path, found: Tokenizer) -> SpecialIds:
+def ids_beside(path: Path, found: Tokenizer, data: bytes) -> SpecialIds:
     """Return the ids that begin and end texts, as the files beside a tokenizer say.
 
     Args:
         path: the tokenizer's file.
         found: what it holds, with the tokens that `completed` adds.
+        data: its bytes.
 
     Raises:
         TokenizerError: if one of the files is damaged.
@@ -73,13 +75,14 @@ def ids_beside(path: Path, found: Tokenizer) -> SpecialIds:
         return own
     others = (CONFIG, SPECIAL_MAP, MODEL_CONFIG, GENERATION)
     if path.name not in (JSON, MODEL) or not any((folder / name).is_file() for name in others):
-        ids, ends = ids_alone(found, path.read_bytes(), str(path)), _stops(beside)
+        ids, ends = ids_alone(found, data, str(path)), _stops(beside)
         return dataclasses.replace(ids, stops=frozenset(ends)) if ends else ids
     names = _Declared(folder).special
     alone = {"bos_token": found.file_ids.bos, "eos_token": found.file_ids.eos} if path.name == MODEL else {}
     bos, eos = (found.id_of(names[role]) if role in names else alone.get(role) for role in ("bos_token", "eos_token"))
     if (folder / JSON).is_file():
-        prefix = _prefix(_tokenizer_json(folder), folder / JSON)
+        fields = _object(data, path) if path.name == JSON else _tokenizer_json(folder)
+        prefix = _prefix(fields, folder / JSON)
     else:
         prefix = (bos,) if bos is not None and _read(folder / CONFIG).get("add_bos_token") is True else ()
     if bos is None and prefix:
@@ -219,17 +222,11 @@ def chat_spaces(folder: Path) -> str | None:
 def _as_llama(fields: Mapping[str, Any], declared: "_Declared") -> dict[str, Any]:
     """Return a tokenizer.json's fields as the class LlamaTokenizer changes them."""
     scheme = declared.prepend_scheme
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-        {"type": "ByteFallback"}, {"type": "Fuse"},
-    ]  # fmt: skip
-    if scheme != "never":
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     model = {"type": "BPE", "fuse_unk": True, "byte_fallback": True}
     return dict(fields) | {
         "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False},
-        "decoder": {"type": "Sequence", "decoders": decoders},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": scheme, "split": False},
+        "decoder": piece_decoder(strips=scheme != "never"),
         "model": model | {key: fields["model"][key] for key in ("vocab", "merges")},
     }
 
@@ -355,14 +352,14 @@ def parse_ids(data: bytes, name: str) -> SpecialIds | None:
         TokenizerError: if they are damaged.
     """
     fields = strict.parse_json(data, name, TokenizerError)
-    if not isinstance(fields, dict) or PREFIX not in fields:
+    if not isinstance(fields, dict) or PREFIX_KEY not in fields:
         return None
-    prefix, stops = fields[PREFIX], fields.get("eos_token_id")
-    bos, eos = fields.get("bos_token_id"), fields.get(EOS)
+    prefix, stops = fields[PREFIX_KEY], fields.get("eos_token_id")
+    bos, eos = fields.get("bos_token_id"), fields.get(EOS_KEY)
     lists = [prefix, stops]
     numbers = [id for ids in lists if isinstance(ids, list) for id in ids] + [id for id in (bos, eos) if id is not None]
     if not all(isinstance(ids, list) for ids in lists) or not all(_is_id(id) for id in numbers):
-        raise TokenizerError(f"{name}: bos_token_id, eos_token_id and {PREFIX} must be ids and lists of ids")
+        raise TokenizerError(f"{name}: bos_token_id, eos_token_id and {PREFIX_KEY} must be ids and lists of ids")
     return SpecialIds(bos=bos, eos=eos, prefix=tuple(prefix), stops=frozenset(stops or ()))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.marked_text import OTHERS
-from llamalet.tokenizer.base import CONTINUED, SpecialIds, Tokenizer, valid
+from llamalet.tokenizer.base import CONTINUED, SpecialIds, Tokenizer, cut_inside, valid
 from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
 from llamalet.tokenizer.rows import MAX_VOCAB, TokenizerRow
@@ -109,20 +109,17 @@ class JsonTokenizer(Tokenizer):
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
-        """Return the ids of a text: see Tokenizer. The library knows which spaces belong to a special token."""
-        if not special:
-            return super().encode(text, bos=bos, eos=eos)
+    def _encode_named(self, text: str) -> list[int]:
+        # The library knows which spaces around a special token belong to it.
         self._library.encode_special_tokens = False
         with refusals(self._name):
             ids: list[int] = self._library.encode(valid(text), add_special_tokens=False).ids
-        first = list(self.ids.prefix) if bos else []
-        return first + ids + ([self.ids.eos] if eos and self.ids.eos is not None else [])
+        return ids
 
     def _encode_after_special(self, text: str) -> list[int]:
         if self._first_text_is_like_others:
             return self._encode(text)
-        return [id for piece in self._cut_names(text) for id in self._encode_behind_marker(piece)]
+        return [id for piece in cut_inside(text, self._special_name) for id in self._encode_behind_marker(piece)]
 
     def _encode_behind_marker(self, text: str) -> list[int]:
         """Return the ids of a text, free of special tokens' names, that follows a special token."""
@@ -198,13 +195,6 @@ class JsonTokenizer(Tokenizer):
     def _name_ids(self) -> frozenset[int]:
         """The tokens that nobody but a template may name."""
         return frozenset(self._names.values())
-
-    def _cut_names(self, text: str) -> Iterator[str]:
-        """Split a text inside each name of a special token, after its first character."""
-        while match := self._special_name.search(text):
-            yield text[: match.start() + 1]
-            text = text[match.start() + 1 :]
-        yield text
 
 
 def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
@@ -364,6 +354,16 @@ def _texts(
         else:
             texts[id] = token.replace(SPACE_MARK, " ").encode()
     return texts
+
+
+def piece_decoder(*, strips: bool) -> dict[str, Any]:
+    """Return the decoder of a tokenizer.json with SentencePiece's pieces; `strips` takes the first space away again."""
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    return {"type": "Sequence", "decoders": steps + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * strips}
 
 
 def byte_level_bytes() -> dict[str, int]:

@@ -161,8 +161,9 @@ def test_a_folder_says_which_template_and_which_special_tokens(kind, tmp_path):
     config, files = FOLDERS[kind]
     write_folder(tmp_path, config, **files)
     expected = their_ids(transformers.AutoTokenizer.from_pretrained(tmp_path), [("user", "the sea")])
-    vocabulary = parse(MANY.to_str().encode(), "x")
-    vocabulary = vocabulary.with_ids(declared.ids_beside(tmp_path / "tokenizer.json", vocabulary))
+    data = MANY.to_str().encode()
+    vocabulary = parse(data, "x")
+    vocabulary = vocabulary.with_ids(declared.ids_beside(tmp_path / "tokenizer.json", vocabulary, data))
     ours = find_template(tmp_path, vocabulary)
     assert ours([Message("user", "the sea")]) == expected
     (tmp_path / "m.bin").write_bytes(b"")  # beside a model's file as well

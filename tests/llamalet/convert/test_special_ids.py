@@ -291,6 +291,19 @@ def test_a_large_tokenizer_json_is_read(tmp_path):
     assert load(tmp_path / "tokenizer.json").ids.prefix == (340,)
 
 
+def test_added_tokens_alone_beside_a_tokenizer_model_are_read(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    (tmp_path / "added_tokens.json").write_text('{"<tool>": 420}')
+    found, _, problems = huggingface._read_tokenizer(tmp_path, 448)
+    assert problems == () and found.added["<tool>"] == 420
+
+
+def test_what_is_no_text_is_refused_with_names_too():
+    for special in (False, True):
+        with pytest.raises(TokenizerError, match="is not text"):
+            parse(byte_level().to_str().encode(), "t").encode(None, special=special)
+
+
 def test_tokens_that_transformers_adds_are_in_the_tokenizer_that_goes_along(tmp_path):
     made = byte_level()
     (tmp_path / "tokenizer.json").write_text(made.to_str())
