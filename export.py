@@ -25,10 +25,11 @@ from pathlib import Path
 
 from configurator import parse
 from llamalet import model_file, shards
+from llamalet.command import nothing_to_lose, run
 from llamalet.convert import formats
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.convert.target import Target, read_back, with_tokenizer, write
-from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError, nothing_to_lose, run
+from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
 from llamalet.model_file import checkpoint
 from llamalet.model_file.tensors import Rows
 

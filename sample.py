@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from collections.abc import Iterator, Sequence
 
 from llamalet import cli, console
-from llamalet.errors import run
+from llamalet.command import run
 from llamalet.generate import generate_batch, make_room, read_tokens
 from llamalet.runtime import Model
 from llamalet.sampler import Sampler, SamplingConfig

@@ -35,7 +35,7 @@ from corpus.prepare import DATA_DIR, PretokenizeConfig, TextConfig
 from corpus.sources import DEFAULT_SOURCE, NAMED_SOURCES
 from corpus.synthetic import SynthesizeConfig, synthesize
 from corpus.workers import Workers
-from llamalet import errors
+from llamalet.command import run
 from llamalet.errors import ConfigError, UsageError, not_positive
 
 
@@ -169,4 +169,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

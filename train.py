@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configurator import parse
-from llamalet import Model, errors, model_file, tokenizer
+from llamalet import Model, model_file, tokenizer
+from llamalet.command import nothing_to_lose, run
 from llamalet.convert import bin_file, formats
 from llamalet.errors import CheckpointError, ConfigError
 from llamalet.kernels.environment import check_variables
@@ -98,7 +99,7 @@ def train(config: TrainConfig, argv: Sequence[str], signals: Interrupts) -> int:
 def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
     """Print the loss of a checkpoint on the whole validation split."""
     compiler_cache.ensure_folder()
-    with errors.nothing_to_lose():
+    with nothing_to_lose():
         from training.evaluation import evaluate_checkpoint
         from training.machine.distributed import process_group
         from training.machine.hardware import memory_errors, set_threads, tune_allocator
@@ -120,7 +121,7 @@ def prepare_source(config: TrainConfig) -> Path:
         ConfigError: if --data is given too, or there are several processes.
         DataError: if there is no such text.
     """
-    with errors.nothing_to_lose():
+    with nothing_to_lose():
         from corpus.prepare import PretokenizeConfig, prepare_shards  # not needed by other runs, and slow to import
 
     if config.data is not None:
@@ -218,4 +219,4 @@ def finish(trainer: "Trainer") -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from benchmarks.harness import aligned, log, save_chart
 from configurator import parse
 from corpus.documents import pieces
+from llamalet.command import run
 from llamalet.config import ModelConfig
-from llamalet.errors import ConfigError, DataError, run
+from llamalet.errors import ConfigError, DataError
 from llamalet.files import write_file
 from llamalet.generate import MAX_BATCH
 from llamalet.kv_cache import KVCache

@@ -35,9 +35,10 @@ from benchmarks.harness import OUT, load_average, log, machine, one_line, peak_r
 from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
 from llamalet import model_file, tokenizer
+from llamalet.command import run
 from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.cores import thread_count
-from llamalet.errors import ConfigError, UsageError, not_positive, run
+from llamalet.errors import ConfigError, UsageError, not_positive
 from llamalet.kernels.transformer import Transformer
 from llamalet.kv_cache import KVCache
 from llamalet.model_file.header import DTYPES

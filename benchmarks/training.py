@@ -43,7 +43,8 @@ from benchmarks.harness import OUT, aligned, log, machine, one_line, peak_reside
 from benchmarks.report import Key, Results
 from configurator import parse
 from llamalet import shards, tokenizer
-from llamalet.errors import ConfigError, UsageError, not_positive, run
+from llamalet.command import run
+from llamalet.errors import ConfigError, UsageError, not_positive
 from llamalet.shards import Meta, Split, TokenBlock
 from training.config import TrainConfig
 from training.machine.distributed import Processes, find_device

@@ -6,9 +6,9 @@ from llamalet import startup
 def run() -> None:
     """Run the command `llamalet` and exit."""
     startup.begin()
-    from llamalet import cli, errors  # takes a moment, in which Ctrl-C would end in a traceback without `begin`
+    from llamalet import cli, command  # takes a moment, in which Ctrl-C would end in a traceback without `begin`
 
-    errors.run(cli.main)
+    command.run(cli.main)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from typing import Any, Literal
 from llamalet import __version__, console
 from llamalet.chat import Chat
 from llamalet.chat_template import BUILT_IN, read_named
-from llamalet.errors import ConfigError, DataError, FormatError, UsageError, not_positive, note, nothing_to_lose
+from llamalet.command import nothing_to_lose
+from llamalet.errors import ConfigError, DataError, FormatError, UsageError, not_positive, note
 from llamalet.generate import check_prompt, generate_batch
 from llamalet.options import read_options
 from llamalet.runtime import BACKENDS, Model

@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def signals():
-    """errors.run, which ends a command's process, leaves signals and hooks as they suit its end."""
+    """command.run, which ends a command's process, leaves signals and hooks as they suit its end."""
     handlers, hook = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, sys.unraisablehook
     yield
     for number, handler in handlers.items():

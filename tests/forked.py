@@ -218,7 +218,7 @@ def train_with_probe(
         setattr(sys.modules[module], attribute, value)
 
     import train
-    from llamalet import errors
+    from llamalet import command
 
     probe = Probe(
         rank,
@@ -231,11 +231,11 @@ def train_with_probe(
         try:
             return train.main(argv)
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):  # as errors.run does; users have no probe
+            for number in (signal.SIGINT, signal.SIGTERM):  # as command.run does; users have no probe
                 signal.signal(number, signal.SIG_IGN)
             probe.leave()
 
-    errors.run(main)
+    command.run(main)
 
 
 class Probe:

@@ -256,7 +256,7 @@ def test_torch_s_advice_to_run_a_file_is_not_passed_on(tmp_path):
 def test_ctrl_c_that_became_another_error_or_got_lost_is_ctrl_c(folder):
     code = """
 import os, signal, time
-from llamalet.errors import nothing_to_lose, run
+from llamalet.command import nothing_to_lose, run
 class Lost:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -286,7 +286,7 @@ run(lambda argv: {"other": other, "lost": lost, "in_import": in_import}[argv[0]]
 
 def test_a_message_has_no_control_characters(folder):
     message = "\\x1b[1mbold\\x1b[0m a\\x07\\nb"
-    code = f"from llamalet.errors import *; run(lambda argv: ConfigError.raise_for(['{message}']))"
+    code = f"from llamalet import command, errors; command.run(lambda _: errors.ConfigError.raise_for(['{message}']))"
     done = shell(folder, f"$PYTHON -c {shlex.quote(code)}")
     assert done.stderr == "error: bold a\\x07 b\n" and done.returncode == 2
 

@@ -188,11 +188,11 @@ def test_help_lists_every_option_and_exits_with_zero(capsys):
 
 def test_run_turns_errors_into_one_line_and_an_exit_code():
     code = (
-        "from llamalet import errors\n"
+        "from llamalet import command, errors\n"
         "def main(argv):\n"
         "    raise {'config': errors.ConfigError('a: bad\\nb: bad'), 'ctrl-c': KeyboardInterrupt(),"
         " 'full': OSError(28, 'No space left on device', 'out/model.bin')}[argv[0]]\n"
-        "errors.run(main)\n"
+        "command.run(main)\n"
     )
     root = Path(__file__).parents[2]
     for kind, status, text in (("config", 2, "a: bad b: bad"), ("ctrl-c", 130, "Ctrl-C"), ("full", 8, "out/model.bin")):
@@ -208,7 +208,7 @@ def test_run_turns_errors_into_one_line_and_an_exit_code():
 def test_an_output_that_takes_nothing(redirection, status, words):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    code = "from llamalet import errors\nerrors.run(lambda argv: print('word ' * 100_000) or 0)"
+    code = "from llamalet import command\ncommand.run(lambda argv: print('word ' * 100_000) or 0)"
     command = f'set -o pipefail; {sys.executable} -c "{code}" {redirection}'
     root = Path(__file__).parents[2]
     done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True)

@@ -11,7 +11,7 @@ import pytest
 from toy import SMALL_MODELS, toy_model, toy_tokenizer
 
 import sample
-from llamalet import Model, cli, errors, kv_cache
+from llamalet import Model, cli, command, errors, kv_cache
 from llamalet.sampler import Sampler
 from llamalet.tokenizer import Tokenizer, pack
 
@@ -55,7 +55,7 @@ def refuse(capsys, *words: object) -> str:
     argv, sys.argv = sys.argv, ["sample.py", "--backend=numpy", *map(str, words)]
     try:
         with pytest.raises(SystemExit) as caught:
-            errors.run(sample.main)
+            command.run(sample.main)
     finally:
         sys.argv = argv
     captured = capsys.readouterr()

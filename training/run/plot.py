@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet import errors
+from llamalet import command
 from llamalet.errors import DataError, LlamaletError, UsageError, note
 from llamalet.files import replacing
 from training.run.metrics import METRICS_FILE, read
@@ -184,7 +184,7 @@ def _thousands(x: float) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Plot the runs named on the command line."""
-    parser = errors.Parser(
+    parser = command.Parser(
         prog="python -m training.run.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="out_dir of a run")
@@ -198,4 +198,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command.run(main)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llamalet.command import forget_stdout
 from llamalet.config import ModelConfig
-from llamalet.errors import forget_stdout, note
+from llamalet.errors import note
 from llamalet.shards import Shards
 from training.config import TrainConfig
 

@@ -412,7 +412,7 @@ def test_refusals_do_not_depend_on_assert(tmp_path):
     write(path, 2, TINY)
     path.write_bytes(path.read_bytes()[:-1])
     code = (
-        "import sys; from llamalet import errors, model_file\nerrors.run(lambda argv: model_file.read(argv[0]) and 0)"
+        "import sys; from llamalet import command, model_file\ncommand.run(lambda argv: model_file.read(argv[0]) and 0)"
     )
     root = Path(__file__).parents[3]
     command = [sys.executable, "-O", "-c", code, str(path)]

@@ -31,7 +31,7 @@ from torture import cases
 from toy import SMALL_MODELS, random_tensors, toy_data, toy_state, toy_tokenizer
 
 import train
-from llamalet import errors, model_file
+from llamalet import command, model_file
 from llamalet.convert import bin_file
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import CheckpointError, DiskError, LockedError, NonFiniteError
@@ -627,7 +627,7 @@ def train_here(rank: int, argv: list[str], file_limit: int | None) -> None:
     checkpoint.save = save_and_note
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    errors.run(lambda _: train.main(argv))
+    command.run(lambda _: train.main(argv))
 
 
 def end(processes: Sequence[BaseProcess]) -> list[int]:
