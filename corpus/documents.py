@@ -1,7 +1,7 @@
 """Read files as one stream of documents, each in one or more pieces of text.
 
 Long documents are cut into pieces so that memory stays flat and several workers can encode one document. A cut takes
-out a single space, which pretokenize.py puts back. No token continues past a letter with a space, so the ids of the
+out a single space, which encode.py puts back. No token continues past a letter with a space, so the ids of the
 pieces, joined, are the ids of the whole document. Text without single spaces (Chinese, Japanese) is cut behind a line
 end, or else between two characters; there, a token or two may differ from those of the whole document.
 """

@@ -1,9 +1,10 @@
-"""From text to token shards, in four steps. Start here to read this folder.
+"""From text to token shards, in five steps. Start here to read this folder.
 
 sources.py      which files the text is in, of the user's or downloaded
 documents.py    files -> documents, for training and for validation
 vocabulary.py   documents -> a vocabulary, unless there is one already
-pretokenize.py  documents -> token shards and meta.json
+encode.py       documents -> token ids, with a vocabulary
+pretokenize.py  token ids -> shards and meta.json
 """
 
 import math
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 from corpus import documents, vocabulary
 from corpus.documents import DocumentRule, Piece, expected_chars
-from corpus.pretokenize import check_source, check_tokenizer, pretokenize
+from corpus.encode import check_tokenizer
+from corpus.pretokenize import check_source, pretokenize
 from corpus.sources import Source, in_one_line, open_source
 from corpus.workers import Workers
 from llamalet.convert import formats

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinystories
-from corpus import documents, download, pretokenize, sources, story_grammar, tinyshakespeare, vocabulary
+from corpus import documents, download, encode, pretokenize, sources, story_grammar, tinyshakespeare, vocabulary
 from corpus.documents import Piece
 from corpus.record import Record, RecordedFile
 from corpus.sources import open_source
@@ -259,7 +259,7 @@ def test_a_failing_worker_names_shard_file_and_line(stories, monkeypatch):
             return b""
 
     options = vocabulary_and_options(stories)
-    monkeypatch.setattr(pretokenize, "_worker_tokenizer", lambda path: Failing())
+    monkeypatch.setattr(encode, "_worker_tokenizer", lambda path: Failing())
     line = stories.index("Story 7. The dog saw the cat and the cat saw the dog.") + 1
     words = rf"out/train_00000\.bin: s\.jsonl, line {line}: cannot be encoded: ValueError: seven"
     with pytest.raises(DataError, match=words):
@@ -446,12 +446,12 @@ def test_every_kind_of_vocabulary_encodes_a_long_text_in_pieces(name, monkeypatc
     whole = "the dog saw the bas denilo. the dog s mur na the " + "thebademurqu" * 9 + "\nden qu\u00e9 ba the"
     vocab = trained(name, **OTHER_KINDS[name])
     model = tokenizer.load(vocab)
-    pretokenize.check_tokenizer(model, str(vocab))
+    encode.check_tokenizer(model, str(vocab))
     pieces = list(documents._cut([whole], "s.txt", 1))
-    ids = [id for piece in pieces for id in pretokenize.encode_piece(piece, model)]
+    ids = [id for piece in pieces for id in encode.encode_piece(piece, model)]
     assert len(pieces) > 6 and {piece.gap for piece in pieces} == {"", " "}
     assert model.decode(ids) == model.decode(model.encode(whole))
-    block = pretokenize.encode_pieces(pretokenize.EncodeTask(vocab, tuple(pieces)))
+    block = encode.encode_pieces(encode.EncodeTask(vocab, tuple(pieces)))
     assert block.ids.tolist() == [model.bos_id, *ids] and block.text_bytes == len(whole.encode())
 
 
