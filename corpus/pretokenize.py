@@ -60,27 +60,13 @@ def pretokenize(
     Raises:
         DataError: if the documents or a worker fail (the message names the shard), or a split is empty.
     """
-    meta = Meta(
-        source=source,
-        recipe={**recipe, "shard_chars": SHARD_CHARS, "max_piece_chars": documents.MAX_PIECE_CHARS},
-        bos_id=tokenizer.separator_id,
-        eos_id=tokenizer.separator_id if tokenizer.eos_id is None else tokenizer.eos_id,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=f"tokenizer.{tokenizer.suffix}",
-        tokenizer_sha256=tokenizer.sha256,
-        splits={name: Split(()) for name in SPLITS},
-    )
+    meta = _without_shards(source, recipe, tokenizer)
     finished = valid_shards(folder, meta)
     kept = set(finished)
     _write_unfinished(folder, meta, finished)
     (folder / META_FILE).unlink(missing_ok=True)
     copy = folder / meta.tokenizer
-    if not copy.is_file() or copy.read_bytes() != tokenizer_data:
-        write_file(copy, tokenizer_data)
-    if tokenizer.ids == tokenizer.file_ids:
-        declared.ids_path(copy).unlink(missing_ok=True)
-    else:  # what begins and ends texts is not in the file
-        write_file(declared.ids_path(copy), declared.ids_json(tokenizer.ids))
+    _write_tokenizer(copy, tokenizer, tokenizer_data)
     for split in reversed(SPLITS):  # the small one first: it shows what is wrong sooner
         done: list[Shard] = []
         for number, pieces in enumerate(_groups(streams[split], SHARD_CHARS)):
@@ -147,6 +133,30 @@ def valid_shards(folder: Path, meta: Meta) -> dict[str, Shard]:
                 continue  # missing or damaged: it is written again
             valid[shard.file] = shard
     return valid
+
+
+def _without_shards(source: str, recipe: Mapping[str, Any], tokenizer: Tokenizer) -> Meta:
+    """Return a meta.json that lists no shards yet."""
+    return Meta(
+        source=source,
+        recipe={**recipe, "shard_chars": SHARD_CHARS, "max_piece_chars": documents.MAX_PIECE_CHARS},
+        bos_id=tokenizer.separator_id,
+        eos_id=tokenizer.separator_id if tokenizer.eos_id is None else tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=f"tokenizer.{tokenizer.suffix}",
+        tokenizer_sha256=tokenizer.sha256,
+        splits={name: Split(()) for name in SPLITS},
+    )
+
+
+def _write_tokenizer(path: Path, tokenizer: Tokenizer, data: bytes) -> None:
+    """Write the tokenizer's file and, if it does not say what begins and ends texts, a file that does."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_file(path, data)
+    if tokenizer.ids == tokenizer.file_ids:
+        declared.ids_path(path).unlink(missing_ok=True)
+    else:
+        write_file(declared.ids_path(path), declared.ids_json(tokenizer.ids))
 
 
 def _encoded(
