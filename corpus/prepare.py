@@ -1,7 +1,8 @@
-"""From text to token shards, in five steps. Start here to read this folder.
+"""From text to token shards, in six steps. Start here to read this folder.
 
 sources.py      which files the text is in, of the user's or downloaded
-documents.py    files -> documents, for training and for validation
+text_files.py   files -> texts
+documents.py    texts -> documents in pieces, for training and for validation
 vocabulary.py   documents -> a vocabulary, unless there is one already
 encode.py       documents -> token ids, with a vocabulary
 pretokenize.py  token ids -> shards and meta.json
@@ -17,10 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from corpus import documents, vocabulary
-from corpus.documents import DocumentRule, Piece, expected_chars
+from corpus.documents import Piece, expected_chars
 from corpus.encode import check_tokenizer
 from corpus.pretokenize import check_source, pretokenize
 from corpus.sources import Source, in_one_line, open_source
+from corpus.text_files import DocumentRule
 from corpus.workers import Workers
 from llamalet.convert import formats
 from llamalet.errors import ConfigError, DataError, not_positive

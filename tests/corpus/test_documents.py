@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus import documents
+from corpus import documents, text_files
 from corpus.documents import expected_chars, first_documents, pieces, with_text
 from llamalet import tokenizer
 from llamalet.errors import DataError
@@ -118,7 +118,7 @@ def test_invalid_utf8_and_endless_lines_of_text(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"a\.txt, line 3: byte 6 \(0xe9\) is not valid UTF-8"):
         read(path, val=path)
     path = tmp_path / "a.jsonl"
-    monkeypatch.setattr(documents, "MAX_LINE_CHARS", 1 << 20)
+    monkeypatch.setattr(text_files, "MAX_LINE_CHARS", 1 << 20)
     path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * (1 << 20) + b'"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than 1048576 characters"):
         read(path, val=path)
@@ -223,7 +223,7 @@ def test_a_column_of_something_else_says_what_it_is(tmp_path, column, kind):
 
 def test_rows_of_any_size_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
-    monkeypatch.setattr(documents, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(text_files, "BATCH_BYTES", 1000)
     texts = [f"{i} " * 300 for i in range(20)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)
     sizes = []
@@ -288,8 +288,8 @@ def test_lines_in_parts_are_the_lines(tmp_path_factory, lines, end, closed, part
     path.write_bytes(data)
     expected = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PART_BYTES", part)
-        found = list(documents._lines(path))
+        patch.setattr(text_files, "PART_BYTES", part)
+        found = list(text_files._lines(path))
     assert [number for number, _ in found] == list(range(1, len(found) + 1))
     assert [text for _, text in found] == (expected if expected[-1] or data.endswith(b"\r") else expected[:-1])
 
