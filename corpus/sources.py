@@ -184,39 +184,35 @@ def find_files(root: Path) -> tuple[list[Path], list[str]]:
         linked, path = heapq.heappop(waiting)
         try:
             status = path.stat()
-            entries = [*os.scandir(path)] if stat.S_ISDIR(status.st_mode) else []
+            entries = [*os.scandir(path)] if stat.S_ISDIR(status.st_mode) else None
         except OSError as error:
             if not path.is_symlink():
                 raise DataError(f"{path}: cannot be read: {error.strerror}") from None
             odd.append(path)
             continue
+        if entries is None and path.suffix.lower() not in SUFFIXES:
+            continue
         identity = status.st_dev, status.st_ino
-        if stat.S_ISDIR(status.st_mode):
-            if identity in seen:
-                repeated.append(path)
-                continue
+        if entries is None and not stat.S_ISREG(status.st_mode):
+            odd.append(path)
+        elif identity in seen and (linked or entries is not None):
+            repeated.append(path)
+        elif entries is None:
+            found.append(path)
+        else:
             for entry in entries:
                 below = path / entry.name
-                if entry.name.startswith("."):
-                    hidden += [below] * (entry.is_dir() or below.suffix.lower() in SUFFIXES)
-                else:
+                if not entry.name.startswith("."):
                     heapq.heappush(waiting, (linked or entry.is_symlink(), below))
-        elif path.suffix.lower() not in SUFFIXES:
-            continue
-        elif not stat.S_ISREG(status.st_mode):
-            odd.append(path)
-        elif linked and identity in seen:
-            repeated.append(path)
-        else:
-            found.append(path)
+                elif entry.is_dir() or below.suffix.lower() in SUFFIXES:
+                    hidden.append(below)
         seen.add(identity)
     left_out = {"hidden": hidden, "linked to what is read anyway": repeated, "neither file nor folder": odd}
-    notes = [
-        f"left out: {len(paths)} {kind}, the first: {in_one_line(min(paths))}"
-        for kind, paths in left_out.items()
+    return sorted(found), [
+        f"left out: {len(paths)} {why}, the first: {in_one_line(min(paths))}"
+        for why, paths in left_out.items()
         if paths
     ]
-    return sorted(found), notes
 
 
 def in_one_line(path: object) -> str:
