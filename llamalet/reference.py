@@ -20,7 +20,7 @@ from llamalet.checks import token_ids
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.kv_cache import KVCache
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows, unpack
-from llamalet.model_file.tensors import ModelFile
+from llamalet.model_file.reader import ModelFile
 
 Array = NDArray[np.float32]
 Tokens = Sequence[int] | NDArray[np.integer[Any]]

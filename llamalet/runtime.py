@@ -15,7 +15,7 @@ from llamalet.cores import thread_count
 from llamalet.errors import FormatError, TokenizerError, UsageError, note
 from llamalet.files import stamp
 from llamalet.generate import ForwardPass, Tokens, generate_batch, stream
-from llamalet.model_file.tensors import ModelFile
+from llamalet.model_file.reader import ModelFile
 from llamalet.sampler import SamplingConfig
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents
 from llamalet.tokenizer import StreamDecoder, Tokenizer

@@ -14,7 +14,8 @@ from llamalet.errors import ConfigError, TokenizerError, UsageError
 from llamalet.files import write_file
 from llamalet.model_file.companions import SUFFIXES, beside, ids_path, load_tokenizer, special_ids
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
-from llamalet.model_file.tensors import ModelFile, Rows
+from llamalet.model_file.reader import ModelFile
+from llamalet.model_file.tensors import Rows
 from llamalet.tokenizer import Llama3Tokenizer, SpecialIds, Tokenizer, declared
 from llamalet.tokenizer.llama2 import check_for_llama2c
 

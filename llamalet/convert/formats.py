@@ -15,7 +15,7 @@ from llamalet.errors import ConfigError, FormatError, TokenizerError
 from llamalet.model_file.checkpoint import MANIFEST, MODEL, STATE, list_steps
 from llamalet.model_file.companions import check_identity, load_tokenizer, no_tokenizer, stops_of
 from llamalet.model_file.header import DTYPES
-from llamalet.model_file.tensors import ModelFile
+from llamalet.model_file.reader import ModelFile
 from llamalet.tokenizer import Tokenizer
 
 FORMATS = ("hf", "meta_llama", "llama2c", "gguf", "bin")

@@ -11,7 +11,7 @@ from llamalet.convert.imported_model import ImportedModel, unwrapped
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
 from llamalet.errors import FormatError
 from llamalet.model_file.header import LLAMA2C
-from llamalet.model_file.tensors import LLAMA3_VOCAB
+from llamalet.model_file.reader import LLAMA3_VOCAB
 
 IGNORED = ("freqs_cis", "freqs_cos", "freqs_sin")  # RoPE's tables
 FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")

@@ -16,7 +16,7 @@ from llamalet.config import RopeScaling
 from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, ImportedModel, llama3_scaling, unwrapped
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
 from llamalet.errors import ConfigError, FormatError
-from llamalet.model_file.tensors import LLAMA3_VOCAB
+from llamalet.model_file.reader import LLAMA3_VOCAB
 
 PARAMS = "params.json"
 IGNORED = ("rope.freqs",)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llamalet.kernels.llvm import F32, I8, i64
 from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized, pack
-from llamalet.model_file.tensors import ModelFile
+from llamalet.model_file.reader import ModelFile
 from llamalet.reference import output_weight
 
 FLOAT_BYTES = 4

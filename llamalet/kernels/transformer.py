@@ -22,7 +22,7 @@ from llamalet.kernels.stages import CACHE_SLOT, JOB, RopeTables, Workspace
 from llamalet.kernels.threads import ThreadTeam, new_words
 from llamalet.kv_cache import KVCache
 from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized
-from llamalet.model_file.tensors import ModelFile
+from llamalet.model_file.reader import ModelFile
 from llamalet.reference import Array, Tokens
 
 # Positions of a pass: prompts are read, and batches decoded, at most this many at a time.

@@ -5,6 +5,8 @@ a new version, with a reader, a golden file and a line in docs/formats.md.
 """
 
 from llamalet.model_file.header import Header, llama2c_differences
-from llamalet.model_file.tensors import ModelFile, float_version, in_memory, read, tensor_specs, write
+from llamalet.model_file.reader import ModelFile, read
+from llamalet.model_file.tensors import tensor_specs
+from llamalet.model_file.writer import float_version, in_memory, write
 
 __all__ = ["Header", "ModelFile", "float_version", "in_memory", "llama2c_differences", "read", "tensor_specs", "write"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llamalet import tokenizer
 from llamalet.errors import TokenizerError, UsageError
-from llamalet.model_file.tensors import ModelFile
+from llamalet.model_file.reader import ModelFile
 from llamalet.tokenizer import SpecialIds, Tokenizer, declared
 
 # A tokenizer next to NAME.bin is NAME.tokenizer.SUFFIX. If there are several, the first of these is read: the more a
