@@ -74,11 +74,10 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scal
     notes: tuple[str, ...] = ()
     if file.group_size is not None:
         notes = (f"its weights were already rounded to {file.dtype}; the export keeps that rounding",)
-    path = Path(name).with_suffix(TEMPLATE_SUFFIX)
-    template = read_template(path) if path.is_file() else None
+    template = Path(name).with_suffix(TEMPLATE_SUFFIX)
     return ImportedModel(
         name=name,
-        chat_template=template,
+        chat_template=read_template(template) if template.is_file() else None,
         config=config,
         tensors=tensors_of(file),
         stored=frozenset({file.dtype.upper()}),
@@ -158,19 +157,8 @@ def write(
         path, version, source.config, source.tensors, dtype=dtype, tokenizer_sha256=sha256, tokenizer=inside,
         special_ids=ids if version == 3 else None, force=force,
     )  # fmt: skip
-    paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
-    beside_it = []
-    if vocabulary is not None and version < 3:
-        if llama2c_problem(vocabulary) is None:
-            tokenizer.write_bin(paths["bin"], vocabulary, source.config.vocab_size)
-            beside_it.append("bin")
-        if vocabulary.suffix != "bin":
-            write_file(paths[vocabulary.suffix], source.tokenizer_data)
-            beside_it.append(vocabulary.suffix)
-        earlier = SUFFIXES[: SUFFIXES.index(vocabulary.suffix)]
-        remove_stale([paths[suffix] for suffix in earlier], keep)
-    if replaces and inside is None:
-        set_aside([paths[suffix] for suffix in SUFFIXES if suffix not in beside_it], keep)
+    if inside is None:
+        _write_tokenizer(path, source, replaces, keep)
     if ids is not None and version < 3:
         write_file(ids_path(path), declared.ids_json(ids))
     else:
@@ -180,3 +168,20 @@ def write(
     elif replaces:
         set_aside([path.with_suffix(TEMPLATE_SUFFIX)], keep)
     return written
+
+
+def _write_tokenizer(path: Path, source: ImportedModel, replaces: bool, keep: Path | None) -> None:
+    """Write a model's tokenizer next to its file, and see to those of the model that this one replaces."""
+    paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
+    written = set()
+    if source.tokenizer is not None:
+        suffix = source.tokenizer.suffix
+        if llama2c_problem(source.tokenizer) is None:
+            tokenizer.write_bin(paths["bin"], source.tokenizer, source.config.vocab_size)
+            written.add("bin")
+        if suffix != "bin":
+            write_file(paths[suffix], source.tokenizer_data)
+            written.add(suffix)
+        remove_stale([paths[earlier] for earlier in SUFFIXES[: SUFFIXES.index(suffix)]], keep)
+    if replaces:
+        set_aside([paths[suffix] for suffix in SUFFIXES if suffix not in written], keep)

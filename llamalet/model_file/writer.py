@@ -68,16 +68,12 @@ def write(
     """
     path = Path(path)
     check_can_carry(version, config, dtype=dtype, force=force)
-    if (tokenizer is not None or special_ids is not None) and version != 3:
-        raise ConfigError(f"version {version} has no place for a tokenizer; take --version 3")
-    if special_ids is not None and len(special_ids.prefix) + len(special_ids.stops) > MAX_IDS:
-        n = len(special_ids.prefix) + len(special_ids.stops)
-        raise ConfigError(f"{n} ids begin every text or end one: version 3 has room for {MAX_IDS}")
+    if tokenizer is not None or special_ids is not None:
+        _check_tokenizer(version, special_ids)
     dtype = dtype or DEFAULT_DTYPES[version]
-    group_size = {
-        2: quantize.group_size_for(config.dim, config.hidden_dim),
-        3: quantize.ENCODINGS[dtype].group_size,
-    }.get(version)
+    group_size = quantize.ENCODINGS[dtype].group_size  # of version 3; None in versions 0 and 1, which are f32
+    if version == 2:
+        group_size = quantize.group_size_for(config.dim, config.hidden_dim)
     specs = list(tensor_specs(version, config, dtype, group_size))
     tables = _rope_tensors(version, config)
     _check_names([spec.name for spec in specs if spec.name not in tables], tensors)
@@ -85,9 +81,9 @@ def write(
         file.write(bytes(Header(version, config).n_bytes))
         crc = 0
         for spec in specs:
-            for data in _encoded(spec, tables[spec.name] if spec.name in tables else tensors[spec.name]):
-                crc = zlib.crc32(data, crc)
-                file.write(data)
+            for block in _encoded(spec, tables[spec.name] if spec.name in tables else tensors[spec.name]):
+                crc = zlib.crc32(block, crc)
+                file.write(block)
         section = None
         if tokenizer is not None:
             kind, data = tokenizer
@@ -166,6 +162,15 @@ def check_can_carry(version: int, config: ModelConfig, *, dtype: str | None = No
         raise ConfigError("version 0 cannot say how RoPE is scaled; take --version 1")
     if version == 2 and quantize.group_size_for(config.dim, config.hidden_dim) < quantize.MIN_GROUP_SIZE:
         _refuse_group(config)
+
+
+def _check_tokenizer(version: int, special_ids: SpecialIds | None) -> None:
+    """Raise a ConfigError if a version has no room for a tokenizer and for what begins and ends its texts."""
+    if version != 3:
+        raise ConfigError(f"version {version} has no place for a tokenizer; take --version 3")
+    n_ids = 0 if special_ids is None else len(special_ids.prefix) + len(special_ids.stops)
+    if n_ids > MAX_IDS:
+        raise ConfigError(f"{n_ids} ids begin every text or end one: version 3 has room for {MAX_IDS}")
 
 
 def _refuse_group(config: ModelConfig) -> NoReturn:
