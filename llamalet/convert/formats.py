@@ -214,7 +214,7 @@ def kind_of(path: Path) -> str:
             f"no {META_PARAMS} (Meta)"
         )
     if not path.is_file():
-        from llamalet.convert.gguf_file import first_part
+        from llamalet.convert.gguf_metadata import first_part
         from llamalet.convert.huggingface import HUB_ID
 
         if first_part(path) is not None:

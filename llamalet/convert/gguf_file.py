@@ -9,10 +9,8 @@ Source: llama.cpp, docs/gguf.md and gguf-py; conversion of Llama models: convert
 
 import dataclasses
 import functools
-import glob
 import math
-import reprlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from llamalet.config import LinearScaling, ModelConfig, RopeDivisors, RopeScaling, rope_frequencies
 from llamalet.convert import gguf_tokenizer, imported_model
+from llamalet.convert.gguf_metadata import ARCHITECTURE, Part, first_part, package, read_parts, shortest
 from llamalet.convert.imported_model import DECODERS, FileTensor, Floats, ImportedModel
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
@@ -45,7 +44,6 @@ NAMES = {
     "output": "output.weight",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-ARCHITECTURE = "llama"
 FIELDS = {
     "dim": "embedding_length", "hidden_dim": "feed_forward_length", "n_layers": "block_count",
     "n_heads": "attention.head_count", "max_seq_len": "context_length", "norm_eps": "attention.layer_norm_rms_epsilon",
@@ -56,26 +54,6 @@ DTYPES = {
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"), "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }  # fmt: skip
 BLOCK = 32
-# What each part of a split file says of itself, and of the model again.
-SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
-MAX_PARTS = (1 << 16) - 1
-SHAPE_KEYS = ("general.architecture", f"{ARCHITECTURE}.")
-# The package makes several objects of each value of an array; no vocabulary or list of merges has as many.
-ARRAY, MAX_ARRAY = 9, 1 << 21
-
-
-def _package() -> Any:
-    """Return the gguf package.
-
-    Raises:
-        UsageError: if it is not installed.
-    """
-    try:
-        import gguf
-        import gguf.quants
-    except ImportError:
-        raise UsageError("GGUF files need the gguf package: pip install gguf") from None
-    return gguf
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -94,7 +72,7 @@ def read(name: str) -> ImportedModel:
     path = first_part(Path(name)) or Path(name)
     if not path.is_file():
         raise FormatError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    parts = _read_parts(path)
+    parts = read_parts(path)
     path, fields = parts[0].path, parts[0]
     stored = {tensor.name: (part.path, tensor) for part in parts for tensor in part.tensors}
     config = _read_config(path, fields, {name: tensor for name, (_, tensor) in stored.items()})
@@ -124,158 +102,12 @@ def read(name: str) -> ImportedModel:
     )
 
 
-def first_part(path: Path) -> Path | None:
-    """Return the first part of a split file of which `path` is NAME, also with .gguf; None if there is none.
-
-    Raises:
-        FormatError: if several files are split under that name.
-    """
-    if path.exists():
-        return None
-    stem, digits = glob.escape(path.name.removesuffix(".gguf")), "[0-9]" * 5
-    found = sorted(path.parent.glob(f"{stem}-{digits}-of-{digits}.gguf"))
-    if len({part.name.rpartition("-of-")[2] for part in found}) > 1:
-        raise FormatError(f"{path}: no such file, but parts of several: name one of {found[0].name}, {found[-1].name}")
-    return found[0] if found else None
-
-
-def _read_parts(path: Path) -> list["_Part"]:
-    """Return the metadata of a file, or of all parts of the split file to which it belongs.
-
-    Raises:
-        FormatError: if one is damaged or missing, or they do not belong together.
-    """
-    part = _Part(path)
-    count = part.get(SPLIT_COUNT)
-    if count in (None, 0, 1):
-        return [part]
-    number = part.get(SPLIT_NUMBER)
-    if not (isinstance(count, int) and isinstance(number, int) and 0 <= number < count <= MAX_PARTS):
-        said = f"{SPLIT_NUMBER} is {reprlib.repr(number)} and {SPLIT_COUNT} is {reprlib.repr(count)}"
-        raise FormatError(f"{path}: {said}: damaged")
-    ending = "-{:05d}-of-{:05d}.gguf".format
-    if not path.name.endswith(ending(number + 1, count)):
-        raise FormatError(
-            f"{path}: is part {number + 1} of {count}, so its name must end in {ending(number + 1, count)}"
-        )
-    stem = path.name.removesuffix(ending(number + 1, count))
-    paths = [path.with_name(stem + ending(i + 1, count)) for i in range(count)]
-    if missing := [part.name for part in paths if not part.is_file()]:
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise FormatError(f"{path}: is part {number + 1} of {count}; missing beside it: {names}")
-    parts = [part if part.path == path else _Part(path) for path in paths]
-    _check_parts(parts)
-    return parts
-
-
-def _check_parts(parts: Sequence["_Part"]) -> None:
-    """Raise a FormatError unless these are all parts of one split file, in their order."""
-    first, names = parts[0], set[str]()
-    for number, part in enumerate(parts):
-        for key, expected in ((SPLIT_NUMBER, number), (SPLIT_COUNT, len(parts))):
-            if part.get(key) != expected:
-                found = reprlib.repr(part.get(key))
-                raise FormatError(f"{part.path}: {key} is {found}, not {expected}: another file's part")
-        for key in part.keys():
-            if key.startswith(SHAPE_KEYS) and part.get(key) != first.get(key):
-                found, wanted = reprlib.repr(part.get(key)), reprlib.repr(first.get(key))
-                raise FormatError(f"{part.path}: {key} is {found}, and {wanted} in {first.path.name}")
-        if twice := names.intersection(tensor.name for tensor in part.tensors):
-            raise FormatError(f"{part.path}: {min(twice)} is in an earlier part too")
-        names.update(tensor.name for tensor in part.tensors)
-    total = first.get(SPLIT_TENSORS)
-    if total not in (None, len(names)):
-        found = reprlib.repr(total)
-        raise FormatError(f"{first.path}: {SPLIT_TENSORS} is {found}, and its {len(parts)} parts have {len(names)}")
-
-
-def _read_tokenizer(path: Path, fields: "_Part", n_rows: int) -> tuple[Tokenizer | None, bytes, str]:
+def _read_tokenizer(path: Path, fields: Part, n_rows: int) -> tuple[Tokenizer | None, bytes, str]:
     """Return the vocabulary and its file's bytes, or what is wrong with it."""
     try:
         return *(gguf_tokenizer.read(fields.get, str(path), n_rows) or (None, b"")), ""
     except (TokenizerError, UsageError) as error:
         return None, b"", str(error)
-
-
-def _strict_reader(path: Path) -> "gguf.GGUFReader":
-    """Return the package's reader, stopped at the end of a damaged file: it would read on until memory runs out.
-
-    Raises:
-        ValueError: if the file ends within its metadata; or another of the package's errors.
-    """
-
-    class Reader(_package().GGUFReader):  # type: ignore[misc]
-        data: NDArray[np.uint8]
-
-        def _get(self, offset: Any, *args: Any, **options: Any) -> Any:
-            if offset >= len(self.data):
-                raise ValueError("ends within its metadata")
-            self.data = np.asarray(self.data)  # a memmap takes twice as long for each of the many small views
-            return super()._get(offset, *args, **options)
-
-        def _get_field_parts(self, offset: int, kind: int) -> Any:
-            if kind == ARRAY and self._get(offset + 4, np.uint64)[0] > MAX_ARRAY:
-                raise ValueError(f"an array of more than {MAX_ARRAY} values")
-            return super()._get_field_parts(offset, kind)
-
-    return Reader(path)
-
-
-class _Part:
-    """A file, or a part of a split one: its metadata by key, and what it says of its tensors."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._reader = _strict_reader(path)
-            self.tensors = list(self._reader.tensors)
-        except (ValueError, IndexError, KeyError, OverflowError, TypeError, RecursionError) as error:
-            raise FormatError(f"{path}: not a GGUF file, damaged or truncated: {error}") from None
-
-    def keys(self) -> Collection[str]:
-        """Return the keys of all values."""
-        return self._reader.fields.keys()
-
-    def get(self, key: str) -> Any:
-        """Return a value as a Python object; None if there is none."""
-        field = self._reader.get_field(key)
-        try:
-            return None if field is None else field.contents()
-        except (ValueError, IndexError, TypeError) as error:
-            raise FormatError(f"{self.path}: {key} is damaged: {error}") from None
-
-    def needed(self, key: str) -> Any:
-        """Return a value that every file must have."""
-        value = self.get(key)
-        if value is None:
-            raise FormatError(f"{self.path}: has no {key}")
-        return value
-
-    def of_layers(self, key: str, n_layers: Any) -> Any:
-        """Return a value that may be given for each layer; None if there is none.
-
-        Raises:
-            FormatError: if the layers differ, or it is not given for each.
-        """
-        value = self.get(key)
-        if not isinstance(value, list):
-            return value
-        if not value or len(value) != n_layers:
-            raise FormatError(f"{self.path}: {key} has {len(value)} values for {n_layers} layers")
-        if any(other != value[0] for other in value):
-            raise FormatError(f"{self.path}: {key} is {reprlib.repr(value)}: must be the same in all layers")
-        return value[0]
-
-    def number(self, key: str, default: float) -> float:
-        """Return a number.
-
-        Raises:
-            FormatError: if it is of another type.
-        """
-        value = self.get(key)
-        if not isinstance(value, int | float | None) or isinstance(value, bool):
-            raise FormatError(f"{self.path}: {key} is {reprlib.repr(value)}: must be a number")
-        return default if value is None else float(_shortest(value))
 
 
 def _shape(tensor: "gguf.ReaderTensor") -> tuple[int, ...]:
@@ -289,7 +121,7 @@ def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
     Raises:
         FormatError: if the package cannot convert its type.
     """
-    gguf, kind, shape = _package(), tensor.tensor_type, _shape(tensor)
+    gguf, kind, shape = package(), tensor.tensor_type, _shape(tensor)
     row_bytes = int(tensor.n_bytes) // shape[0]
     if kind.name in DECODERS:
         return FileTensor(path, int(tensor.data_offset), shape, kind.name, row_bytes, DECODERS[kind.name])
@@ -305,7 +137,7 @@ def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
     return FileTensor(path, int(tensor.data_offset), shape, kind.name, row_bytes, decode)
 
 
-def _read_config(path: Path, fields: _Part, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
+def _read_config(path: Path, fields: Part, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
     """Return the config that the metadata describes.
 
     Raises:
@@ -329,8 +161,8 @@ def _read_config(path: Path, fields: _Part, stored: Mapping[str, "gguf.ReaderTen
             "n_kv_heads": fields.of_layers(of("attention.head_count_kv"), values["n_layers"]),
             "head_dim": fields.get(of("attention.key_length")),
             "vocab_size": _shape(stored[NAMES["tok_embeddings"]])[0],
-            "norm_eps": _shortest(values["norm_eps"]),
-            "rope_theta": _shortest(fields.get(of("rope.freq_base"))),
+            "norm_eps": shortest(values["norm_eps"]),
+            "rope_theta": shortest(fields.get(of("rope.freq_base"))),
             "rope_scaling": None,
             "tied": NAMES["output"] not in stored,
         },
@@ -349,12 +181,7 @@ def _read_config(path: Path, fields: _Part, stored: Mapping[str, "gguf.ReaderTen
     return dataclasses.replace(config, rope_scaling=scaling)
 
 
-def _shortest(value: Any) -> Any:
-    """Return the shortest number that rounds to a float32: 1e-5, not 9.999999747378752e-06; other types unchanged."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _linear_factor(path: Path, fields: _Part) -> float:
+def _linear_factor(path: Path, fields: Part) -> float:
     """Return the factor by which RoPE is scaled linearly, 1 if it is not.
 
     Raises:
@@ -406,8 +233,8 @@ def _simplest(config: ModelConfig, found: RopeDivisors) -> RopeScaling | None:
     """Return what gives some divisors: nothing, one factor, Llama 3.1's scaling with a factor, or only themselves."""
     divisors, last = np.array(found.divisors), found.divisors[-1]
     if (divisors == last).all():
-        return None if last == 1 else LinearScaling(factor=_shortest(last))
-    factor = rounded if math.isclose(rounded := round(last, 4), last, rel_tol=1e-6) else _shortest(last)
+        return None if last == 1 else LinearScaling(factor=shortest(last))
+    factor = rounded if math.isclose(rounded := round(last, 4), last, rel_tol=1e-6) else shortest(last)
     if factor >= 1:
         scaling, plain = imported_model.llama3_scaling(factor), rope_frequencies(config)
         # Converters compute with float32 numbers.
@@ -444,7 +271,7 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         NonFiniteError: if a weight is NaN or infinite.
         UsageError: if the gguf package is not installed.
     """
-    gguf, config = _package(), source.config
+    gguf, config = package(), source.config
     kinds = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     notes = _add_fields(writer, source, path, gguf.LlamaFileType[DTYPES[dtype][1]])
@@ -483,14 +310,14 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
 
 def add_tensor_info(writer: "gguf.GGUFWriter", name: str, shape: tuple[int, ...], kind: Any) -> None:
     """Announce a tensor."""
-    block, block_bytes = _package().GGML_QUANT_SIZES[kind]
+    block, block_bytes = package().GGML_QUANT_SIZES[kind]
     n_bytes = math.prod(shape) // block * block_bytes
     writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
 
 
 def _encoded(name: str, tensor: Rows, kind: Any) -> Iterator[memoryview]:
     """Yield a tensor's bytes in a file, a block of rows at a time."""
-    quants = _package().quants
+    quants = package().quants
     for block in row_blocks(name, tensor):
         if kind.name == "F16" and np.abs(block).max() > np.finfo(np.float16).max:
             raise ConfigError(f"{name}: has a weight that float16 cannot hold; take --dtype f32")
@@ -501,7 +328,7 @@ def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, path: Path, fi
     """Put the model's shape and its tokenizer into the metadata; return what llama.cpp does differently."""
     writer.add_name(path.stem)
     writer.add_file_type(file_type)
-    writer.add_quantization_version(_package().GGML_QUANT_VERSION)
+    writer.add_quantization_version(package().GGML_QUANT_VERSION)
     add_shape(writer, source.config)
     notes = []
     if source.tokenizer is None:
@@ -531,5 +358,5 @@ def add_shape(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope_theta)
     if isinstance(c.rope_scaling, LinearScaling):
-        writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(package().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(c.rope_scaling.factor)
