@@ -8,11 +8,10 @@ Source: llama.cpp, docs/gguf.md and gguf-py; conversion of Llama models: convert
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,9 +72,10 @@ def read(name: str) -> ImportedModel:
     if not path.is_file():
         raise FormatError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
     parts = read_parts(path)
-    path, fields = parts[0].path, parts[0]
+    fields = parts[0]
+    path = fields.path
     stored = {tensor.name: (part.path, tensor) for part in parts for tensor in part.tensors}
-    config = _read_config(path, fields, {name: tensor for name, (_, tensor) in stored.items()})
+    config = _read_config(fields, {name: tensor for name, (_, tensor) in stored.items()})
     names = imported_model.expand(NAMES, config.n_layers)
     ours = {theirs: our for our, theirs in names.items()}
     found = {ours.get(theirs, theirs): place for theirs, place in stored.items() if theirs != ROPE_FACTORS}
@@ -84,7 +84,7 @@ def read(name: str) -> ImportedModel:
     notes = []
     if rounded := sorted({tensor.tensor_type.name for _, tensor in stored.values()} - DECODERS.keys()):
         notes.append(f"its weights were already rounded to {', '.join(rounded)}; the export keeps that rounding")
-    vocabulary, data, problem = _read_tokenizer(path, fields, config.vocab_size)
+    vocabulary, data, problem = _read_tokenizer(fields, config.vocab_size)
     stops = gguf_tokenizer.stops(fields.get, str(path)) if vocabulary is None else vocabulary.stop_ids
     template = fields.get("tokenizer.chat_template")
     return ImportedModel(
@@ -102,10 +102,10 @@ def read(name: str) -> ImportedModel:
     )
 
 
-def _read_tokenizer(path: Path, fields: Part, n_rows: int) -> tuple[Tokenizer | None, bytes, str]:
+def _read_tokenizer(fields: Part, n_rows: int) -> tuple[Tokenizer | None, bytes, str]:
     """Return the vocabulary and its file's bytes, or what is wrong with it."""
     try:
-        return *(gguf_tokenizer.read(fields.get, str(path), n_rows) or (None, b"")), ""
+        return *(gguf_tokenizer.read(fields.get, str(fields.path), n_rows) or (None, b"")), ""
     except (TokenizerError, UsageError) as error:
         return None, b"", str(error)
 
@@ -137,51 +137,64 @@ def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
     return FileTensor(path, int(tensor.data_offset), shape, kind.name, row_bytes, decode)
 
 
-def _read_config(path: Path, fields: Part, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
+def _read_config(fields: Part, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
     """Return the config that the metadata describes.
 
     Raises:
         FormatError: if it is another architecture, or a variant of Llama that cannot be run here.
     """
-    if (architecture := fields.needed("general.architecture")) != ARCHITECTURE:
-        raise FormatError(f"{path}: is a {architecture!r} model: only {ARCHITECTURE!r} ones can be read")
-    of = functools.partial("{}.{}".format, ARCHITECTURE)
-    if fields.get(of("attention.causal")) is False:
-        raise FormatError(f"{path}: {of('attention.causal')} is false: only models that look back can be read")
-    if fields.get(of("expert_count")):
-        raise FormatError(f"{path}: is a mixture of {fields.get(of('expert_count'))} experts, not a plain Llama")
-    values = {ours: fields.needed(of(theirs)) for ours, theirs in FIELDS.items()}
-    values |= {ours: fields.of_layers(of(FIELDS[ours]), values["n_layers"]) for ours in ("n_heads", "hidden_dim")}
+    _refuse_other_models(fields)
+    values = {ours: fields.needed(_key(theirs)) for ours, theirs in FIELDS.items()}
+    values |= {ours: fields.of_layers(_key(FIELDS[ours]), values["n_layers"]) for ours in ("n_heads", "hidden_dim")}
     if NAMES["tok_embeddings"] not in stored:
-        raise FormatError(f"{path}: {NAMES['tok_embeddings']} is missing")
+        raise FormatError(f"{fields.path}: {NAMES['tok_embeddings']} is missing")
     config = imported_model.build_config(
-        str(path),
+        str(fields.path),
         values
         | {
-            "n_kv_heads": fields.of_layers(of("attention.head_count_kv"), values["n_layers"]),
-            "head_dim": fields.get(of("attention.key_length")),
+            "n_kv_heads": fields.of_layers(_key("attention.head_count_kv"), values["n_layers"]),
+            "head_dim": fields.get(_key("attention.key_length")),
             "vocab_size": _shape(stored[NAMES["tok_embeddings"]])[0],
             "norm_eps": shortest(values["norm_eps"]),
-            "rope_theta": shortest(fields.get(of("rope.freq_base"))),
+            "rope_theta": shortest(fields.get(_key("rope.freq_base"))),
             "rope_scaling": None,
             "tied": NAMES["output"] not in stored,
         },
     )
-    for other in ("attention.value_length", "rope.dimension_count"):
-        if fields.get(of(other)) not in (None, config.head_dim):
-            raise FormatError(
-                f"{path}: {of(other)} is {fields.get(of(other))}: must be the width of a head, {config.head_dim}"
-            )
-    window = fields.number(of("attention.sliding_window"), config.max_seq_len)
-    if 0 < window < config.max_seq_len:
-        raise FormatError(
-            f"{path}: {of('attention.sliding_window')} is {window:g}, below the context {config.max_seq_len}"
-        )
-    scaling = _read_scaling(path, config, _linear_factor(path, fields), stored.get(ROPE_FACTORS))
+    _refuse_other_attention(fields, config)
+    scaling = _read_scaling(fields.path, config, _linear_factor(fields), stored.get(ROPE_FACTORS))
     return dataclasses.replace(config, rope_scaling=scaling)
 
 
-def _linear_factor(path: Path, fields: Part) -> float:
+def _key(name: str) -> str:
+    """Return the key of a fact that depends on the architecture."""
+    return f"{ARCHITECTURE}.{name}"
+
+
+def _refuse_other_models(fields: Part) -> None:
+    """Raise a FormatError for another architecture, an encoder or a mixture of experts."""
+    if (architecture := fields.needed("general.architecture")) != ARCHITECTURE:
+        raise FormatError(f"{fields.path}: is a {architecture!r} model: only {ARCHITECTURE!r} ones can be read")
+    if fields.get(_key("attention.causal")) is False:
+        raise FormatError(f"{fields.path}: {_key('attention.causal')} is false: only models that look back can be read")
+    if n_experts := fields.get(_key("expert_count")):
+        raise FormatError(f"{fields.path}: is a mixture of {n_experts} experts, not a plain Llama")
+
+
+def _refuse_other_attention(fields: Part, config: ModelConfig) -> None:
+    """Raise a FormatError for values or a rotation of another width than a head, and for a sliding window."""
+    for key in map(_key, ("attention.value_length", "rope.dimension_count")):
+        if fields.get(key) not in (None, config.head_dim):
+            raise FormatError(
+                f"{fields.path}: {key} is {fields.get(key)}: must be the width of a head, {config.head_dim}"
+            )
+    key = _key("attention.sliding_window")
+    window = fields.number(key, config.max_seq_len)
+    if 0 < window < config.max_seq_len:
+        raise FormatError(f"{fields.path}: {key} is {window:g}, below the context {config.max_seq_len}")
+
+
+def _linear_factor(fields: Part) -> float:
     """Return the factor by which RoPE is scaled linearly, 1 if it is not.
 
     Raises:
@@ -190,17 +203,19 @@ def _linear_factor(path: Path, fields: Part) -> float:
     Source: llama.cpp, src/llama-model.cpp (load_hparams) and src/llama-context.cpp: the way is linear where the file
     does not say it, the older key counts where the newer is missing, 0 is 1, and with a factor of 1 all ways are equal.
     """
-    of = functools.partial("{}.rope.{}".format, ARCHITECTURE)
-    kind, key = fields.get(of("scaling.type")), of("scaling.factor")
+    path = fields.path
+    kind, key = fields.get(_key("rope.scaling.type")), _key("rope.scaling.factor")
     if fields.get(key) is None:
-        key = of("scale_linear")
+        key = _key("rope.scale_linear")
     factor = 1.0 if kind == "none" else fields.number(key, 1.0) or 1.0
     if kind not in (None, "none", "linear") and (factor != 1 or kind not in ("yarn", "longrope")):
-        raise FormatError(f"{path}: {of('scaling.type')} is {kind!r}, the factor {factor:g}: only 'linear' can be read")
+        raise FormatError(
+            f"{path}: {_key('rope.scaling.type')} is {kind!r}, the factor {factor:g}: only 'linear' can be read"
+        )
     if not 0 < factor < math.inf:
         raise FormatError(f"{path}: {key} is {factor:g}: must be a positive number")
-    if (attention := fields.number(of("scaling.attn_factor"), 1.0)) != 1:
-        raise FormatError(f"{path}: {of('scaling.attn_factor')} is {attention:g}: only 1 can be read")
+    if (attention := fields.number(_key("rope.scaling.attn_factor"), 1.0)) != 1:
+        raise FormatError(f"{path}: {_key('rope.scaling.attn_factor')} is {attention:g}: only 1 can be read")
     return factor
 
 
@@ -272,40 +287,40 @@ def write(path: Path, source: ImportedModel, dtype: str = "f32") -> list[str]:
         UsageError: if the gguf package is not installed.
     """
     gguf, config = package(), source.config
-    kinds = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     notes = _add_fields(writer, source, path, gguf.LlamaFileType[DTYPES[dtype][1]])
-    names, others = imported_model.expand(NAMES, config.n_layers), []
-    plan: list[tuple[str, str, Any]] = []
-    tensors = dict[str, Rows]()
-    if (divisors := rope_factors(config)) is not None:
-        tensors[ROPE_FACTORS] = divisors
-        plan.append((ROPE_FACTORS, ROPE_FACTORS, kinds.F32))
-        add_tensor_info(writer, ROPE_FACTORS, divisors.shape, kinds.F32)
+    names, divisors = imported_model.expand(NAMES, config.n_layers), rope_factors(config)
+    if divisors is not None:
+        add_tensor_info(writer, ROPE_FACTORS, divisors.shape, gguf.GGMLQuantizationType.F32)
+    types = {}
     for spec in tensor_specs(1, config):
-        kind = kinds.F32 if len(spec.shape) == 1 else kinds[DTYPES[dtype][0]]
-        if kind in (kinds.Q8_0, kinds.Q4_0) and spec.shape[-1] % BLOCK:
-            kind = kinds.F16
-            others.append(spec.name)
-        plan.append((spec.name, names[spec.name], kind))
-        add_tensor_info(writer, names[spec.name], spec.shape, kind)
+        types[spec.name] = _type_for(spec.shape, dtype)
+        add_tensor_info(writer, names[spec.name], spec.shape, types[spec.name])
     with replacing(path) as file:
         # The writer would open a file by name; its state machine accepts an open one too.
         writer.fout, writer.state = [file], type(writer.state).EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for ours, _, kind in plan:
-            tensor = tensors[ours] if ours in tensors else source.tensors[ours]
-            writer.write_padding(file, file.tell())
-            for data in _encoded(ours, tensor, kind):
-                file.write(data)
+        if divisors is not None:
+            _write_tensor(writer, file, ROPE_FACTORS, divisors, gguf.GGMLQuantizationType.F32)
+        for name, kind in types.items():
+            _write_tensor(writer, file, name, source.tensors[name], kind)
         writer.write_padding(file, file.tell())
-    if others:
+    if dtype != "f16" and (others := [name for name, kind in types.items() if kind.name == "F16"]):
         notes.append(
             f"{len(others)} matrices are f16, because their rows are not a multiple of {BLOCK}: {others[0]} ..."
         )
     return notes
+
+
+def _type_for(shape: tuple[int, ...], dtype: str) -> Any:
+    """Return the package's type for a tensor in a file of `dtype`: norms stay float32, blocks must fill the rows."""
+    types = package().GGMLQuantizationType
+    if len(shape) == 1:
+        return types.F32
+    has_blocks = dtype in ("q8_0", "q4_0")
+    return types.F16 if has_blocks and shape[-1] % BLOCK else types[DTYPES[dtype][0]]
 
 
 def add_tensor_info(writer: "gguf.GGUFWriter", name: str, shape: tuple[int, ...], kind: Any) -> None:
@@ -315,13 +330,14 @@ def add_tensor_info(writer: "gguf.GGUFWriter", name: str, shape: tuple[int, ...]
     writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
 
 
-def _encoded(name: str, tensor: Rows, kind: Any) -> Iterator[memoryview]:
-    """Yield a tensor's bytes in a file, a block of rows at a time."""
-    quants = package().quants
+def _write_tensor(writer: "gguf.GGUFWriter", file: BinaryIO, name: str, tensor: Rows, kind: Any) -> None:
+    """Write a tensor to the file, aligned, a block of rows at a time."""
+    quantize = package().quants.quantize
+    writer.write_padding(file, file.tell())
     for block in row_blocks(name, tensor):
         if kind.name == "F16" and np.abs(block).max() > np.finfo(np.float16).max:
             raise ConfigError(f"{name}: has a weight that float16 cannot hold; take --dtype f32")
-        yield np.ascontiguousarray(quants.quantize(block, kind)).data.cast("B")
+        file.write(np.ascontiguousarray(quantize(block, kind)).data.cast("B"))
 
 
 def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, path: Path, file_type: Any) -> list[str]:
