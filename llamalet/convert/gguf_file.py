@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llamalet.config import LinearScaling, ModelConfig, RopeDivisors, RopeScaling, rope_frequencies
 from llamalet.convert import gguf_tokenizer, imported_model
-from llamalet.convert.gguf_metadata import ARCHITECTURE, Part, first_part, package, read_parts, shortest
+from llamalet.convert.gguf_metadata import ARCHITECTURE, Metadata, first_part, package, read_parts, shortest
 from llamalet.convert.imported_model import DECODERS, FileTensor, Floats, ImportedModel
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing
@@ -102,7 +102,7 @@ def read(name: str) -> ImportedModel:
     )
 
 
-def _read_tokenizer(fields: Part, n_rows: int) -> tuple[Tokenizer | None, bytes, str]:
+def _read_tokenizer(fields: Metadata, n_rows: int) -> tuple[Tokenizer | None, bytes, str]:
     """Return the vocabulary and its file's bytes, or what is wrong with it."""
     try:
         return *(gguf_tokenizer.read(fields.get, str(fields.path), n_rows) or (None, b"")), ""
@@ -137,7 +137,7 @@ def _opened(path: Path, tensor: "gguf.ReaderTensor") -> FileTensor:
     return FileTensor(path, int(tensor.data_offset), shape, kind.name, row_bytes, decode)
 
 
-def _read_config(fields: Part, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
+def _read_config(fields: Metadata, stored: Mapping[str, "gguf.ReaderTensor"]) -> ModelConfig:
     """Return the config that the metadata describes.
 
     Raises:
@@ -171,7 +171,7 @@ def _key(name: str) -> str:
     return f"{ARCHITECTURE}.{name}"
 
 
-def _refuse_other_models(fields: Part) -> None:
+def _refuse_other_models(fields: Metadata) -> None:
     """Raise a FormatError for another architecture, an encoder or a mixture of experts."""
     if (architecture := fields.needed("general.architecture")) != ARCHITECTURE:
         raise FormatError(f"{fields.path}: is a {architecture!r} model: only {ARCHITECTURE!r} ones can be read")
@@ -181,7 +181,7 @@ def _refuse_other_models(fields: Part) -> None:
         raise FormatError(f"{fields.path}: is a mixture of {n_experts} experts, not a plain Llama")
 
 
-def _refuse_other_attention(fields: Part, config: ModelConfig) -> None:
+def _refuse_other_attention(fields: Metadata, config: ModelConfig) -> None:
     """Raise a FormatError for values or a rotation of another width than a head, and for a sliding window."""
     for key in map(_key, ("attention.value_length", "rope.dimension_count")):
         if fields.get(key) not in (None, config.head_dim):
@@ -194,7 +194,7 @@ def _refuse_other_attention(fields: Part, config: ModelConfig) -> None:
         raise FormatError(f"{fields.path}: {key} is {window:g}, below the context {config.max_seq_len}")
 
 
-def _linear_factor(fields: Part) -> float:
+def _linear_factor(fields: Metadata) -> float:
     """Return the factor by which RoPE is scaled linearly, 1 if it is not.
 
     Raises:

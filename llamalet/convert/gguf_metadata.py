@@ -37,7 +37,7 @@ def package() -> Any:
     return gguf
 
 
-class Part:
+class Metadata:
     """A file, or a part of a split one: its metadata by key, and what it says of its tensors."""
 
     def __init__(self, path: Path) -> None:
@@ -114,13 +114,13 @@ def first_part(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_parts(path: Path) -> list[Part]:
+def read_parts(path: Path) -> list[Metadata]:
     """Return the metadata of a file, or of all parts of the split file to which it belongs.
 
     Raises:
         FormatError: if one is damaged or missing, or they do not belong together.
     """
-    part = Part(path)
+    part = Metadata(path)
     count = part.get(SPLIT_COUNT)
     if count in (None, 0, 1):
         return [part]
@@ -138,12 +138,12 @@ def read_parts(path: Path) -> list[Part]:
     if missing := [part.name for part in paths if not part.is_file()]:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise FormatError(f"{path}: is part {number + 1} of {count}; missing beside it: {names}")
-    parts = [part if part.path == path else Part(path) for path in paths]
+    parts = [part if part.path == path else Metadata(path) for path in paths]
     _check_parts(parts)
     return parts
 
 
-def _check_parts(parts: Sequence[Part]) -> None:
+def _check_parts(parts: Sequence[Metadata]) -> None:
     """Raise a FormatError unless these are all parts of one split file, in their order."""
     first, names = parts[0], set[str]()
     for number, part in enumerate(parts):
