@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Results, write_json
+from llamalet.errors import note
 from llamalet.files import replacing
 
 OUT = Path("out") / "bench"
@@ -46,7 +46,7 @@ def run_benchmark(
         facts["shapes"][shape] = shapes[shape]
         write_json(out / f"{name}.json", results, facts | {"seconds": time.perf_counter() - start})
         save_chart(out / f"{name}.png", lambda figure: draw(figure, results, list(facts["shapes"])))
-    log(f"{out / name}.json and {name}.png written after {time.perf_counter() - start:.0f} s")
+    note(f"{out / name}.json and {name}.png written after {time.perf_counter() - start:.0f} s")
     return results
 
 
@@ -87,12 +87,7 @@ def peak_resident_bytes(process: int) -> int:
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
-def log(message: str) -> None:
-    """Print a line about the progress to stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def one_line(error: Exception) -> str:
+def kind_and_message(error: Exception) -> str:
     """Return an error's kind and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -111,7 +106,7 @@ def save_chart(path: Path, draw: Callable[[Any], None]) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        log(f"warning: no {path}: matplotlib is not installed")
+        note(f"warning: no {path}: matplotlib is not installed")
         return False
     figure = Figure(layout="constrained")
     draw(figure)

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness import aligned, log, save_chart
+from benchmarks.harness import aligned, save_chart
 from configurator import parse
 from corpus.documents import pieces
 from llamalet.command import run
 from llamalet.config import ModelConfig
-from llamalet.errors import ConfigError, DataError
+from llamalet.errors import ConfigError, DataError, note
 from llamalet.files import write_file
 from llamalet.generate import MAX_BATCH
 from llamalet.kv_cache import KVCache
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     streams = read_streams(model, Path(config.text), config.tokens, config.streams)
     curves = {}
     for name, measure in ways(model, streams, config.keep).items():
-        log(f"{name}: {config.streams} texts of {config.tokens} tokens")
+        note(f"{name}: {config.streams} texts of {config.tokens} tokens")
         curves[name] = measure()
     heading = f"{model.path.name}, context {context}, on {config.streams} texts of {Path(config.text).name}"
     print(table(heading, curves, context))
@@ -246,7 +246,7 @@ def _with_progress(scores: Iterator[Losses]) -> Iterator[Losses]:
     for position, score in enumerate(scores):
         if time.monotonic() - printed > 5:
             printed = time.monotonic()
-            log(f"  position {position}")
+            note(f"  position {position}")
         yield score
 
 

@@ -31,14 +31,14 @@ import numba
 import numpy as np
 
 from benchmarks import peers, report
-from benchmarks.harness import OUT, load_average, log, machine, one_line, peak_resident_bytes, run_benchmark
+from benchmarks.harness import OUT, kind_and_message, load_average, machine, peak_resident_bytes, run_benchmark
 from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
 from llamalet import model_file, tokenizer
 from llamalet.command import run
 from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.cores import thread_count
-from llamalet.errors import ConfigError, UsageError, not_positive
+from llamalet.errors import ConfigError, UsageError, not_positive, note
 from llamalet.kernels.transformer import Transformer
 from llamalet.kv_cache import KVCache
 from llamalet.model_file.header import DTYPES
@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(RuntimeBenchConfig, argv, program="python -m benchmarks.runtime", description=__doc__)
     threads = thread_count(config.threads)
     if (busy := load_average()) > BUSY:
-        log(f"warning: load {busy:.1f}: other programs are running, which slows the peers more than us")
+        note(f"warning: load {busy:.1f}: other programs are running, which slows the peers more than us")
 
     def measure(name: str, folder: Path, results: Results) -> Iterator[str]:
         measure_shape(config, name, folder, threads, results)
@@ -216,7 +216,7 @@ def measure_shape(config: RuntimeBenchConfig, name: str, folder: Path, threads: 
             for key, value in found:
                 results.add(key, value)
             rates = ", ".join(f"{key.contender} {key.figure} {value:.4g}" for key, value in found)
-            log(f"{name} {contest.dtype} turn {turn + 1} of {config.turns}: {rates}")
+            note(f"{name} {contest.dtype} turn {turn + 1} of {config.turns}: {rates}")
 
 
 def make_contest(
@@ -224,7 +224,7 @@ def make_contest(
 ) -> Contest:
     """Write our file and the peers', load our model and compile its kernels."""
     shape, rng = config.shape(name), np.random.default_rng(0)
-    log(f"{name} {dtype}: writing files")
+    note(f"{name} {dtype}: writing files")
     vocabulary = folder / "tokenizer.bin"
     contest = Contest(name, shape, dtype, files=folder, vocabulary=vocabulary, threads=threads, transformer=None)
     peers.write_vocabulary(vocabulary, shape.config.vocab_size)
@@ -239,7 +239,7 @@ def make_contest(
         transformer.decode(transformer.new_cache(), tokenizer.BOS_ID)
         transformer.prefill(transformer.new_cache(), range(1, PROMPTS[0] + 1))
     except Exception as error:  # the other models are measured even if this one fails
-        results.missing[Key(name, dtype, "decode")] = one_line(error)
+        results.missing[Key(name, dtype, "decode")] = kind_and_message(error)
         return contest
     results.add(Key(name, dtype, "file"), contest.file("bin").stat().st_size)
     return dataclasses.replace(contest, transformer=transformer)
@@ -264,7 +264,7 @@ def our_turn(config: RuntimeBenchConfig, contest: Contest, results: Results) -> 
             for figure, value in measures[group](contest, contest.transformer):
                 yield Key(contest.name, contest.dtype, figure), value
         except Exception as error:  # as in make_contest
-            results.missing[Key(contest.name, contest.dtype, group)] = f"{group}: {one_line(error)}"
+            results.missing[Key(contest.name, contest.dtype, group)] = f"{group}: {kind_and_message(error)}"
 
 
 def peer_turns(config: RuntimeBenchConfig, contest: Contest) -> Iterator[tuple[Key, float]]:

@@ -39,12 +39,12 @@ import torch
 
 import model as plain
 from benchmarks import llama2c, peers
-from benchmarks.harness import OUT, aligned, log, machine, one_line, peak_resident_bytes, run_benchmark
+from benchmarks.harness import OUT, aligned, kind_and_message, machine, peak_resident_bytes, run_benchmark
 from benchmarks.report import Key, Results
 from configurator import parse
 from llamalet import shards, tokenizer
 from llamalet.command import run
-from llamalet.errors import ConfigError, UsageError, not_positive
+from llamalet.errors import ConfigError, UsageError, not_positive, note
 from llamalet.shards import Meta, Split, TokenBlock
 from training.config import TrainConfig
 from training.machine.distributed import Processes, find_device
@@ -217,15 +217,17 @@ def measure(
         with ExitStack() as stack:
             turns: dict[Key, Turn] = {}
             for key in group:
-                log(f"{name}: preparing {key.contender}, {key.dtype}")
+                note(f"{name}: preparing {key.contender}, {key.dtype}")
                 try:
                     turns[key] = stack.enter_context(contenders[key])
                 except UsageError as error:  # for lack of memory, perhaps; the others are measured all the same
-                    results.missing[key] = one_line(error)
+                    results.missing[key] = kind_and_message(error)
             for number in range(config.turns):
                 for key, turn in turns.items():
                     figures = turn()
-                    log(f"{name} turn {number + 1} of {config.turns}: {key.contender}, {figures['step']:.1f} ms a step")
+                    note(
+                        f"{name} turn {number + 1} of {config.turns}: {key.contender}, {figures['step']:.1f} ms a step"
+                    )
                     for figure, value in figures.items():
                         results.add(key._replace(figure=figure), value)
 
@@ -269,7 +271,7 @@ def prepare_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_nam
         with redirect_stdout(sys.stderr):
             return {"compile": make_trainer(options, rung, device_name)[1]}
     except Exception as error:  # not every exception can be sent to another process
-        raise UsageError(one_line(error)) from None
+        raise UsageError(kind_and_message(error)) from None
 
 
 @functools.cache

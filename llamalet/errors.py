@@ -97,6 +97,11 @@ def note(message: str, end: str = "\n") -> None:
             print(message, end=end, file=sys.stderr, flush=True)
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def fail(message: str, code: int) -> int:
     """Print `message` as one line, without a terminal's control characters, and return `code`."""
     words = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", message).split())

@@ -66,7 +66,7 @@ def parse_json(data: bytes, name: str, error: type[LlamaletError]) -> Any:
     try:
         found = json.loads(data, object_pairs_hook=_object, parse_int=_whole_number)
     except (ValueError, RecursionError) as problem:
-        raise error(f"{name}: not valid JSON: {_one_line(problem)}") from None
+        raise error(f"{name}: not valid JSON: {_in_short(problem)}") from None
     _check_values(found, name, error)
     return found
 
@@ -81,7 +81,7 @@ def read_toml(path: Path, error: type[LlamaletError]) -> dict[str, Any]:
     try:
         found = tomllib.loads(data.removeprefix(codecs.BOM_UTF8).decode())
     except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: not valid TOML: {_one_line(problem)}") from None
+        raise error(f"{path}: not valid TOML: {_in_short(problem)}") from None
     _check_values(found, str(path), error)
     return found
 
@@ -265,7 +265,7 @@ def _check_text(text: str, name: str, error: type[LlamaletError]) -> None:
         raise error(f"{name}: {text[:40]!a} holds half of a surrogate pair, which is no character") from None
 
 
-def _one_line(problem: BaseException) -> str:
+def _in_short(problem: BaseException) -> str:
     """Return what is wrong, in short."""
     if isinstance(problem, RecursionError):
         return f"it is nested more than {MAX_DEPTH} deep"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from llamalet.config import ModelConfig
 
@@ -49,6 +51,14 @@ GGUF_NAMES = {
     "attention.wo": "attn_output", "ffn_norm": "ffn_norm", "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
 }  # fmt: skip
+
+
+@torch.inference_mode()
+def transformers_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """Return what transformers computes with the model in a folder: float32 (T, V)."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
 
 def gguf_name(name: str) -> str:

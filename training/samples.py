@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig
-from llamalet.errors import note
+from llamalet.errors import note, one_line
 from llamalet.tokenizer import Tokenizer, load
 from training.run.interrupts import Interrupts
 from training.run.progress import say
@@ -74,7 +74,7 @@ class SamplePrinter:
 
     def _give_up(self, error: Exception) -> None:
         """Warn that there will be no stories: a sample is not worth a run."""
-        note(f"warning: no stories: {' '.join(str(error).split())}")
+        note(f"warning: no stories: {one_line(error)}")
         self._broken = True
 
 

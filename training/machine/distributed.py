@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from llamalet.errors import ConfigError, LlamaletError
+from llamalet.errors import ConfigError, LlamaletError, one_line
 from model import Llama
 from training.run.progress import say
 
@@ -133,7 +133,7 @@ def process_group() -> Iterator[Processes]:
             raise
         raise PeerError(
             f"process {rank} of {count} has lost another one, whose own message may say why; continue "
-            f"with --resume (torch: {' '.join(str(error).split()).partition('. This is')[0]})"
+            f"with --resume (torch: {one_line(error).partition('. This is')[0]})"
         ) from error
     finally:
         if dist.is_initialized():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llamalet.cores import physical_cores
-from llamalet.errors import ConfigError
+from llamalet.errors import ConfigError, one_line
 from training.config import TrainConfig
 from training.machine.distributed import Processes
 
@@ -80,7 +80,7 @@ def compile_problem(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: (x + 1).sin())(torch.zeros(16, device=device))
     except Exception as error:  # compilers fail in many ways
-        return "torch.compile does not work here: " + " ".join(str(error).split())[:200]
+        return "torch.compile does not work here: " + one_line(error)[:200]
     return None
 
 

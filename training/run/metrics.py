@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from llamalet import strict
-from llamalet.errors import DataError, note
+from llamalet.errors import DataError, note, one_line
 from llamalet.files import check_regular, read_file, replacing
 
 METRICS_FILE = "metrics.jsonl"
@@ -88,7 +88,7 @@ class Metrics:
             try:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
             except Exception as failure:
-                note(f"warning: wandb: {_one_line(failure)}")
+                note(f"warning: wandb: {one_line(failure)}")
 
     def _to_wandb(self, row: Row, step: int) -> None:
         """Log a row to wandb, until the first failure."""
@@ -96,13 +96,13 @@ class Metrics:
             try:
                 self._wandb.log(dict(row), step=step)
             except Exception as error:  # wandb's errors have no common base class
-                note(f"warning: wandb stopped: {_one_line(error)}")
+                note(f"warning: wandb stopped: {one_line(error)}")
                 self._wandb = None
 
     def _warn(self, error: Exception) -> None:
         """Warn, once, that rows are missing."""
         if not self._warned:
-            reason = getattr(error, "strerror", None) or _one_line(error)
+            reason = getattr(error, "strerror", None) or one_line(error)
             note(f"warning: {self.path} is incomplete: {reason}; training continues")
         self._warned = True
 
@@ -170,11 +170,6 @@ def _line(row: Row) -> bytes:
     return (json.dumps(row) + "\n").encode()
 
 
-def _one_line(error: Exception) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _start_wandb(settings: Mapping[str, Any], run_dir: Path, resumed: bool) -> Any:
     """Start or resume the run in wandb: online if that works at once, else offline, else not at all (None).
 
@@ -194,11 +189,11 @@ def _start_wandb(settings: Mapping[str, Any], run_dir: Path, resumed: bool) -> A
         except Exception as error:
             wandb.teardown()  # or the failed run would keep its id
             run = wandb.init(**arguments, mode="offline")
-            reason = _one_line(error).rstrip(".")
+            reason = one_line(error).rstrip(".")
             note(f"warning: wandb is offline: {reason}; `wandb sync` sends it later")
             return run
     except Exception as error:
-        note(f"warning: no wandb: {_one_line(error)}")
+        note(f"warning: no wandb: {one_line(error)}")
         return None
 
 

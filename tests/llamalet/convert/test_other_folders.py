@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from other_programs import logits
+from other_programs import logits, transformers_logits
 from safetensors.numpy import load_file, save_file
 from toy import SMALL_MODELS, random_tensors
 
@@ -41,13 +41,6 @@ def save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def our_logits(source: ImportedModel) -> np.ndarray:
     return NumpyTransformer(model_file.in_memory(Path("toy"), source.config, source.tensors, "f32")).logits(IDS)
-
-
-@torch.inference_mode()
-def their_logits(folder: Path) -> np.ndarray:
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    return model(torch.from_numpy(IDS)[None]).logits[0].numpy()
 
 
 def check_against(source: ImportedModel, kind: str, **other: np.ndarray) -> None:
@@ -113,7 +106,7 @@ def test_a_model_saved_without_its_head_lacks_a_prefix(tmp_path, kind):
     save(tmp_path, {name.removeprefix("model."): tensor for name, tensor in arrays.items()})
     found = huggingface.read(str(tmp_path))
     check_against(found, kind)
-    np.testing.assert_allclose(our_logits(found), their_logits(tmp_path), atol=TOLERANCE)
+    np.testing.assert_allclose(our_logits(found), transformers_logits(tmp_path, IDS), atol=TOLERANCE)
 
 
 def test_meta_s_names_lose_their_wrappers_too(tmp_path):
@@ -138,7 +131,7 @@ def test_a_tied_model_may_store_the_output_alone(tmp_path):
     found = huggingface.read(str(tmp_path))
     assert found.config.tied and not found.notes
     check_against(found, "gqa-tied")
-    np.testing.assert_allclose(our_logits(found), their_logits(tmp_path), atol=TOLERANCE)
+    np.testing.assert_allclose(our_logits(found), transformers_logits(tmp_path, IDS), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -149,7 +142,7 @@ def test_a_tied_model_with_two_copies_is_tied_if_they_are_equal(tmp_path, factor
     found = huggingface.read(str(tmp_path))
     assert found.config.tied == (factor == 1)
     assert [HEAD in note and "not tied" in note for note in found.notes] == [True] * (factor - 1)
-    np.testing.assert_allclose(our_logits(found), their_logits(tmp_path), atol=factor * TOLERANCE)
+    np.testing.assert_allclose(our_logits(found), transformers_logits(tmp_path, IDS), atol=factor * TOLERANCE)
 
 
 def test_an_untied_model_needs_its_embeddings(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from other_programs import FACTOR, LLAMA_CPP_FACTORS, OLD, TYPE, logits, write_gguf
+from other_programs import FACTOR, LLAMA_CPP_FACTORS, OLD, TYPE, logits, transformers_logits, write_gguf
 from toy import random_tensors, toy_tokenizer
 
 from llamalet import model_file
@@ -164,13 +164,6 @@ def folder_with(tmp_path: Path, **changes: object) -> Path:
     return tmp_path / "hf"
 
 
-@torch.inference_mode()
-def their_logits(folder: Path) -> np.ndarray:
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    return model(torch.from_numpy(IDS)[None]).logits[0].numpy()
-
-
 LONGROPE = {
     "rope_type": "longrope", "short_factor": list(DIVISORS), "long_factor": list(DIVISORS), "attention_factor": 1.0,
     "original_max_position_embeddings": 16,
@@ -209,7 +202,7 @@ def test_a_folder_computes_what_transformers_does(tmp_path, changes, scaling, no
     found = huggingface.read(str(folder))
     assert found.config.rope_scaling == scaling
     assert [note in line for line in found.notes] == ([True] if note else [])
-    np.testing.assert_allclose(our_logits(found), their_logits(folder), atol=TOLERANCE)
+    np.testing.assert_allclose(our_logits(found), transformers_logits(folder, IDS), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +281,7 @@ def test_a_scaling_goes_out_and_comes_back(tmp_path, name, kind):
         return
     check_logits(found, PLAIN / rope_frequencies(source.config))
     if kind == "hf":
-        np.testing.assert_allclose(our_logits(found), their_logits(path), atol=TOLERANCE)
+        np.testing.assert_allclose(our_logits(found), transformers_logits(path, IDS), atol=TOLERANCE)
 
 
 def test_another_scaling_is_not_read_back_as_the_same(tmp_path, capsys):
