@@ -78,9 +78,7 @@ def save(
         NonFiniteError: if a weight or an optimizer tensor is not finite; nothing is written then.
         DiskError: if the disk is full or fails; older checkpoints are untouched then.
     """
-    parent = run_dir / layout.FOLDER
-    final = parent / f"step-{state.step:08d}"
-    tmp, old = parent / f".{final.name}.tmp", parent / f".{final.name}.old"
+    final = run_dir / layout.FOLDER / f"step-{state.step:08d}"
     tensors = {layout.MODEL: model_state, layout.OPTIMIZER: optimizer_state}
     for name, arrays in tensors.items():
         _refuse_non_finite(final / name, arrays)
@@ -89,18 +87,42 @@ def save(
         texts[declared.GENERATION] = tokenizer_ids
     n_bytes = sum(array.nbytes for arrays in tensors.values() for array in arrays.values())
     n_bytes += sum(len(text) for text in texts.values())
+    try:
+        with _replacing(final) as folder:
+            entries = {name: _write(folder / name, _encode(arrays)) for name, arrays in tensors.items()}
+            entries |= {name: _write(folder / name, [text]) for name, text in texts.items()}
+            manifest = {"format": layout.FORMAT, "version": layout.VERSION, "step": state.step, "files": entries}
+            _write(folder / layout.MANIFEST, [_json(manifest)])
+    except OSError as error:
+        older = layout.list_steps(run_dir)
+        raise DiskError(
+            f"{final}: cannot save its {n_bytes:,} bytes: {error.strerror or error}; "
+            + ("older checkpoints are untouched, continue with --resume" if older else "there is no older checkpoint")
+        ) from error
+    try:
+        _remove(_old(final))
+        _retire(run_dir, keep, final)
+    except OSError as error:
+        note(f"warning: {final.parent}: cannot remove old checkpoints: {error.strerror or error}")
+    return final
+
+
+@contextlib.contextmanager
+def _replacing(final: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `final`, durably, at the end of the block; if that fails, undo everything.
+
+    What was `final` before is left as `_old(final)`.
+    """
+    parent, tmp, old = final.parent, final.with_name(f".{final.name}.tmp"), _old(final)
     renamed = False
     try:
         if not parent.exists():
             parent.mkdir(parents=True)
-            sync_folder(run_dir)
-            sync_folder(run_dir.parent)
+            sync_folder(parent.parent)
+            sync_folder(parent.parent.parent)
         _remove(tmp)
         tmp.mkdir()
-        entries = {name: _write(tmp / name, _encode(arrays)) for name, arrays in tensors.items()}
-        entries |= {name: _write(tmp / name, [text]) for name, text in texts.items()}
-        manifest = {"format": layout.FORMAT, "version": layout.VERSION, "step": state.step, "files": entries}
-        _write(tmp / layout.MANIFEST, [_json(manifest)])
+        yield tmp
         sync_folder(tmp)
         if final.exists():  # if it does not, .old may be the only copy of this step: it stays until the next rename
             _remove(old)
@@ -108,26 +130,19 @@ def save(
         os.rename(tmp, final)
         renamed = True
         sync_folder(parent)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             if renamed:
                 os.rename(final, tmp)
             if old.exists() and not final.exists():
                 os.rename(old, final)
             _remove(tmp)
-        if not isinstance(error, OSError):
-            raise
-        older = layout.list_steps(run_dir)
-        raise DiskError(
-            f"{final}: cannot save its {n_bytes:,} bytes: {error.strerror or error}; "
-            + ("older checkpoints are untouched, continue with --resume" if older else "there is no older checkpoint")
-        ) from error
-    try:
-        _remove(old)
-        _retire(run_dir, keep, final)
-    except OSError as error:
-        note(f"warning: {parent}: cannot remove old checkpoints: {error.strerror or error}")
-    return final
+        raise
+
+
+def _old(final: Path) -> Path:
+    """Return the name of a checkpoint that is being replaced."""
+    return final.with_name(f".{final.name}.old")
 
 
 def load(path: str | Path) -> Checkpoint:
