@@ -55,20 +55,9 @@ def read(name: str) -> ImportedModel:
         folder = folder.parent
     fields = strict.read_json(folder / PARAMS, FormatError)
     params = strict.build(Params, fields, str(folder / PARAMS), FormatError, ignore_unknown=True)
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    if not paths or [path.name for path in paths] != [f"consolidated.{i:02d}.pth" for i in range(len(paths))]:
-        found = ", ".join(path.name for path in paths) or "none"
-        raise FormatError(f"{folder}: needs consolidated.00.pth and all that follow it; found: {found}")
-    shards = [
-        {key.removesuffix(SUFFIX): tensor for key, tensor in unwrapped(str(path), load(path)).items()} for path in paths
-    ]
-    names = [key for key in shards[0] if key not in IGNORED]
-    for path, shard in zip(paths, shards, strict=True):
-        if lost := set(names).symmetric_difference(key for key in shard if key not in IGNORED):
-            raise FormatError(f"{path}: {min(lost)} is in one of the folder's files and not in another")
-    found_tensors = {key: _joined(key, paths, [shard[key] for shard in shards], params) for key in names}
-    check_present(folder, found_tensors)
-    vocab_size, scaling = found_tensors["tok_embeddings"].shape[0], _scaling(folder / PARAMS, params)
+    tensors = _read_tensors(folder, params)
+    check_present(folder, tensors)
+    vocab_size, scaling = tensors["tok_embeddings"].shape[0], _scaling(folder / PARAMS, params)
     if params.vocab_size not in (-1, vocab_size):
         raise FormatError(
             f"{folder}: vocab_size is {params.vocab_size:g} in params.json, and the embeddings have {vocab_size} rows"
@@ -86,11 +75,31 @@ def read(name: str) -> ImportedModel:
     }
     return imported(
         folder,
-        found_tensors,
+        tensors,
         shape,
         [path / "tokenizer.model" for path in (folder, folder.parent)],
         missing=f"{folder}: no tokenizer.model in it or beside it",
     )
+
+
+def _read_tensors(folder: Path, params: Params) -> dict[str, TorchTensor]:
+    """Return the tensors by our names, each joined from its parts in the files.
+
+    Raises:
+        FormatError: if a file is missing, or the files do not fit together.
+    """
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths or [path.name for path in paths] != [f"consolidated.{i:02d}.pth" for i in range(len(paths))]:
+        found = ", ".join(path.name for path in paths) or "none"
+        raise FormatError(f"{folder}: needs consolidated.00.pth and all that follow it; found: {found}")
+    shards = [
+        {key.removesuffix(SUFFIX): tensor for key, tensor in unwrapped(str(path), load(path)).items()} for path in paths
+    ]
+    names = [key for key in shards[0] if key not in IGNORED]
+    for path, shard in zip(paths, shards, strict=True):
+        if lost := set(names).symmetric_difference(key for key in shard if key not in IGNORED):
+            raise FormatError(f"{path}: {min(lost)} is in one of the folder's files and not in another")
+    return {key: _joined(key, paths, [shard[key] for shard in shards], params) for key in names}
 
 
 def _joined(name: str, paths: Sequence[Path], parts: Sequence[Any], params: Params) -> TorchTensor:

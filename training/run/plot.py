@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PLOT_FILE, COMPARISON_FILE = "loss.png", "compare.png"
 KINDS = ("png", "svg", "pdf")
 UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+FLOOR_STYLE: dict[str, Any] = {"color": "0.3", "linestyle": (0, (4, 3)), "linewidth": 1}
 
 Points = NDArray[np.float64]
 
@@ -105,7 +106,6 @@ def draw(folders: Sequence[Path], path: Path, *, log_y: bool = False) -> Path:
     runs = open_runs(folders)
     try:
         from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
     except ImportError:
         raise LlamaletError("matplotlib is not installed; install it with `pip install matplotlib`") from None
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -118,7 +118,7 @@ def draw(folders: Sequence[Path], path: Path, *, log_y: bool = False) -> Path:
         _draw_run(right, run, "elapsed_s", second, colour)
     floors = {round(run.floor, 4) for run in runs if run.floor is not None}
     for floor, axes in itertools.product(floors, (left, right)):
-        axes.axhline(floor, color="0.3", linestyle=(0, (4, 3)), linewidth=1)
+        axes.axhline(floor, **FLOOR_STYLE)
     if log_y:
         left.set_yscale("log")
         for which in ("major", "minor"):
@@ -131,14 +131,7 @@ def draw(folders: Sequence[Path], path: Path, *, log_y: bool = False) -> Path:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    handles = [Line2D([], [], color=c, linewidth=2, label=run.label) for run, c in zip(runs, colours, strict=True)]
-    handles += [Line2D([], [], color="0.4", marker="o", markersize=4, linewidth=0.8, label="validation")]
-    handles += [Line2D([], [], color="0.4", linewidth=1.6, label="training, smoothed")]
-    handles += [
-        Line2D([], [], color="0.3", linestyle=(0, (4, 3)), linewidth=1, label=f"corpus entropy {floor:.4f}")
-        for floor in sorted(floors)
-    ]
-    right.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9, fontsize="small")
+    _add_legend(right, [(run.label, colour) for run, colour in zip(runs, colours, strict=True)], floors)
     with replacing(path) as file:
         figure.savefig(file, dpi=120, format=kind)
     return path
@@ -160,6 +153,17 @@ def _draw_run(axes: "Axes", run: LoggedRun, x: str, unit: float, colour: str) ->
     axes.plot(at / unit, smooth(losses), color=colour, linewidth=1.6, alpha=0.9)
     at, losses = run.points(x, "val_loss")
     axes.plot(at / unit, losses, color=colour, linewidth=0.8, marker="o", markersize=4, markeredgecolor="white")
+
+
+def _add_legend(axes: "Axes", colours: Sequence[tuple[str, str]], floors: set[float]) -> None:
+    """Explain the runs' colours, the kinds of lines, and each corpus entropy."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, linewidth=2, label=label) for label, colour in colours]
+    handles += [Line2D([], [], color="0.4", marker="o", markersize=4, linewidth=0.8, label="validation")]
+    handles += [Line2D([], [], color="0.4", linewidth=1.6, label="training, smoothed")]
+    handles += [Line2D([], [], **FLOOR_STYLE, label=f"corpus entropy {floor:.4f}") for floor in sorted(floors)]
+    axes.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9, fontsize="small")
 
 
 def _limits(runs: Sequence[LoggedRun], floors: set[float], log_y: bool) -> tuple[float, float]:
