@@ -73,7 +73,7 @@ def pieces(
     return _every_nth(stream, every, split)
 
 
-def check(files: Mapping[str, Sequence[Path]], *, document: DocumentRule, column: str) -> None:
+def check_readable(files: Mapping[str, Sequence[Path]], *, document: DocumentRule, column: str) -> None:
     """Read the beginning of every file, so that a file that cannot be read is known before any work is done.
 
     Raises:

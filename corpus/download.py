@@ -112,7 +112,7 @@ def _fetch(repo: str, revision: str, entry: "RepoFile", folder: Path) -> str:
 
     target = folder / entry.path
     part = target.with_name(target.name + ".part")
-    if _difference(target, entry) is None:
+    if _mismatch(target, entry) is None:
         return "already there"
     target.parent.mkdir(parents=True, exist_ok=True)
     url = hf_hub_url(repo, entry.path, repo_type="dataset", revision=revision)
@@ -129,7 +129,7 @@ def _fetch(repo: str, revision: str, entry: "RepoFile", folder: Path) -> str:
                 # A wrong size; the comparison below says more about it.
             file.flush()
             os.fsync(file.fileno())
-        problem = _difference(part, entry)
+        problem = _mismatch(part, entry)
         if problem is None:
             os.replace(part, target)
             return "downloaded"
@@ -137,7 +137,7 @@ def _fetch(repo: str, revision: str, entry: "RepoFile", folder: Path) -> str:
     raise DataError(f"{target}: {problem}, {ATTEMPTS} times: something between here and the Hub changes the data")
 
 
-def _difference(path: Path, entry: "RepoFile") -> str | None:
+def _mismatch(path: Path, entry: "RepoFile") -> str | None:
     """Return how a file differs from the Hub's, or None.
 
     The Hub lists the sha256 of large files, and git's digest of small ones: the sha1 of "blob SIZE", a zero byte and

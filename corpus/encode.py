@@ -18,7 +18,7 @@ from llamalet.tokenizer import load as load_tokenizer
 # A character that no vocabulary joins to others, so that the tokens of a text after it are those of the text alone.
 SEAM = "\ue000"
 # A character in no vocabulary: its ids show what a tokenizer does with unknown ones.
-UNKNOWN = "\U0010fffd"
+UNKNOWN_CHARACTER = "\U0010fffd"
 
 _worker_tokenizer = functools.cache(load_tokenizer)  # each worker loads the vocabulary once
 
@@ -117,8 +117,8 @@ def _with_its_space(text: str, tokenizer: Tokenizer) -> str:
 @functools.cache
 def _unknown_id(tokenizer: Tokenizer) -> int:
     """Return the id of characters outside the vocabulary; -1 if it spells them in bytes, or leaves them out."""
-    ids = tokenizer.encode(UNKNOWN)
-    return -1 if not ids or UNKNOWN.encode() in _spelled(ids, tokenizer) else ids[-1]
+    ids = tokenizer.encode(UNKNOWN_CHARACTER)
+    return -1 if not ids or UNKNOWN_CHARACTER.encode() in _spelled(ids, tokenizer) else ids[-1]
 
 
 def _spelled(ids: Iterable[int], tokenizer: Tokenizer) -> bytes:

@@ -130,7 +130,7 @@ def find_source(config: TextConfig) -> Source:
     source = open_source(config.source, config.data_dir)
     check_source(source.folder, source.label)
     check_writable(source.folder)
-    documents.check(source.files, document=config.document, column=config.text_column)
+    documents.check_readable(source.files, document=config.document, column=config.text_column)
     if config.source is None:
         print(f"source: {source.label}")
     for note in source.notes:

@@ -12,7 +12,14 @@ from llamalet.config import Llama3Scaling
 from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale, set_aside
 from llamalet.errors import ConfigError, TokenizerError, UsageError
 from llamalet.files import write_file
-from llamalet.model_file.companions import SUFFIXES, beside, ids_path, load_tokenizer, special_ids
+from llamalet.model_file.companions import (
+    SUFFIXES,
+    beside,
+    load_tokenizer,
+    special_ids,
+    special_ids_path,
+    tokenizer_paths,
+)
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
 from llamalet.model_file.reader import ModelFile
 from llamalet.model_file.tensors import Rows
@@ -160,9 +167,9 @@ def write(
     if inside is None:
         _write_tokenizer(path, source, replaces, keep)
     if ids is not None and version < 3:
-        write_file(ids_path(path), declared.ids_json(ids))
+        write_file(special_ids_path(path), declared.ids_json(ids))
     else:
-        remove_stale([ids_path(path)], keep)
+        remove_stale([special_ids_path(path)], keep)
     if source.chat_template is not None:
         write_file(path.with_suffix(TEMPLATE_SUFFIX), source.chat_template.encode())
     elif replaces:
@@ -172,7 +179,7 @@ def write(
 
 def _write_tokenizer(path: Path, source: ImportedModel, replaces: bool, keep: Path | None) -> None:
     """Write a model's tokenizer next to its file, and see to those of the model that this one replaces."""
-    paths = {suffix: path.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
+    paths = tokenizer_paths(path)
     written = set()
     if source.tokenizer is not None:
         suffix = source.tokenizer.suffix

@@ -350,9 +350,9 @@ def _add_fields(writer: "gguf.GGUFWriter", source: ImportedModel, path: Path, fi
     if source.tokenizer is None:
         gguf_tokenizer.add_none(writer, source.stop_tokens)
     else:
-        plan = gguf_tokenizer.plan(source.tokenizer, source.tokenizer_data, source.config.vocab_size, str(path))
-        gguf_tokenizer.add(writer, plan)
-        notes = plan.notes
+        fields = gguf_tokenizer.fields_of(source.tokenizer, source.tokenizer_data, source.config.vocab_size, str(path))
+        gguf_tokenizer.add(writer, fields)
+        notes = fields.notes
     if source.chat_template is not None:
         writer.add_chat_template(source.chat_template)
     return notes

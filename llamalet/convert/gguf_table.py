@@ -272,7 +272,7 @@ def _pieces(names: Sequence[str | None], scores: list[float], vocabulary: Tokeni
     for id, name in enumerate(tokens):
         if id not in apart and name is not None and BYTE_TOKEN.fullmatch(name):
             kinds[id] = BYTE
-    unknown = vocabulary.special.get(tokenizer_json.UNKNOWN)
+    unknown = vocabulary.special.get(tokenizer_json.UNK)
     if unknown is not None:
         kinds[unknown] = UNKNOWN
     return TokenTable(PIECES, DEFAULT_WORDS, _with_pads(tokens, vocabulary), kinds, scores, [], vocabulary.adds_space)

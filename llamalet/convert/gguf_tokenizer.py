@@ -58,7 +58,7 @@ ID_KEYS = ("bos", "eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 PLACES = ("eot", "eom", "bos", "eos")  # those that are written, in this order
 
 
-class TokenizerPlan(NamedTuple):
+class TokenizerFields(NamedTuple):
     """What a file will say of a tokenizer, proved to give the same ids.
 
     table: the vocabulary, with a token for each row of the embeddings.
@@ -197,7 +197,7 @@ def _ids_for_llama_cpp(table: TokenTable, ids: Mapping[str, int], begins: bool |
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def plan(vocabulary: Tokenizer, data: bytes, n_rows: int, name: str) -> TokenizerPlan:
+def fields_of(vocabulary: Tokenizer, data: bytes, n_rows: int, name: str) -> TokenizerFields:
     """Return what a file will say of a tokenizer.
 
     Args:
@@ -232,7 +232,7 @@ def plan(vocabulary: Tokenizer, data: bytes, n_rows: int, name: str) -> Tokenize
         notes.append(
             f"llama.cpp decides by their names which tokens are special, not by their kinds: {', '.join(changed[:8])}"
         )
-    return TokenizerPlan(
+    return TokenizerFields(
         table, ids, bool(ours.prefix), None if theirs == ours else ours, table.kinds if changed else None, notes
     )
 
@@ -286,9 +286,9 @@ def _named(ids: frozenset[int], table: TokenTable) -> str:
     return ", ".join(shown[:8]) or "no token"
 
 
-def add(writer: "gguf.GGUFWriter", planned: TokenizerPlan) -> None:
+def add(writer: "gguf.GGUFWriter", fields: TokenizerFields) -> None:
     """Put a tokenizer into the metadata."""
-    table = planned.table
+    table = fields.table
     writer.add_tokenizer_model(table.type)
     writer.add_tokenizer_pre(table.words)
     writer.add_token_list(table.tokens)
@@ -302,14 +302,14 @@ def add(writer: "gguf.GGUFWriter", planned: TokenizerPlan) -> None:
     else:
         writer.add_token_types(table.kinds)
         writer.add_token_merges([" ".join(pair) for pair in table.merges])
-    for key, id in sorted(planned.ids.items(), key=lambda item: PLACES.index(item[0])):
+    for key, id in sorted(fields.ids.items(), key=lambda item: PLACES.index(item[0])):
         writer.add_uint32(f"tokenizer.ggml.{key}_token_id", id)
-    writer.add_add_bos_token(planned.begins)
+    writer.add_add_bos_token(fields.begins)
     writer.add_add_eos_token(False)
-    if planned.own_ids is not None:
-        writer.add_string(OWN_IDS, declared.ids_json(planned.own_ids).decode())
-    if planned.own_kinds is not None:
-        writer.add_array(OWN_KINDS, planned.own_kinds)
+    if fields.own_ids is not None:
+        writer.add_string(OWN_IDS, declared.ids_json(fields.own_ids).decode())
+    if fields.own_kinds is not None:
+        writer.add_array(OWN_KINDS, fields.own_kinds)
 
 
 def add_none(writer: "gguf.GGUFWriter", stops: Sequence[int]) -> None:

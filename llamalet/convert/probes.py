@@ -19,7 +19,7 @@ TEXTS = (
 MAX_WORDS = 1 << 15
 
 
-def difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+def differing_text(ours: Tokenizer, theirs: Tokenizer) -> str | None:
     """Return a text that two tokenizers encode differently, or None if there is none among the probes.
 
     The probes are TEXTS, and the first tokenizer's own tokens, by their texts and by their names.
@@ -44,7 +44,7 @@ def check_same(ours: Tokenizer, theirs: Tokenizer, where: str) -> int:
     Raises:
         TokenizerError: if the copy encodes a text differently, or begins or ends texts differently.
     """
-    text = difference(ours, theirs)
+    text = differing_text(ours, theirs)
     if text is not None:
         raise TokenizerError(
             f"{where}: its tokenizer would cut {text[:40]!r} into {len(theirs.encode(text))} tokens, the model's own "

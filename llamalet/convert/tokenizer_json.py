@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llamalet.convert import byte_level
-from llamalet.convert.probes import difference
+from llamalet.convert.probes import differing_text
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
 from llamalet.tokenizer.huggingface import BYTE_TOKEN, pairs_in, piece_decoder, prefix_of, refusals
 
-UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
-CONTROLS = (UNKNOWN, BOS, EOS)
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+CONTROLS = (UNK, BOS, EOS)
 FIRST_TEXT_ID = len(CONTROLS) + 256  # after the bytes
 
 
@@ -45,7 +45,7 @@ def build(vocabulary: Tokenizer, data: bytes) -> bytes:
     with refusals("the vocabulary's tokenizer.json"):
         found = tokenizers.Tokenizer.from_str(json.dumps(_fields(vocabulary)))
     built = (found.to_str(pretty=True) + "\n").encode()
-    probe = difference(vocabulary, JsonTokenizer(built, "tokenizer.json"))
+    probe = differing_text(vocabulary, JsonTokenizer(built, "tokenizer.json"))
     if probe is not None:
         raise TokenizerError(
             f"the tokenizers library would cut {probe[:40]!r} differently: only SentencePiece's BPE without a "
@@ -72,8 +72,8 @@ def config(vocabulary: Tokenizer, max_seq_len: int, chat_template: str | None) -
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
-    if UNKNOWN in vocabulary.special:
-        fields["unk_token"] = UNKNOWN
+    if UNK in vocabulary.special:
+        fields["unk_token"] = UNK
     return fields if chat_template is None else fields | {"chat_template": chat_template}
 
 
@@ -126,7 +126,7 @@ def sentencepiece_fields(
         "decoder": piece_decoder(strips=adds_space),
         "model": {
             "type": "BPE",
-            "unk_token": UNKNOWN if UNKNOWN in special else None,
+            "unk_token": UNK if UNK in special else None,
             "fuse_unk": True,
             "byte_fallback": any(map(BYTE_TOKEN.fullmatch, ids)),
             "ignore_merges": False,

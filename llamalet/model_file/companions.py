@@ -13,10 +13,14 @@ from llamalet.tokenizer import SpecialIds, Tokenizer, declared
 SUFFIXES = ("model", "json", "tiktoken", "bin")
 
 
+def tokenizer_paths(model_path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return where tokenizers stand next to NAME.bin, by their suffixes."""
+    return {suffix: Path(model_path).with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES}
+
+
 def beside(model_path: str | os.PathLike[str]) -> Path | None:
-    """Return the tokenizer next to NAME.bin, which is NAME.tokenizer.SUFFIX; None if there is none."""
-    paths = (Path(model_path).with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+    """Return the tokenizer next to NAME.bin; None if there is none."""
+    return next((path for path in tokenizer_paths(model_path).values() if path.is_file()), None)
 
 
 def special_ids(file: ModelFile) -> SpecialIds | None:
@@ -27,10 +31,10 @@ def special_ids(file: ModelFile) -> SpecialIds | None:
     """
     if file.header.special_ids is not None:
         return file.header.special_ids
-    return declared.own_ids(ids_path(file.path))
+    return declared.own_ids(special_ids_path(file.path))
 
 
-def ids_path(model_path: str | os.PathLike[str]) -> Path:
+def special_ids_path(model_path: str | os.PathLike[str]) -> Path:
     """Return where the ids that begin and end texts stand next to NAME.bin."""
     return Path(model_path).with_suffix(f".{declared.GENERATION}")
 

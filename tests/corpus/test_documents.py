@@ -270,10 +270,10 @@ def test_the_beginning_of_every_file_is_checked(tmp_path):
     good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     good.write_bytes(GOOD)
     bad.write_bytes(b'{"story": "x"}\n')
-    documents.check({"train": [good]}, document="file", column="text")
+    documents.check_readable({"train": [good]}, document="file", column="text")
     for files in ({"train": [good, bad]}, {"train": [good], "val": [bad]}):
         with pytest.raises(DataError, match=r"b\.jsonl, line 1: no text under the key 'text'"):
-            documents.check(files, document="file", column="text")
+            documents.check_readable(files, document="file", column="text")
 
 
 # --- lines and documents of any length -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from llamalet import strict
 from llamalet.errors import CheckpointError, DataError, DiskError, LockedError
 from llamalet.files import replacing
 from llamalet.model_file.checkpoint import FOLDER, find_best, find_latest, list_steps
-from llamalet.model_file.companions import SUFFIXES, ids_path
+from llamalet.model_file.companions import special_ids_path, tokenizer_paths
 from training.config import TrainConfig
 from training.run import checkpoint
 from training.run.progress import say
@@ -115,7 +115,7 @@ def check(config: TrainConfig, resumed: Path | None, launch: str | None = None) 
         DiskError: if something else is in the place of the files that the run writes at its end.
     """
     export = Path(config.out_dir) / EXPORT
-    for path in (export, ids_path(export), *(export.with_suffix(f".tokenizer.{suffix}") for suffix in SUFFIXES)):
+    for path in (export, special_ids_path(export), *tokenizer_paths(export).values()):
         if path.exists() and not path.is_file():
             raise DiskError(f"{path}: is in the place of a file that the run writes at its end; move it away")
     earlier = list_steps(config.out_dir)
