@@ -35,8 +35,9 @@ from corpus.prepare import DATA_DIR, PretokenizeConfig, TextConfig
 from corpus.sources import DEFAULT_SOURCE, NAMED_SOURCES
 from corpus.synthetic import SynthesizeConfig, synthesize
 from corpus.workers import Workers
+from llamalet.checks import not_positive
 from llamalet.command import run
-from llamalet.errors import ConfigError, UsageError, not_positive
+from llamalet.errors import ConfigError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,10 +42,11 @@ from benchmarks import llama2c
 from benchmarks import training as speed
 from benchmarks.harness import save_chart
 from configurator import parse
+from llamalet.checks import not_positive
 from llamalet.command import run
 from llamalet.config import IGNORED
 from llamalet.convert import formats
-from llamalet.errors import ConfigError, UsageError, not_positive
+from llamalet.errors import ConfigError, UsageError
 from llamalet.files import write_file
 from llamalet.shards import Shards
 from model import Llama

@@ -26,8 +26,9 @@ from benchmarks.harness import aligned
 from configurator import parse
 from corpus import story_grammar
 from llamalet import model_file
+from llamalet.checks import not_positive
 from llamalet.command import run
-from llamalet.errors import ConfigError, DataError, TokenizerError, not_positive
+from llamalet.errors import ConfigError, DataError, TokenizerError
 from llamalet.model_file.companions import load_tokenizer, no_tokenizer
 from llamalet.model_file.quantize import ENCODINGS, Floats, Packed, Quantized, Weight, dequantize
 from llamalet.reference import NumpyTransformer

@@ -35,10 +35,11 @@ from benchmarks.harness import OUT, kind_and_message, load_average, machine, pea
 from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
 from configurator import parse
 from llamalet import model_file, tokenizer
+from llamalet.checks import not_positive
 from llamalet.command import run
 from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.cores import thread_count
-from llamalet.errors import ConfigError, UsageError, not_positive, note
+from llamalet.errors import ConfigError, UsageError, note
 from llamalet.kernels.transformer import Transformer
 from llamalet.kv_cache import KVCache
 from llamalet.model_file.header import DTYPES

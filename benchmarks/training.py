@@ -43,8 +43,9 @@ from benchmarks.harness import OUT, aligned, kind_and_message, machine, peak_res
 from benchmarks.report import Key, Results
 from configurator import parse
 from llamalet import shards, tokenizer
+from llamalet.checks import not_positive
 from llamalet.command import run
-from llamalet.errors import ConfigError, UsageError, not_positive, note
+from llamalet.errors import ConfigError, UsageError, note
 from llamalet.shards import Meta, Split, TokenBlock
 from training.config import TrainConfig
 from training.machine.distributed import Processes, find_device

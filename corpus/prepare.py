@@ -24,8 +24,9 @@ from corpus.pretokenize import check_source, pretokenize
 from corpus.sources import Source, in_one_line, open_source
 from corpus.text_files import DocumentRule
 from corpus.workers import Workers
+from llamalet.checks import not_positive
 from llamalet.convert import formats
-from llamalet.errors import ConfigError, DataError, not_positive
+from llamalet.errors import ConfigError, DataError
 from llamalet.files import check_writable, write_file
 from llamalet.shards import DATA_ROOT, SPLITS, Meta, Shards
 

@@ -15,7 +15,8 @@ from corpus import story_grammar
 from corpus.record import RECORD_FILE, Record, RecordedFile
 from corpus.sources import SYNTHETIC
 from corpus.workers import Workers
-from llamalet.errors import ConfigError, not_positive
+from llamalet.checks import not_positive
+from llamalet.errors import ConfigError
 from llamalet.files import replacing
 from llamalet.shards import DATA_ROOT, SPLITS
 

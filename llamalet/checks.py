@@ -160,3 +160,9 @@ def _token(token: object, vocab_size: int) -> int:
         raise UsageError(
             f"token {shown(token)}: the model's ids are whole numbers from 0 to {vocab_size - 1}"
         ) from None
+
+
+def not_positive(config: object, *names: str) -> list[str]:
+    """Return a problem for each of the named fields that is not above 0; None is allowed."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"{name}={n}: must be positive" for name, n in values.items() if n is not None and not n > 0]

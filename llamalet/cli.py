@@ -18,8 +18,9 @@ from typing import Any, Literal
 from llamalet import __version__, console
 from llamalet.chat import Chat
 from llamalet.chat_template import BUILT_IN, read_named
+from llamalet.checks import not_positive
 from llamalet.command import nothing_to_lose
-from llamalet.errors import ConfigError, DataError, FormatError, UsageError, not_positive, note
+from llamalet.errors import ConfigError, DataError, FormatError, UsageError, note
 from llamalet.generate import check_prompt, generate_batch
 from llamalet.options import read_options
 from llamalet.runtime import BACKENDS, Model

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import strict
-from llamalet.errors import ConfigError, not_positive
+from llamalet.checks import not_positive
+from llamalet.errors import ConfigError
 
 Frequencies = NDArray[np.float64]
 """The radians by which each RoPE pair of a head rotates per position: (D / 2,)."""

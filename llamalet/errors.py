@@ -84,12 +84,6 @@ class DiskError(LlamaletError, OSError):
     exit_code = 8
 
 
-def not_positive(config: object, *names: str) -> list[str]:
-    """Return a problem for each of the named fields that is not above 0; None is allowed."""
-    values = {name: getattr(config, name) for name in names}
-    return [f"{name}={n}: must be positive" for name, n in values.items() if n is not None and not n > 0]
-
-
 def note(message: str, end: str = "\n") -> None:
     """Print a line on stderr that is not part of the result; a stderr that takes nothing stops no work."""
     if sys.stderr is not None:  # print(file=None) would go to stdout

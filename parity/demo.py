@@ -18,10 +18,11 @@ from pathlib import Path
 
 from configurator import parse
 from corpus.story_grammar import log_prob
+from llamalet.checks import not_positive
 from llamalet.command import run
 from llamalet.convert import bin_file, formats
 from llamalet.convert.imported_model import ImportedModel
-from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, not_positive
+from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError
 from llamalet.evaluate import report
 from llamalet.model_file.checkpoint import find_best, read_facts
 from llamalet.runtime import Model
