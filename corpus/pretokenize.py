@@ -22,7 +22,7 @@ from llamalet import shards
 from llamalet.errors import DataError
 from llamalet.files import write_file
 from llamalet.shards import META_FILE, SPLITS, Entropy, Meta, Shard, Split, TokenBlock
-from llamalet.tokenizer import Tokenizer, declared
+from llamalet.tokenizer import Tokenizer, ids_file
 
 UNFINISHED_FILE = "unfinished.json"
 SHARD_CHARS = 32_000_000
@@ -154,9 +154,9 @@ def _write_tokenizer(path: Path, tokenizer: Tokenizer, data: bytes) -> None:
     if not path.is_file() or path.read_bytes() != data:
         write_file(path, data)
     if tokenizer.ids == tokenizer.file_ids:
-        declared.ids_path(path).unlink(missing_ok=True)
+        ids_file.ids_path(path).unlink(missing_ok=True)
     else:
-        write_file(declared.ids_path(path), declared.ids_json(tokenizer.ids))
+        write_file(ids_file.ids_path(path), ids_file.ids_json(tokenizer.ids))
 
 
 def _encoded(

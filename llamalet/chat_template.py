@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from llamalet import strict
 from llamalet.errors import UsageError
+from llamalet.hf_names import CHAT_TEMPLATE_JINJA, TOKENIZER_CONFIG_JSON
 from llamalet.template_process import TemplateProcess
 from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer, declared
 
 # Files beside a model, perhaps with NAME. in front for NAME.bin, that may hold a template: the first counts.
-TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
-TEMPLATE_FILES = (f"{TEMPLATE_FOLDER}/default.jinja", TEMPLATE, TOKENIZER_CONFIG)
+TEMPLATE_FILES = (f"{TEMPLATE_FOLDER}/default.jinja", CHAT_TEMPLATE_JINJA, TOKENIZER_CONFIG_JSON)
 BUILT_IN = ("llama2", "llama3")
 MAX_FILE_BYTES = 1 << 26
 MAX_CONTEXT = 1 << 17
@@ -102,12 +102,13 @@ def read_named(path: Path) -> str:
 def _jinja_template(source: str, path: Path, model: Path, tokenizer: Tokenizer, context: int) -> Template:
     """Return the Jinja template from `path`, with what the files beside a model say of its tokenizer."""
     folder = model if model.is_dir() else model.parent
-    special = declared.template_variables(folder)
+    said = declared.Folder(folder)
+    special = said.template_variables
     if special is not None and not model.is_dir():
         # Beside a model in one file there may be another's, whose names count only for its template.
         own = _bos_and_eos(tokenizer)
         special = own | special if path.name in TEMPLATE_FILES else special | own
-    if isinstance(tokenizer, SentencePieceTokenizer) and (spaces := declared.chat_spaces(folder)) is not None:
+    if isinstance(tokenizer, SentencePieceTokenizer) and (spaces := said.chat_spaces) is not None:
         tokenizer = tokenizer.with_chat_spaces(spaces)
     return JinjaTemplate(source, tokenizer, str(path), special, context=context)
 
@@ -211,9 +212,12 @@ def read_template(path: Path) -> str | None:
     Raises:
         UsageError: if it cannot be read.
     """
-    if path.suffix != ".json":
-        return _read_text(path)
-    found = _read_table(path).get("chat_template")
+    return template_in(_read_table(path), path) if path.suffix == ".json" else _read_text(path)
+
+
+def template_in(fields: Mapping[str, Any], path: Path) -> str | None:
+    """Return the chat template in the fields of a tokenizer_config.json: see read_template."""
+    found = fields.get("chat_template")
     try:
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}

@@ -279,6 +279,82 @@ MAKES: dict[str, tuple[Callable[[], tokenizers.Tokenizer] | None, dict[str, Any]
         lambda: metaspace("first"),
         {"tokenizer_config.json": SPM | {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}},
     ),
+    "bytes, GPT2Tokenizer": (
+        lambda: byte_level(digits(), special=CHAT),
+        {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "eos_token": CHAT[2]}},
+    ),
+    "bytes, GPT2TokenizerFast, a space in front": (
+        lambda: begins_with(byte_level(norm=normalizers.NFC()), "<|bos|>"),
+        {"tokenizer_config.json": BOS_EOS | {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}},
+    ),
+    "bytes, GPT2Tokenizer, a gap and other tokens": (
+        lambda: with_gap(with_added(byte_level(), AddedToken("<mask>", lstrip=True, special=True))),
+        {"tokenizer_config.json": BOS_EOS | {
+            "tokenizer_class": "GPT2Tokenizer", "unk_token": None, "image_token": "<image>",
+            "pad_token": {"__type": "AddedToken", "content": "[PAD]", "rstrip": True},
+        }},
+    ),
+    "bytes, GPT2Tokenizer, other added tokens": (
+        lambda: with_added(byte_level(), AddedToken("<mask>", special=True)),
+        {"tokenizer_config.json": BOS_EOS | {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {
+            "340": {"content": "<|bos|>", "special": True}, "341": {"content": "<|eos|>", "special": False},
+            "342": {"content": "<|tool|>", "special": True},
+        }}},
+    ),
+    "bytes, GPT2Tokenizer, the map names others": (
+        byte_level,
+        {
+            "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "additional_special_tokens": ["<|x|>"]},
+            "special_tokens_map.json": {
+                "eos_token": {"content": "<|eos|>", "rstrip": True}, "additional_special_tokens": ["<|y|>"],
+                "image_token": "<image>",
+            },
+        },
+    ),
+    "bytes, CodeGenTokenizer": (
+        lambda: byte_level(split(GPT4_WORDS)),
+        {"tokenizer_config.json": BOS_EOS | {"tokenizer_class": "CodeGenTokenizer"}},
+    ),
+    "bytes, GPTNeoXTokenizerFast": (
+        lambda: begins_with(in_front(byte_level(special=("<|bos|>", "<|eos|>", "<|padding|>"))), "<|bos|>"),
+        {"tokenizer_config.json": BOS_EOS | {"tokenizer_class": "GPTNeoXTokenizerFast", "add_bos_token": True}},
+    ),
+    "bytes, CohereTokenizer": (
+        lambda: begins_with(with_added(byte_level(), AddedToken("<PAD>", lstrip=True)), "<|bos|>"),
+        {"tokenizer_config.json": BOS_EOS | {
+            "tokenizer_class": "CohereTokenizer", "additional_special_tokens": ["<|x|>"],
+        }},
+    ),
+    "bytes, Qwen2Tokenizer": (
+        lambda: with_added(byte_level(special=CHAT), AddedToken("<think>"), AddedToken("<tool>", lstrip=True)),
+        {"tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer", "eos_token": CHAT[2], "additional_special_tokens": ["<tool>"],
+        }},
+    ),
+    "bytes, Qwen3_5Tokenizer": (
+        lambda: byte_level(special=CHAT),
+        {"tokenizer_config.json": {"tokenizer_class": "Qwen3_5Tokenizer", "eos_token": CHAT[2]}},
+    ),
+    "bytes, a class that reads the file as it is": (
+        lambda: byte_level(digits()), {"tokenizer_config.json": BOS_EOS | {"tokenizer_class": "ParakeetTokenizerFast"}},
+    ),
+    "bytes, a class that nobody knows": (
+        lambda: byte_level(digits()), {"tokenizer_config.json": BOS_EOS | {"tokenizer_class": "OwnTokenizer"}},
+    ),
+    "pieces, CodeLlamaTokenizer": (
+        prepend, {"tokenizer_config.json": SPM | {"tokenizer_class": "CodeLlamaTokenizer", "add_bos_token": False}},
+    ),
+    "pieces, CodeLlamaTokenizerFast, other names": (
+        lambda: metaspace("always"),
+        {"tokenizer_config.json": SPM | {
+            "tokenizer_class": "CodeLlamaTokenizerFast", "add_prefix_space": False, "prefix_token": "<think>",
+            "suffix_token": None, "eot_token": {"__type": "AddedToken", "content": "<|im_end|>", "rstrip": True},
+        }},
+    ),
+    "pieces, GemmaTokenizer": (
+        lambda: begins_with(prepend(), "<s>"),
+        {"tokenizer_config.json": SPM | {"tokenizer_class": "GemmaTokenizer"}},
+    ),
     "bytes, LlamaTokenizer": (
         byte_level, {"tokenizer_config.json": BOS_EOS | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}},
     ),

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from toy import MERGES, N_RANKS, WHOLE_WORD, toy_ranks
 
 from llamalet.tokenizer import parse
-from llamalet.tokenizer.huggingface import byte_level_bytes
+from llamalet.tokenizer.byte_alphabet import byte_level_bytes
 from llamalet.tokenizer.llama3 import WORDS
 
 SYLLABLES = ("ba", "den", "ilo", "mur", "the", "s", "qu", "ant", "\u00e9", "na")

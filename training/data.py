@@ -6,7 +6,7 @@ import shlex
 from llamalet import tokenizer
 from llamalet.errors import ConfigError, DataError
 from llamalet.shards import Shards, find_newest
-from llamalet.tokenizer import declared
+from llamalet.tokenizer import ids_file
 from training.config import TrainConfig
 
 
@@ -57,5 +57,5 @@ def read_tokenizer(data: Shards) -> tuple[bytes, bytes | None]:
     """
     if tokenizer.load(data.tokenizer_path).sha256 != data.tokenizer_sha256:
         raise DataError(f"{data.tokenizer_path}: not the vocabulary that the data were made with; prepare them again")
-    ids = declared.ids_path(data.tokenizer_path)
+    ids = ids_file.ids_path(data.tokenizer_path)
     return data.tokenizer_path.read_bytes(), ids.read_bytes() if ids.is_file() else None

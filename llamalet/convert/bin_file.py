@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from llamalet import model_file, tokenizer
-from llamalet.chat_template import TEMPLATE, read_template
+from llamalet.chat_template import read_template
 from llamalet.config import Llama3Scaling
 from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale, set_aside
 from llamalet.errors import ConfigError, TokenizerError, UsageError
 from llamalet.files import write_file
+from llamalet.hf_names import CHAT_TEMPLATE_JINJA
 from llamalet.model_file.companions import (
     SUFFIXES,
     beside,
@@ -23,10 +24,11 @@ from llamalet.model_file.companions import (
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
 from llamalet.model_file.reader import ModelFile
 from llamalet.model_file.tensors import Rows
-from llamalet.tokenizer import Llama3Tokenizer, SpecialIds, Tokenizer, declared
+from llamalet.tokenizer import Llama3Tokenizer, SpecialIds, Tokenizer, declared, ids_file
+from llamalet.tokenizer.huggingface import json_object
 from llamalet.tokenizer.llama2 import check_for_llama2c
 
-TEMPLATE_SUFFIX = f".{TEMPLATE}"
+TEMPLATE_SUFFIX = f".{CHAT_TEMPLATE_JINJA}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def ids_to_state(source: ImportedModel, version: int) -> SpecialIds | None:
         return SpecialIds(bos=None, eos=None, prefix=(), stops=stops) if stops else None
     alone = source.tokenizer.file_ids
     if version < 3:
-        alone = declared.ids_alone(source.tokenizer, source.tokenizer_data, source.name)
+        is_json = source.tokenizer.suffix == "json"
+        fields = json_object(source.tokenizer_data, source.name) if is_json else None
+        alone = declared.ids_alone(source.tokenizer, fields, source.name)
     return None if source.tokenizer.ids == alone else source.tokenizer.ids
 
 
@@ -167,7 +171,7 @@ def write(
     if inside is None:
         _write_tokenizer(path, source, replaces, keep)
     if ids is not None and version < 3:
-        write_file(special_ids_path(path), declared.ids_json(ids))
+        write_file(special_ids_path(path), ids_file.ids_json(ids))
     else:
         remove_stale([special_ids_path(path)], keep)
     if source.chat_template is not None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer import Llama3Tokenizer
-from llamalet.tokenizer.huggingface import byte_level_bytes, pairs_in
+from llamalet.tokenizer.byte_alphabet import byte_level_bytes, pairs_in
 from llamalet.tokenizer.llama3 import WORDS
 
 # How GPT-2 splits texts, which is what ByteLevel does by itself.

@@ -8,7 +8,8 @@ from llamalet.convert import safetensors_file
 from llamalet.convert.bin_file import BinTensor
 from llamalet.convert.imported_model import ImportedModel, check_shapes
 from llamalet.errors import CheckpointError, FormatError, TokenizerError, UsageError
-from llamalet.model_file.checkpoint import MODEL, SUFFIX, best_first, best_of, list_steps, read_facts, verify
+from llamalet.hf_names import MODEL_SAFETENSORS
+from llamalet.model_file.checkpoint import SUFFIX, best_first, best_of, list_steps, read_facts, verify
 from llamalet.model_file.tensors import tensor_specs
 
 
@@ -30,10 +31,10 @@ def read(name: str, *, check: bool = False) -> ImportedModel:
     facts = read_facts(folder)
     config, tokenizer_path = facts.model_config, folder / Path(facts.tokenizer).name
     try:
-        stored = safetensors_file.read_arrays(folder / MODEL)
+        stored = safetensors_file.read_arrays(folder / MODEL_SAFETENSORS)
         tensors = {theirs.removesuffix(SUFFIX): BinTensor(array) for theirs, array in stored.items()}
         names = {spec.name: spec.name + SUFFIX for spec in tensor_specs(1, config)}
-        check_shapes(MODEL, config, {ours: tensor.shape for ours, tensor in tensors.items()}, names)
+        check_shapes(MODEL_SAFETENSORS, config, {ours: tensor.shape for ours, tensor in tensors.items()}, names)
     except (OSError, FormatError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from None
     model = ImportedModel(name=str(folder), config=config, tensors=tensors, tokenizer_sha256=facts.tokenizer_sha256)

@@ -12,7 +12,8 @@ from llamalet import model_file, tokenizer
 from llamalet.checks import choice, file_path
 from llamalet.convert.imported_model import ImportedModel, Reported, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
-from llamalet.model_file.checkpoint import MANIFEST, MODEL, STATE, list_steps
+from llamalet.hf_names import CONFIG_JSON, MODEL_SAFETENSORS
+from llamalet.model_file.checkpoint import MANIFEST, STATE, list_steps
 from llamalet.model_file.companions import check_identity, load_tokenizer, no_tokenizer, stops_of
 from llamalet.model_file.header import DTYPES
 from llamalet.model_file.reader import ModelFile
@@ -22,7 +23,7 @@ FORMATS = ("hf", "meta_llama", "llama2c", "gguf", "bin")
 FILES = (".bin", ".gguf", ".pt", ".pth")
 PYTORCH_STARTS = (b"PK", b"\x80\x02")  # of torch.save's files, new and old
 GGUF_START = b"GGUF"
-HF_CONFIG, META_PARAMS = "config.json", "params.json"
+META_PARAMS = "params.json"
 
 
 class OpenModel(NamedTuple):
@@ -201,17 +202,19 @@ def kind_of(path: Path) -> str:
     """
     path = file_path("path", path)
     if path.is_dir():
-        if (path / HF_CONFIG).is_file():
+        if (path / CONFIG_JSON).is_file():
             return "hf"
         if (path / META_PARAMS).is_file():
             return "meta_llama"
         if list_steps(path) or (path / MANIFEST).is_file() or (path / STATE).is_file():
             return "checkpoint"
-        if (path / MODEL).is_file():
-            raise FormatError(f"{path}: holds {MODEL} but no {HF_CONFIG} (Hugging Face) and no {STATE} (a checkpoint)")
+        if (path / MODEL_SAFETENSORS).is_file():
+            raise FormatError(
+                f"{path}: holds {MODEL_SAFETENSORS} but no {CONFIG_JSON} (Hugging Face) and no {STATE} (a checkpoint)"
+            )
         raise FormatError(
-            f"{path}: holds no model: neither a checkpoint nor a run with checkpoints, no {HF_CONFIG} (Hugging Face), "
-            f"no {META_PARAMS} (Meta)"
+            f"{path}: holds no model: neither a checkpoint nor a run with checkpoints, no {CONFIG_JSON} "
+            f"(Hugging Face), no {META_PARAMS} (Meta)"
         )
     if not path.is_file():
         from llamalet.convert.gguf_metadata import first_part
@@ -224,7 +227,7 @@ def kind_of(path: Path) -> str:
         if path.exists():
             raise FormatError(f"{path}: neither a regular file nor a folder, so no model")
         raise FormatError(f"{path}: no such model file or folder{advice}")
-    if path.name == HF_CONFIG or path.suffix == ".safetensors":
+    if path.name == CONFIG_JSON or path.suffix == ".safetensors":
         raise FormatError(f"{path}: is one file of a Hugging Face model; name its folder: {path.parent}")
     if _is_pytorch(path):
         return "meta_llama" if (path.parent / META_PARAMS).is_file() else "llama2c"

@@ -26,7 +26,8 @@ from llamalet.convert.tokenizer_json import CONTROLS, FIRST_TEXT_ID
 from llamalet.errors import TokenizerError
 from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
 from llamalet.tokenizer.bpe import merge
-from llamalet.tokenizer.huggingface import BYTE_TOKEN, byte_level_bytes, pairs_in, parts_of, rank_rows
+from llamalet.tokenizer.byte_alphabet import byte_level_bytes, pairs_in
+from llamalet.tokenizer.huggingface import BYTE_TOKEN, parts_of, rank_rows
 from llamalet.tokenizer.llama2 import BOS_ROW, EOS_ROW
 from llamalet.tokenizer.rows import TokenizerRow
 
@@ -96,9 +97,11 @@ def vocabulary_of(table: TokenTable, name: str, n_rows: int) -> tuple[Tokenizer,
     if rows is not None:
         data = tokenizer.pack(rows)
         return tokenizer.parse(data, name, n_rows), data
-    data = json.dumps(_json_fields(table), ensure_ascii=False).encode()
-    if table.type == BYTES and (rows := rank_rows(data)) is not None:
+    fields = _json_fields(table)
+    if table.type == BYTES and (rows := rank_rows(fields)) is not None:
         data = tokenizer.pack(rows)
+    else:
+        data = json.dumps(fields, ensure_ascii=False).encode()
     found = tokenizer.parse(data, name, n_rows)
     if table.type == PIECES:
         _check_merging(table, found, name)

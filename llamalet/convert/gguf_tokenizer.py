@@ -28,7 +28,7 @@ from llamalet.convert.gguf_table import (
 )
 from llamalet.convert.probes import check_same
 from llamalet.errors import TokenizerError
-from llamalet.tokenizer import SpecialIds, Tokenizer, declared
+from llamalet.tokenizer import SpecialIds, Tokenizer, ids_file
 from llamalet.tokenizer.llama2 import peculiarity
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def stops(get: Callable[[str], Any], name: str) -> frozenset[int]:
 def _own_ids(get: Callable[[str], Any], name: str) -> SpecialIds | None:
     """Return the ids that begin and end texts, as our own key says; None if there is none."""
     found = get(OWN_IDS)
-    return declared.parse_ids(found.encode(), f"{name}: {OWN_IDS}") if isinstance(found, str) else None
+    return ids_file.parse_ids(found.encode(), f"{name}: {OWN_IDS}") if isinstance(found, str) else None
 
 
 def _said_ids(get: Callable[[str], Any]) -> dict[str, int]:
@@ -307,7 +307,7 @@ def add(writer: "gguf.GGUFWriter", fields: TokenizerFields) -> None:
     writer.add_add_bos_token(fields.begins)
     writer.add_add_eos_token(False)
     if fields.own_ids is not None:
-        writer.add_string(OWN_IDS, declared.ids_json(fields.own_ids).decode())
+        writer.add_string(OWN_IDS, ids_file.ids_json(fields.own_ids).decode())
     if fields.own_kinds is not None:
         writer.add_array(OWN_KINDS, fields.own_kinds)
 
@@ -322,4 +322,4 @@ def add_none(writer: "gguf.GGUFWriter", stops: Sequence[int]) -> None:
     writer.add_tokenizer_model(WITHOUT[1])
     if stops:
         ids = SpecialIds(bos=None, eos=None, prefix=(), stops=frozenset(stops))
-        writer.add_string(OWN_IDS, declared.ids_json(ids).decode())
+        writer.add_string(OWN_IDS, ids_file.ids_json(ids).decode())

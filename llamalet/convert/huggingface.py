@@ -19,16 +19,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import strict, tokenizer
-from llamalet.chat_template import TEMPLATE_FILES, TOKENIZER_CONFIG, read_template
+from llamalet.chat_template import TEMPLATE_FILES, read_template, template_in
 from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
 from llamalet.convert.probes import TEXTS
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import replacing, write_file
+from llamalet.hf_names import (
+    ADDED_TOKENS_JSON,
+    CONFIG_JSON,
+    GENERATION_CONFIG_JSON,
+    MODEL_INDEX_JSON,
+    MODEL_SAFETENSORS,
+    SPECIAL_TOKENS_MAP_JSON,
+    TOKENIZER_CONFIG_JSON,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+)
 from llamalet.model_file.quantize import to_bfloat16
 from llamalet.model_file.tensors import Rows, row_blocks, tensor_specs
 from llamalet.tokenizer import Tokenizer, declared
+from llamalet.tokenizer.huggingface import json_object
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens.weight",
@@ -75,11 +87,8 @@ OWN_ROLES = ("bos_token", "eos_token")
 # Our dtypes -> transformers' names of them; safetensors' are ours in capitals.
 DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16"}
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
-SENTENCEPIECE = "tokenizer.model"
-BESIDE_TOKENIZER = (SENTENCEPIECE, TOKENIZER_CONFIG, declared.SPECIAL_MAP, declared.ADDED)
-WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+BESIDE_TOKENIZER = (TOKENIZER_MODEL, TOKENIZER_CONFIG_JSON, SPECIAL_TOKENS_MAP_JSON, ADDED_TOKENS_JSON)
+WANTED = ("*.json", "*.safetensors", TOKENIZER_MODEL, "*.jinja")
 UNWANTED = ("original/*", "onnx/*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")
@@ -104,10 +113,10 @@ def read(name: str) -> ImportedModel:
         if not HUB_ID.fullmatch(name) or folder.exists():
             raise FormatError(f"{name}: neither a folder nor the ID of a repository on the Hub (ORGANIZATION/NAME)")
         folder = fetch(name)
-    fields = strict.read_json(folder / CONFIG, FormatError)
+    fields = strict.read_json(folder / CONFIG_JSON, FormatError)
     stored = _with_prefix(imported_model.unwrapped(str(folder), _stored_tensors(folder)))
-    config = _read_config(str(folder / CONFIG), fields)
-    tied, notes = _tie(str(folder / CONFIG), fields, stored)
+    config = _read_config(str(folder / CONFIG_JSON), fields)
+    tied, notes = _tie(str(folder / CONFIG_JSON), fields, stored)
     config = dataclasses.replace(config, tied=tied)
     if unused := _unused_rope_fields(fields):
         notes.append(unused)
@@ -116,9 +125,8 @@ def read(name: str) -> ImportedModel:
     found = {ours.get(theirs, theirs): tensor for theirs, tensor in stored.items() if not IGNORED.fullmatch(theirs)}
     imported_model.check_shapes(str(folder), config, {our: tensor.shape for our, tensor in found.items()}, names)
     tensors = {our: _reordered(our, tensor, config, (2, -1)) for our, tensor in found.items()}
-    vocabulary, data, problems = _read_tokenizer(folder, config.vocab_size)
-    if (folder / TOKENIZER).is_file() and (other := declared.other_class(folder)):
-        notes.append(f"its tokenizer.json is read as it is; transformers 5 makes the class {other}'s own of it")
+    said = declared.Folder(folder, {CONFIG_JSON: fields})
+    vocabulary, data, problems = _read_tokenizer(said, config.vocab_size)
     return ImportedModel(
         name=str(folder),
         config=config,
@@ -127,8 +135,8 @@ def read(name: str) -> ImportedModel:
         tokenizer=vocabulary,
         tokenizer_data=data,
         tokenizer_problem="; ".join(problems) if vocabulary is None else "",
-        chat_template=_chat_template(folder),
-        stop_tokens=declared.stops_in(folder),
+        chat_template=_chat_template(said),
+        stop_tokens=said.stops,
         notes=tuple(notes) if vocabulary is None else (*notes, *problems),
     )
 
@@ -311,22 +319,22 @@ def _tie(name: str, fields: Mapping[str, Any], stored: dict[str, FileTensor]) ->
 
 def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
     """Return the tensors of model.safetensors, or of all the files that the index names."""
-    if (folder / WEIGHTS).is_file():
-        return safetensors_file.read(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
+    if (folder / MODEL_SAFETENSORS).is_file():
+        return safetensors_file.read(folder / MODEL_SAFETENSORS)
+    if not (folder / MODEL_INDEX_JSON).is_file():
         others = sorted(path.name for path in folder.glob("*.bin"))
         advice = f"; {others[0]} is PyTorch's format: save it again as safetensors with transformers" if others else ""
-        raise FormatError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{advice}")
-    table = strict.read_json(folder / INDEX, FormatError).get("weight_map")
+        raise FormatError(f"{folder}: has neither {MODEL_SAFETENSORS} nor {MODEL_INDEX_JSON}{advice}")
+    table = strict.read_json(folder / MODEL_INDEX_JSON, FormatError).get("weight_map")
     if not isinstance(table, dict) or not all(map(strict.is_file_name, table.values())):
-        raise FormatError(f"{folder / INDEX}: its weight_map is not a table of tensors and files")
+        raise FormatError(f"{folder / MODEL_INDEX_JSON}: its weight_map is not a table of tensors and files")
     tensors: dict[str, FileTensor] = {}
     for file in sorted(set(table.values())):
         if not (folder / file).is_file():
-            raise FormatError(f"{folder / file}: is missing; {INDEX} names it")
+            raise FormatError(f"{folder / file}: is missing; {MODEL_INDEX_JSON} names it")
         tensors |= safetensors_file.read(folder / file)
     if lost := table.keys() - tensors.keys():
-        raise FormatError(f"{folder}: {min(lost)} is in none of its files; {INDEX} names it")
+        raise FormatError(f"{folder}: {min(lost)} is in none of its files; {MODEL_INDEX_JSON} names it")
     return tensors
 
 
@@ -346,39 +354,46 @@ def _reordered(our: str, tensor: Rows, config: ModelConfig, pairs: tuple[int, in
     return Reordered(tensor, np.arange(tensor.shape[0]).reshape(n_heads, *pairs).swapaxes(1, 2).ravel())
 
 
-def _chat_template(folder: Path) -> str | None:
+def _chat_template(folder: declared.Folder) -> str | None:
     """Return the chat template: a file of its own, or a field of tokenizer_config.json.
 
     It begins with the special tokens that it names but BOS and EOS: only these two go with a model otherwise.
     """
-    files = (folder / name for name in TEMPLATE_FILES)
-    found = next((found for path in files if path.is_file() and (found := read_template(path))), None)
-    known = declared.template_variables(folder) if found else None
+    found = None
+    for name in TEMPLATE_FILES:
+        path = folder.path / name
+        if found is None and path.is_file():
+            is_table = name == TOKENIZER_CONFIG_JSON
+            found = template_in(folder.fields_of(name), path) if is_table else read_template(path)
+    known = folder.template_variables if found else None
     used = {role: name for role, name in (known or {}).items() if role not in OWN_ROLES and role in str(found)}
     # The empty text keeps a line end that a template begins with: one right behind a block would be removed.
     sets = "".join(f"{{% set {role} = {json.dumps(name)} %}}" for role, name in used.items())
     return f"{sets}{{{{ '' }}}}{found}" if sets else found
 
 
-def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
+def _read_tokenizer(folder: declared.Folder, vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
     """Return the tokenizer, its file's bytes, and what is wrong with files that cannot be used.
 
     Where tokenizer.json and SentencePiece's tokenizer.model give the same ids, the latter is taken: it is the original,
     and llama2.c's layout can hold it. Tokens that other files add to a tokenizer.model make it a tokenizer.json.
     """
-    paths = [folder / SENTENCEPIECE, folder / TOKENIZER]
-    model, json_file = (imported_model.find_tokenizer([path], vocab_size) for path in paths)
+    model_path, json_path = folder.path / TOKENIZER_MODEL, folder.path / TOKENIZER_JSON
+    try:
+        folder.check()
+    except TokenizerError as error:
+        return None, b"", (str(error),)
+    model, json_file = (imported_model.find_tokenizer([path], vocab_size, folder) for path in (model_path, json_path))
     if model[0] is None or json_file[0] is not None and not _are_alike(model[0], json_file[0]):
         vocabulary, data, problems = json_file
         return vocabulary, data, () if vocabulary is not None else model[2] + problems
-    if (folder / TOKENIZER).is_file():
+    if json_path.is_file() or folder.names <= {*model[0].special, *model[0].added}:
         return model
     try:
-        if declared.names(folder) <= {*model[0].special, *model[0].added}:
-            return model
-        data = declared.completed(tokenizer_json.build(model[0], model[1]), folder)
-        found = tokenizer.parse(data, str(folder / SENTENCEPIECE), vocab_size)
-        return found.with_ids(declared.ids_beside(folder / SENTENCEPIECE, found, data)), data, ()
+        built = tokenizer_json.build(model[0], model[1])
+        data, fields = folder.completed(built, json_object(built, str(model_path)), vocab_size)
+        found = tokenizer.parse(data, str(model_path), vocab_size, fields=fields)
+        return found.with_ids(folder.special_ids(model_path, found, None)), data, ()
     except (TokenizerError, UsageError) as error:
         return None, b"", (f"tokens added to its tokenizer cannot be used: {error}",)
 
@@ -420,23 +435,27 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
         for block in row_blocks(theirs, _reordered(our, source.tensors[our], config, (-1, 2))):
             yield block if dtype == "f32" else to_bfloat16(block)
 
-    files[CONFIG] = _json(config_fields(source, dtype))
-    files[GENERATION] = _json({"_from_model_config": False, **_special_ids(source), "do_sample": True, "top_p": 0.9})
-    is_new, replaces = not folder.exists(), (folder / CONFIG).is_file()
+    files[CONFIG_JSON] = _json(config_fields(source, dtype))
+    files[GENERATION_CONFIG_JSON] = _json(
+        {"_from_model_config": False, **_special_ids(source), "do_sample": True, "top_p": 0.9}
+    )
+    is_new, replaces = not folder.exists(), (folder / CONFIG_JSON).is_file()
     try:
-        with replacing(folder / WEIGHTS) as file:
+        with replacing(folder / MODEL_SAFETENSORS) as file:
             file.writelines(safetensors_file.encode(layout, blocks, {"format": "pt"}))
         for name, data in files.items():
             write_file(folder / name, data)
-        tokenizer_files = [folder / name for name in (TOKENIZER, *BESIDE_TOKENIZER) if name not in files]
+        tokenizer_files = [folder / name for name in (TOKENIZER_JSON, *BESIDE_TOKENIZER) if name not in files]
         if source.tokenizer is not None:
             imported_model.remove_stale(tokenizer_files, keep)
         elif replaces:
             imported_model.set_aside(tokenizer_files, keep)
         if source.tokenizer is not None and source.chat_template is not None:
-            imported_model.remove_stale([folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG], keep)
+            imported_model.remove_stale(
+                [folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG_JSON], keep
+            )
         elif replaces:
-            imported_model.set_aside([folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG], keep)
+            imported_model.set_aside([folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG_JSON], keep)
     except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
@@ -454,7 +473,7 @@ def _check(folder: Path, config: ModelConfig) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file; a Hugging Face model is a folder")
-    foreign = ("checkpoints", "state.json", INDEX, "params.json")
+    foreign = ("checkpoints", "state.json", MODEL_INDEX_JSON, "params.json")
     others = [path.name for path in folder.glob("*") if path.name in foreign or path.suffix in (".bin", ".gguf", ".pt")]
     if others:
         advice = "name another folder for the export, and a run to export with"
@@ -520,11 +539,13 @@ def _tokenizer_files(source: ImportedModel) -> dict[str, bytes]:
     if vocabulary is None:
         return {}
     files = {
-        TOKENIZER: tokenizer_json.build(vocabulary, data),
-        TOKENIZER_CONFIG: _json(tokenizer_json.config(vocabulary, source.config.max_seq_len, source.chat_template)),
+        TOKENIZER_JSON: tokenizer_json.build(vocabulary, data),
+        TOKENIZER_CONFIG_JSON: _json(
+            tokenizer_json.config(vocabulary, source.config.max_seq_len, source.chat_template)
+        ),
     }
     if isinstance(vocabulary, tokenizer.SentencePieceTokenizer):
-        files[SENTENCEPIECE] = data
+        files[TOKENIZER_MODEL] = data
     return files
 
 

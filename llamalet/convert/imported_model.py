@@ -21,7 +21,7 @@ from llamalet.config import CAPS, Llama3Scaling, ModelConfig
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError, note
 from llamalet.model_file.quantize import from_bfloat16
 from llamalet.model_file.tensors import BLOCK_WEIGHTS, Rows, row_blocks, tensor_specs
-from llamalet.tokenizer import Llama3Tokenizer, Tokenizer
+from llamalet.tokenizer import Llama3Tokenizer, Tokenizer, declared
 
 Floats = NDArray[np.float32]
 
@@ -267,18 +267,21 @@ def llama3_scaling(factor: float) -> Llama3Scaling:
     return Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 
 
-def find_tokenizer(paths: Sequence[Path], vocab_size: int) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
+def find_tokenizer(
+    paths: Sequence[Path], vocab_size: int, folder: declared.Folder | None = None
+) -> tuple[Tokenizer | None, bytes, tuple[str, ...]]:
     """Return the first usable tokenizer among some files, its bytes, and what is wrong with those that are not usable.
 
     Args:
         paths: the files, the best first; they need not exist.
         vocab_size: the size that the tokenizer must have.
+        folder: the files beside them, if some are read already.
     """
     problems = []
     for path in paths:
         if path.is_file():
             try:
-                return *compact(*tokenizer.read(path, vocab_size)), ()
+                return *compact(*tokenizer.read(path, vocab_size, folder)), ()
             except (TokenizerError, UsageError) as error:
                 problems.append(str(error))
     return None, b"", tuple(problems)

@@ -15,7 +15,8 @@ from llamalet.convert import byte_level
 from llamalet.convert.probes import differing_text
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.tokenizer import SPACE_MARK, JsonTokenizer, Llama3Tokenizer, Tokenizer
-from llamalet.tokenizer.huggingface import BYTE_TOKEN, pairs_in, piece_decoder, prefix_of, refusals
+from llamalet.tokenizer.byte_alphabet import pairs_in
+from llamalet.tokenizer.huggingface import BYTE_TOKEN, piece_decoder, prefix_of, refusals
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 CONTROLS = (UNK, BOS, EOS)

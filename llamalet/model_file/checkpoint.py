@@ -27,11 +27,12 @@ from llamalet import strict
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, note
 from llamalet.files import open_file
+from llamalet.hf_names import MODEL_SAFETENSORS
 
 FORMAT = "llamalet checkpoint"
 VERSION = 1
 FOLDER, ABANDONED = "checkpoints", "abandoned"
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
 SUFFIX = ".weight"
 """Ends every name in model.safetensors, as in a PyTorch state dict; names in model files lack it."""
 
@@ -161,8 +162,8 @@ def verify(path: Path, *, digests: bool = True) -> None:
                 f"{path / MANIFEST}: {key} is {reprlib.repr(fields.get(key))}, this program reads {expected!r}"
             )
     manifest = strict.build(_Manifest, fields, str(path / MANIFEST), CheckpointError, ignore_unknown=True)
-    if not {MODEL, OPTIMIZER, STATE} <= manifest.files.keys():
-        raise CheckpointError(f"{path / MANIFEST}: must list {MODEL}, {OPTIMIZER} and {STATE}")
+    if not {MODEL_SAFETENSORS, OPTIMIZER, STATE} <= manifest.files.keys():
+        raise CheckpointError(f"{path / MANIFEST}: must list {MODEL_SAFETENSORS}, {OPTIMIZER} and {STATE}")
     for name, seal in manifest.files.items():
         if not strict.is_file_name(name) or not (path / name).is_file():
             raise CheckpointError(f"{path / MANIFEST}: lists {reprlib.repr(name)}, which is no file beside it")

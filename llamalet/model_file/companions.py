@@ -5,8 +5,9 @@ from pathlib import Path
 
 from llamalet import tokenizer
 from llamalet.errors import TokenizerError, UsageError
+from llamalet.hf_names import GENERATION_CONFIG_JSON
 from llamalet.model_file.reader import ModelFile
-from llamalet.tokenizer import SpecialIds, Tokenizer, declared
+from llamalet.tokenizer import SpecialIds, Tokenizer, ids_file
 
 # A tokenizer next to NAME.bin is NAME.tokenizer.SUFFIX. If there are several, the first of these is read: the more a
 # format says, the earlier it comes.
@@ -31,12 +32,12 @@ def special_ids(file: ModelFile) -> SpecialIds | None:
     """
     if file.header.special_ids is not None:
         return file.header.special_ids
-    return declared.own_ids(special_ids_path(file.path))
+    return ids_file.own_ids(special_ids_path(file.path))
 
 
 def special_ids_path(model_path: str | os.PathLike[str]) -> Path:
     """Return where the ids that begin and end texts stand next to NAME.bin."""
-    return Path(model_path).with_suffix(f".{declared.GENERATION}")
+    return Path(model_path).with_suffix(f".{GENERATION_CONFIG_JSON}")
 
 
 def load_tokenizer(file: ModelFile, path: Path | None = None) -> Tokenizer | None:

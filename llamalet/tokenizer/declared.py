@@ -3,21 +3,20 @@
 A tokenizer.json does not say which of its tokens are BOS and EOS, nor at which tokens a model stops, and it may lack
 tokens that were added later. In a Hugging Face folder other files do, and they are read as transformers reads them:
 
-    tokenizer_config.json    bos_token and eos_token, the tokenizer's class, added tokens
+    tokenizer_config.json    bos_token and eos_token, the tokenizer's class (classes.py), added tokens
     special_tokens_map.json  the same special tokens; counts only if the first file lists no added tokens
     added_tokens.json        added tokens; counts likewise
     generation_config.json   eos_token_id: where a text ends, a number or a list; else config.json's
 
-The post-processor of tokenizer.json alone decides what begins every text; `add_bos_token` counts only without a
-tokenizer.json. This project writes a generation_config.json too, as [NAME.]generation_config.json beside
-[NAME.]tokenizer.SUFFIX, where the tokenizer's file alone would say something else. It has two fields of its own:
-prefix_token_ids, what begins every text, and tokenizer_eos_id, which of the ids is called EOS.
+The post-processor of tokenizer.json decides what begins every text, unless the class does; `add_bos_token` counts only
+without a tokenizer.json. What this project wrote itself (ids_file.py) counts over all of them.
 
 Source: transformers 5.23, tokenization_utils_base.py (_from_pretrained), tokenization_utils_tokenizers.py,
-models/auto/tokenization_auto.py, models/llama/tokenization_llama.py.
+models/auto/tokenization_auto.py.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import reprlib
@@ -27,305 +26,370 @@ from typing import Any
 
 from llamalet import strict
 from llamalet.errors import TokenizerError, UsageError
+from llamalet.hf_names import (
+    ADDED_TOKENS_JSON,
+    CONFIG_JSON,
+    GENERATION_CONFIG_JSON,
+    SPECIAL_TOKENS_MAP_JSON,
+    TOKENIZER_CONFIG_JSON,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+)
+from llamalet.tokenizer.added_tokens import Token, as_special, flags_of, in_order, token_of
 from llamalet.tokenizer.base import SpecialIds, Tokenizer
-from llamalet.tokenizer.huggingface import piece_decoder, prefix_of, refusals
-from llamalet.tokenizer.llama2 import SPACE_MARK
-from llamalet.tokenizer.rows import MAX_VOCAB
+from llamalet.tokenizer.classes import CLASSES, REFUSED, TokenizerClass
+from llamalet.tokenizer.huggingface import json_object, prefix_of, refusals
+from llamalet.tokenizer.ids_file import ids_in, ids_path, is_id
 
-JSON, MODEL = "tokenizer.json", "tokenizer.model"
-CONFIG, SPECIAL_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-MODEL_CONFIG, GENERATION = "config.json", "generation_config.json"
-PREFIX_KEY, EOS_KEY = "prefix_token_ids", "tokenizer_eos_id"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# The class that ignores how a tokenizer.json splits texts, and its own special tokens.
-LLAMA_CLASS = "LlamaTokenizer"
+EXTRA, ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 BYTE_LEVEL = b'"ByteLevel"'
-# Those that take a tokenizer.json as it is, and the one above.
-PLAIN_CLASSES = ("", "PreTrainedTokenizer", "TokenizersBackend", LLAMA_CLASS)
-LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
-def ids_path(tokenizer_path: Path) -> Path:
-    """Return where the ids that begin and end texts stand beside a tokenizer, [NAME.]tokenizer.SUFFIX as a rule."""
-    before, found, _ = tokenizer_path.name.rpartition("tokenizer.")
-    before = before if found else f"{tokenizer_path.stem}."
-    return tokenizer_path.with_name(before + GENERATION)
+class Folder:
+    """The files beside a tokenizer. Each is read and parsed once, when it is first asked for; any may be missing.
 
-
-def ids_json(ids: SpecialIds) -> bytes:
-    """Return a generation_config.json that says these ids."""
-    fields = {"bos_token_id": ids.bos, "eos_token_id": ids.ordered_stops}
-    return (json.dumps(fields | {PREFIX_KEY: list(ids.prefix), EOS_KEY: ids.eos}, indent=2) + "\n").encode()
-
-
-def ids_beside(path: Path, found: Tokenizer, data: bytes) -> SpecialIds:
-    """Return the ids that begin and end texts, as the files beside a tokenizer say.
-
-    Args:
-        path: the tokenizer's file.
-        found: what it holds, with the tokens that `completed` adds.
-        data: its bytes.
-
-    Raises:
-        TokenizerError: if one of the files is damaged.
+    Whatever reads one raises a TokenizerError if it is damaged.
     """
-    folder, beside = path.parent, ids_path(path)
-    if (own := own_ids(beside)) is not None:
-        return own
-    others = (CONFIG, SPECIAL_MAP, MODEL_CONFIG, GENERATION)
-    if path.name not in (JSON, MODEL) or not any((folder / name).is_file() for name in others):
-        ids, ends = ids_alone(found, data, str(path)), _stops(beside)
-        return dataclasses.replace(ids, stops=frozenset(ends)) if ends else ids
-    names = _Declared(folder).special
-    alone = {"bos_token": found.file_ids.bos, "eos_token": found.file_ids.eos} if path.name == MODEL else {}
-    bos, eos = (found.id_of(names[role]) if role in names else alone.get(role) for role in ("bos_token", "eos_token"))
-    if (folder / JSON).is_file():
-        fields = _object(data, path) if path.name == JSON else _tokenizer_json(folder)
-        prefix = _prefix(fields, folder / JSON)
-    else:
-        prefix = (bos,) if bos is not None and _read(folder / CONFIG).get("add_bos_token") is True else ()
-    if bos is None and prefix:
-        bos = prefix[0]
-    stops = stops_in(folder) or (() if eos is None else (eos,)) or found.ids.stops
-    return SpecialIds(bos=bos, eos=eos, prefix=prefix, stops=frozenset(stops))
+
+    def __init__(self, path: Path, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+        """Begin with no file, or with the fields of `known` ones by their names."""
+        self.path = path
+        self._files = dict(known or {})
+
+    def fields_of(self, name: str) -> dict[str, Any]:
+        """Return the object in a small JSON file; an empty one if there is no file."""
+        if name not in self._files:
+            path = self.path / name
+            self._files[name] = strict.read_json(path, TokenizerError) if path.is_file() else {}
+        return self._files[name]
+
+    # -- what the files say -------------------------------------------------------------------------------------------
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids at which a Hugging Face model stops; empty if it does not say."""
+        return self._stops(GENERATION_CONFIG_JSON) or self._stops(CONFIG_JSON)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all tokens that transformers would add to the tokenizer, or finds in it."""
+        return {token["content"] for token in [*self._special.values(), *self._extra, *self._added([])]}
+
+    @property
+    def template_variables(self) -> dict[str, str] | None:
+        """The special tokens that transformers gives to a chat template; None if no file names any."""
+        is_said = any((self.path / name).is_file() for name in (TOKENIZER_CONFIG_JSON, SPECIAL_TOKENS_MAP_JSON))
+        return {role: token["content"] for role, token in self._special.items()} if is_said else None
+
+    @property
+    def chat_spaces(self) -> str | None:
+        """Which texts of a chat begin with a space: always, first or never, as a prepend_scheme; None: not said."""
+        if self._class is not None:
+            steps = self._class.steps(self._config)
+        elif self._has_json:
+            steps = self.tokenizer_json
+        else:
+            return "never" if (self.path / TOKENIZER_CONFIG_JSON).is_file() else None
+        text = json.dumps([steps.get(key) for key in ("normalizer", "pre_tokenizer")])
+        found = re.search(r'"prepend_scheme": "(\w+)"', text)
+        return found[1] if found else "always" if '"Prepend"' in text else "never"
+
+    def special_ids(self, path: Path, found: Tokenizer, fields: Mapping[str, Any] | None) -> SpecialIds:
+        """Return the ids that begin and end texts.
+
+        Args:
+            path: the tokenizer's file, in this folder.
+            found: what it holds, with the tokens that `completed` adds.
+            fields: its fields, if it is a tokenizer.json.
+        """
+        beside = ids_path(path)
+        if (own := ids_in(self.fields_of(beside.name), str(beside))) is not None:
+            return own
+        others = (TOKENIZER_CONFIG_JSON, SPECIAL_TOKENS_MAP_JSON, CONFIG_JSON, GENERATION_CONFIG_JSON)
+        if path.name not in (TOKENIZER_JSON, TOKENIZER_MODEL) or not any((self.path / x).is_file() for x in others):
+            ids, ends = ids_alone(found, fields, str(path)), self._stops(beside.name)
+            return dataclasses.replace(ids, stops=frozenset(ends)) if ends else ids
+        alone = {"bos_token": found.file_ids.bos, "eos_token": found.file_ids.eos} if fields is None else {}
+        bos, eos = (
+            found.id_of(self._special[role]["content"]) if role in self._special else alone.get(role)
+            for role in ("bos_token", "eos_token")
+        )
+        prefix = self._prefix(fields, bos)
+        if bos is None and prefix:
+            bos = prefix[0]
+        stops = self.stops or (() if eos is None else (eos,)) or found.ids.stops
+        return SpecialIds(bos=bos, eos=eos, prefix=prefix, stops=frozenset(stops))
+
+    def _prefix(self, fields: Mapping[str, Any] | None, bos: int | None) -> tuple[int, ...]:
+        """Return what begins every text; `fields`: the tokenizer.json that is read, if it is one."""
+        begins_with_bos = self._config.get("add_bos_token") is True
+        if self._has_json:
+            begins = "file" if self._class is None else self._class.begins
+            if begins == "file":
+                return _prefix(self.tokenizer_json if fields is None else fields, self.path / TOKENIZER_JSON)
+            begins_with_bos = begins == "bos"
+        return (bos,) if begins_with_bos and bos is not None else ()
+
+    # -- what transformers makes of a tokenizer.json ------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise a TokenizerError if a file that speaks of tokens is damaged, or the tokenizer's class not supported."""
+        _ = self.names
+        if self._has_json and self._class_name in REFUSED:
+            raise self._refused("makes another tokenizer of the file, and is not supported")
+
+    def completed(self, data: bytes, fields: dict[str, Any], n_rows: int | None = None) -> tuple[bytes, dict[str, Any]]:
+        """Return a tokenizer.json with all tokens that transformers would add to it, and with its class's steps.
+
+        Args:
+            data: the tokenizer.json.
+            fields: what `json_object` makes of it.
+            n_rows: the model's vocab_size. Tokens beyond it that only the class names are left out: no text but their
+                names would have them.
+
+        Returns:
+            The new file and its fields; the same ones if nothing would change.
+
+        Raises:
+            TokenizerError: if a file is damaged, or the class is not supported.
+            UsageError: if the tokenizers package is not installed.
+        """
+        self.check()
+        name, made = str(self.path / TOKENIZER_JSON), self._class
+        tokens = self._tokens_to_add(fields)
+        if not tokens and made is None:
+            return data, fields
+        try:
+            import tokenizers
+        except ImportError:
+            raise UsageError(f"{name}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
+        with refusals(name):
+            library = tokenizers.Tokenizer.from_str(json.dumps(fields if made is None else self._remade(fields, made)))
+            for token in tokens:
+                add = library.add_special_tokens if token["special"] else library.add_tokens
+                add([tokenizers.AddedToken(**token)])
+            if made is not None and made.begins == "bos" and (bos := self._special.get("bos_token")):
+                name_and_id = (bos["content"], library.token_to_id(bos["content"]))
+                library.post_processor = tokenizers.processors.TemplateProcessing(
+                    single=[bos["content"], "$A"], special_tokens=[name_and_id]
+                )
+            text: str = library.to_str()
+        new = json_object(text.encode(), name)
+        optional = self._named_by_class_only(fields)
+        kept = [x for x in new["added_tokens"] if n_rows is None or x["id"] < n_rows or x["content"] not in optional]
+        if len(kept) < len(new["added_tokens"]):
+            new["added_tokens"] = kept
+            text = json.dumps(new, ensure_ascii=False)
+        return text.encode(), new
+
+    def _named_by_class_only(self, fields: Mapping[str, Any]) -> set[str]:
+        """Return the special tokens that no file names, but for what begins every text."""
+        made = self._class
+        if made is None:
+            return set()
+        said = {key for key in (*self._config, *self._map, *(["bos_token"] if made.begins == "bos" else []))}
+        listed = {token["content"] for token in self._added(fields.get("added_tokens") or [])}
+        named = {token["content"] for role, token in self._special.items() if role in said}
+        return {name for role, name in made.special.items() if role not in said} - listed - named
+
+    def _tokens_to_add(self, fields: Mapping[str, Any]) -> list[Token]:
+        """Return the tokens that transformers adds to a tokenizer.json, in order: all that it has not, or otherwise.
+
+        A class with a tokenizer of its own begins with none of the file's.
+        """
+        listed = fields.get("added_tokens") or []
+        if not isinstance(listed, list) or not all(
+            isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+            for token in listed
+        ):
+            raise TokenizerError(f"{self.path / TOKENIZER_JSON}: added_tokens is not a list of tokens with ids")
+        made = self._class
+        known = {} if made else {token["content"]: flags_of(token) for token in listed}
+        named = {token["content"] for token in self._special.values()}
+        tokens = [token | {"special": token["special"] or token["content"] in named} for token in self._added(listed)]
+        tokens = [token for token in tokens if known.get(token["content"]) != flags_of(token)]
+        special = {token["content"]: as_special(token) for token in [*self._special.values(), *self._extra]}
+        found = {*known, *(token["content"] for token in tokens)}
+        tokens += [token for name, token in special.items() if name not in found]
+        if made is not None and made.adds_again == "all":
+            tokens += [as_special({"content": name}) for name in special]
+        if made is not None and made.adds_again == "unnamed":
+            unnamed = [token for role, token in self._special.items() if role not in self._named]
+            tokens += map(as_special, [*unnamed, *self._extra])
+        return tokens
+
+    def _remade(self, fields: Mapping[str, Any], made: TokenizerClass) -> dict[str, Any]:
+        """Return a tokenizer.json's fields as a class with a tokenizer of its own changes them, with no added token."""
+        old = fields["model"]
+        if "merges" not in old:
+            raise self._refused(f"needs the merges of a BPE model; the file holds a {old.get('type')} model")
+        model = {key: old[key] for key in ("vocab", "merges")}
+        if made.has_unknown:
+            model["unk_token"] = self._special.get("unk_token", {}).get("content")
+            if not {model["unk_token"], "<0x00>"} & model["vocab"].keys():
+                raise self._refused("needs its unk_token or <0x00> to <0xFF> in the vocabulary")
+        model |= {"type": "BPE", "fuse_unk": made.pieces, "byte_fallback": made.pieces}
+        new = dict(fields) | made.steps(self._config) | {"model": model, "added_tokens": []}
+        return new if made.begins == "file" else new | {"post_processor": None}
+
+    # -- the files ----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def json_bytes(self) -> bytes:
+        """The bytes of tokenizer.json; none if there is no file."""
+        return (self.path / TOKENIZER_JSON).read_bytes() if self._has_json else b""
+
+    @functools.cached_property
+    def tokenizer_json(self) -> dict[str, Any]:
+        """The fields of tokenizer.json, which must exist."""
+        return json_object(self.json_bytes, str(self.path / TOKENIZER_JSON))
+
+    @functools.cached_property
+    def _has_json(self) -> bool:
+        return (self.path / TOKENIZER_JSON).is_file()
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return self.fields_of(TOKENIZER_CONFIG_JSON)
+
+    @property
+    def _declaring(self) -> str:
+        """The file that names the tokenizer's class."""
+        return TOKENIZER_CONFIG_JSON if self._config.get("tokenizer_class") else CONFIG_JSON
+
+    @property
+    def _class_name(self) -> str:
+        """The name of the tokenizer's class in transformers 5, where names with Fast mean the same; perhaps empty."""
+        return str(self.fields_of(self._declaring).get("tokenizer_class") or "").removesuffix("Fast")
+
+    def _refused(self, why: str) -> TokenizerError:
+        """Return the error that says why the tokenizer's class does not go with its tokenizer.json."""
+        return TokenizerError(
+            f"{self.path / TOKENIZER_JSON}: its class {self._class_name} {why}; if the file is meant as it is, "
+            f"remove tokenizer_class from {self._declaring}"
+        )
+
+    @functools.cached_property
+    def _class(self) -> TokenizerClass | None:
+        """The tokenizer's class, if it has a tokenizer of its own.
+
+        transformers does not believe LlamaTokenizer of a byte-level vocabulary. Without a tokenizer.json there is a
+        SentencePiece model, which other classes than those for pieces leave as it is.
+        """
+        found = CLASSES.get(self._class_name)
+        if found is None or not self._has_json and not found.pieces:
+            return None
+        is_mistaken = self._class_name == "LlamaTokenizer" and not self._config.get("auto_map")
+        return None if is_mistaken and BYTE_LEVEL in self.json_bytes else found
+
+    @property
+    def _lists_added(self) -> bool:
+        return self._config.get("added_tokens_decoder") is not None
+
+    @property
+    def _map(self) -> dict[str, Any]:
+        """The fields of special_tokens_map.json, where it counts."""
+        return {} if self._lists_added else self.fields_of(SPECIAL_TOKENS_MAP_JSON)
+
+    def _token(self, key: str, value: Any) -> Token:
+        """Return the token that a field of special_tokens_map.json or tokenizer_config.json names."""
+        return token_of(
+            self.path / (SPECIAL_TOKENS_MAP_JSON if key in self._map else TOKENIZER_CONFIG_JSON), key, value
+        )
+
+    @functools.cached_property
+    def _named(self) -> set[str]:
+        """The usual roles of special tokens that a file speaks of."""
+        return {role for role in ROLES if role in self._config or role in self._map}
+
+    @functools.cached_property
+    def _special(self) -> dict[str, Token]:
+        """The special tokens by their roles: the usual ones, the class's, and other fields that end in _token."""
+        last = {key: value for key, value in self._config.items() if _is_unusual(key) and isinstance(value, str)}
+        found = {role: self._token(role, value) for role, value in self._usual.items() if value not in (None, "")}
+        for more in (last, *(tokens for tokens in self._extra_fields if isinstance(tokens, dict))):
+            found |= {role: self._token(role, value) for role, value in more.items()}
+        return found
+
+    @functools.cached_property
+    def _usual(self) -> dict[str, Any]:
+        """What the files or else the class say of roles, but for unusual ones that tokenizer_config.json names."""
+        defaults = {} if self._class is None else self._class.special
+        said = {
+            key: value
+            for key, value in self._config.items()
+            if not _is_unusual(key) or value is None or isinstance(value, dict) and value.get("__type") == "AddedToken"
+        } | self._map
+        others = filter(_is_unusual, said)
+        return {role: said.get(role, defaults.get(role)) for role in dict.fromkeys([*ROLES, *defaults, *others])}
+
+    @functools.cached_property
+    def _extra(self) -> list[Token]:
+        """The special tokens without a role; if no file names any, the class's with an unusual one."""
+        lists = [tokens for tokens in self._extra_fields if not isinstance(tokens, dict)]
+        if wrong := [tokens for tokens in lists if not isinstance(tokens, list)]:
+            source = self.path / (SPECIAL_TOKENS_MAP_JSON if EXTRA in self._map else TOKENIZER_CONFIG_JSON)
+            raise TokenizerError(f"{source}: {EXTRA} is {wrong[0]!r}: must be a list of tokens")
+        names = [token for tokens in lists for token in tokens]
+        if not lists and self._class is not None:
+            names = [self._usual[role] for role in self._class.special if role not in ROLES and self._usual[role]]
+        return [self._token(EXTRA, name) for name in names]
+
+    @property
+    def _extra_fields(self) -> list[Any]:
+        """What the files say of special tokens besides: lists of tokens, and objects with tokens by name."""
+        found = [self._config.get(EXTRA) or self._config.get(ADDITIONAL), self._map.get(EXTRA)]
+        return list(filter(None, found if any(found) else [self._map.get(ADDITIONAL)]))
+
+    def _added(self, listed: Iterable[Token]) -> list[Token]:
+        """Return the added tokens in the order of their ids; `listed`: those in tokenizer.json."""
+        if self._lists_added:
+            source, table = self.path / TOKENIZER_CONFIG_JSON, self._config["added_tokens_decoder"]
+            if not isinstance(table, dict) or not all(isinstance(token, dict) for token in table.values()):
+                raise TokenizerError(f"{source}: added_tokens_decoder is not an object of tokens by id")
+            tokens = in_order(source, table.items())
+            return [{"special": False} | token_of(source, "added_tokens_decoder", token) for token in tokens]
+        source = self.path / ADDED_TOKENS_JSON
+        names = {self._special[role]["content"] for role in self._named & self._special.keys()}
+        names |= {token["content"] for token in self._extra}
+        pairs: list[tuple[Any, Token]] = [
+            (id, {"content": name, "special": name in names, "normalized": name not in names})
+            for name, id in self.fields_of(ADDED_TOKENS_JSON).items()
+        ]
+        return in_order(
+            source, [*pairs, *((token["id"], {"content": token["content"]} | flags_of(token)) for token in listed)]
+        )
+
+    def _stops(self, name: str) -> tuple[int, ...]:
+        """Return the ids at which a model stops, as one file says; empty if it does not say, or is missing."""
+        found = self.fields_of(name).get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(id) is int for id in ids):
+            raise TokenizerError(
+                f"{self.path / name}: eos_token_id is {reprlib.repr(found)}: must be a token's id or a list of them"
+            )
+        return tuple(id for id in ids if is_id(id))  # -1 and the like are no token's, so no text ends there
 
 
-def ids_alone(found: Tokenizer, data: bytes, name: str) -> SpecialIds:
+def ids_alone(found: Tokenizer, fields: Mapping[str, Any] | None, name: str) -> SpecialIds:
     """Return the ids of a tokenizer whose file is all there is: the post-processor of a tokenizer.json is asked.
 
     Args:
         found: what the file holds.
-        data: the file's bytes.
+        fields: the file's fields, if it is a tokenizer.json.
         name: its name, for messages.
 
     Raises:
         TokenizerError: if the post-processor is damaged.
     """
     found = found.with_ids(found.file_ids)
-    if found.suffix != "json":
+    if fields is None:
         return found.ids
-    prefix = _prefix(_object(data, name), name)
+    prefix = _prefix(fields, name)
     bos = prefix[0] if prefix else None
     stops = found.ids.stops if bos == found.ids.bos else found.ids.stops - {found.ids.bos} | {found.ids.eos}
     return SpecialIds(bos=bos, eos=found.ids.eos, prefix=prefix, stops=frozenset(id for id in stops if id is not None))
-
-
-def stops_in(folder: Path) -> tuple[int, ...]:
-    """Return the ids at which a Hugging Face model stops; empty if it does not say.
-
-    Raises:
-        TokenizerError: if a file is damaged, or says something else than ids.
-    """
-    return _stops(folder / GENERATION) or _stops(folder / MODEL_CONFIG)
-
-
-def _stops(path: Path) -> tuple[int, ...]:
-    """Return the ids at which a model stops, as one file says; empty if it does not say, or is missing."""
-    found = _read(path).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(id) is int for id in ids):
-        raise TokenizerError(f"{path}: eos_token_id is {reprlib.repr(found)}: must be a token's id or a list of them")
-    return tuple(id for id in ids if _is_id(id))  # -1 and the like are no token's, so no text ends there
-
-
-def _is_id(value: object) -> bool:
-    """Return whether a value can be a token's id."""
-    return type(value) is int and 0 <= value < MAX_VOCAB
-
-
-def names(folder: Path) -> set[str]:
-    """Return the names of all tokens that transformers would add to the tokenizer in a folder, or finds in it.
-
-    Raises:
-        TokenizerError: if one of the files is damaged.
-    """
-    found = _Declared(folder)
-    return {*found.special.values(), *found.extra, *(token["content"] for token in found.added)}
-
-
-def other_class(folder: Path) -> str | None:
-    """Return the tokenizer's class, if it is one that makes its own of a tokenizer.json in transformers 5."""
-    named = _Declared(folder).tokenizer_class
-    return None if named.removesuffix("Fast") in PLAIN_CLASSES else named
-
-
-def completed(data: bytes, folder: Path) -> bytes:
-    """Return a tokenizer.json with all tokens that transformers would add to it, and split as its class splits texts.
-
-    Args:
-        data: the file's bytes; the same object is returned if nothing is to be added.
-        folder: where the files beside it are.
-
-    Raises:
-        TokenizerError: if one of the files is damaged.
-        UsageError: if the tokenizers package is not installed.
-    """
-    declared = _Declared(folder)
-    fields = _object(data, folder / JSON)
-    listed = fields.get("added_tokens") or []
-    if not isinstance(listed, list) or not all(
-        isinstance(token, dict) and isinstance(token.get("content"), str) for token in listed
-    ):
-        raise TokenizerError(f"{folder / JSON}: added_tokens is not a list of tokens")
-    known = {token["content"]: _flags(token) for token in listed}
-    special = dict.fromkeys([*declared.special.values(), *declared.extra])
-    missing = [token for token in declared.added if known.get(token["content"]) != _flags(token)]
-    missing += [
-        {"content": name, "special": True, "normalized": False}
-        for name in special
-        if name not in known and name not in {token["content"] for token in missing}
-    ]
-    if not missing and not declared.is_llama:
-        return data
-    try:
-        import tokenizers
-    except ImportError:
-        raise UsageError(f"{folder}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
-    with refusals(str(folder / JSON)):
-        if declared.is_llama:
-            fields = _as_llama(fields, declared)
-        library = tokenizers.Tokenizer.from_str(json.dumps(fields))
-        for token in missing:
-            added = tokenizers.AddedToken(**token)
-            (library.add_special_tokens if token["special"] else library.add_tokens)([added])
-        text: str = library.to_str()
-    return text.encode()
-
-
-def template_variables(folder: Path) -> dict[str, str] | None:
-    """Return the special tokens that transformers gives to a chat template; None if no file beside it names any.
-
-    Raises:
-        TokenizerError: if one of the files is damaged.
-    """
-    is_said = any((folder / name).is_file() for name in (CONFIG, SPECIAL_MAP))
-    return _Declared(folder).special if is_said else None
-
-
-def chat_spaces(folder: Path) -> str | None:
-    """Return which texts of a chat begin with a space: always, first or never, as a prepend_scheme; None: not said.
-
-    Raises:
-        TokenizerError: if one of the files is damaged.
-    """
-    declared = _Declared(folder)
-    if declared.is_llama:
-        return declared.prepend_scheme
-    if not (folder / JSON).is_file():
-        return "never" if (folder / CONFIG).is_file() else None
-    steps = json.dumps([_tokenizer_json(folder).get(key) for key in ("normalizer", "pre_tokenizer")])
-    found = re.search(r'"prepend_scheme": "(\w+)"', steps)
-    return found[1] if found else "always" if '"Prepend"' in steps else "never"
-
-
-def _as_llama(fields: Mapping[str, Any], declared: "_Declared") -> dict[str, Any]:
-    """Return a tokenizer.json's fields as the class LlamaTokenizer changes them."""
-    scheme = declared.prepend_scheme
-    model = {"type": "BPE", "fuse_unk": True, "byte_fallback": True}
-    return dict(fields) | {
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": scheme, "split": False},
-        "decoder": piece_decoder(strips=scheme != "never"),
-        "model": model | {key: fields["model"][key] for key in ("vocab", "merges")},
-    }
-
-
-class _Declared:
-    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say.
-
-    Attributes:
-        config: tokenizer_config.json.
-        tokenizer_class: the name of transformers' class.
-        is_llama: whether this is LlamaTokenizer, which transformers does not believe of byte-level vocabularies.
-        special: the special tokens by their roles, like bos_token; other keys that end in _token too.
-        extra: special tokens without a role.
-        added: the added tokens, as tokenizer.json lists them, in the order of their ids.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Read the files of a folder; they may be missing.
-
-        Raises:
-            TokenizerError: if one is damaged.
-        """
-        self.config = _read(folder / CONFIG)
-        named = self.config.get("tokenizer_class") or _read(folder / MODEL_CONFIG).get("tokenizer_class") or ""
-        self.tokenizer_class = str(named)
-        table, source = dict(self.config), folder / CONFIG
-        listed = self.config.get("added_tokens_decoder")
-        mapped = _read(folder / SPECIAL_MAP) if listed is None else {}
-        table |= mapped
-        self.is_llama = self.tokenizer_class.removesuffix("Fast") == LLAMA_CLASS and not _is_byte_level(folder)
-        self.special: dict[str, str] = dict(LLAMA_TOKENS) if self.is_llama else {}
-        others = [key for key, value in table.items() if key.endswith("_token") and isinstance(value, str)]
-        for key in dict.fromkeys([*ROLES, *others]):
-            if key in table:
-                self.special.pop(key, None)
-                if table[key] not in (None, ""):
-                    self.special[key] = _name(folder / (SPECIAL_MAP if key in mapped else CONFIG), key, table[key])
-        extra = table.get("extra_special_tokens") or table.get("additional_special_tokens") or []
-        if isinstance(extra, dict):
-            self.special |= {str(key): _name(source, str(key), value) for key, value in extra.items()}
-            extra = []
-        if not isinstance(extra, list):
-            raise TokenizerError(f"{source}: extra_special_tokens is {extra!r}: must be a list of tokens")
-        self.extra = [_name(source, "extra_special_tokens", value) for value in extra]
-        if listed is None:
-            names = {*self.special.values(), *self.extra}
-            listed = [(id, _added(name, name in names)) for name, id in _read(folder / ADDED).items()]
-            self.added = _sorted(folder / ADDED, listed)
-        else:
-            if not isinstance(listed, dict) or not all(isinstance(token, dict) for token in listed.values()):
-                raise TokenizerError(f"{source}: added_tokens_decoder is not an object of tokens by id")
-            self.added = []
-            for token in _sorted(source, listed.items()):
-                flags = {key: bool(token[key]) for key in FLAGS if key in token}
-                self.added.append(
-                    {"special": False} | flags | {"content": _name(source, "added_tokens_decoder", token)}
-                )
-        for token in self.added:
-            token["special"] = token["special"] or token["content"] in self.special.values()
-
-    @property
-    def prepend_scheme(self) -> str:
-        """Which texts between special tokens LlamaTokenizer begins with a space: always, first or never."""
-        if self.config.get("add_prefix_space") not in (None, True):
-            return "never"
-        return "always" if self.config.get("legacy", False) else "first"
-
-
-def _flags(token: Mapping[str, Any]) -> dict[str, bool]:
-    """Return how an added token is found in a text; by default, text that is normalized too."""
-    special = bool(token.get("special", False))
-    found = {flag: bool(token.get(flag, False)) for flag in FLAGS}
-    return found | {"special": special, "normalized": bool(token.get("normalized", not special))}
-
-
-def _added(name: str, special: bool) -> dict[str, Any]:
-    """Return an added token of added_tokens.json, which knows names and ids only."""
-    return {"content": name, "special": special, "normalized": not special}
-
-
-def _is_byte_level(folder: Path) -> bool:
-    """Return whether the tokenizer.json of a folder speaks of bytes, in transformers' eyes."""
-    return (folder / JSON).is_file() and BYTE_LEVEL in (folder / JSON).read_bytes()
-
-
-def _sorted(path: Path, tokens: Iterable[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return tokens in the order of their ids, which may be written as text."""
-    try:
-        return [token for _, token in sorted(((int(id), token) for id, token in tokens), key=lambda pair: pair[0])]
-    except (ValueError, TypeError):
-        raise TokenizerError(f"{path}: the added tokens' ids must be numbers") from None
-
-
-def _name(path: Path, key: str, value: Any) -> str:
-    """Return the name of a token that is written as text or as an object with its content."""
-    found = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(found, str) or not found:
-        raise TokenizerError(f"{path}: {key} is {value!r}: must be a token, as text or as an object with a content")
-    return found
 
 
 def _prefix(fields: Mapping[str, Any], name: Path | str) -> tuple[int, ...]:
@@ -336,53 +400,6 @@ def _prefix(fields: Mapping[str, Any], name: Path | str) -> tuple[int, ...]:
         raise TokenizerError(f"{name}: its post_processor is damaged: {error!r}") from None
 
 
-def own_ids(path: Path) -> SpecialIds | None:
-    """Return the ids in a generation_config.json that this project wrote; None if it is missing, or another's.
-
-    Raises:
-        TokenizerError: if it is damaged.
-    """
-    return parse_ids(path.read_bytes(), str(path)) if path.is_file() else None
-
-
-def parse_ids(data: bytes, name: str) -> SpecialIds | None:
-    """Return the ids in the bytes of such a file; None if it is another's.
-
-    Raises:
-        TokenizerError: if they are damaged.
-    """
-    fields = strict.parse_json(data, name, TokenizerError)
-    if not isinstance(fields, dict) or PREFIX_KEY not in fields:
-        return None
-    prefix, stops = fields[PREFIX_KEY], fields.get("eos_token_id")
-    bos, eos = fields.get("bos_token_id"), fields.get(EOS_KEY)
-    lists = [prefix, stops]
-    numbers = [id for ids in lists if isinstance(ids, list) for id in ids] + [id for id in (bos, eos) if id is not None]
-    if not all(isinstance(ids, list) for ids in lists) or not all(_is_id(id) for id in numbers):
-        raise TokenizerError(f"{name}: bos_token_id, eos_token_id and {PREFIX_KEY} must be ids and lists of ids")
-    return SpecialIds(bos=bos, eos=eos, prefix=tuple(prefix), stops=frozenset(stops or ()))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one if there is no file."""
-    return strict.read_json(path, TokenizerError) if path.is_file() else {}
-
-
-def _tokenizer_json(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's tokenizer.json."""
-    return _object((folder / JSON).read_bytes(), folder / JSON)
-
-
-def _object(data: bytes, path: Path | str) -> dict[str, Any]:
-    """Return the object in a tokenizer.json, which may be larger than other files and is checked by the library.
-
-    Raises:
-        TokenizerError: if they are no JSON object.
-    """
-    try:
-        fields = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object")
-    return fields
+def _is_unusual(key: str) -> bool:
+    """Return whether a field is named like a special token with a role that only some models have."""
+    return key.endswith("_token") and key not in ROLES

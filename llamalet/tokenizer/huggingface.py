@@ -11,12 +11,13 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llamalet.errors import TokenizerError, UsageError
 from llamalet.marked_text import OTHERS
 from llamalet.tokenizer.base import CONTINUED, SpecialIds, Tokenizer, cut_inside, valid
+from llamalet.tokenizer.byte_alphabet import byte_level_bytes, rows_of_table
 from llamalet.tokenizer.llama2 import SPACE_MARK
 from llamalet.tokenizer.llama3 import BOS, EOS, SPECIAL_NAME, TURN_ENDS, WORDS
 from llamalet.tokenizer.rows import MAX_VOCAB, TokenizerRow
@@ -43,12 +44,13 @@ class JsonTokenizer(Tokenizer):
 
     suffix = "json"
 
-    def __init__(self, data: bytes, name: str) -> None:
+    def __init__(self, data: bytes, name: str, fields: Mapping[str, Any] | None = None) -> None:
         """Parse a tokenizer.json.
 
         Args:
             data: the file's bytes.
             name: the file's name, for messages.
+            fields: what `json_object` makes of them, if they are parsed already.
 
         Raises:
             TokenizerError: if it is damaged, or spells its tokens in another way.
@@ -60,7 +62,7 @@ class JsonTokenizer(Tokenizer):
             raise UsageError(f"{name}: a tokenizer.json needs the tokenizers package: pip install tokenizers") from None
         self._name = name
         with refusals(self._name):
-            table = json.loads(data)
+            table = json_object(data, name) if fields is None else fields
             _check_steps(table)
             self._library = tokenizers.Tokenizer.from_str(data.decode())
             decoders = parts_of(table.get("decoder"), "decoders")
@@ -210,16 +212,30 @@ def refusals(name: str) -> Iterator[None]:
     """Turn whatever the library raises, a panic of its Rust code included, into a TokenizerError."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, TokenizerError):
         raise
     except BaseException as error:  # a panic is no Exception
         raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
 
 
-def rank_rows(data: bytes) -> list[TokenizerRow] | None:
-    """Return the rows of the rank table equivalent to a tokenizer.json, or None if there is none."""
+def json_object(data: bytes, name: str) -> dict[str, Any]:
+    """Return the object in a tokenizer.json, which may be larger than other files and is checked by the library.
+
+    Raises:
+        TokenizerError: if they are no JSON object.
+    """
     try:
-        fields = json.loads(data)
+        fields = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{name}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise TokenizerError(f"{name}: must hold a JSON object")
+    return fields
+
+
+def rank_rows(fields: Mapping[str, Any]) -> list[TokenizerRow] | None:
+    """Return the rows of the rank table equivalent to a tokenizer.json's fields, or None if there is none."""
+    try:
         model, added = fields["model"], fields["added_tokens"]
         steps = parts_of(fields["pre_tokenizer"], "pretokenizers")
         names = {token["content"] for token in added if token["special"] and not token["normalized"]}
@@ -240,43 +256,6 @@ def rank_rows(data: bytes) -> list[TokenizerRow] | None:
         return rows_of_table([tokens[id] for id in range(len(tokens))], merges, names)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None  # damaged or of another kind; JsonTokenizer says what is wrong
-
-
-def rows_of_table(
-    tokens: Sequence[str], merges: Sequence[Sequence[str]], special: Collection[str]
-) -> list[TokenizerRow] | None:
-    """Return the rows of the rank table (llama3.py) equivalent to a list of merges, or None if there is none.
-
-    Args:
-        tokens: the token of each id, with a character for each byte; special tokens by name.
-        merges: the pairs, in order of priority.
-        special: the names of the special tokens, whose ids must be the last.
-
-    Raises:
-        KeyError: if a character does not represent a byte.
-    """
-    n_ranks = len(tokens) - len(special)
-    ids = {token: id for id, token in enumerate(tokens[:n_ranks])}
-    pairs = {(left, right) for left, right in merges}
-    order = [ids.get(left + right, -1) for left, right in merges]
-    if (
-        order != sorted(order)
-        or pairs != set(pairs_in(ids))
-        or set(tokens[n_ranks:]) != set(special)
-        or len(ids) != n_ranks
-    ):
-        return None
-    byte_of = byte_level_bytes()
-    texts = [bytes(map(byte_of.__getitem__, token)) for token in ids]
-    return [(text, float(id)) for id, text in enumerate([*texts, *(name.encode() for name in tokens[n_ranks:])])]
-
-
-def pairs_in(tokens: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield every way to cut a token into two tokens."""
-    for token in tokens:
-        for at in range(1, len(token)):
-            if token[:at] in tokens and token[at:] in tokens:
-                yield token[:at], token[at:]
 
 
 def _guessed_ids(table: Mapping[str, Any], special: Mapping[str, int]) -> SpecialIds:
@@ -364,14 +343,3 @@ def piece_decoder(*, strips: bool) -> dict[str, Any]:
         {"type": "Fuse"},
     ]
     return {"type": "Sequence", "decoders": steps + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * strips}
-
-
-def byte_level_bytes() -> dict[str, int]:
-    """Return the byte that each character represents in a byte-level vocabulary.
-
-    A visible Latin-1 character is its own byte; the other bytes are the characters from U+0100. Source: GPT-2,
-    encoder.py
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

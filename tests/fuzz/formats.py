@@ -31,6 +31,7 @@ from llamalet.convert import gguf_file, huggingface, safetensors_file, tokenizer
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import TokenizerError
 from llamalet.files import sha256_of
+from llamalet.hf_names import MODEL_INDEX_JSON, MODEL_SAFETENSORS
 from llamalet.model_file import checkpoint as layout
 from llamalet.model_file import header
 from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, StreamDecoder, pack
@@ -301,7 +302,7 @@ def model_seeds() -> list[Seed]:
 
 
 def bytes_alphabet(count: int) -> list[str]:
-    from llamalet.tokenizer.huggingface import byte_level_bytes
+    from llamalet.tokenizer.byte_alphabet import byte_level_bytes
 
     return list(byte_level_bytes())[:count]
 
@@ -505,7 +506,7 @@ def hf_seeds() -> list[Seed]:
         folder_of(lambda folder: huggingface.write(folder, imported(untied, llama3, chat_template="{{ bos_token }}")))
     )
     split = dict(plain)
-    whole = split.pop(huggingface.WEIGHTS)
+    whole = split.pop(MODEL_SAFETENSORS)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "x"
         path.write_bytes(whole)
@@ -515,14 +516,14 @@ def hf_seeds() -> list[Seed]:
         shape = {key: ("F32", arrays[key].shape) for key in keys}
         split[f"m{number}.safetensors"] = b"".join(safetensors_file.encode(shape, lambda key: [arrays[key]]))
         table |= dict.fromkeys(keys, f"m{number}.safetensors")
-    split[huggingface.INDEX] = json.dumps({"metadata": {"total_size": 1}, "weight_map": table}).encode()
+    split[MODEL_INDEX_JSON] = json.dumps({"metadata": {"total_size": 1}, "weight_map": table}).encode()
     json_text = mutants.json_text
     return [
         Seed("config.json", plain, "config.json", json_text),
         Seed("config.json, untied", other, "config.json", json_text),
-        Seed("safetensors", plain, huggingface.WEIGHTS, weights),
-        Seed("safetensors, untied", other, huggingface.WEIGHTS, weights),
-        Seed("index", split, huggingface.INDEX, json_text),
+        Seed("safetensors", plain, MODEL_SAFETENSORS, weights),
+        Seed("safetensors, untied", other, MODEL_SAFETENSORS, weights),
+        Seed("index", split, MODEL_INDEX_JSON, json_text),
         Seed("one of two", split, "m1.safetensors", weights),
         Seed("generation_config.json", plain, "generation_config.json", json_text),
         Seed("tokenizer_config.json", other, "tokenizer_config.json", json_text),
@@ -697,7 +698,7 @@ def checkpoint_seeds() -> list[Seed]:
     MANIFEST[:] = [files[layout.MANIFEST]]
     return [
         Seed("state.json", files, layout.STATE, mutants.json_text, mend_manifest),
-        Seed("weights", files, layout.MODEL, weights, mend_manifest),
+        Seed("weights", files, MODEL_SAFETENSORS, weights, mend_manifest),
         Seed("moments", files, layout.OPTIMIZER, weights, mend_manifest),
         Seed("tokenizer", files, "tokenizer.bin", mutants.binary, mend_manifest),
         Seed("manifest.json", files, layout.MANIFEST, mutants.json_text),

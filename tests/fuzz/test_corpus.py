@@ -112,7 +112,7 @@ CORPUS = [
     ("toml", "small", replaced(b"n_layers = 2", b"n_layers = 0x" + b"f" * 5000), ConfigError, "a number of 20000 bits"),
     ("toml", "small", replaced(b"dim = 32", b"dim = " + b"[" * DEEP), ConfigError, "nested more than"),
     ("toml", "small", replaced(b"= 4", b"= " + b"9" * 30), LlamaletError, "must be a whole number"),
-    ("tokenizer-json", "bpe", lambda data: b'{"model":' + b"[" * DEEP, TokenizerError, "not a usable tokenizer.json"),
+    ("tokenizer-json", "bpe", lambda data: b'{"model":' + b"[" * DEEP, TokenizerError, "not valid JSON"),
 ]
 
 

@@ -15,7 +15,8 @@ from llamalet.chat_template import JinjaTemplate, Message, find_template
 from llamalet.convert import tokenizer_json
 from llamalet.errors import UsageError
 from llamalet.marked_text import own
-from llamalet.tokenizer import declared, parse
+from llamalet.tokenizer import parse
+from llamalet.tokenizer.declared import Folder
 
 MANY = many_names()
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
@@ -161,9 +162,10 @@ def test_a_folder_says_which_template_and_which_special_tokens(kind, tmp_path):
     config, files = FOLDERS[kind]
     write_folder(tmp_path, config, **files)
     expected = their_ids(transformers.AutoTokenizer.from_pretrained(tmp_path), [("user", "the sea")])
-    data = MANY.to_str().encode()
-    vocabulary = parse(data, "x")
-    vocabulary = vocabulary.with_ids(declared.ids_beside(tmp_path / "tokenizer.json", vocabulary, data))
+    text = MANY.to_str()
+    vocabulary = parse(text.encode(), "x")
+    ids = Folder(tmp_path).special_ids(tmp_path / "tokenizer.json", vocabulary, json.loads(text))
+    vocabulary = vocabulary.with_ids(ids)
     ours = find_template(tmp_path, vocabulary)
     assert ours([Message("user", "the sea")]) == expected
     (tmp_path / "m.bin").write_bytes(b"")  # beside a model's file as well

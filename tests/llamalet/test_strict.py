@@ -14,6 +14,7 @@ from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.convert import checkpoint_file, huggingface, meta_llama, safetensors_file
 from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
 from llamalet.files import read_file
+from llamalet.hf_names import MODEL_SAFETENSORS
 from llamalet.model_file import checkpoint
 from llamalet.options import _options as option_list
 from llamalet.shards import read_meta
@@ -250,7 +251,7 @@ def test_state_json_and_manifest_json_that_cannot_be_parsed_are_refused(tmp_path
         ({"files": []}, r"files=\[\]: must be an object"),
         ({"files": {"a": 1}}, "files.a=1: must be an object"),
         ({"files": {"state.json": {"bytes": -1, "sha256": ""}}}, "bytes=-1: must be a whole number"),
-        ({"files": {name: {"bytes": 0, "sha256": ""} for name in checkpoint.MODEL.split()}}, "must list"),
+        ({"files": {name: {"bytes": 0, "sha256": ""} for name in MODEL_SAFETENSORS.split()}}, "must list"),
         ({"version": float("nan")}, "version=nan: must be a finite number"),
         ({"version": ...}, "version is None"),
         ({"step": None}, "step=None: must be a whole number"),

@@ -12,8 +12,8 @@ import export
 from llamalet import cli, model_file, shards, tokenizer
 from llamalet.convert import formats
 from llamalet.errors import CheckpointError, ConfigError, DataError, DiskError, FormatError, UsageError
+from llamalet.hf_names import MODEL_SAFETENSORS
 from llamalet.kernels.transformer import Transformer
-from llamalet.model_file.checkpoint import MODEL
 from llamalet.runtime import Model
 from parity import proof
 from training.run import checkpoint
@@ -110,7 +110,7 @@ def test_another_run_is_exported_into_its_own_folder(project, capsys):
 
 
 def test_damaged_checkpoints_are_not_exported(project, capsys):
-    best, last = (project / "out" / "checkpoints" / f"step-{step:08d}" / MODEL for step in (10, 20))
+    best, last = (project / "out" / "checkpoints" / f"step-{step:08d}" / MODEL_SAFETENSORS for step in (10, 20))
     best.write_bytes(b"damaged")
     assert export.main(["--no-check"]) == 0
     assert "step-00000010 is skipped" in capsys.readouterr().err

@@ -20,7 +20,8 @@ import train
 from configurator import parse
 from llamalet import model_file
 from llamalet.errors import CheckpointError, ConfigError, DataError, DiskError, UsageError
-from llamalet.model_file.checkpoint import MODEL, find_best, find_latest, list_steps, newest_best
+from llamalet.hf_names import MODEL_SAFETENSORS
+from llamalet.model_file.checkpoint import find_best, find_latest, list_steps, newest_best
 from llamalet.shards import Shards
 from llamalet.tokenizer import BOS_ID, write_bin
 from model import Llama
@@ -61,7 +62,7 @@ def run(*argv: str, processes: int = 1, cwd: Path, code: int = 0) -> subprocess.
 
 
 def weights_of(run_dir: Path, step: int) -> str:
-    path = run_dir / "checkpoints" / f"step-{step:08d}" / MODEL
+    path = run_dir / "checkpoints" / f"step-{step:08d}" / MODEL_SAFETENSORS
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -177,7 +178,7 @@ def test_resuming_is_exact(project):
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(project, capsys):
     train.main([*SMALL, "--keep=9", "--no-sample"])
-    path = project / "out" / "checkpoints" / "step-00000004" / MODEL
+    path = project / "out" / "checkpoints" / "step-00000004" / MODEL_SAFETENSORS
     damage(path)
     assert find_latest("out") == Path("out/checkpoints/step-00000002")
     assert "step-00000004 is skipped" in capsys.readouterr().err
@@ -206,7 +207,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(tmp_path, capsys):
     for best in (2, 3, 1, 4):
         found = find_best(tmp_path)
         assert found == tmp_path / "checkpoints" / f"step-{best:08d}"
-        damage(found / MODEL)
+        damage(found / MODEL_SAFETENSORS)
     assert find_best(tmp_path) is None
     assert "step-00000002 is skipped" in capsys.readouterr().err
     assert find_best(tmp_path / "nowhere") is None
@@ -229,7 +230,7 @@ def test_resuming_from_an_earlier_checkpoint_is_exact_and_leaves_the_later_ones(
     options = [*SMALL, "--no-sample", "--max_iters=6"]
     assert train.main([*options, "--keep=9"]) == 0
     whole = weights_of(project / "out", 6)
-    damage(project / "out" / "checkpoints" / "step-00000006" / MODEL)
+    damage(project / "out" / "checkpoints" / "step-00000006" / MODEL_SAFETENSORS)
     assert train.main([*options, "--keep=1", "--resume=out/checkpoints/step-00000002"]) == 0
     assert "checkpoints/abandoned/step-00000006" in capsys.readouterr().out
     assert weights_of(project / "out", 6) == whole

@@ -24,8 +24,8 @@ from llamalet.config import ModelConfig
 from llamalet.convert import safetensors_file
 from llamalet.errors import CheckpointError, DiskError, FormatError, NonFiniteError, note
 from llamalet.files import read_file, sync_folder
+from llamalet.hf_names import GENERATION_CONFIG_JSON, MODEL_SAFETENSORS
 from llamalet.model_file import checkpoint as layout
-from llamalet.tokenizer import declared
 from training.run.run_state import RunState
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -79,12 +79,12 @@ def save(
         DiskError: if the disk is full or fails; older checkpoints are untouched then.
     """
     final = run_dir / layout.FOLDER / f"step-{state.step:08d}"
-    tensors = {layout.MODEL: model_state, layout.OPTIMIZER: optimizer_state}
+    tensors = {MODEL_SAFETENSORS: model_state, layout.OPTIMIZER: optimizer_state}
     for name, arrays in tensors.items():
         _refuse_non_finite(final / name, arrays)
     texts = {layout.STATE: _json(state.to_json()), state.tokenizer: tokenizer_data}
     if tokenizer_ids is not None:
-        texts[declared.GENERATION] = tokenizer_ids
+        texts[GENERATION_CONFIG_JSON] = tokenizer_ids
     n_bytes = sum(array.nbytes for arrays in tensors.values() for array in arrays.values())
     n_bytes += sum(len(text) for text in texts.values())
     try:
@@ -157,7 +157,7 @@ def load(path: str | Path) -> Checkpoint:
         loaded = Checkpoint(
             path=path,
             state=RunState.read(path),
-            model_state=safetensors_file.read_arrays(path / layout.MODEL),
+            model_state=safetensors_file.read_arrays(path / MODEL_SAFETENSORS),
             optimizer_state=safetensors_file.read_arrays(path / layout.OPTIMIZER),
         )
     except (OSError, FormatError) as error:

@@ -17,7 +17,7 @@ from llamalet import Chat, Model, model_file
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import CheckpointError, ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
-from llamalet.model_file import checkpoint
+from llamalet.hf_names import MODEL_SAFETENSORS
 from llamalet.tokenizer import pack, write_bin
 from training.run.run_state import RunState
 
@@ -159,7 +159,7 @@ def test_rows_are_converted_a_block_at_a_time(tmp_path, monkeypatch):
 def test_a_checkpoint_outlives_its_files(tmp_path):
     path = make("checkpoint", tmp_path)
     found = formats.read("checkpoint", str(path))
-    (path / checkpoint.MODEL).unlink()
+    (path / MODEL_SAFETENSORS).unlink()
     np.testing.assert_array_equal(found.tensors["norm"][0:5], TENSORS["norm"][:5])
 
 
@@ -227,9 +227,9 @@ def test_weights_that_are_not_finite_are_refused_by_file_and_name(tmp_path):
 def test_a_checkpoint_s_digests_are_compared_on_request(tmp_path):
     path = make("checkpoint", tmp_path)
     Model.load(path, backend="numpy", verify=True)
-    data = bytearray((path / checkpoint.MODEL).read_bytes())
+    data = bytearray((path / MODEL_SAFETENSORS).read_bytes())
     data[-9] ^= 1
-    (path / checkpoint.MODEL).write_bytes(data)
+    (path / MODEL_SAFETENSORS).write_bytes(data)
     Model.load(path, backend="numpy")
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
         Model.load(path, backend="numpy", verify=True)

@@ -17,7 +17,8 @@ from llamalet.convert import bin_file, formats, huggingface
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.model_file.header import EXTRAS, HEADER_BYTES, PREFIX, SPECIAL_IDS, V3_FIELDS
-from llamalet.tokenizer import JsonTokenizer, SpecialIds, declared, load, parse
+from llamalet.tokenizer import JsonTokenizer, SpecialIds, ids_file, load, parse
+from llamalet.tokenizer.declared import Folder
 
 NAMES = (*BOS_EOS.values(), "<|user|>", "<|assistant|>", "<|end_of_turn|>")
 TEMPLATE = (
@@ -272,7 +273,7 @@ def test_a_panic_of_the_library_while_tokens_are_added_is_a_refusal(tmp_path, ca
 def test_ids_written_beside_a_tokenizer_are_read_again(tmp_path):
     (tmp_path / "t.tokenizer.model").write_bytes(train())
     ids = SpecialIds(bos=1, eos=None, prefix=(5, 1), stops=frozenset({7, 2}))
-    declared.ids_path(tmp_path / "t.tokenizer.model").write_bytes(declared.ids_json(ids))
+    ids_file.ids_path(tmp_path / "t.tokenizer.model").write_bytes(ids_file.ids_json(ids))
     assert (tmp_path / "t.generation_config.json").is_file()
     assert load(tmp_path / "t.tokenizer.model").ids == ids
 
@@ -294,7 +295,7 @@ def test_a_large_tokenizer_json_is_read(tmp_path):
 def test_added_tokens_alone_beside_a_tokenizer_model_are_read(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(train())
     (tmp_path / "added_tokens.json").write_text('{"<tool>": 420}')
-    found, _, problems = huggingface._read_tokenizer(tmp_path, 448)
+    found, _, problems = huggingface._read_tokenizer(Folder(tmp_path), 448)
     assert problems == () and found.added["<tool>"] == 420
 
 
@@ -309,5 +310,5 @@ def test_tokens_that_transformers_adds_are_in_the_tokenizer_that_goes_along(tmp_
     (tmp_path / "tokenizer.json").write_text(made.to_str())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(BOS_EOS | {"pad_token": "[PAD]"}))
     (tmp_path / "config.json").write_text("{}")
-    found, data, _ = huggingface._read_tokenizer(tmp_path, 345)
+    found, data, _ = huggingface._read_tokenizer(Folder(tmp_path), 345)
     assert isinstance(found, JsonTokenizer) and parse(data, "t").special["[PAD]"] == 342

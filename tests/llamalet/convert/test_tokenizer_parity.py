@@ -16,6 +16,7 @@ from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import TokenizerError
 from llamalet.model_file.companions import load_tokenizer
 from llamalet.tokenizer import Tokenizer
+from llamalet.tokenizer.declared import Folder
 
 TEXTS = [
     *HARD,
@@ -42,6 +43,16 @@ NOT_IN_GGUF = {
     "bytes, added normalized under NFKC": "normalizes texts",
     "bytes, added by tokenizer_config": "has rstrip",
     "bytes, other flags in tokenizer_config": "has lstrip",
+    "bytes, GPT2TokenizerFast, a space in front": "llama.cpp has no name",
+    "bytes, GPT2Tokenizer, a gap and other tokens": "has lstrip",
+    "pieces, CodeLlamaTokenizerFast, other names": "has rstrip",
+    "pieces, GemmaTokenizer": "changes texts by Replace, Split",
+    **dict.fromkeys(
+        (
+            "bytes, GPTNeoXTokenizerFast", "bytes, CohereTokenizer", "bytes, Qwen2Tokenizer", "bytes, Qwen3_5Tokenizer",
+        ),
+        "normalizes texts",
+    ),
     "pieces, unigram": "a Unigram model",
     **dict.fromkeys(("pieces, no space in front", "pieces, Prepend", "pieces, chat tokens"), "not merged in the order"),
     "pieces, LlamaTokenizer, no space": "not merged in the order",
@@ -49,6 +60,7 @@ NOT_IN_GGUF = {
         (
             "pieces, a space in front of the first", "pieces, a space in front of all", "pieces, no bytes",
             "pieces, chat tokens that are text", "pieces, LlamaTokenizer", "pieces, LlamaTokenizerFast, legacy",
+            "pieces, CodeLlamaTokenizer",
         ),
         "a space before a text",
     ),
@@ -69,7 +81,7 @@ def test_ids_are_those_of_transformers(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": n_tokens}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     n_rows = -(-len(theirs) // 64) * 64  # padded, as most are
-    ours, data, notes = huggingface._read_tokenizer(tmp_path, n_rows)
+    ours, data, notes = huggingface._read_tokenizer(Folder(tmp_path), n_rows)
     assert ours is not None and notes == ()
     behind = theirs("")["input_ids"][len(ours.ids.prefix) :]
     expected = {text: theirs(text)["input_ids"] for text in TEXTS}
@@ -126,7 +138,7 @@ def test_what_stands_beside_a_tokenizer_model_counts_as_for_transformers(tmp_pat
     for file, fields in files.items():
         (tmp_path / file).write_text(json.dumps(fields))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ours, _, problems = huggingface._read_tokenizer(tmp_path, 448)
+    ours, _, problems = huggingface._read_tokenizer(Folder(tmp_path), 448)
     assert ours is not None and problems == ()
     assert (ours.suffix == "model") is (name == "the same json")
     texts = [*TEXTS, " den", "den</s>den", "<|im_start|>a<|im_end|>\n<|im_start|>b c<|im_end|>"]
@@ -154,7 +166,7 @@ def test_a_tokenizer_model_is_sentencepieces_wherever_it_goes(tmp_path, options)
     (tmp_path / "tokenizer.model").write_bytes(data)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     library = sentencepiece.SentencePieceProcessor(model_proto=data)
-    ours, kept, notes = huggingface._read_tokenizer(tmp_path, 448)
+    ours, kept, notes = huggingface._read_tokenizer(Folder(tmp_path), 448)
     assert ours is not None and (kept, notes) == (data, ())
     expected = {text: library.encode(text) for text in TEXTS}
     assert {text: ours.encode(text) for text in TEXTS} == expected
@@ -170,7 +182,7 @@ def test_a_tokenizer_model_is_sentencepieces_wherever_it_goes(tmp_path, options)
 def test_a_tokenizer_bin_is_filled_up_to_the_models_rows(tmp_path):
     """run.c reads one entry for each row; the fillers are known again."""
     (tmp_path / "tokenizer.model").write_bytes(train())
-    ours, data, _ = huggingface._read_tokenizer(tmp_path, 448)
+    ours, data, _ = huggingface._read_tokenizer(Folder(tmp_path), 448)
     config = huggingface.ModelConfig(**CONFIG.to_dict() | {"vocab_size": 448})
     source = ImportedModel(name="m", config=config, tensors=random_tensors(config), tokenizer=ours, tokenizer_data=data)
     bin_file.write(tmp_path / "m.bin", source, 2)

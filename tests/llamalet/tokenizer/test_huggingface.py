@@ -110,9 +110,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_is_not_quite_llama_3s_is_the_librarys(change):
     table = json.loads(byte_level().to_str())
-    assert rank_rows(json.dumps(table).encode()) == toy_llama3().pieces()
+    assert rank_rows(table) == toy_llama3().pieces()
     change(table)
-    assert rank_rows(json.dumps(table).encode()) is None
+    assert rank_rows(table) is None
     assert isinstance(parse(json.dumps(table).encode(), "x"), JsonTokenizer)
 
 
@@ -176,5 +176,5 @@ def test_dropout_is_for_training():
 
 
 def test_deep_json_is_refused():
-    with pytest.raises(TokenizerError, match="not a usable tokenizer.json"):
+    with pytest.raises(TokenizerError, match="not valid JSON"):
         parse(b'{"a":' * 100_000, "x")

@@ -19,7 +19,8 @@ from torture import cases
 from toy import toy_data
 
 from llamalet.errors import CheckpointError, DiskError
-from llamalet.model_file.checkpoint import MODEL, OPTIMIZER, STATE, find_latest, list_steps, step_of
+from llamalet.hf_names import MODEL_SAFETENSORS
+from llamalet.model_file.checkpoint import OPTIMIZER, STATE, find_latest, list_steps, step_of
 from training.run.checkpoint import save
 
 pytestmark = pytest.mark.trains
@@ -49,7 +50,7 @@ def train(folder: Path, *argv: str, processes: int = 2, codes: tuple[int, ...] =
 
 def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     path = run_dir / "checkpoints" / f"step-{step:08d}"
-    return load_file(path / MODEL) | load_file(path / OPTIMIZER)
+    return load_file(path / MODEL_SAFETENSORS) | load_file(path / OPTIMIZER)
 
 
 def distance(one: Path, other: Path, step: int = 4) -> float:

@@ -35,9 +35,9 @@ from llamalet import command, model_file
 from llamalet.convert import bin_file
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.errors import CheckpointError, DiskError, LockedError, NonFiniteError
+from llamalet.hf_names import MODEL_SAFETENSORS
 from llamalet.model_file.checkpoint import (
     MANIFEST,
-    MODEL,
     OPTIMIZER,
     STATE,
     find_best,
@@ -439,7 +439,7 @@ def test_retention_counts_whole_checkpoints_alone(tmp_path):
     for step, val_loss in ((1, 1.0), (2, 3.0), (3, 2.0), (4, None)):
         save(tmp_path, step, val_loss)
     folder = tmp_path / "checkpoints"
-    (folder / "step-00000001" / MODEL).unlink()
+    (folder / "step-00000001" / MODEL_SAFETENSORS).unlink()
     (folder / "step-00000004" / STATE).write_bytes(b"")
     save(tmp_path, 5, None, keep=2)
     assert [path.name for path in list_steps(tmp_path)] == ["step-00000003", "step-00000005"]
@@ -504,7 +504,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, MANIFEST])
+@pytest.mark.parametrize("name", [MODEL_SAFETENSORS, OPTIMIZER, STATE, MANIFEST])
 def test_a_pickle_in_the_place_of_a_file_is_refused(tmp_path, name, sealed):
     path = save(tmp_path, 1)
     evil = pickle.dumps(Evil(tmp_path / "canary"))
@@ -645,7 +645,7 @@ def final_state(folder: Path) -> dict[str, str]:
     """The digests of the weights and the optimizer that a run ended with."""
     last = list_steps(folder / "out")[-1]
     assert last.name == "step-00000012"
-    return {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in (MODEL, OPTIMIZER)}
+    return {name: hashlib.sha256((last / name).read_bytes()).hexdigest() for name in (MODEL_SAFETENSORS, OPTIMIZER)}
 
 
 def project(folder: Path) -> Path:

@@ -1,0 +1,12 @@
+"""The names of the files in a Hugging Face folder."""
+
+CONFIG_JSON = "config.json"
+GENERATION_CONFIG_JSON = "generation_config.json"
+MODEL_SAFETENSORS = "model.safetensors"
+MODEL_INDEX_JSON = "model.safetensors.index.json"
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_MODEL = "tokenizer.model"
+TOKENIZER_CONFIG_JSON = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP_JSON = "special_tokens_map.json"
+ADDED_TOKENS_JSON = "added_tokens.json"
+CHAT_TEMPLATE_JINJA = "chat_template.jinja"
