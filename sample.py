@@ -29,9 +29,9 @@ from llamalet.sampler import Sampler, SamplingConfig
 def main(argv: Sequence[str]) -> int:
     """Tell stories, or hold a conversation, as the command line says."""
     options = cli.read_sample_options(argv, "sample.py", __doc__ or "")
-    model = cli.load(options)  # the weights, the functions that compute with them, and the vocabulary
     if options.mode == "chat":
-        return cli.talk(model, options)
+        return cli.talk(options)
+    model = cli.load(options)  # the weights, the functions that compute with them, and the vocabulary
     ids = model.tokenizer.encode(options.prompt, bos=True)  # text -> token ids
     configs = cli.story_configs(options, ids, model.config.max_seq_len)
     if len(configs) == 1:

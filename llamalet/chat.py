@@ -8,23 +8,24 @@ The KV cache holds what the model has read and said, so that only new tokens are
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llamalet.chat_template import Message, find_template
+from llamalet.chat_template import Message, Template, find_template
 from llamalet.checks import checked, file_path, shown
 from llamalet.errors import ConfigError, UsageError
 from llamalet.generate import check_keep, make_room, read_tokens
+from llamalet.marked_text import Marked, concat, own
 from llamalet.runtime import Model
 from llamalet.sampler import Sampler, SamplingConfig
-from llamalet.tokenizer import StreamDecoder
+from llamalet.tokenizer import StreamDecoder, Tokenizer
 
 
 class Chat:
     """A conversation.
 
     Attributes:
-        messages: the conversation so far.
+        messages: the conversation so far. Added tokens that the model's answers hold are marked (marked_text.py).
         n_read: number of tokens that the model had to read before its last answer.
     """
 
@@ -34,7 +35,7 @@ class Chat:
         sampling: SamplingConfig | None = None,
         *,
         system: str | None = None,
-        template: str | os.PathLike[str] | None = None,
+        template: str | os.PathLike[str] | Template | None = None,
         **options: Any,
     ) -> None:
         """Begin a conversation.
@@ -44,7 +45,8 @@ class Chat:
             sampling: how the tokens of each answer are chosen and when it ends. With overflow="stop" the conversation
                 ends when the context is full; with "roll" the model forgets the older half of it.
             system: instructions for the model.
-            template: "llama2", "llama3" or a file with a Jinja template; None: the model's own.
+            template: "llama2", "llama3" or a file with a Jinja template, or what find_template returned; None: the
+                model's own.
             options: fields of SamplingConfig, which replace those of `sampling`.
 
         Raises:
@@ -55,7 +57,8 @@ class Chat:
         if not isinstance(model, Model):
             raise UsageError(f"model={shown(model)}: must be a Model, as Model.load returns it")
         system = None if system is None else checked("system", system, str)
-        template = None if template is None else str(file_path("template", template))
+        if template is not None and not callable(template):
+            template = str(file_path("template", template))
         config = SamplingConfig.create(sampling, options)
         if config.ignore_eos:
             raise ConfigError("ignore_eos: is for stories; in a chat max_new_tokens ends each answer")
@@ -63,8 +66,11 @@ class Chat:
         self.messages: list[Message] = [] if system is None else [Message("system", system)]
         self.n_read = 0
         self._model = model
-        self._template = find_template(
-            model.path, model.tokenizer, template, model.chat_template, context=model.config.max_seq_len
+        context = model.config.max_seq_len
+        self._template = (
+            template
+            if callable(template)
+            else find_template(model.path, model.tokenizer, template, model.chat_template, context=context)
         )
         self._sampling = config
         self._sampler = Sampler(model.config.vocab_size, config, model.undrawn)
@@ -115,7 +121,7 @@ class Chat:
             self._cache, self._seen = transformer.new_cache(), []
             raise
         finally:  # an answer that breaks off stays in the conversation as far as it went
-            self.messages = [*messages, Message("assistant", self._model.tokenizer.decode(answer))]
+            self.messages = [*messages, Message("assistant", _with_names(self._model.tokenizer, answer))]
 
     def _read(self, ids: list[int]) -> Any:
         """Make the cache hold these ids, reading only the new ones; return the logits after them: float32 (V,)."""
@@ -133,3 +139,17 @@ class Chat:
         logits = read_tokens(self._model.transformer, self._cache, ids[known:], self._sampling.keep)
         self._seen = ids
         return logits
+
+
+def _with_names(tokenizer: Tokenizer, answer: Sequence[int]) -> Marked:
+    """Return the text of an answer, in which the names of added tokens are these tokens when it is read again.
+
+    The model may begin its answer with <think>, one token. The same characters in other tokens remain text.
+    """
+    text, added = tokenizer.decode(answer), frozenset(tokenizer.added.values())
+    decoder, pieces = StreamDecoder(tokenizer), []
+    for token in answer:
+        piece = decoder.push(token)
+        pieces.append(own(piece) if token in added else piece)
+    marked: Marked = concat([Marked(), *pieces, decoder.finish()])
+    return marked if marked == text else Marked(text)

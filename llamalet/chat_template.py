@@ -4,13 +4,15 @@ Messages are text, whatever they look like: only the template's own words can be
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamalet import strict
 from llamalet.errors import UsageError
 from llamalet.hf_names import CHAT_TEMPLATE_JINJA, TOKENIZER_CONFIG_JSON
+from llamalet.marked_text import marks_of
 from llamalet.template_process import TemplateProcess
 from llamalet.tokenizer import SentencePieceTokenizer, Tokenizer, declared
 
@@ -26,12 +28,17 @@ LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 HEADER, HEADER_END, TURN_END = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 
 
+class NoDefault(UsageError):
+    """There are several chat templates, and none of them is the default one."""
+
+
 class Message(NamedTuple):
     """A turn of a conversation."""
 
     role: str
     """system, user or assistant"""
     content: str
+    """text; where it is Marked (marked_text.py), names of tokens in its OWN parts may be these tokens"""
 
 
 Template = Callable[[Sequence[Message]], list[int]]
@@ -61,9 +68,10 @@ def find_template(
         UsageError: if the model is not a chat model, or the template cannot be used.
     """
     if named is None:
-        for path in _candidates(model):
-            if path.is_file() and (found := read_template(path)) is not None:
-                return _jinja_template(found, path, model, tokenizer, context)
+        folder = model if model.is_dir() else model.parent
+        for prefix in (f"{model.stem}.", ""):
+            if (found := find_source(folder, prefix)) is not None:
+                return _jinja_template(*found, model, tokenizer, context)
         if inside is not None:
             return _jinja_template(inside, model, model, tokenizer, context)
         if {HEADER, HEADER_END, TURN_END} <= tokenizer.special.keys():
@@ -103,6 +111,11 @@ def _jinja_template(source: str, path: Path, model: Path, tokenizer: Tokenizer, 
     """Return the Jinja template from `path`, with what the files beside a model say of its tokenizer."""
     folder = model if model.is_dir() else model.parent
     said = declared.Folder(folder)
+    if said.splits_special:
+        raise UsageError(
+            f"{folder / TOKENIZER_CONFIG_JSON}: split_special_tokens=true makes plain text of the special tokens that "
+            "a chat template writes; set it to false"
+        )
     special = said.template_variables
     if special is not None and not model.is_dir():
         # Beside a model in one file there may be another's, whose names count only for its template.
@@ -191,16 +204,37 @@ class JinjaTemplate:
         """
         # A conversation of which a rolling context forgets the beginning can be longer than the context.
         n_chars = sum(len(message.content) for message in messages)
-        text, marks = self._process.render([message._asdict() for message in messages], self._max_chars + 2 * n_chars)
+        turns = [{"role": role, "content": text, "marks": marks_of(text)} for role, text in messages]
+        text, marks = self._process.render(turns, self._max_chars + 2 * n_chars)
         return self._tokenizer.encode_marked(text, marks)
 
 
-def _candidates(model: Path) -> Iterator[Path]:
-    """Yield the files that may hold a model's chat template, the most specific first."""
-    folder = model if model.is_dir() else model.parent
-    for prefix in (f"{model.stem}.", ""):
-        for name in TEMPLATE_FILES:
-            yield folder / f"{prefix}{name}"
+def find_source(folder: Path, prefix: str = "") -> tuple[str, Path] | None:
+    """Return the chat template in a folder and its file, chosen as transformers does; None if there is none.
+
+    Args:
+        folder: the folder.
+        prefix: what the names of the files begin with.
+
+    Raises:
+        NoDefault: if there are several, and none of them is the default one.
+        UsageError: if it cannot be read.
+    """
+    *files, config = (folder / f"{prefix}{name}" for name in TEMPLATE_FILES)
+    for path in files:
+        if path.is_file():
+            return _read_text(path), path
+    more = folder / f"{prefix}{TEMPLATE_FOLDER}"
+    if names := sorted(path.stem for path in more.glob("*.jinja")):
+        raise NoDefault(_no_default(more, names))
+    found = read_template(config) if config.is_file() else None
+    return None if found is None else (found, config)
+
+
+def _no_default(path: Path, names: Iterable[str]) -> str:
+    """Return what is missing where all templates have other names."""
+    found = reprlib.repr(list(names))
+    return f"{path}: has no default chat template, only {found}; name the file of one with --chat-template"
 
 
 def read_template(path: Path) -> str | None:
@@ -210,25 +244,25 @@ def read_template(path: Path) -> str | None:
         path: a template, or a tokenizer_config.json, which may have several by name: the default one counts.
 
     Raises:
+        NoDefault: if there are several, and none of them is the default one.
         UsageError: if it cannot be read.
     """
-    return template_in(_read_table(path), path) if path.suffix == ".json" else _read_text(path)
-
-
-def template_in(fields: Mapping[str, Any], path: Path) -> str | None:
-    """Return the chat template in the fields of a tokenizer_config.json: see read_template."""
-    found = fields.get("chat_template")
+    if path.suffix != ".json":
+        return _read_text(path)
+    found = _read_table(path).get("chat_template")
     try:
         if isinstance(found, list):
             found = {entry["name"]: entry["template"] for entry in found}
         if isinstance(found, dict):
-            found = found.get("default")
+            if "default" not in found:
+                raise NoDefault(_no_default(path, found))
+            found = found["default"]
         if found is not None and not isinstance(found, str):
             raise TypeError("chat_template is not text")
         (found or "").encode()  # refuses half a surrogate pair
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
-    return found or None
+    return found
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -17,15 +17,18 @@ from typing import Any, Literal
 
 from llamalet import __version__, console
 from llamalet.chat import Chat
-from llamalet.chat_template import BUILT_IN, read_named
+from llamalet.chat_template import BUILT_IN, Template, find_template, read_named
 from llamalet.checks import not_positive
 from llamalet.command import nothing_to_lose
+from llamalet.config import ModelConfig
+from llamalet.convert.formats import Check
 from llamalet.errors import ConfigError, DataError, FormatError, UsageError, note
 from llamalet.generate import check_prompt, generate_batch
 from llamalet.options import read_options
 from llamalet.runtime import BACKENDS, Model
 from llamalet.sampler import KEEP, SamplingConfig
 from llamalet.shards import Shards, find_newest
+from llamalet.tokenizer import Tokenizer
 
 OVERVIEW = f"""llamalet {__version__}: small Llama models in Python, without PyTorch
 
@@ -72,12 +75,12 @@ class ModelOptions:
     verify: bool | None = None
     """verify the checksums of a large .bin or a checkpoint too; --no-verify skips even a small .bin's"""
 
-    def load(self, path: str | Path) -> Model:
-        """Open the model at a path."""
+    def load(self, path: str | Path, check: Check | None = None) -> Model:
+        """Open the model at a path; `check` looks at it before what takes long."""
         with nothing_to_lose():
             return Model.load(
                 path, dtype=self.dtype, tokenizer=self.tokenizer, backend=self.backend, threads=self.threads,
-                verify=self.verify,
+                verify=self.verify, check=check,
             )  # fmt: skip
 
 
@@ -230,13 +233,11 @@ def read_sample_options(argv: Sequence[str], program: str, description: str, **f
     return dataclasses.replace(options, prompt=console.read_stdin()) if options.prompt == "-" else options
 
 
-def load(options: SampleOptions) -> Model:
+def load(options: SampleOptions, check: Check | None = None) -> Model:
     """Open the model that the options name, else the newest .bin under out/, else the demo model; say which."""
-    if options.chat_template is not None and options.chat_template not in BUILT_IN:
-        read_named(Path(options.chat_template))  # before work that takes long
     path = Path(options.model) if options.model is not None else _choose_model()
     start = time.perf_counter()
-    model = options.load(path)
+    model = options.load(path, check)
     load_s = time.perf_counter() - start
     size = f"{model.config.n_params / 1e6:.2f}M parameters"
     note(f"model {model.path}: {size}, {model.dtype}, loaded in {load_s:.2f} s")
@@ -283,10 +284,19 @@ def story_configs(options: SampleOptions, prompt: Sequence[int], context: int) -
     return sampling.for_texts(options.num_samples)
 
 
-def talk(model: Model, options: SampleOptions) -> int:
-    """Hold a conversation at the terminal; return the exit code."""
+def talk(options: SampleOptions) -> int:
+    """Hold a conversation with the model that the options name, at the terminal; return the exit code."""
+    templates: list[Template] = []
+
+    def find(path: Path, config: ModelConfig, tokenizer: Tokenizer, inside: str | None) -> None:
+        context = config.max_seq_len
+        templates.append(find_template(path, tokenizer, options.chat_template, inside, context=context))
+
+    if options.chat_template is not None and options.chat_template not in BUILT_IN:
+        read_named(Path(options.chat_template))  # before the model
+    model = load(options, find)
     (sampling,) = options.sampling.for_texts(1)
-    chat = Chat(model, sampling, system=options.system_prompt, template=options.chat_template)
+    chat = Chat(model, sampling, system=options.system_prompt, template=templates[0])
     return console.converse(chat, options.prompt, sampling.seed)
 
 
@@ -307,7 +317,7 @@ def chat(argv: Sequence[str]) -> int:
     """Talk to a model as the command line says."""
     description = "Talk to a model that was trained to answer: each line is a message, until Ctrl-D."
     options = read_sample_options(argv, "llamalet chat", description, mode="chat")
-    return talk(load(options), options)
+    return talk(options)
 
 
 # --- evaluate and convert ---

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.checks import checked, choice, elements, file_path
-from llamalet.convert.formats import open_model
+from llamalet.convert.formats import Check, open_model
 from llamalet.cores import thread_count
 from llamalet.errors import FormatError, TokenizerError, UsageError, note
 from llamalet.files import stamp
@@ -86,6 +86,7 @@ class Model:
         backend: str = "numba",
         threads: int | None = None,
         verify: bool | None = None,
+        check: Check | None = None,
     ) -> Self:
         """Open a model in any format.
 
@@ -100,6 +101,8 @@ class Model:
             backend: numba, or numpy, which is slow and needs no compiler.
             threads: number of threads; None leaves it to the backend.
             verify: whether to verify the checksums of a .bin or a checkpoint; None verifies small .bin files only.
+            check: is called before what takes long, with the model's path, its shape, its tokenizer and the chat
+                template inside it, if there is one. What it raises ends the loading, and so does a missing tokenizer.
 
         Raises:
             FormatError: if there is no model at `path`, it is damaged, or it cannot be read.
@@ -113,7 +116,7 @@ class Model:
         named = None if tokenizer is None else file_path("tokenizer", tokenizer)
         verify = None if verify is None else checked("verify", verify, bool)
         options: dict[str, Any] = {"dtype": dtype, "tokenizer": named, "verify": verify}
-        opened = open_model(file_path("path", path), **options)
+        opened = open_model(file_path("path", path), **options, check=check)
         file = opened.file
         model = cls(
             file.path,

@@ -5,10 +5,10 @@ for a short time. Each line of the input and the output is a JSON value:
 
     in   {"source": the template, "special": {name: text of a special token}, "seconds": S, "bytes": N}
     out  {}, or {"error": why it is not a template}
-    in   {"messages": [{"role": R, "content": C}, ...], "max_chars": N}
+    in   {"messages": [{"role": R, "content": C, "marks": OWN or OTHERS for each character}, ...], "max_chars": N}
     out  {"text": the conversation, "marks": OWN or OTHERS for each character}, or {"error": why there is none}
 
-This process imports nothing but the standard library, jinja2 and marked_text.py.
+This process imports nothing but the standard library, jinja2, marked_text.py and template_filters.py.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_join
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from llamalet.marked_text import Marked, concat, fill, marks_of, own
+from llamalet.marked_text import Marked, concat, marks_of, own
+from llamalet.template_filters import FILTERS, Html, formatter
 
 MAX_ERROR_CHARS = 1000
 # A template may build a token's name from one of these; any other role could be text that someone typed.
@@ -117,29 +117,28 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-        self.filters |= {"tojson": _to_json, "join": _join}
+        self.filters |= FILTERS
         self.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": TemplateDict()}
         self.globals["namespace"] = TemplateNamespace
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Return an attribute; the methods of plain text take marked text too."""
+        return super().getattr(Marked(obj) if type(obj) is str else obj, attribute)
+
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Return str.format of a value as the sandbox allows it, with marks."""
-        formatted = super().wrap_str_format(value)
-        if formatted is None or not isinstance(value.__self__, Marked):
-            return formatted
-        return lambda *args, **kwargs: fill(value.__self__, formatted(*args, **kwargs), args, kwargs)
+        """Return str.format or format_map of a text as the sandbox allows it, with marks."""
+        plain = super().wrap_str_format(value)
+        if plain is None or not isinstance(value.__self__, Marked):
+            return plain
 
+        def filled(*args: Any, **kwargs: Any) -> str:
+            plain(*args, **kwargs)  # raises what it raises
+            template: Marked = value.__self__
+            values = ((), args[0]) if value.__name__ == "format_map" else (args, kwargs)
+            found = formatter(self, template).vformat(template, *values)
+            return Html(found) if isinstance(template, Html) else found
 
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Return a value as JSON; jinja2's own filter would escape it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@jinja2.pass_eval_context
-def _join(context: Any, value: Any, d: str = "", attribute: str | int | None = None) -> str:
-    """Join texts; jinja2's filter would lose the marks where nothing is put between them."""
-    return do_join(context, value, Marked(d, marks_of(d)), attribute)
+        return filled
 
 
 def _raise(message: Any) -> NoReturn:
@@ -164,7 +163,10 @@ def render(template: jinja2.Template, special: Mapping[str, str], request: Mappi
         Exception: whatever the template causes.
     """
     messages = [
-        {"role": own(m["role"]) if m["role"] in ROLES else Marked(m["role"]), "content": Marked(m["content"])}
+        {
+            "role": own(m["role"]) if m["role"] in ROLES else Marked(m["role"]),
+            "content": Marked(m["content"], m.get("marks")),
+        }
         for m in request["messages"]
     ]
     variables = {**special, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}

@@ -56,7 +56,7 @@ class TemplateProcess:
         """Return the text of a conversation, and for each character whether it is the template's (marked_text.py).
 
         Args:
-            messages: role and content of each.
+            messages: role and content of each, and perhaps the marks of the content.
             max_chars: how long the text may become.
 
         Raises:

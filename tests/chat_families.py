@@ -305,6 +305,26 @@ FAMILIES = {
         "{% for m in messages %}{{ '<|im_start|>{}\n{}<|im_end|>\n'.format(m.role, m.content) }}"
         "{{ '<|{role}|>{1}'.format('', m.content, role=m.role) }}{{ '{:>9}{!r}'.format(m.role, 1) }}{% endfor %}"
     ),
+    "formats": (
+        "{% for m in messages %}{{ '<|im_start|>%(role)s\n%(text)s<|im_end|>' % {'role': m.role, 'text': m.content} }}"
+        "{{ '<|im_start|>{}:{:>3}|{0.role}'.replace('0.role', 'm[role]').replace('{}', '{i}').replace('{:>3}', '{i:>3}')"
+        ".format(i=loop.index, m=m) }}{{ '<|user|>{:s}<|end|>'.format(m.role) }}{{ '<|system|>%5.1f' % loop.index }}"
+        "{{ '[INST]{role!r}'.format_map({'role': 1}) }}{% endfor %}"
+    ),
+    "methods": (
+        "{% for m in messages %}{{ '<|im_start|>'.center(30) ~ '<|im_end|>'.ljust(12, '*') ~ '<|user|>'.rjust(12) }}"
+        "{{ '<|END|>'.casefold() ~ '<S>'.swapcase() ~ '<|\t|>'.expandtabs(2) ~ '[INST]'.zfill(9) }}"
+        "{{ '(|im_end|)'.translate(''.maketrans('()', '<>')) ~ '<|end|>:'.partition(':')[0] ~ m.content.replace('', '|') }}"
+        "{{ 'x<|end|>'.removeprefix('x') ~ '<|user|>\n<|end|>'.splitlines() | join('<s>') }}{% endfor %}"
+    ),
+    "filters": (
+        "{% for m in messages %}{{ '<|im_start|>' | safe }}{{ m.content | safe }}{{ ('<|im_end|>' ~ m.role) | indent(2) }}"
+        "{{ ('[INST]' ~ m.content) | e }}{{ ('<|user|> ' ~ m.content) | wordwrap(12) }}{{ '<|end|>' | center(20) }}"
+        "{{ ['[INST]', m.role] | tojson }}{{ ('[inst] ' ~ m.role) | title }}{{ [m.role, '<s>'] | join(5) }}"
+        "{{ [m.role, '<|end|>'] | join(none) }}{{ ('<|user|>' ~ m.content) | truncate(12, true, '</s>') }}"
+        "{{ ['<s>', m.role, '</s>'] | batch(2, '<eos>') | map('join', '<|end|>') | join }}{{ '<|user|>%s' | format(3) }}"
+        "{% set b %}<|start|>{{ m.role | upper }}{% endset %}{{ b | list | join }}{% endfor %}"
+    ),
     "pieces": (
         "{% for m in messages %}{% for name in '<|im_start|>,<|im_end|>'.split(',') %}{% if loop.first %}{{ name }}"
         "{{ m.role }}\n{{ m.content.splitlines() | map('trim') | join('\n') }}{% else %}{{ name }}{% endif %}"

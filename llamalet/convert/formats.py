@@ -5,11 +5,13 @@ are imported when they are needed: a .bin needs none.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from llamalet import model_file, tokenizer
 from llamalet.checks import choice, file_path
+from llamalet.config import ModelConfig
 from llamalet.convert.imported_model import ImportedModel, Reported, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
 from llamalet.hf_names import CONFIG_JSON, MODEL_SAFETENSORS
@@ -24,6 +26,10 @@ FILES = (".bin", ".gguf", ".pt", ".pth")
 PYTORCH_STARTS = (b"PK", b"\x80\x02")  # of torch.save's files, new and old
 GGUF_START = b"GGUF"
 META_PARAMS = "params.json"
+
+
+# What looks at a model's path, shape, tokenizer and the chat template inside it.
+Check = Callable[[Path, ModelConfig, Tokenizer, str | None], object]
 
 
 class OpenModel(NamedTuple):
@@ -46,7 +52,12 @@ class OpenModel(NamedTuple):
 
 
 def open_model(
-    path: Path, *, dtype: str | None = None, tokenizer: Path | None = None, verify: bool | None = None
+    path: Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    verify: bool | None = None,
+    check: Check | None = None,
 ) -> OpenModel:
     """Open a model in any format. A .bin is mapped, anything else is converted in memory, a block of rows at a time.
 
@@ -56,6 +67,7 @@ def open_model(
             q8 for quantized ones, unless it is a .bin.
         tokenizer: the tokenizer's file; None takes the model's own.
         verify: whether to verify checksums: of a .bin's weights (None: of small files only) or a checkpoint's files.
+        check: is called before any weights are converted; what it raises ends the opening. It needs a tokenizer.
 
     Raises:
         FormatError: if there is no model, it is damaged, or cannot be read.
@@ -71,6 +83,8 @@ def open_model(
         file = model_file.read(path, verify=verify)
         vocabulary, problem = load_tokenizer(file, tokenizer), no_tokenizer(path)
         stop_ids = stops_of(file) if vocabulary is None else vocabulary.stop_ids
+        if check is not None:
+            check(file.path, file.config, _present(vocabulary, problem), None)
         if dtype in (None, file.dtype):
             return OpenModel(file, vocabulary, problem, stop_ids, None, "")
         from llamalet.convert.bin_file import tensors_of
@@ -90,11 +104,20 @@ def open_model(
         problem += f": {source.tokenizer_problem}" if source.tokenizer_problem else ""
         problem += "; name one with --tokenizer"
         stop_ids = frozenset(source.stop_tokens) if vocabulary is None else vocabulary.stop_ids
+        if check is not None:
+            check(Path(source.name), source.config, _present(vocabulary, problem), source.chat_template)
     dtype = dtype or source.dtype
     tensors = Reported(source.tensors, source.config)
     file = model_file.in_memory(Path(source.name), source.config, tensors, dtype)
     stored = "" if source.stored == {dtype.upper()} else ", ".join(sorted(source.stored))
     return OpenModel(file, vocabulary, problem, stop_ids, source.chat_template, stored)
+
+
+def _present(found: Tokenizer | None, problem: str) -> Tokenizer:
+    """Return a tokenizer; raise a TokenizerError with the problem if there is none."""
+    if found is None:
+        raise TokenizerError(problem)
+    return found
 
 
 def tokenizer_of(source: ImportedModel, named: Path | None = None) -> Tokenizer | None:

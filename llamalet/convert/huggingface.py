@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import strict, tokenizer
-from llamalet.chat_template import TEMPLATE_FILES, read_template, template_in
+from llamalet.chat_template import TEMPLATE_FILES, NoDefault, find_source
 from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
@@ -359,12 +359,10 @@ def _chat_template(folder: declared.Folder) -> str | None:
 
     It begins with the special tokens that it names but BOS and EOS: only these two go with a model otherwise.
     """
-    found = None
-    for name in TEMPLATE_FILES:
-        path = folder.path / name
-        if found is None and path.is_file():
-            is_table = name == TOKENIZER_CONFIG_JSON
-            found = template_in(folder.fields_of(name), path) if is_table else read_template(path)
+    try:
+        found = (find_source(folder.path) or (None,))[0]
+    except NoDefault:  # only a chat needs one
+        found = None
     known = folder.template_variables if found else None
     used = {role: name for role, name in (known or {}).items() if role not in OWN_ROLES and role in str(found)}
     # The empty text keeps a line end that a template begins with: one right behind a block would be removed.

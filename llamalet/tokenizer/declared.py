@@ -43,6 +43,7 @@ from llamalet.tokenizer.ids_file import ids_in, ids_path, is_id
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA, ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
+SPECIFIC = "model_specific_special_tokens"
 BYTE_LEVEL = b'"ByteLevel"'
 
 
@@ -80,7 +81,14 @@ class Folder:
     def template_variables(self) -> dict[str, str] | None:
         """The special tokens that transformers gives to a chat template; None if no file names any."""
         is_said = any((self.path / name).is_file() for name in (TOKENIZER_CONFIG_JSON, SPECIAL_TOKENS_MAP_JSON))
-        return {role: token["content"] for role, token in self._special.items()} if is_said else None
+        said = {**self._config, **self._map}.items()
+        empty = {role: "" for role, value in said if value == "" and (role in ROLES or _is_unusual(role))}
+        return empty | {role: token["content"] for role, token in self._special.items()} if is_said else None
+
+    @property
+    def splits_special(self) -> bool:
+        """Whether transformers makes plain text of special tokens, in a rendered chat too."""
+        return bool(self._config.get("split_special_tokens", False))
 
     @property
     def chat_spaces(self) -> str | None:
@@ -306,7 +314,7 @@ class Folder:
     @functools.cached_property
     def _special(self) -> dict[str, Token]:
         """The special tokens by their roles: the usual ones, the class's, and other fields that end in _token."""
-        last = {key: value for key, value in self._config.items() if _is_unusual(key) and isinstance(value, str)}
+        last = {key: value for key, value in self._config.items() if _is_unusual(key) and value and type(value) is str}
         found = {role: self._token(role, value) for role, value in self._usual.items() if value not in (None, "")}
         for more in (last, *(tokens for tokens in self._extra_fields if isinstance(tokens, dict))):
             found |= {role: self._token(role, value) for role, value in more.items()}
@@ -340,7 +348,12 @@ class Folder:
     def _extra_fields(self) -> list[Any]:
         """What the files say of special tokens besides: lists of tokens, and objects with tokens by name."""
         found = [self._config.get(EXTRA) or self._config.get(ADDITIONAL), self._map.get(EXTRA)]
-        return list(filter(None, found if any(found) else [self._map.get(ADDITIONAL)]))
+        if not any(found):
+            found = [self._map.get(ADDITIONAL)]
+        unusual = (value for key, value in [*self._config.items(), *self._map.items()] if _is_unusual(key))
+        if not any(found) and not any(isinstance(value, str | dict) for value in unusual):
+            found = [tokens for tokens in (self._config.get(SPECIFIC), self._map.get(SPECIFIC)) if type(tokens) is dict]
+        return list(filter(None, found))
 
     def _added(self, listed: Iterable[Token]) -> list[Token]:
         """Return the added tokens in the order of their ids; `listed`: those in tokenizer.json."""

@@ -16,11 +16,11 @@ from toy import random_tensors, toy_llama3, toy_model
 from vocabularies import LOSSLESS, byte_level, from_sentencepiece, train
 
 import sample
-from llamalet import Chat, Model, chat, chat_template, errors, model_file
+from llamalet import Chat, Model, chat, chat_template, cli, errors, model_file, runtime
 from llamalet.chat_template import JinjaTemplate, Message
 from llamalet.config import ModelConfig
 from llamalet.convert import huggingface
-from llamalet.tokenizer import Tokenizer, pack, parse
+from llamalet.tokenizer import Tokenizer, declared, pack, parse
 
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
@@ -271,7 +271,7 @@ def test_templates_that_cannot_be_used_are_refused(model, tmp_path, monkeypatch)
         with pytest.raises(errors.UsageError, match=words):
             find_template(model, tmp_path / name)
         with pytest.raises(errors.UsageError, match=words):
-            huggingface._chat_template(tmp_path)
+            huggingface._chat_template(declared.Folder(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x", "bos_token": {"content": 5}}')
     with pytest.raises(errors.TokenizerError, match="bos_token is .* must be a token"):
         find_template(model, tmp_path / "tokenizer_config.json")
@@ -304,7 +304,77 @@ def test_the_date_is_todays(model):
     assert abs(datetime.date.fromisoformat(model.tokenizer.decode(ids)) - datetime.date.today()).days <= 1
 
 
+@pytest.mark.parametrize("program", ["sample.py", "llamalet chat"])
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("{% if %}", "t.jinja: not a usable chat template"),
+        ("{{ 1 | nofilter }}", "No filter named"),
+        (None, "not a chat"),
+    ],
+)
+def test_what_cannot_chat_is_refused_before_anything_is_compiled(program, source, complaint, tmp_path, monkeypatch):
+    path, vocabulary = tmp_path / "m.bin", parse(train(**LOSSLESS), "x")
+    config = ModelConfig.create(
+        dim=32, n_layers=1, n_heads=2, hidden_dim=64, vocab_size=vocabulary.vocab_size, max_seq_len=64
+    )
+    model_file.write(path, 3, config, random_tensors(config), dtype="f32", tokenizer=("bin", pack(vocabulary.pieces())))
+    argv = [str(path)]
+    if source is not None:
+        (tmp_path / "t.jinja").write_text(source)
+        argv.append(f"--chat-template={tmp_path / 't.jinja'}")
+    monkeypatch.setattr(runtime, "open_backend", lambda *a: pytest.fail("the kernels were compiled"))
+    main = {"sample.py": lambda: sample.main([*argv, "-m", "chat"]), "llamalet chat": lambda: cli.main(["chat", *argv])}
+    with pytest.raises(errors.UsageError, match=complaint):
+        main[program]()
+
+
+def test_a_model_without_a_tokenizer_cannot_chat_and_says_so_at_once(tmp_path, monkeypatch):
+    config = ModelConfig.create(dim=32, n_layers=1, n_heads=2, hidden_dim=64, vocab_size=300, max_seq_len=64)
+    model_file.write(tmp_path / "m.bin", 3, config, random_tensors(config), dtype="f32")
+    monkeypatch.setattr(runtime, "open_backend", lambda *a: pytest.fail("the kernels were compiled"))
+    with pytest.raises(errors.TokenizerError, match="no tokenizer inside it"):
+        cli.main(["chat", str(tmp_path / "m.bin")])
+
+
+def test_a_conversation_starts_one_process_for_its_template(model_path, tmp_path, capsys, monkeypatch):
+    started = []
+    begin = JinjaTemplate.__init__
+    monkeypatch.setattr(JinjaTemplate, "__init__", lambda self, *a, **k: (started.append(1), begin(self, *a, **k))[1])
+    (tmp_path / "t.jinja").write_text("{{ messages[-1].content }}")
+    converse(capsys, monkeypatch, model_path, "a\n", f"--chat-template={tmp_path / 't.jinja'}", "--max-new-tokens=1")
+    assert started == [1]
+
+
 # --- turns ---
+
+
+def test_names_of_tokens_in_the_models_own_answers_are_these_tokens_again(model, tmp_path, monkeypatch):
+    library = byte_level()
+    library.add_tokens(["<think>", "</think>"])
+    vocabulary = parse(library.to_str().encode(), "x")
+    think, end = vocabulary.added["<think>"], vocabulary.added["</think>"]
+    typed = vocabulary.encode_nameless(["<think>"])
+    answer = [think, *vocabulary.encode("the hat"), end, *typed, *vocabulary.encode("band")]
+    ids = iter([*answer, vocabulary.eos_id, *answer, vocabulary.eos_id])
+    monkeypatch.setattr(chat.Sampler, "sample", lambda self, logits: next(ids))
+    monkeypatch.setattr(model, "_tokenizer", vocabulary)
+    monkeypatch.setattr(model, "stop_tokens", frozenset([vocabulary.eos_id]))
+    monkeypatch.setattr(chat, "read_tokens", lambda *a: None)
+    monkeypatch.setattr(model.transformer, "decode", lambda cache, token: None)
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role ~ m.content }}{% endfor %}")
+    talk = Chat(model, template=tmp_path / "t.jinja")
+    text = "".join(talk.say("<think>"))
+    assert text == "<think>the hat</think><think>band"
+    assert talk.messages == [Message("user", "<think>"), Message("assistant", text)]
+    second = talk._template([*talk.messages, Message("user", "</think>")])
+    assert [id for id in second if id in (think, end)] == [think, end]  # not those that were typed, by either
+    assert vocabulary.decode(second) == "user<think>assistant<think>the hat</think><think>banduser</think>"
+    as_text = talk._template([Message("user", "<think>"), Message("assistant", str.__str__(text))])
+    assert not {think, end} & set(as_text)  # a caller's
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=library)
+    theirs = reference.encode("assistant<think>the hat</think>", add_special_tokens=False)
+    assert any(second[at : at + len(theirs)] == theirs for at in range(len(second)))
 
 
 def assert_cache_is_a_fresh_prefill(talk: Chat, model: Model) -> None:

@@ -120,9 +120,24 @@ def write_folder(folder, config: dict, **files: str) -> None:
         path.write_text(content)
 
 
+KNOWN = (
+    "{% for v in [bos_token, eos_token, pad_token, unk_token, tools, documents, image_token, extra_special_tokens] %}"
+    "{{ v is defined }},{{ v is none }},{{ v }}|{% endfor %}{{ add_generation_prompt }}{{ 'T' if tools else 'F' }}"
+)
 SHOW = "{{ messages[0].content }}{{ bos_token }},{{ eos_token }},{{ pad_token }},{{ image_token }}|{{ unk_token }}"
 TOKEN = {"__type": "AddedToken", "content": "<bos>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}  # fmt: skip  # noqa: E501
 FOLDERS = {
+    "empty names": ({"chat_template": KNOWN, "bos_token": "", "eos_token": "</s>", "image_token": ""}, {}),
+    "missing names": ({"chat_template": KNOWN, "eos_token": None, "extra_special_tokens": ["<s>"]}, {}),
+    "names that are objects": ({"chat_template": KNOWN, "image_token": TOKEN, "pad_token": TOKEN}, {}),
+    "templates by name": ({"chat_template": {"default": SHOW, "rag": "no"}, "bos_token": "<s>"}, {}),
+    "the last of two defaults": (
+        {"chat_template": [{"name": "default", "template": "no"}, {"name": "default", "template": SHOW}]}, {},
+    ),
+    "an empty file": ({"chat_template": "no"}, {"chat_template_jinja": ""}),
+    "an empty field": ({"chat_template": ""}, {}),
+    "an empty default": ({"chat_template": "no"}, {"additional_chat_templates__default_jinja": ""}),
+    "another kind of file": ({"chat_template": SHOW}, {"additional_chat_templates__x_json": "no"}),
     "a field": ({"chat_template": SHOW, "bos_token": "<s>", "eos_token": "</s>"}, {}),
     "objects": ({"chat_template": SHOW, "bos_token": TOKEN, "eos_token": "<eos>", "pad_token": TOKEN}, {}),
     "a file": ({"chat_template": "no", "bos_token": "<bos>", "eos_token": "<eos>"}, {"chat_template_jinja": SHOW}),
@@ -145,6 +160,9 @@ FOLDERS = {
     "a table of them": (
         {"chat_template": SHOW, "bos_token": "<s>", "eos_token": "</s>",
          "extra_special_tokens": {"image_token": "<|user|>"}}, {},
+    ),
+    "another table of them": (
+        {"chat_template": SHOW, "bos_token": "<s>", "model_specific_special_tokens": {"image_token": "<|user|>"}}, {},
     ),
     "a map": (
         {"chat_template": SHOW, "bos_token": "<s>", "eos_token": "</s>"},
@@ -170,6 +188,37 @@ def test_a_folder_says_which_template_and_which_special_tokens(kind, tmp_path):
     assert ours([Message("user", "the sea")]) == expected
     (tmp_path / "m.bin").write_bytes(b"")  # beside a model's file as well
     assert find_template(tmp_path / "m.bin", vocabulary)([Message("user", "the sea")]) == expected
+
+
+NO_DEFAULT = {
+    "a list": ({"chat_template": [{"name": "tool_use", "template": "x"}]}, {}),
+    "an empty list": ({"chat_template": []}, {}),
+    "an object": ({"chat_template": {"tool_use": "x"}}, {}),
+    "files": ({"chat_template": "x"}, {"additional_chat_templates__tool_use_jinja": "x"}),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DEFAULT)
+def test_templates_without_a_default_are_refused_as_by_transformers(kind, tmp_path):
+    config, files = NO_DEFAULT[kind]
+    write_folder(tmp_path, config, **files)
+    with pytest.raises(ValueError, match="multiple chat templates with no default"):
+        their_ids(transformers.AutoTokenizer.from_pretrained(tmp_path), [("user", "the sea")])
+    with pytest.raises(UsageError, match="has no default chat template, only .*name the file of one") as refused:
+        find_template(tmp_path, parse(MANY.to_str().encode(), "x"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_for_no_chat(tmp_path):
+    write_folder(tmp_path, {"chat_template": CHATML, "split_special_tokens": True, "bos_token": "<s>"})
+    reference, vocabulary = transformers.AutoTokenizer.from_pretrained(tmp_path), parse(MANY.to_str().encode(), "x")
+    assert MANY.token_to_id("<|im_start|>") not in their_ids(reference, [("user", "hi")])
+    with pytest.raises(UsageError, match=r"tokenizer_config\.json: split_special_tokens=true"):
+        find_template(tmp_path, vocabulary)
+    for text in ("<s>a <tool_call>b<|im_end|>", "the old man"):
+        assert vocabulary.encode(text) == reference.encode(text)
+    write_folder(tmp_path, {"chat_template": CHATML, "split_special_tokens": False, "bos_token": "<s>"})
+    find_template(tmp_path, vocabulary)
 
 
 # --- SentencePiece ---
@@ -218,7 +267,7 @@ def test_a_sentencepiece_model_gets_the_spaces_and_symbols_of_transformers(kind,
 
 # --- any template ---
 
-LITERALS = ("'AB'", "' A'", "'<%s>'", "'{}B'", "''", "'A\\nB'", "'|'")
+LITERALS = ("'AB'", "' A'", "'<%s>'", "'%5.2s%%A'", "'{}B'", "'{:>4}B{{{}'", "''", "'A\\nB'", "'|'")
 VARIABLES = (
     "m.content", "m['content']", "m.role", "bos", "x", "ns.t", "messages[-1].content[1:]", "loop.index", "none", "3",
     "missing", "('A', m.content)", "{'A': m.content}",
@@ -227,13 +276,18 @@ FILTERS = (
     "trim", "upper", "title", "capitalize", "string", "list", "first", "last", "join", "join('A')", "join(m.content)",
     "replace('A', 'B')", "replace('u', 'A')", "reverse", "length", "tojson", "default('A')", "indent(2)",
     "format(m.content)", "e", "safe", "center(9)", "truncate(3, true, 'A')", "wordwrap(2)", "map('upper') | join",
-    "unique | list", "sort", "urlencode", "float | string", "min", "pprint",
+    "unique | list", "sort", "urlencode", "float | string", "min", "pprint", "indent(m.content)", "striptags",
+    "forceescape", "batch(2) | list", "wordwrap(3, wrapstring='A')", "wordwrap(2, wrapstring=m.content)",
+    "format(loop.index, m.content)",
+    "string | safe", "e | format(m.content)", "tojson(indent=m.content)",
 )  # fmt: skip
 METHODS = (
     "strip()", "strip('uA')", "rstrip()", "split()", "split('A')", "rsplit('u', 1)", "splitlines()", "partition('u')",
     "replace('u', 'A')", "replace('A', m.content)", "startswith('A')", "lower()", "removeprefix('A')", "find('u')",
     "join(['A', m.content])", "join(m.content)", "format(m.content)", "format_map({'a': 1})", "zfill(9)", "encode()",
-    "items()", "append('A')", "isidentifier()",
+    "items()", "append('A')", "isidentifier()", "center(7)", "ljust(5, 'A')", "rjust(4)", "casefold()", "swapcase()",
+    "title()", "expandtabs(3)", "translate({117: 'A', 118: 65})", "replace('', 'A')", "replace('', m.content, 2)",
+    "removesuffix('A')", "rpartition('u')", "format_map({'u': m.content})", "get('A')",
 )  # fmt: skip
 OPERATORS = ("+", "~", "%", "*", "==", "<", "in", "and", "or")
 PIECES = (
@@ -265,7 +319,7 @@ def test_any_template_gives_the_text_of_transformers_and_never_takes_a_message_f
         "{% set ns = namespace(t='A') %}{% set x = 'B' %}"
     )
     n_rendered = n_own = 0
-    for seed in range(200):
+    for seed in range(300):
         rng = random.Random(seed)
         body = "".join(rng.choice(PIECES).format(expression(rng, 3)) for _ in range(rng.randint(1, 3)))
         source = f"{start}{{% for m in messages %}}{body}{{% endfor %}}"

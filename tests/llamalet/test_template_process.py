@@ -41,6 +41,21 @@ REFUSED = {
     "a long refusal": ("{{ raise_exception('a' * 99999) }}", r"a{99}\.\.\.$"),
     "another file": ("{% include 'x' %}", "no loader"),
     "a way out": ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    "a way out in pieces": ("{{ '' | attr('__cl' ~ 'ass__') | attr('mro') }}", "unsafe"),
+    "a way out by a format": ("{{ ('{0.__class__.__mro__}' | safe).format(1) }}", "unsafe"),
+    "another module": ("{% import 'os' as o %}{{ o.system('id') }}", "no loader"),
+    "a list in a list in a list": (
+        "{% set n = namespace(a=[1]) %}{% for i in range(99999) %}{% set n.a = [n.a] %}{% endfor %}{{ n.a | tojson }}",
+        "RecursionError",
+    ),
+    "a list that doubles": (
+        "{% set n = namespace(a=[1]) %}{% for i in range(40) %}{% set n.a = 2 * [n.a] %}{% endfor %}{{ n.a | tojson }}",
+        "takes more than 2 s",
+    ),
+    "a wheel that turns for ever": (
+        "{% set c = cycler(*range(99)) %}{% for i in range(99999) %}{{ c.next() }}aaa{% endfor %}",
+        "longer than 1000",
+    ),
     "a way out by a namespace": ("{% set n = namespace(__init__=1) %}", "underscore"),
     "a change of the messages": ("{{ messages.append(1) }}", "unsafe"),
     "a division": ("{{ 1 / 0 }}", "ZeroDivisionError"),
@@ -66,6 +81,10 @@ def test_a_template_that_cannot_be_used_is_refused_in_one_line_in_time(case):
         "{{ 'ab' * messages | length * 1000000000 }}",
         "{{ [1] * 1000000000 }}",
         "{{ [1] | tojson(indent=2000000000) }}",
+        "{{ messages[0].content | indent(1000000000, true) }}",
+        "{{ [1] | batch(10**12, 'x') | list }}",
+        "{{ ('a' * 10**6).translate({97: 'b' * 10**6}) }}",
+        "{{ '{:{}}'.format(messages[0].content, 10**10) }}",
     ],
 )
 def test_a_template_gets_little_memory(source):
