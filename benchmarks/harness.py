@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.report import Results, write_json
 from llamalet.errors import note
-from llamalet.files import replacing
+from llamalet.files import check_writable, replacing
 
 OUT = Path("out") / "bench"
 
@@ -35,6 +35,7 @@ def run_benchmark(
         draw: fills a matplotlib figure with the results of the named shapes.
         out: the folder.
     """
+    check_writable(out)
     for build, text in facts["builds"].items():
         print(f"{build}: {text}", flush=True)
     results, start = Results(), time.perf_counter()

@@ -16,6 +16,10 @@ repeated, so an interrupted campaign continues. Each command ends by printing th
 """
 
 if __name__ == "__main__":
+    import _signal
+
+    if hasattr(_signal, "pthread_sigmask"):  # until `begin` handles Ctrl-C, it has to wait
+        _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
     from llamalet import startup
 
     startup.begin()  # before imports that take seconds
@@ -30,11 +34,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,12 +46,13 @@ from benchmarks import llama2c
 from benchmarks import training as speed
 from benchmarks.harness import save_chart
 from configurator import parse
+from llamalet import strict
 from llamalet.checks import not_positive
 from llamalet.command import run
 from llamalet.config import IGNORED
 from llamalet.convert import formats
 from llamalet.errors import ConfigError, UsageError
-from llamalet.files import write_file
+from llamalet.files import check_replaceable, check_writable, write_file
 from llamalet.shards import Shards
 from model import Llama
 from training import weights
@@ -148,6 +153,14 @@ class LearningRun:
         return self.side, self.options, self.tokens
 
 
+class RunsTable(NamedTuple):
+    """What the file of all runs holds; see RunsFile."""
+
+    about: Mapping[str, Any]
+    tokens_per_s: Mapping[str, float]
+    runs: list[LearningRun]
+
+
 @dataclass
 class RunsFile:
     """The file of all runs; it is rewritten after each."""
@@ -164,14 +177,17 @@ class RunsFile:
         """Read the file; without one there are no runs yet.
 
         Raises:
-            ConfigError: if its runs are of another shape or other data.
+            ConfigError: if its runs are of another shape or other data, or it is damaged.
+            DiskError: if it cannot be written.
         """
+        check_writable(path.parent)
+        check_replaceable(path)
         if not path.exists():
             return cls(path, about)
-        table = json.loads(path.read_bytes())
-        if table["about"] != about:
-            raise ConfigError(f"{path}: has runs of {table['about']}, not of {about}; choose another file with --out")
-        return cls(path, about, [LearningRun(**row) for row in table["runs"]], table["tokens_per_s"])
+        table = strict.build(RunsTable, strict.read_json(path, ConfigError), str(path), ConfigError)
+        if table.about != about:
+            raise ConfigError(f"{path}: has runs of {table.about}, not of {about}; choose another file with --out")
+        return cls(path, about, table.runs, dict(table.tokens_per_s))
 
     def save(self) -> None:
         """Write the file."""

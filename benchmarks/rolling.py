@@ -12,6 +12,10 @@ It prints a table and writes a picture and the figures as JSON. All methods read
 """
 
 if __name__ == "__main__":
+    import _signal
+
+    if hasattr(_signal, "pthread_sigmask"):  # until `begin` handles Ctrl-C, it has to wait
+        _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
     from llamalet import startup
 
     startup.begin()  # before imports that take seconds
@@ -33,7 +37,7 @@ from corpus.documents import pieces
 from llamalet.command import run
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, DataError, note
-from llamalet.files import write_file
+from llamalet.files import check_writable, write_file
 from llamalet.generate import MAX_BATCH
 from llamalet.kv_cache import KVCache
 from llamalet.runtime import BACKENDS, Model
@@ -112,6 +116,8 @@ def main(argv: Sequence[str]) -> int:
     config = parse(
         RollingConfig, argv, program="python -m benchmarks.rolling", description=__doc__, positional=("model",)
     )
+    out = Path(config.out)
+    check_writable(out)
     model = Model.load(config.model, tokenizer=_tokenizer(config), backend=config.backend, threads=config.threads)
     context = model.config.max_seq_len
     if config.tokens <= context:
@@ -125,7 +131,6 @@ def main(argv: Sequence[str]) -> int:
         curves[name] = measure()
     heading = f"{model.path.name}, context {context}, on {config.streams} texts of {Path(config.text).name}"
     print(table(heading, curves, context))
-    out = Path(config.out)
     _write_json(out / "rolling.json", config, context, curves)
     drawn = save_chart(out / "rolling.png", lambda figure: draw_perplexities(figure, heading, curves, context))
     print(f"\n{out / 'rolling.json'} has the figures" + (f", {out / 'rolling.png'} the curves." if drawn else "."))

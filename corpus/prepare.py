@@ -27,7 +27,7 @@ from corpus.workers import Workers
 from llamalet.checks import not_positive
 from llamalet.convert import formats
 from llamalet.errors import ConfigError, DataError
-from llamalet.files import check_writable, write_file
+from llamalet.files import check_name, check_replaceable, check_writable, write_file
 from llamalet.shards import DATA_ROOT, SPLITS, Meta, Shards
 
 DATA_DIR = Path(DATA_ROOT)
@@ -128,6 +128,7 @@ def find_source(config: TextConfig) -> Source:
         DataError: if there is no such source, or the beginning of a file cannot be read.
         DiskError: if the source's folder cannot be written to.
     """
+    check_name(config.data_dir)
     source = open_source(config.source, config.data_dir)
     check_source(source.folder, source.label)
     check_writable(source.folder)
@@ -163,6 +164,7 @@ def _find_vocabulary(config: PretokenizeConfig, source: Source) -> Path:
 
 def train_vocabulary(config: TextConfig, source: Source, vocab_size: int, *, at_most: bool) -> Path:
     """Train a vocabulary on the training documents, write it to the source's folder and return its path."""
+    check_replaceable(source.folder / f"tok{vocab_size}.model")
     every = math.ceil(expected_chars(source.files, config.text_column) / vocabulary.SAMPLE_CHARS)
     lines = list(vocabulary.sample_lines(_documents(config, source, "train"), max(every, 1)))
     if not lines:

@@ -18,7 +18,7 @@ from pathlib import Path
 from corpus import tinyshakespeare
 from corpus.record import RECORD_FILE, Record
 from llamalet.errors import DataError
-from llamalet.files import sha256_of
+from llamalet.files import CONTROL, sha256_of
 
 # To add a source: write a file like tinyshakespeare.py, whose function puts the text into data_dir/NAME and describes
 # it in source.json unless that is done already, and enter it here under NAME.
@@ -161,8 +161,8 @@ def _local(path: Path, data_dir: Path) -> Source:
 
 
 def _folder_name(name: str) -> str:
-    """Return the name of a source's folder in data_dir, which, unlike the source's, must be valid text."""
-    return os.fsencode(name).decode(errors="replace") or "root"
+    """Return the name of a source's folder in data_dir, which, unlike the source's, must be valid text in a line."""
+    return CONTROL.sub("\ufffd", os.fsencode(name).decode(errors="replace")) or "root"
 
 
 def find_files(root: Path) -> tuple[list[Path], list[str]]:

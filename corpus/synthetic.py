@@ -17,7 +17,7 @@ from corpus.sources import SYNTHETIC
 from corpus.workers import Workers
 from llamalet.checks import not_positive
 from llamalet.errors import ConfigError
-from llamalet.files import replacing
+from llamalet.files import check_replaceable, check_writable, replacing
 from llamalet.shards import DATA_ROOT, SPLITS
 
 STORIES_PER_TASK = 200
@@ -93,6 +93,9 @@ def synthesize(config: SynthesizeConfig, workers: Workers, advance: Callable[[in
         DiskError: if the disk is full.
     """
     folder, train_bytes = config.data_dir / SYNTHETIC, config.size_bytes
+    check_writable(folder)
+    for name in (*(f"{name}.jsonl" for name in SPLITS), RECORD_FILE):
+        check_replaceable(folder / name)
     (folder / RECORD_FILE).unlink(missing_ok=True)
     files: dict[str, tuple[RecordedFile, ...]] = {}
     log_probs: list[float] = []

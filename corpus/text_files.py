@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llamalet.errors import DataError
+from llamalet.files import open_file
 
 PART_BYTES = 1 << 20  # lines longer than this are read in parts
 MAX_LINE_CHARS = 64 << 20  # of a .jsonl file, whose lines must be parsed whole
@@ -200,7 +201,7 @@ class _LinePart(NamedTuple):
 
 def _line_parts(path: Path) -> Iterator[_LinePart]:
     """Yield the lines of a UTF-8 file, with any kind of line end, in parts of about PART_BYTES."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             file.seek(0)
         line, starts = 1, True

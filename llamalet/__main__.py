@@ -1,5 +1,11 @@
 """`python -m llamalet` is the command `llamalet`, which pip makes from `run`."""
 
+if __name__ == "__main__":
+    import _signal
+
+    if hasattr(_signal, "pthread_sigmask"):  # until `begin` handles Ctrl-C, it has to wait
+        _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
+
 from llamalet import startup
 
 

@@ -24,7 +24,10 @@ KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a
 
 def shown(value: object) -> str:
     """Return a value as messages show it: short, and on one line."""
-    return " ".join(reprlib.repr(value).split())
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # a whole number with more digits than Python prints
+        return f"a {type(value).__name__} of thousands of digits"
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:

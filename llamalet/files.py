@@ -4,13 +4,19 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
 from llamalet.errors import DISK_FULL, DiskError, LlamaletError
+
+BLOCK = 4096  # bytes; a full disk may have room for less
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""A control character, such as a line end."""
+MAX_NAME = 220  # bytes; a system's most is 255, and what is written beside a file has a longer name
 
 
 @contextlib.contextmanager
@@ -60,14 +66,42 @@ def check_writable(folder: Path) -> None:
     """Check that files can be created in a folder, or in the one where it would be made; nothing is left behind.
 
     Raises:
-        DiskError: if they cannot.
+        DiskError: if they cannot, or its name is none for a new folder.
     """
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    check_name(folder)
+    existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        if os.path.lexists(existing) and not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder")
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(BLOCK))
     except OSError as error:
         raise DiskError(f"{folder}: cannot be written to: {existing}: {error.strerror}") from None
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that nothing but a file is in the place of a file that will be written.
+
+    Raises:
+        DiskError: if something is, or the name is none for a new file.
+    """
+    check_name(path)
+    if path.exists() and not path.is_file():
+        raise DiskError(f"{path}: is in the place of a file that is to be written; move it away")
+
+
+def check_name(path: Path) -> None:
+    """Check that a path can be the name of a new file or folder, and of the temporary files beside it.
+
+    Raises:
+        DiskError: if a name in it is too long, or has a line end or another control character: programs that list
+            files would show something else.
+    """
+    if CONTROL.search(str(path)):
+        raise DiskError(f"{str(path)!r}: has a control character in its name; choose another name")
+    for name in path.parts:
+        if (size := len(os.fsencode(name))) > MAX_NAME:
+            raise DiskError(f"{name[:40]}...: is a name of {size} bytes; the most is {MAX_NAME}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -83,7 +117,7 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's content, in hex."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -112,6 +146,15 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
+@contextlib.contextmanager
+def reading(path: Path, error: type[LlamaletError]) -> Iterator[None]:
+    """Raise `error` for what the system refuses in the block, such as a file without permission or a broken disk."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None
+
+
 def open_file(path: Path) -> BufferedReader:
     """Open a file for reading.
 
@@ -120,6 +163,18 @@ def open_file(path: Path) -> BufferedReader:
     """
     check_regular(path)
     return open(path, "rb")
+
+
+def refuse_odd(paths: Iterable[Path], error: type[LlamaletError]) -> None:
+    """Check that each of some files is one or is missing; anything else in its place would count as missing.
+
+    Raises:
+        error: if one is a pipe, a device, a folder, or a link to nothing, as an incomplete download leaves it.
+    """
+    for path in paths:
+        if os.path.lexists(path) and not path.is_file():
+            what = "a link to nothing" if not path.exists() else "a folder" if path.is_dir() else "a pipe or a device"
+            raise error(f"{path}: is {what}, not a file; move it away, or put the file there")
 
 
 def check_regular(path: Path) -> None:

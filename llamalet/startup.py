@@ -1,6 +1,7 @@
 """What a command does before its other imports, which may take seconds: Ctrl-C, streams, the locale, missing packages.
 
-Imports only what Python has already loaded: until `begin` has run, Python answers Ctrl-C with a traceback.
+Imports only what Python has already loaded: until `begin` has run, Python answers Ctrl-C with a traceback. So scripts
+block the signal in their first lines; this module and its package take a millisecond or two to import.
 """
 
 import _signal  # the part of `signal` that is written in C; the rest of it takes a millisecond to import
@@ -21,6 +22,8 @@ def begin() -> None:
         _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler
     ):  # a shell lets jobs in the background ignore it
         _signal.signal(_signal.SIGINT, end_at_once)
+    if hasattr(_signal, "pthread_sigmask"):  # scripts let the signal wait from their first line on
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT])
     _open_missing_streams()
     _use_utf8()
     sys.excepthook = _end_for_missing

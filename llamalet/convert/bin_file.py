@@ -10,8 +10,8 @@ from llamalet import model_file, tokenizer
 from llamalet.chat_template import read_template
 from llamalet.config import Llama3Scaling
 from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale, set_aside
-from llamalet.errors import ConfigError, TokenizerError, UsageError
-from llamalet.files import write_file
+from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
+from llamalet.files import read_file, refuse_odd, write_file
 from llamalet.hf_names import CHAT_TEMPLATE_JINJA
 from llamalet.model_file.companions import (
     SUFFIXES,
@@ -75,15 +75,16 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scal
     vocabulary, problem, data = None, "", file.tokenizer_data or b""
     try:
         vocabulary = load_tokenizer(file)
+        if not data and (found := beside(name)) is not None:
+            data = read_file(found)
     except (TokenizerError, UsageError) as error:
         problem = str(error)
-    if not data and (found := beside(name)) is not None:
-        data = found.read_bytes()
     stated = special_ids(file)
     notes: tuple[str, ...] = ()
     if file.group_size is not None:
         notes = (f"its weights were already rounded to {file.dtype}; the export keeps that rounding",)
     template = Path(name).with_suffix(TEMPLATE_SUFFIX)
+    refuse_odd([template], FormatError)
     return ImportedModel(
         name=name,
         chat_template=read_template(template) if template.is_file() else None,

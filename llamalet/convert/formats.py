@@ -14,6 +14,7 @@ from llamalet.checks import choice, file_path
 from llamalet.config import ModelConfig
 from llamalet.convert.imported_model import ImportedModel, Reported, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
+from llamalet.files import open_file, reading, refuse_odd
 from llamalet.hf_names import CONFIG_JSON, MODEL_SAFETENSORS
 from llamalet.model_file.checkpoint import MANIFEST, STATE, list_steps
 from llamalet.model_file.companions import check_identity, load_tokenizer, no_tokenizer, stops_of
@@ -225,6 +226,7 @@ def kind_of(path: Path) -> str:
     """
     path = file_path("path", path)
     if path.is_dir():
+        refuse_odd((path / name for name in (CONFIG_JSON, META_PARAMS, MANIFEST, STATE)), FormatError)
         if (path / CONFIG_JSON).is_file():
             return "hf"
         if (path / META_PARAMS).is_file():
@@ -264,5 +266,5 @@ def _is_pytorch(path: Path) -> bool:
 
 def _head(path: Path) -> bytes:
     """Return a file's first 4 bytes."""
-    with open(path, "rb") as file:
+    with reading(path, FormatError), open_file(path) as file:
         return file.read(4)

@@ -47,6 +47,9 @@ FIELDS = {
     "dim": "embedding_length", "hidden_dim": "feed_forward_length", "n_layers": "block_count",
     "n_heads": "attention.head_count", "max_seq_len": "context_length", "norm_eps": "attention.layer_norm_rms_epsilon",
 }  # fmt: skip
+NAMES_OF_FIELDS = FIELDS | {  # for messages
+    "n_kv_heads": "attention.head_count_kv", "head_dim": "attention.key_length", "rope_theta": "rope.freq_base",
+}  # fmt: skip
 # Our dtypes -> the package's names for the tensor type and for a file that mostly has it.
 DTYPES = {
     "f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"),
@@ -86,7 +89,6 @@ def read(name: str) -> ImportedModel:
         notes.append(f"its weights were already rounded to {', '.join(rounded)}; the export keeps that rounding")
     vocabulary, data, problem = _read_tokenizer(fields, config.vocab_size)
     stops = gguf_tokenizer.stops(fields.get, str(path)) if vocabulary is None else vocabulary.stop_ids
-    template = fields.get("tokenizer.chat_template")
     return ImportedModel(
         name=str(path),
         config=config,
@@ -95,7 +97,7 @@ def read(name: str) -> ImportedModel:
         tokenizer=vocabulary,
         tokenizer_data=data,
         tokenizer_problem=problem,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=fields.typed("tokenizer.chat_template", str),
         stop_tokens=tuple(sorted(stops)),
         notes=tuple(notes),
         files=tuple(part.path for part in parts),
@@ -160,6 +162,7 @@ def _read_config(fields: Metadata, stored: Mapping[str, "gguf.ReaderTensor"]) ->
             "rope_scaling": None,
             "tied": NAMES["output"] not in stored,
         },
+        {ours: _key(theirs) for ours, theirs in NAMES_OF_FIELDS.items()},
     )
     _refuse_other_attention(fields, config)
     scaling = _read_scaling(fields.path, config, _linear_factor(fields), stored.get(ROPE_FACTORS))
@@ -175,16 +178,16 @@ def _refuse_other_models(fields: Metadata) -> None:
     """Raise a FormatError for another architecture, an encoder or a mixture of experts."""
     if (architecture := fields.needed("general.architecture")) != ARCHITECTURE:
         raise FormatError(f"{fields.path}: is a {architecture!r} model: only {ARCHITECTURE!r} ones can be read")
-    if fields.get(_key("attention.causal")) is False:
+    if fields.typed(_key("attention.causal"), bool) is False:
         raise FormatError(f"{fields.path}: {_key('attention.causal')} is false: only models that look back can be read")
-    if n_experts := fields.get(_key("expert_count")):
+    if n_experts := fields.typed(_key("expert_count"), int):
         raise FormatError(f"{fields.path}: is a mixture of {n_experts} experts, not a plain Llama")
 
 
 def _refuse_other_attention(fields: Metadata, config: ModelConfig) -> None:
     """Raise a FormatError for values or a rotation of another width than a head, and for a sliding window."""
     for key in map(_key, ("attention.value_length", "rope.dimension_count")):
-        if fields.get(key) not in (None, config.head_dim):
+        if fields.typed(key, int) not in (None, config.head_dim):
             raise FormatError(
                 f"{fields.path}: {key} is {fields.get(key)}: must be the width of a head, {config.head_dim}"
             )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.errors import FormatError, UsageError
+from llamalet.checks import checked
+from llamalet.errors import ConfigError, FormatError, UsageError
 
 if TYPE_CHECKING:
     import gguf
@@ -43,10 +44,22 @@ class Metadata:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._reader = _strict_reader(path)
+            with np.errstate(over="ignore"):  # damaged offsets
+                self._reader = _strict_reader(path)
             self.tensors = list(self._reader.tensors)
+            self._check_places()
         except (ValueError, IndexError, KeyError, OverflowError, TypeError, RecursionError) as error:
             raise FormatError(f"{path}: not a GGUF file, damaged or truncated: {error}") from None
+
+    def _check_places(self) -> None:
+        """Raise a ValueError unless tensors follow each other, as llama.cpp demands: one could be read as another."""
+        if self._reader.byte_order == "S":
+            raise ValueError("its bytes are in the other order (big-endian)")
+        end = int(self._reader.data_offset)
+        for tensor in self.tensors:
+            if tensor.data_offset != end:
+                raise ValueError(f"{tensor.name} begins at byte {tensor.data_offset}, not {end}")
+            end += -(-int(tensor.n_bytes) // self._reader.alignment) * self._reader.alignment
 
     def keys(self) -> Collection[str]:
         """Return the keys of all values."""
@@ -59,6 +72,17 @@ class Metadata:
             return None if field is None else field.contents()
         except (ValueError, IndexError, TypeError) as error:
             raise FormatError(f"{self.path}: {key} is damaged: {error}") from None
+
+    def typed(self, key: str, kind: type) -> Any:
+        """Return a value of one of checks.KINDS; None if there is none.
+
+        Raises:
+            FormatError: if it is of another type.
+        """
+        try:
+            return None if (value := self.get(key)) is None else checked(f"{self.path}: {key}", value, kind)
+        except ConfigError as error:
+            raise FormatError(str(error)) from None
 
     def needed(self, key: str) -> Any:
         """Return a value that every file must have."""
@@ -88,9 +112,7 @@ class Metadata:
         Raises:
             FormatError: if it is of another type.
         """
-        value = self.get(key)
-        if not isinstance(value, int | float | None) or isinstance(value, bool):
-            raise FormatError(f"{self.path}: {key} is {reprlib.repr(value)}: must be a number")
+        value = self.typed(key, float)
         return default if value is None else float(shortest(value))
 
 
@@ -121,11 +143,10 @@ def read_parts(path: Path) -> list[Metadata]:
         FormatError: if one is damaged or missing, or they do not belong together.
     """
     part = Metadata(path)
-    count = part.get(SPLIT_COUNT)
+    count, number = part.typed(SPLIT_COUNT, int), part.typed(SPLIT_NUMBER, int)
     if count in (None, 0, 1):
         return [part]
-    number = part.get(SPLIT_NUMBER)
-    if not (isinstance(count, int) and isinstance(number, int) and 0 <= number < count <= MAX_PARTS):
+    if number is None or not 0 <= number < count <= MAX_PARTS:
         said = f"{SPLIT_NUMBER} is {reprlib.repr(number)} and {SPLIT_COUNT} is {reprlib.repr(count)}"
         raise FormatError(f"{path}: {said}: damaged")
     ending = "-{:05d}-of-{:05d}.gguf".format
@@ -148,7 +169,7 @@ def _check_parts(parts: Sequence[Metadata]) -> None:
     first, names = parts[0], set[str]()
     for number, part in enumerate(parts):
         for key, expected in ((SPLIT_NUMBER, number), (SPLIT_COUNT, len(parts))):
-            if part.get(key) != expected:
+            if part.typed(key, int) != expected:
                 found = reprlib.repr(part.get(key))
                 raise FormatError(f"{part.path}: {key} is {found}, not {expected}: another file's part")
         for key in part.keys():
@@ -158,7 +179,7 @@ def _check_parts(parts: Sequence[Metadata]) -> None:
         if twice := names.intersection(tensor.name for tensor in part.tensors):
             raise FormatError(f"{part.path}: {min(twice)} is in an earlier part too")
         names.update(tensor.name for tensor in part.tensors)
-    total = first.get(SPLIT_TENSORS)
+    total = first.typed(SPLIT_TENSORS, int)
     if total not in (None, len(names)):
         found = reprlib.repr(total)
         raise FormatError(f"{first.path}: {SPLIT_TENSORS} is {found}, and its {len(parts)} parts have {len(names)}")

@@ -7,9 +7,9 @@ Source: llama.cpp, src/llama-vocab.cpp (load).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from types import UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llamalet.checks import checked, shown
 from llamalet.convert import byte_level
 from llamalet.convert.gguf_table import (
     BYTES,
@@ -27,7 +27,7 @@ from llamalet.convert.gguf_table import (
     vocabulary_of,
 )
 from llamalet.convert.probes import check_same
-from llamalet.errors import TokenizerError
+from llamalet.errors import ConfigError, TokenizerError
 from llamalet.tokenizer import SpecialIds, Tokenizer, ids_file
 from llamalet.tokenizer.llama2 import peculiarity
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 WITHOUT = ("no_vocab", "none")  # types of a file that has no tokenizer on purpose
 END_OF_TURN = "<|eot_id|>"
+TABLE_KEY = "tokenizer.ggml."
 OWN_IDS, OWN_KINDS = "llamalet.generation_config", "llamalet.token_type"
 # Names of tokens at which llama.cpp stops, and of others that are special for it, whatever the file says of them.
 STOP_NAMES = frozenset((
@@ -95,13 +96,14 @@ def read(get: Callable[[str], Any], name: str, n_rows: int) -> tuple[Tokenizer, 
     if get("tokenizer.ggml.model") in WITHOUT:
         return None
     table = _read_table(get, name)
-    kinds, ids = get(OWN_KINDS), _own_ids(get, name)
-    if not isinstance(kinds, list) or len(kinds) != len(table.tokens):
-        kinds = _kinds_for_llama_cpp(table)
+    kinds, ids = _list(get, name, OWN_KINDS, int, "whole numbers"), _own_ids(get, name)
+    if len(kinds) not in (0, len(table.tokens)):
+        raise TokenizerError(f"{name}: {OWN_KINDS} has {len(kinds)} kinds for {len(table.tokens)} tokens")
+    kinds = kinds or _kinds_for_llama_cpp(table)
     found, data = vocabulary_of(table._replace(kinds=kinds), name, n_rows)
     if ids is None:
-        known = {key: id for key, id in _said_ids(get).items() if id < len(table.tokens)}
-        ids = _ids_for_llama_cpp(table, known, get("tokenizer.ggml.add_bos_token"))
+        known = {key: id for key, id in _said_ids(get, name).items() if id < len(table.tokens)}
+        ids = _ids_for_llama_cpp(table, known, _typed(get, name, "tokenizer.ggml.add_bos_token", bool))
     return found.with_ids(ids), data
 
 
@@ -112,19 +114,27 @@ def stops(get: Callable[[str], Any], name: str) -> frozenset[int]:
         TokenizerError: if our own key is damaged.
     """
     own = _own_ids(get, name)
-    return own.stops if own is not None else frozenset(id for key, id in _said_ids(get).items() if key != "bos")
+    return own.stops if own is not None else frozenset(id for key, id in _said_ids(get, name).items() if key != "bos")
 
 
 def _own_ids(get: Callable[[str], Any], name: str) -> SpecialIds | None:
     """Return the ids that begin and end texts, as our own key says; None if there is none."""
-    found = get(OWN_IDS)
-    return ids_file.parse_ids(found.encode(), f"{name}: {OWN_IDS}") if isinstance(found, str) else None
+    found = _typed(get, name, OWN_IDS, str)
+    return None if found is None else ids_file.parse_ids(found.encode(), f"{name}: {OWN_IDS}")
 
 
-def _said_ids(get: Callable[[str], Any]) -> dict[str, int]:
-    """Return the ids under ID_KEYS."""
-    found = {key: get(f"tokenizer.ggml.{key}_token_id") for key in ID_KEYS}
-    return {key: id for key, id in found.items() if isinstance(id, int) and id >= 0}
+def _said_ids(get: Callable[[str], Any], name: str) -> dict[str, int]:
+    """Return the ids under ID_KEYS; an id of -1 says that there is none."""
+    found = {key: _typed(get, name, f"tokenizer.ggml.{key}_token_id", int) for key in ID_KEYS}
+    return {key: id for key, id in found.items() if id is not None and id >= 0}
+
+
+def _typed(get: Callable[[str], Any], name: str, key: str, kind: type) -> Any:
+    """Return a value of one of checks.KINDS; None if there is none; raise a TokenizerError on another type."""
+    try:
+        return None if (value := get(key)) is None else checked(f"{name}: {key}", value, kind)
+    except ConfigError as error:
+        raise TokenizerError(str(error)) from None
 
 
 def _read_table(get: Callable[[str], Any], name: str) -> TokenTable:
@@ -133,31 +143,32 @@ def _read_table(get: Callable[[str], Any], name: str) -> TokenTable:
     Raises:
         TokenizerError: if it is damaged, or llama.cpp would not take it.
     """
-    type, words = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre") or DEFAULT_WORDS
+    type = _typed(get, name, "tokenizer.ggml.model", str)
+    words = _typed(get, name, "tokenizer.ggml.pre", str) or DEFAULT_WORDS
     if type is None:
         raise TokenizerError(f"{name}: has no tokenizer inside")
     known = byte_level.ALIASES.get(words, words)
     if type not in (PIECES, BYTES) or type == BYTES and known not in byte_level.NAMES:
         raise TokenizerError(f"{name}: is of type {type!r} with {words!r}, which cannot be read")
-    tokens = _list(get, name, "tokens", str)
-    kinds = _list(get, name, "token_type", int) or [NORMAL] * len(tokens)
-    scores = _list(get, name, "scores", float | int) if type == PIECES else []
+    tokens = _list(get, name, TABLE_KEY + "tokens", str, "texts")
+    kinds = _list(get, name, TABLE_KEY + "token_type", int, "whole numbers") or [NORMAL] * len(tokens)
+    scores = _list(get, name, TABLE_KEY + "scores", float, "numbers") if type == PIECES else []
     if not tokens or len(kinds) != len(tokens) or type == PIECES and len(scores) != len(tokens):
         raise TokenizerError(f"{name}: has {len(tokens)} tokens, {len(scores)} scores, {len(kinds)} kinds")
     tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(tokens)]
-    merges = [_pair(text) for text in _list(get, name, "merges", str)] if type == BYTES else []
-    adds_space = type == PIECES and get("tokenizer.ggml.add_space_prefix") is not False
+    merges = [_pair(text) for text in _list(get, name, TABLE_KEY + "merges", str, "texts")] if type == BYTES else []
+    adds_space = type == PIECES and _typed(get, name, "tokenizer.ggml.add_space_prefix", bool) is not False
     check_table(tokens, kinds, type, name)
     return TokenTable(type, words, tokens, kinds, scores, merges, adds_space)
 
 
-def _list(get: Callable[[str], Any], name: str, key: str, kind: type | UnionType) -> list[Any]:
-    """Return a list of the metadata; an empty one if there is none."""
-    found = get(f"tokenizer.ggml.{key}")
+def _list(get: Callable[[str], Any], name: str, key: str, kind: type, words: str) -> list[Any]:
+    """Return a list of the metadata, whose values are `words`; an empty one if there is none."""
+    found = get(key)
     if found is None:
         return []
-    if not isinstance(found, list) or not all(isinstance(value, kind) for value in found):
-        raise TokenizerError(f"{name}: tokenizer.ggml.{key} is not a list of {kind}")
+    if not isinstance(found, list) or not all(isinstance(one, kind) and not isinstance(one, bool) for one in found):
+        raise TokenizerError(f"{name}: {key} is {shown(found)}: must be a list of {words}")
     return found
 
 

@@ -25,7 +25,7 @@ from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
 from llamalet.convert.probes import TEXTS
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
-from llamalet.files import replacing, write_file
+from llamalet.files import refuse_odd, replacing, write_file
 from llamalet.hf_names import (
     ADDED_TOKENS_JSON,
     CONFIG_JSON,
@@ -82,6 +82,7 @@ ROPE_FIELDS = {
     "default": (), "linear": ("factor",), "llama3": tuple(SCALING_FIELDS.values()),
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings"),
 }  # fmt: skip
+NAMES_OF_FIELDS = FIELDS | {"n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"}  # for messages
 DEFAULT_NORM_EPS = 1e-6
 OWN_ROLES = ("bos_token", "eos_token")
 # Our dtypes -> transformers' names of them; safetensors' are ours in capitals.
@@ -91,6 +92,10 @@ BESIDE_TOKENIZER = (TOKENIZER_MODEL, TOKENIZER_CONFIG_JSON, SPECIAL_TOKENS_MAP_J
 WANTED = ("*.json", "*.safetensors", TOKENIZER_MODEL, "*.jinja")
 UNWANTED = ("original/*", "onnx/*")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+READ = (
+    CONFIG_JSON, MODEL_SAFETENSORS, MODEL_INDEX_JSON, TOKENIZER_JSON, *BESIDE_TOKENIZER, GENERATION_CONFIG_JSON,
+    *TEMPLATE_FILES,
+)  # fmt: skip
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")
 
 
@@ -113,6 +118,7 @@ def read(name: str) -> ImportedModel:
         if not HUB_ID.fullmatch(name) or folder.exists():
             raise FormatError(f"{name}: neither a folder nor the ID of a repository on the Hub (ORGANIZATION/NAME)")
         folder = fetch(name)
+    refuse_odd((folder / name for name in READ), FormatError)
     fields = strict.read_json(folder / CONFIG_JSON, FormatError)
     stored = _with_prefix(imported_model.unwrapped(str(folder), _stored_tensors(folder)))
     config = _read_config(str(folder / CONFIG_JSON), fields)
@@ -189,7 +195,7 @@ def _read_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
         value = fields.get(key, plain[0])
         if key == "partial_rotary_factor":
             value = rope.get(key, value)
-        if value not in plain:
+        if not any(value == other and isinstance(value, bool) is isinstance(other, bool) for other in plain):
             wanted = "without it" if plain[0] is None else f"with {plain[0]!r}"
             raise FormatError(f"{name}: {key} is {reprlib.repr(value)}: only Llama models {wanted} can be read")
     if missing := [theirs for theirs in FIELDS.values() if fields.get(theirs) is None]:
@@ -205,28 +211,36 @@ def _read_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
             "rope_theta": rope.get("rope_theta", fields.get("rope_theta")),
             "rope_scaling": None,
         },
+        NAMES_OF_FIELDS,
     )
-    _check_windows(name, fields, config.max_seq_len)
+    _check_windows(name, fields, config)
     try:
         return dataclasses.replace(config, rope_scaling=_read_scaling(name, fields, config.max_seq_len))
     except ConfigError as error:
         raise FormatError(f"{name}: {error}") from None
 
 
-def _check_windows(name: str, fields: Mapping[str, Any], max_seq_len: int) -> None:
+def _check_windows(name: str, fields: Mapping[str, Any], config: ModelConfig) -> None:
     """Raise a FormatError if a layer attends to less than the context."""
     harmless = ["full_attention"]
     for key, kind in WINDOWS.items():
         window = fields.get(key)
         if window is None or key == "sliding_window" and fields.get("use_sliding_window") is False:
             continue
-        if not isinstance(window, int | float) or not window >= max_seq_len:
+        if not isinstance(window, int | float) or isinstance(window, bool) or not window >= config.max_seq_len:
             what = f"{key} is {reprlib.repr(window)}: only windows"
-            raise FormatError(f"{name}: {what} of at least max_position_embeddings, {max_seq_len}, can be read")
+            raise FormatError(f"{name}: {what} of at least max_position_embeddings, {config.max_seq_len}, can be read")
         harmless.append(kind)
     kinds = fields.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(kind in harmless for kind in kinds)):
-        raise FormatError(f"{name}: layer_types is {reprlib.repr(kinds)}: only 'full_attention' can be read")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != config.n_layers:
+        what = f"must be a list with a kind for each of the {config.n_layers} layers"
+        raise FormatError(f"{name}: layer_types is {reprlib.repr(kinds)}: {what}")
+    for layer, kind in enumerate(kinds):
+        if kind not in harmless:
+            what = f"only {' or '.join(map(repr, harmless))} can be read"
+            raise FormatError(f"{name}: layer_types[{layer}] is {reprlib.repr(kind)}: {what}")
 
 
 def _rope_fields(name: str, fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -326,8 +340,12 @@ def _stored_tensors(folder: Path) -> dict[str, FileTensor]:
         advice = f"; {others[0]} is PyTorch's format: save it again as safetensors with transformers" if others else ""
         raise FormatError(f"{folder}: has neither {MODEL_SAFETENSORS} nor {MODEL_INDEX_JSON}{advice}")
     table = strict.read_json(folder / MODEL_INDEX_JSON, FormatError).get("weight_map")
-    if not isinstance(table, dict) or not all(map(strict.is_file_name, table.values())):
-        raise FormatError(f"{folder / MODEL_INDEX_JSON}: its weight_map is not a table of tensors and files")
+    index = folder / MODEL_INDEX_JSON
+    if not isinstance(table, dict):
+        raise FormatError(f"{index}: weight_map is {reprlib.repr(table)}: must be a table of tensors and files")
+    for tensor, file in table.items():
+        if not strict.is_file_name(file):
+            raise FormatError(f"{index}: {tensor:.80} is in {reprlib.repr(file)}: must be a file beside it")
     tensors: dict[str, FileTensor] = {}
     for file in sorted(set(table.values())):
         if not (folder / file).is_file():

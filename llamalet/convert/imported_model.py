@@ -5,7 +5,7 @@ Every writer takes one, so that any format is converted to any other with one bl
 """
 
 import math
-import reprlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import tokenizer
+from llamalet.checks import shown
 from llamalet.config import CAPS, Llama3Scaling, ModelConfig
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError, note
+from llamalet.files import reading, refuse_odd
 from llamalet.model_file.quantize import from_bfloat16
 from llamalet.model_file.tensors import BLOCK_WEIGHTS, Rows, row_blocks, tensor_specs
 from llamalet.tokenizer import Llama3Tokenizer, Tokenizer, declared
@@ -116,7 +118,8 @@ class FileTensor:
     def __getitem__(self, rows: slice) -> Floats:
         start, stop, _ = rows.indices(self.shape[0])
         n_bytes = max(0, stop - start) * self.row_bytes
-        raw = np.fromfile(self.path, np.uint8, n_bytes, offset=self.offset + start * self.row_bytes)
+        with reading(self.path, FormatError):
+            raw = np.fromfile(self.path, np.uint8, n_bytes, offset=self.offset + start * self.row_bytes)
         if len(raw) != n_bytes:
             raise FormatError(f"{self.path}: ends within a tensor: truncated")
         return self.decode(raw.reshape(-1, self.row_bytes)).reshape(-1, *self.shape[1:])
@@ -219,11 +222,16 @@ def check_shapes(name: str, config: ModelConfig, found: Mapping[str, Sequence[in
         raise FormatError(f"{name}: {'; '.join(problems[:MAX_SHOWN])}{rest}")
 
 
-def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
-    """Return a config with these fields. Whole numbers may be written as 2.0; nothing else is converted.
+def build_config(name: str, fields: Mapping[str, Any], theirs: Mapping[str, str] | None = None) -> ModelConfig:
+    """Return a config with these fields, none of which is converted but whole numbers where any number will do.
 
     Three fields may be None or left out: head_dim is dim / n_heads then, n_kv_heads is n_heads, and rope_theta is
     DEFAULT_ROPE_THETA.
+
+    Args:
+        name: the file, for messages.
+        fields: the values by our names.
+        theirs: the file's names of fields, where they are not ours, for messages.
 
     Raises:
         FormatError: naming every value that is missing, of another type or out of range.
@@ -231,30 +239,33 @@ def build_config(name: str, fields: Mapping[str, Any]) -> ModelConfig:
     defaults = {"n_kv_heads": fields["n_heads"], "rope_theta": DEFAULT_ROPE_THETA}
     values = {**fields, **{key: value for key, value in defaults.items() if fields.get(key) is None}}
     if values.get("head_dim") is None:
-        dim, n_heads = values["dim"], values["n_heads"]
-        if not isinstance(dim, int) or not isinstance(n_heads, int) or n_heads < 1 or dim % n_heads:
-            raise FormatError(f"{name}: dim={dim!r} must be a multiple of n_heads={n_heads!r}")
-        values["head_dim"] = dim // n_heads
+        values.pop("head_dim", None)
     problems = []
     for key, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key in CAPS:
-            if not (is_number and value % 1 == 0):
-                problems.append(f"{key}={reprlib.repr(value)}: must be a whole number")
-            elif value > CAPS[key]:
-                problems.append(f"{key}={reprlib.repr(value)}: must be at most {CAPS[key]}")
-            else:
-                values[key] = int(value)
-        elif key in ("norm_eps", "rope_theta"):
-            if not (is_number and abs(value) <= sys.float_info.max):
-                problems.append(f"{key}={reprlib.repr(value)}: must be a number")
-            else:
-                values[key] = float(value)
+        if key in CAPS and not (is_number and isinstance(value, int)):
+            problems.append(f"{key}={shown(value)}: must be a whole number")
+        elif key in CAPS and abs(value) > CAPS[key]:
+            problems.append(f"{key}={shown(value)}: must be a whole number from 1 to {CAPS[key]}")
+        elif key in ("norm_eps", "rope_theta") and not (is_number and abs(value) <= sys.float_info.max):
+            problems.append(f"{key}={shown(value)}: must be a number")
     try:
         ConfigError.raise_for(problems)
-        return ModelConfig(**values)
+        values |= {key: float(values[key]) for key in ("norm_eps", "rope_theta")}
+        return ModelConfig(**_with_head_dim(values))
     except ConfigError as error:
-        raise FormatError(f"{name}: {error}") from None
+        words = re.sub(r"\w+(?==)", lambda found: (theirs or {}).get(found[0], found[0]), str(error))
+        raise FormatError(f"{name}: {words}") from None
+
+
+def _with_head_dim(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config's values, with the usual head_dim if there is none; raise a ConfigError if that is no number."""
+    if "head_dim" in values:
+        return values
+    dim, n_heads = values["dim"], values["n_heads"]
+    if n_heads < 1 or dim % n_heads:
+        raise ConfigError(f"dim={dim}: must be a multiple of n_heads={n_heads}")
+    return {**values, "head_dim": dim // n_heads}
 
 
 def stored_types(tensors: Iterable[Any]) -> frozenset[str]:
@@ -276,8 +287,12 @@ def find_tokenizer(
         paths: the files, the best first; they need not exist.
         vocab_size: the size that the tokenizer must have.
         folder: the files beside them, if some are read already.
+
+    Raises:
+        TokenizerError: if something else is in the place of one.
     """
     problems = []
+    refuse_odd(paths, TokenizerError)
     for path in paths:
         if path.is_file():
             try:

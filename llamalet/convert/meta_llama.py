@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamalet import strict
+from llamalet.checks import shown
 from llamalet.config import RopeScaling
 from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, ImportedModel, llama3_scaling, unwrapped
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
@@ -34,7 +35,7 @@ class Params(NamedTuple):
     n_heads: int
     n_kv_heads: int | None = None
     norm_eps: float = 1e-5
-    vocab_size: float = -1  # Llama 2's files say -1
+    vocab_size: Any = -1  # Llama 2's files say -1
     rope_theta: float | None = None  # Llama 1 and 2 do not say it
     use_scaled_rope: bool | None = None
     rope_scaling_factor: float | None = None
@@ -58,9 +59,10 @@ def read(name: str) -> ImportedModel:
     tensors = _read_tensors(folder, params)
     check_present(folder, tensors)
     vocab_size, scaling = tensors["tok_embeddings"].shape[0], _scaling(folder / PARAMS, params)
-    if params.vocab_size not in (-1, vocab_size):
+    if type(params.vocab_size) is not int or params.vocab_size not in (-1, vocab_size):
         raise FormatError(
-            f"{folder}: vocab_size is {params.vocab_size:g} in params.json, and the embeddings have {vocab_size} rows"
+            f"{folder / PARAMS}: vocab_size={shown(params.vocab_size)}: must be {vocab_size}, the rows of the "
+            "embeddings, or -1"
         )
     shape = {
         "dim": params.dim,

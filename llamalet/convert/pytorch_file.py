@@ -13,6 +13,7 @@ import numpy as np
 from llamalet.convert import imported_model
 from llamalet.convert.imported_model import Floats, ImportedModel
 from llamalet.errors import FormatError, UsageError
+from llamalet.files import open_file
 from llamalet.model_file.tensors import tensor_specs
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: reading PyTorch's files needs torch: pip install torch") from None
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         is_zip = file.read(len(ZIP_START)) == ZIP_START  # older files cannot be mapped
     try:
         if is_zip:

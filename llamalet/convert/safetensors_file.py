@@ -8,6 +8,7 @@ Source: https://github.com/huggingface/safetensors, "Format".
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from llamalet import strict
 from llamalet.convert.imported_model import DECODERS, FileTensor
 from llamalet.errors import FormatError
+from llamalet.files import open_file, reading
 
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = strict.MAX_BYTES
@@ -94,8 +96,8 @@ def _read_header(path: Path, dtypes: Collection[str]) -> dict[str, Entry]:
     Raises:
         FormatError: if it is damaged, or a tensor's type is not among `dtypes`.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with reading(path, FormatError), open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = LENGTH.unpack(file.read(LENGTH.size))[0] if size >= LENGTH.size else MAX_HEADER_BYTES + 1
         if length > min(MAX_HEADER_BYTES, size - LENGTH.size):
             raise FormatError(f"{path}: not a safetensors file, or truncated (is it a Git LFS pointer?)")

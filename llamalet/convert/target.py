@@ -14,7 +14,7 @@ from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.convert.imported_model import ImportedModel, Reported, difference
 from llamalet.convert.probes import TEXTS, check_same
 from llamalet.errors import ConfigError, TokenizerError
-from llamalet.files import check_writable
+from llamalet.files import check_name, check_writable
 from llamalet.model_file.companions import load_tokenizer
 from llamalet.model_file.header import DTYPES, LLAMA2C
 from llamalet.tokenizer import BOS_ID, Tokenizer, load
@@ -59,6 +59,8 @@ class Target:
             raise ConfigError(f"format={named}: must be one of {', '.join(FORMAT_DTYPES)}")
         if self.out == "":
             raise ConfigError("out='': names no file or folder")
+        if self.out is not None and self.out.endswith("/") and self.format != "hf":
+            raise ConfigError(f"out={self.out}: is the name of a folder, and a .{self.format} is a file")
         if named is None and ending not in SUFFIXES and ending[1:2].isalpha():
             raise ConfigError(f"out={self.out}: must end in .bin or .gguf; for a folder of this name add --format=hf")
         if self.out is not None and named is not None and SUFFIXES.get(ending, "hf") != named:
@@ -82,6 +84,7 @@ class Target:
         """
         if self.out is not None:
             path = Path(self.out)
+            check_name(path)
             self.check_place(path)
             check_writable(path if self.format == "hf" else path.parent)
 

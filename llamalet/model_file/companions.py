@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llamalet import tokenizer
 from llamalet.errors import TokenizerError, UsageError
+from llamalet.files import refuse_odd
 from llamalet.hf_names import GENERATION_CONFIG_JSON
 from llamalet.model_file.reader import ModelFile
 from llamalet.tokenizer import SpecialIds, Tokenizer, ids_file
@@ -20,8 +21,14 @@ def tokenizer_paths(model_path: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def beside(model_path: str | os.PathLike[str]) -> Path | None:
-    """Return the tokenizer next to NAME.bin; None if there is none."""
-    return next((path for path in tokenizer_paths(model_path).values() if path.is_file()), None)
+    """Return the tokenizer next to NAME.bin; None if there is none.
+
+    Raises:
+        TokenizerError: if something else is in its place, or in that of the ids that begin and end texts.
+    """
+    paths = tokenizer_paths(model_path).values()
+    refuse_odd([*paths, special_ids_path(model_path)], TokenizerError)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def special_ids(file: ModelFile) -> SpecialIds | None:
@@ -32,6 +39,7 @@ def special_ids(file: ModelFile) -> SpecialIds | None:
     """
     if file.header.special_ids is not None:
         return file.header.special_ids
+    refuse_odd([special_ids_path(file.path)], TokenizerError)
     return ids_file.own_ids(special_ids_path(file.path))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from llamalet.checks import file_path
 from llamalet.config import ModelConfig, RopeDivisors, rope_tables
 from llamalet.errors import ConfigError, FormatError
-from llamalet.files import open_file
+from llamalet.files import open_file, reading
 from llamalet.model_file.header import HEADER_BYTES, LLAMA2C, Header, TokenizerSection, read_header
 from llamalet.model_file.quantize import Weight
 from llamalet.model_file.tensors import TensorSpec, tensor_specs
@@ -86,7 +86,7 @@ def read(path: str | os.PathLike[str], *, verify: bool | None = None, rope_theta
         raise FormatError(f"{path}: is a folder, not a model file") from None
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
+    with file, reading(path, FormatError):
         n_bytes = os.fstat(file.fileno()).st_size
         header = read_header(path, file.read(HEADER_BYTES))
         specs = list(tensor_specs(header.version, header.config, header.dtype, header.group_size))

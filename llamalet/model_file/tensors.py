@@ -163,6 +163,8 @@ def row_blocks(name: str, tensor: Rows) -> Iterator[NDArray[np.float32]]:
     for start in range(0, rows, step):
         block = np.ascontiguousarray(tensor[start : start + step], dtype=np.float32)
         # The sum is NaN or infinite if any weight is: one pass, no temporary.
-        if not np.isfinite(block.sum(dtype=np.float64)):
+        with np.errstate(invalid="ignore"):  # inf - inf
+            total = block.sum(dtype=np.float64)
+        if not np.isfinite(total):
             raise NonFiniteError(f"{name} holds NaN or infinite weights")
         yield block

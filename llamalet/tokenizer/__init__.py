@@ -21,7 +21,7 @@ from typing import Any
 
 from llamalet.checks import file_path
 from llamalet.errors import TokenizerError
-from llamalet.files import write_file
+from llamalet.files import read_file, reading, write_file
 from llamalet.hf_names import TOKENIZER_JSON
 from llamalet.tokenizer import declared, llama2, llama3
 from llamalet.tokenizer.base import SpecialIds, StreamDecoder, Tokenizer
@@ -74,7 +74,8 @@ def read(
         raise TokenizerError(f"{path}: {n_bytes} bytes: too large for a tokenizer; is it a model?")
     folder = folder or declared.Folder(path.parent)
     in_folder = path.name == TOKENIZER_JSON
-    data = (folder.json_bytes if in_folder else path.read_bytes()).removeprefix(codecs.BOM_UTF8)
+    with reading(path, TokenizerError):
+        data = (folder.json_bytes if in_folder else read_file(path)).removeprefix(codecs.BOM_UTF8)
     fields = None
     if data.startswith(b"{"):
         fields = folder.tokenizer_json if in_folder else json_object(data, str(path))

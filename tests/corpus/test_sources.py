@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import tinystories
-from corpus import sources
+from corpus import prepare, sources
 from corpus.sources import find_files, in_one_line, open_source
-from llamalet.errors import DataError
+from corpus.synthetic import SynthesizeConfig, synthesize
+from llamalet.errors import DataError, DiskError
 from llamalet.shards import Shards, find_newest
 
 
@@ -143,3 +144,13 @@ def test_names_with_line_ends_and_without_encoding(name, capsys):
 def test_a_path_fits_into_a_line():
     assert in_one_line(Path("a b\u00e9.txt")) == "a b\u00e9.txt"
     assert "\n" not in in_one_line("a\nb") and in_one_line("a\nb") == r"'a\nb'"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 300, "file", "file/x"])
+def test_a_place_that_cannot_be_written_is_refused_before_work(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "story.txt").write_text("a text")
+    with pytest.raises(DiskError, match="control character|a name of 300 bytes|file: not a folder"):
+        prepare.find_source(prepare.TextConfig(source=str(tmp_path / "story.txt"), data_dir=tmp_path / name))
+    with pytest.raises(DiskError):
+        synthesize(SynthesizeConfig(stories=1, data_dir=tmp_path / name), None, lambda n: None)

@@ -2,8 +2,9 @@ import os
 
 import pytest
 
-from llamalet.errors import DataError, DiskError
-from llamalet.files import check_writable, replacing
+from llamalet import Model, Tokenizer
+from llamalet.errors import DataError, DiskError, FormatError, TokenizerError
+from llamalet.files import MAX_NAME, check_replaceable, check_writable, replacing
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -63,5 +64,50 @@ def test_whether_a_folder_can_be_written_to_is_known_without_a_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_bytes(b"")
     for folder in ("file", "file/deeper"):
-        with pytest.raises(DiskError, match=f"{folder}: cannot be written to: .*file: Not a directory"):
+        with pytest.raises(DiskError, match=f"{folder}: cannot be written to: .*file: not a folder"):
             check_writable(tmp_path / folder)
+
+
+@pytest.mark.parametrize("check", [check_writable, check_replaceable])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a\nb", r"a\\nb': has a control character in its name"),
+        ("a\0b", r"a\\x00b': has a control character"),
+        ("a\x1b[31m/b", r"a\\x1b\[31m/b': has a control character"),
+        ("x" * (MAX_NAME + 1), "x{40}...: is a name of 221 bytes; the most is 220"),
+        ("\u4e00" * 80 + "/b", "is a name of 240 bytes"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_before_work(tmp_path, check, name, words):
+    with pytest.raises(DiskError, match=words):
+        check(tmp_path / name)
+
+
+def test_the_longest_name_has_room_beside_it(tmp_path):
+    path = tmp_path / ("x" * (MAX_NAME - 4) + ".bin")
+    check_replaceable(path)
+    with replacing(path):
+        pass
+    with replacing(path.with_suffix(".generation_config.json")):
+        pass
+
+
+def test_what_is_in_the_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DiskError, match="folder: is in the place of a file that is to be written; move it away"):
+        check_replaceable(tmp_path / "folder")
+
+
+def test_a_full_disk_is_found_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "wb", buffering=0))
+    if os.path.exists("/dev/full"):
+        with pytest.raises(DiskError, match="cannot be written to: .*: No space left on device"):
+            check_writable(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that cannot be read")
+def test_a_file_that_the_system_does_not_read_is_refused():
+    for load in (Model.load, Tokenizer.load):
+        with pytest.raises((FormatError, TokenizerError), match="/proc/self/mem: cannot be read: Input/output error"):
+            load("/proc/self/mem")

@@ -1,6 +1,7 @@
 """Commands in anyone's environment: streams, locales, variables, homes, caches, files that are no files."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -298,3 +299,25 @@ def test_a_command_in_the_background_goes_on_ignoring_ctrl_c(folder):
     )
     assert shell(folder, f"trap '' INT; $PYTHON -c {shlex.quote(code)}").stdout == "True False\n"
     assert shell(folder, f"$PYTHON -c {shlex.quote(code)}").stdout == "False True\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_a_signal_before_the_handler_waits_for_it():
+    code = (
+        "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); os.kill(os.getpid(), 2);"
+        "from llamalet import startup; print('before', flush=True); startup.begin(); print('after')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "before\n", "error: stopped by Ctrl-C\n")
+
+
+def test_every_command_begins_with_the_same_lines():
+    first = (ROOT / "sample.py").read_text().partition('"""\n\n')[2].partition("\n\nfrom ")[0]
+    assert "SIG_BLOCK" in first and first.endswith("startup.begin()  # before imports that take seconds")
+    commands = {}
+    for path in (
+        path for folder in (".", "training/run", "parity", "benchmarks") for path in (ROOT / folder).glob("*.py")
+    ):
+        if re.search(r"^    (command\.)?run\(main\)", text := path.read_text(), re.MULTILINE):
+            commands[path.name] = text.partition('"""\n\n')[2].startswith(first)
+    assert len(commands) == 11 and all(commands.values()), commands

@@ -643,7 +643,7 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_any_work(argv, monke
         (download, "_resolve"), (tinyshakespeare, "_download"), (vocabulary, "train"), (documents, "pieces"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, must_not_run)
-    with pytest.raises(DiskError, match="file/data.*: cannot be written to: file: Not a directory"):
+    with pytest.raises(DiskError, match="file/data.*: cannot be written to: file: not a folder"):
         run(*argv, "--data-dir=file/data")
 
 

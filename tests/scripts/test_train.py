@@ -286,12 +286,28 @@ def test_memory_that_runs_out_is_a_memory_error(project, monkeypatch, error):
         train.main(SMALL)
 
 
-@pytest.mark.parametrize("name", ["model.bin", "model.tokenizer.bin", "model.generation_config.json"])
-def test_a_folder_in_the_place_of_the_export_is_found_before_the_first_step(project, name):
+@pytest.mark.parametrize(
+    "name",
+    ["model.bin", "model.tokenizer.bin", "model.generation_config.json", "config.toml", "metrics.jsonl", ".lock"],
+)
+def test_a_folder_in_the_place_of_a_file_is_found_before_the_first_step(project, name):
     (project / "out" / name).mkdir(parents=True)
     with pytest.raises(DiskError, match=f"{name}: is in the place of a file"):
         train.main([*SMALL, "--no-sample"])
     assert not list_steps(project / "out")
+
+
+@pytest.mark.parametrize("name", ["out", "out/checkpoints"])
+def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_step(project, name):
+    (project / name).parent.mkdir(exist_ok=True)
+    (project / name).touch()
+    with pytest.raises(DiskError, match=f"{name}: cannot be written to: .*{name}: not a folder"):
+        train.main([*SMALL, "--no-sample"])
+
+
+def test_an_out_dir_with_a_line_end_in_its_name_is_refused(project):
+    with pytest.raises(DiskError, match="has a control character in its name; choose another name"):
+        train.main([*SMALL, "--out_dir=a\nb"])
 
 
 @pytest.mark.trains

@@ -202,7 +202,7 @@ def test_any_vocabulary_goes_from_text_to_a_model(kind, capsys):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        (["--out_dir=file/out"], DiskError, "file/out: cannot be written to: Not a directory"),
+        (["--out_dir=file/out"], DiskError, "file/out: cannot be written to: .*file: not a folder"),
         (["--out_dir=used"], CheckpointError, "used: holds the checkpoints of an earlier run"),
         (["--resume"], CheckpointError, "out: no valid checkpoint to resume from"),
         (["--total_batch_tokens=100"], ConfigError, "total_batch_tokens=100: must be a multiple"),

@@ -7,6 +7,15 @@ Faint lines show the training loss as logged, thick lines the smoothed one, dots
 the corpus entropy, if known: no model can get below it. Needs neither torch nor the data; the runs may be unfinished.
 """
 
+if __name__ == "__main__":
+    import _signal
+
+    if hasattr(_signal, "pthread_sigmask"):  # until `begin` handles Ctrl-C, it has to wait
+        _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
+    from llamalet import startup
+
+    startup.begin()  # before imports that take seconds
+
 import argparse
 import itertools
 import os

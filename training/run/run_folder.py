@@ -12,11 +12,12 @@ from typing import IO
 
 from llamalet import strict
 from llamalet.errors import CheckpointError, DataError, DiskError, LockedError
-from llamalet.files import replacing
+from llamalet.files import check_replaceable, check_writable, replacing
 from llamalet.model_file.checkpoint import FOLDER, find_best, find_latest, list_steps
 from llamalet.model_file.companions import special_ids_path, tokenizer_paths
 from training.config import TrainConfig
 from training.run import checkpoint
+from training.run.metrics import METRICS_FILE
 from training.run.progress import say
 from training.run.run_state import RunState
 
@@ -39,6 +40,8 @@ def lock(run_dir: Path) -> Iterator[None]:
         DiskError: if the folder cannot be written to.
     """
     with contextlib.ExitStack() as stack:
+        check_writable(run_dir)
+        check_replaceable(run_dir / LOCK_FILE)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(run_dir / LOCK_FILE, "a+", encoding="utf-8"))
@@ -115,9 +118,10 @@ def check(config: TrainConfig, resumed: Path | None, launch: str | None = None) 
         DiskError: if something else is in the place of the files that the run writes at its end.
     """
     export = Path(config.out_dir) / EXPORT
-    for path in (export, special_ids_path(export), *tokenizer_paths(export).values()):
-        if path.exists() and not path.is_file():
-            raise DiskError(f"{path}: is in the place of a file that the run writes at its end; move it away")
+    beside = (special_ids_path(export), *tokenizer_paths(export).values())
+    for path in (export, *beside, *(export.with_name(name) for name in (CONFIG_FILE, METRICS_FILE))):
+        check_replaceable(path)
+    check_writable(export.with_name(FOLDER))
     earlier = list_steps(config.out_dir)
     own = (Path(config.out_dir) / FOLDER).resolve()
     if earlier and resumed is not None and resumed.resolve().is_relative_to(own):

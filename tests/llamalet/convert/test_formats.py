@@ -208,10 +208,10 @@ def test_rows_come_in_blocks_of_any_size(tmp_path, monkeypatch):
         ),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing; .* and 6 more"),
         ({"num_hidden_layers": 1}, "model.layers.1.* is not part of a Llama model"),
-        ({"num_key_value_heads": 3}, "n_heads=8: must be a multiple of n_kv_heads=3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=8: must be a multiple of num_key_value_heads=3"),
         ({"rms_norm_eps": "small"}, "norm_eps='small': must be a number"),
         ({"num_attention_heads": 2.5}, "2.5"),
-        ({"num_hidden_layers": 10**400}, "n_layers=1000.*: must be at most 1024"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers=1000.*: must be a whole number from 1 to 1024"),
         ({"num_hidden_layers": math.nan}, "num_hidden_layers=nan: must be a finite number"),
         ({"max_position_embeddings": math.inf}, "max_position_embeddings=inf: must be a finite number"),
         ({"rms_norm_eps": 10**400}, "norm_eps=1000.*: must be a number"),
@@ -230,10 +230,10 @@ def test_what_is_no_llama_is_refused_by_name(tmp_path, changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_whole_numbers_may_be_written_as_floats(tmp_path):
+def test_a_whole_number_will_do_where_any_number_does(tmp_path):
     saved(tmp_path, "llama-2")
-    edit(tmp_path / "config.json", num_hidden_layers=2.0)
-    assert huggingface.read(str(tmp_path)).config.n_layers == 2
+    edit(tmp_path / "config.json", rope_theta=10000, rope_parameters=None)
+    assert huggingface.read(str(tmp_path)).config.rope_theta == 10000.0
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(FormatError, match="is missing; model.safetensors.index.json names it"):
         huggingface.read(str(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
-    with pytest.raises(FormatError, match="weight_map"):
+    with pytest.raises(FormatError, match="must be a file beside it"):
         huggingface.read(str(tmp_path))
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(FormatError, match="has neither model.safetensors nor"):
@@ -500,7 +500,7 @@ def test_gguf_says_what_it_cannot_carry_or_read(tmp_path):
         ),
         (
             data.replace(*(b"block_count" + struct.pack("<2I", 4, n) for n in (source.config.n_layers, 1 << 31))),
-            "n_layers=2147483648: must be at most 1024",
+            "llama.block_count=2147483648: must be a whole number from 1 to 1024",
         ),
         (data.replace(b"<0x41>", b"<0x4\xff>"), "tokenizer.ggml.tokens is damaged: 'utf-8'"),
         (data.replace(b"\x05\0\0\0\0\0\0\0llama\x0c", b"\x05\0\0\0\0\0\0\0qwen2\x0c"), "'qwen2' model"),
@@ -654,7 +654,25 @@ def test_a_factor_that_is_none_is_refused(tmp_path, factor):
         meta_llama.read(str(tmp_path / "m"))
 
 
-@pytest.mark.parametrize("n_layers", [10**400, math.inf, 1025, "2", None])
+@pytest.mark.parametrize("value", [48.0, "48", True, [48], 2.5])
+def test_other_types_in_a_pytorch_file_are_refused_by_name(tmp_path, value):
+    ckpt(tmp_path / "ckpt.pt", SMALL_MODELS["mha-untied"], "")
+    whole = torch.load(tmp_path / "ckpt.pt")
+    for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+        torch.save(whole | {"model_args": whole["model_args"] | {field: value}}, tmp_path / "ckpt.pt")
+        with pytest.raises(FormatError, match=f"ckpt.pt: {field}=.*: must be a whole number"):
+            llama2c.read(str(tmp_path / "ckpt.pt"))
+
+
+@pytest.mark.parametrize("vocab_size", [300.0, "300", True, -2, 299])
+def test_another_vocabulary_than_the_embeddings_is_refused(tmp_path, vocab_size):
+    config = SMALL_MODELS["mha-untied"]
+    meta_folder(tmp_path / "m", config, random_tensors(config), 1, vocab_size=vocab_size)
+    with pytest.raises(FormatError, match=f"params.json: vocab_size='?{vocab_size}'?: must be 300, the rows"):
+        meta_llama.read(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("n_layers", [10**400, math.inf, 1025, "2", 2.0, True, None])
 def test_layers_without_end_are_refused(tmp_path, n_layers):
     config = SMALL_MODELS["mha-untied"]
     meta_folder(tmp_path / "m", config, random_tensors(config), 1, n_layers=n_layers)

@@ -1,6 +1,8 @@
 """Hugging Face folders with tensors under other names, and with keys that would change the arithmetic."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,13 @@ import pytest
 import torch
 from other_programs import logits, transformers_logits
 from safetensors.numpy import load_file, save_file
-from toy import SMALL_MODELS, random_tensors
+from toy import SMALL_MODELS, random_tensors, toy_model
 
 from llamalet import model_file
 from llamalet.config import ModelConfig, rope_frequencies
-from llamalet.convert import huggingface, meta_llama
+from llamalet.convert import formats, huggingface, meta_llama, safetensors_file
 from llamalet.convert.imported_model import ImportedModel
-from llamalet.errors import FormatError
+from llamalet.errors import FormatError, TokenizerError
 from llamalet.reference import NumpyTransformer
 
 IDS = np.arange(5, 35)
@@ -175,10 +177,12 @@ def test_a_tied_model_with_neither_is_refused(tmp_path):
         {"sliding_window": 8, "use_sliding_window": False},
         {"attention_chunk_size": 32},
         {"layer_types": ["full_attention"] * 2},
-        {"attention_bias": 0, "mlp_bias": False, "partial_rotary_factor": 1},
+        {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1},
         {"embedding_multiplier": 1.0, "residual_multiplier": 1, "logits_scaling": 1.0},
         {"attention_dropout": 0.5, "initializer_range": 0.5, "use_cache": False, "unheard_of": [1]},
-        {"head_dim": 16, "num_key_value_heads": 2.0},
+        {"head_dim": 16, "num_key_value_heads": 2},
+        {"head_dim": None},
+        {"sliding_window": 32, "layer_types": ["sliding_attention"] * 2},
     ],
 )
 def test_harmless_keys_are_read(tmp_path, changes):
@@ -194,10 +198,26 @@ def test_harmless_keys_are_read(tmp_path, changes):
         ({"sliding_window": 0}, "sliding_window is 0: only windows"),
         ({"sliding_window": "64"}, "sliding_window is '64': only windows"),
         ({"attention_chunk_size": 16}, "attention_chunk_size is 16: only windows"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .*: only 'full_attention' can be"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types is .*: only 'full_attention'"),
-        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
-        ({"layer_types": [["full_attention"]]}, r"layer_types is \[\['full_attention'\]\]"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types\[1\] is 'sliding_attention': only 'full_",
+        ),
+        (
+            {"layer_types": ["full_attention", "linear_attention"], "sliding_window": 64},
+            r"layer_types\[1\] is 'linear_attention': only 'full_attention' or 'sliding_attention' can be read",
+        ),
+        (
+            {"layer_types": "full_attention"},
+            "layer_types is 'full_attention': must be a list with a kind for each of the 2",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 3},
+            r"layer_types is \[.*\]: must be a list with a kind for each of the 2",
+        ),
+        ({"layer_types": [["full_attention"]] * 2}, r"layer_types\[0\] is \['full_attention'\]: only"),
+        ({"sliding_window": True}, "sliding_window is True: only windows"),
+        ({"attention_bias": 0}, "attention_bias is 0: only Llama models with False can be read"),
+        ({"partial_rotary_factor": True}, "partial_rotary_factor is True: only"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': only Llama models with 'silu' can be read"),
         ({"attention_bias": True}, "attention_bias is True: only Llama models with False can be read"),
         ({"mlp_bias": True}, "mlp_bias is True: only Llama models with False can be read"),
@@ -214,7 +234,7 @@ def test_harmless_keys_are_read(tmp_path, changes):
         ({"model_type": "granite"}, "model_type is 'granite': only Llama models with 'llama' can be read"),
         ({"head_dim": 15}, "head_dim=15: must be even, because RoPE rotates pairs"),
         ({"head_dim": 8}, "q_proj.weight has shape"),
-        ({"num_attention_heads": 5}, "dim=64 must be a multiple of n_heads=5"),
+        ({"num_attention_heads": 5}, "hidden_size=64: must be a multiple of num_attention_heads=5"),
     ],
 )
 def test_keys_that_change_the_arithmetic_are_refused_by_name(tmp_path, changes, words):
@@ -224,3 +244,65 @@ def test_keys_that_change_the_arithmetic_are_refused_by_name(tmp_path, changes, 
     with pytest.raises(FormatError, match=words) as error:
         huggingface.read(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [*SIZES, "rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("value", [2.0, "2", True, [2], {}])
+def test_a_number_of_another_type_is_refused_with_the_name_of_its_field(tmp_path, field, value):
+    if field in SIZES or not isinstance(value, float):
+        folder_of(tmp_path, "gqa-tied", **{field: value, "rope_parameters": {"rope_type": "default"}})
+        with pytest.raises(FormatError, match=rf"config.json: {field}={re.escape(repr(value))}: must be a "):
+            huggingface.read(str(tmp_path))
+
+
+# -- what is no file --------------------------------------------------------------------------------------------------
+
+
+def in_place_of(path: Path, kind: str) -> None:
+    """Put something that is no file where one may be."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.parent / "nowhere")
+
+
+KINDS_OF_ODD = {"pipe": "a pipe or a device", "folder": "a folder", "link": "a link to nothing"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes pipes")
+@pytest.mark.parametrize("kind", KINDS_OF_ODD)
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.model", "chat_template.jinja"]
+)
+def test_what_is_no_file_is_not_passed_over(tmp_path, kind, file):
+    folder_of(tmp_path, "gqa-tied")
+    in_place_of(tmp_path / file, kind)
+    for read in (huggingface.read, formats.kind_of)[: 1 + (file == "config.json")]:
+        with pytest.raises(FormatError, match=f"{file}: is {KINDS_OF_ODD[kind]}, not a file; move it away"):
+            read(str(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes pipes")
+@pytest.mark.parametrize("kind", KINDS_OF_ODD)
+@pytest.mark.parametrize("file", ["model.tokenizer.bin", "model.tokenizer.json", "model.generation_config.json"])
+def test_what_is_no_file_beside_a_bin_is_not_passed_over(tmp_path, kind, file):
+    path = toy_model(tmp_path, SMALL_MODELS["gqa-tied"])
+    in_place_of(tmp_path / file, kind)
+    with pytest.raises(TokenizerError, match=f"{file}: is {KINDS_OF_ODD[kind]}, not a file; move it away"):
+        formats.open_model(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes pipes")
+def test_a_pipe_for_the_weights_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match="model.safetensors: cannot be read: not a regular file"):
+        safetensors_file.read(tmp_path / "model.safetensors")

@@ -1,6 +1,7 @@
 """GGUF files split into parts, as llama.cpp's gguf-split and converters write them."""
 
 import dataclasses
+import struct
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ from toy import SMALL_MODELS, random_tensors
 from llamalet import Model
 from llamalet.convert import formats, gguf_file, target
 from llamalet.convert.imported_model import difference
-from llamalet.errors import ConfigError, FormatError
+from llamalet.errors import ConfigError, FormatError, TokenizerError
 
 CONFIG = SMALL_MODELS["gqa-untied"]
 TENSORS = random_tensors(CONFIG, seed=2)
@@ -128,7 +129,7 @@ def test_a_prefix_of_two_files_is_ambiguous(tmp_path):
         ),
         ({"split__no": 5}, {}, "split.no is 5 and split.count is 2: damaged"),
         ({"split__no": None}, {}, "split.no is None and split.count is 2: damaged"),
-        ({"split__count": "2"}, {}, "split.count is '2': damaged"),
+        ({"split__count": "2"}, {}, "split.count='2': must be a whole number"),
         ({"split__count": 1 << 31}, {}, "split.count is 2147483648: damaged"),
     ],
 )
@@ -204,10 +205,21 @@ def test_sizes_by_layer_are_read_if_they_are_equal(tmp_path, key):
         ({"attention.value_length": 8}, "attention.value_length is 8: must be the width of a head, 16"),
         ({"attention.key_length": 16, "attention.value_length": 32}, "attention.value_length is 32"),
         ({"rope.dimension_count": 8}, "rope.dimension_count is 8: must be the width of a head, 16"),
-        ({"attention.key_length": 15}, "head_dim=15: must be even, because RoPE rotates pairs"),
+        ({"attention.key_length": 15}, "llama.attention.key_length=15: must be even, because RoPE rotates pairs"),
         ({"attention.key_length": 32, "rope.dimension_count": 32}, "attn_q.weight has shape"),
-        ({"attention.head_count": 0}, "n_heads=0 *must be|n_heads=0"),
-        ({"attention.head_count_kv": ["2", "2"]}, "n_kv_heads=.2.: must be a whole number"),
+        ({"attention.head_count": 0}, "llama.attention.head_count=0"),
+        ({"attention.head_count_kv": ["2", "2"]}, "llama.attention.head_count_kv=.2.: must be a whole number"),
+        ({"embedding_length": 64.0}, "llama.embedding_length=64.0: must be a whole number"),
+        ({"block_count": True}, "llama.block_count=True: must be a whole number"),
+        ({"block_count": "2"}, "llama.block_count='2': must be a whole number"),
+        (
+            {"attention.layer_norm_rms_epsilon": "1e-5"},
+            "layer_norm_rms_epsilon='1e-5': must be a number",
+        ),
+        ({"rope.freq_base": True}, "llama.rope.freq_base=True: must be a number"),
+        ({"rope.dimension_count": 16.0}, "llama.rope.dimension_count=16.0: must be a whole number"),
+        ({"attention.causal": 0}, "llama.attention.causal=0: must be true or false"),
+        ({"expert_count": [8, 8]}, r"llama.expert_count=\[8, 8\]: must be a whole number"),
         ({"attention.sliding_window": 16}, "attention.sliding_window is 16, below the context 32"),
     ],
 )
@@ -236,3 +248,58 @@ def test_biases_are_refused_by_name(tmp_path):
 def test_the_builder_s_names_are_the_package_s():
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG.n_layers)
     assert {gguf_name(name) for name in TENSORS} <= {f"{theirs}.weight" for _, theirs in names.mapping.values()}
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "words"),
+    [
+        (4 + 16 + 4, struct.pack("<Q", 0), "blk.0.attn_q.weight begins at byte .*, not "),  # another tensor's place
+        (4 + 16 + 4, struct.pack("<Q", 2**64 - 1), "blk.0.attn_q.weight begins at byte .*, not "),
+        (4 + 16, struct.pack("<I", 2), "begins at byte .*, not "),  # a smaller type
+    ],
+)
+def test_a_tensor_out_of_its_place_is_refused(tmp_path, at, value, words):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, CONFIG, TENSORS)
+    data = path.read_bytes()
+    at += data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight")
+    path.write_bytes(data[:at] + value + data[at + len(value) :])
+    with pytest.raises(FormatError, match=words):
+        gguf_file.read(str(path))
+
+
+def test_the_other_order_of_bytes_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.ones((4, 32), np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    with pytest.raises(FormatError, match="big-endian"):
+        gguf_file.read(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("tokenizer.ggml.pre", ["a"], "must be a text"),
+        ("tokenizer.ggml.bos_token_id", True, "must be a whole number"),
+        ("tokenizer.ggml.add_bos_token", 1, "must be true or false"),
+        ("tokenizer.ggml.add_space_prefix", "no", "must be true or false"),
+        ("tokenizer.ggml.scores", [True] * CONFIG.vocab_size, "must be a list of numbers"),
+        ("tokenizer.ggml.token_type", "x", "must be a list of whole numbers"),
+        ("llamalet.token_type", [1.0], "must be a list of whole numbers"),
+        ("llamalet.token_type", [1], "has 1 kinds for 300 tokens"),
+        ("tokenizer.chat_template", ["a"], "must be a text"),
+    ],
+)
+def test_values_of_another_type_are_not_passed_over(tmp_path, key, value, words):
+    write_gguf(tmp_path / "m.gguf", CONFIG, TENSORS, keys={key: value})
+    try:
+        problem = gguf_file.read(str(tmp_path / "m.gguf")).tokenizer_problem
+    except (FormatError, TokenizerError) as error:
+        problem = str(error)
+    assert key in problem and words in problem

@@ -841,7 +841,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path, recor
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DiskError, match="file/out: cannot be written to: Not a directory"):
+    with pytest.raises(DiskError, match="file/out: cannot be written to: .*file: not a folder"):
         run_folder.lock(tmp_path / "file" / "out").__enter__()
 
 
