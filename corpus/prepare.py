@@ -164,7 +164,9 @@ def _find_vocabulary(config: PretokenizeConfig, source: Source) -> Path:
 
 def train_vocabulary(config: TextConfig, source: Source, vocab_size: int, *, at_most: bool) -> Path:
     """Train a vocabulary on the training documents, write it to the source's folder and return its path."""
-    check_replaceable(source.folder / f"tok{vocab_size}.model")
+    # A smaller size, and so another name, is known only after the training.
+    for path in (source.folder / f"tok{vocab_size}.model", *(source.folder.glob("tok*.model") if at_most else ())):
+        check_replaceable(path)
     every = math.ceil(expected_chars(source.files, config.text_column) / vocabulary.SAMPLE_CHARS)
     lines = list(vocabulary.sample_lines(_documents(config, source, "train"), max(every, 1)))
     if not lines:

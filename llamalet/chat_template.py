@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamalet import strict
-from llamalet.errors import UsageError
+from llamalet.checks import shown
+from llamalet.config import MAX_CONTEXT
+from llamalet.errors import FormatError, UsageError
+from llamalet.files import refuse_odd
 from llamalet.hf_names import CHAT_TEMPLATE_JINJA, TOKENIZER_CONFIG_JSON
 from llamalet.marked_text import marks_of
 from llamalet.template_process import TemplateProcess
@@ -21,7 +24,6 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE_FILES = (f"{TEMPLATE_FOLDER}/default.jinja", CHAT_TEMPLATE_JINJA, TOKENIZER_CONFIG_JSON)
 BUILT_IN = ("llama2", "llama3")
 MAX_FILE_BYTES = 1 << 26
-MAX_CONTEXT = 1 << 17
 # The vocabulary of Llama 2, whose conversations have no special tokens.
 LLAMA2_SHA256 = "50a52ef822ee9e83de5ce9d0be0a025a773d019437f58b5ff9dcafb063ece361"
 LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -65,15 +67,17 @@ def find_template(
         context: the model's, in tokens.
 
     Raises:
+        FormatError: if something else is in the place of a template.
+        TokenizerError: if a file that counts beside the model is damaged.
         UsageError: if the model is not a chat model, or the template cannot be used.
     """
+    said = declared.Folder(model if model.is_dir() else model.parent)
     if named is None:
-        folder = model if model.is_dir() else model.parent
         for prefix in (f"{model.stem}.", ""):
-            if (found := find_source(folder, prefix)) is not None:
-                return _jinja_template(*found, model, tokenizer, context)
+            if (found := find_source(said, prefix)) is not None:
+                return _jinja_template(*found, model, said, tokenizer, context)
         if inside is not None:
-            return _jinja_template(inside, model, model, tokenizer, context)
+            return _jinja_template(inside, model, model, said, tokenizer, context)
         if {HEADER, HEADER_END, TURN_END} <= tokenizer.special.keys():
             named = "llama3"
         elif tokenizer.sha256 == LLAMA2_SHA256:
@@ -91,7 +95,10 @@ def find_template(
     if named == "llama2":
         return lambda messages: tokenizer.encode_nameless(llama2_parts(messages, tokenizer))
     path = Path(named)
-    return _jinja_template(read_named(path), path, path.parent if path.suffix == ".json" else model, tokenizer, context)
+    source = read_named(path)
+    if path.suffix == ".json":
+        model, said = path.parent, declared.Folder(path.parent)
+    return _jinja_template(source, path, model, said, tokenizer, context)
 
 
 def read_named(path: Path) -> str:
@@ -107,23 +114,33 @@ def read_named(path: Path) -> str:
     return found
 
 
-def _jinja_template(source: str, path: Path, model: Path, tokenizer: Tokenizer, context: int) -> Template:
-    """Return the Jinja template from `path`, with what the files beside a model say of its tokenizer."""
-    folder = model if model.is_dir() else model.parent
-    said = declared.Folder(folder)
+def _jinja_template(
+    source: str, path: Path, model: Path, said: declared.Folder, tokenizer: Tokenizer, context: int
+) -> Template:
+    """Return the Jinja template from `path`, with what the files of its folder say of the tokenizer.
+
+    The files beside a model in one file may be another model's, so they count only for a template of theirs.
+    """
+    is_folder = model == said.path
+    if not is_folder and not _is_of(path, said.path):
+        return JinjaTemplate(source, tokenizer, str(path), context=context)
     if said.splits_special:
         raise UsageError(
-            f"{folder / TOKENIZER_CONFIG_JSON}: split_special_tokens=true makes plain text of the special tokens that "
-            "a chat template writes; set it to false"
+            f"{said.path / TOKENIZER_CONFIG_JSON}: split_special_tokens=true makes plain text of the special tokens "
+            "that a chat template writes; set it to false"
         )
     special = said.template_variables
-    if special is not None and not model.is_dir():
-        # Beside a model in one file there may be another's, whose names count only for its template.
-        own = _bos_and_eos(tokenizer)
-        special = own | special if path.name in TEMPLATE_FILES else special | own
+    if special is not None and not is_folder:
+        special = _bos_and_eos(tokenizer) | special
     if isinstance(tokenizer, SentencePieceTokenizer) and (spaces := said.chat_spaces) is not None:
         tokenizer = tokenizer.with_chat_spaces(spaces)
     return JinjaTemplate(source, tokenizer, str(path), special, context=context)
+
+
+def _is_of(path: Path, folder: Path) -> bool:
+    """Return whether a template is one that a folder has for the model in it, not for a NAME.bin."""
+    path, folder = path.absolute(), folder.absolute()
+    return path in [folder / name for name in TEMPLATE_FILES] or path.parent == folder / TEMPLATE_FOLDER
 
 
 def _bos_and_eos(tokenizer: Tokenizer) -> dict[str, str]:
@@ -209,7 +226,7 @@ class JinjaTemplate:
         return self._tokenizer.encode_marked(text, marks)
 
 
-def find_source(folder: Path, prefix: str = "") -> tuple[str, Path] | None:
+def find_source(folder: declared.Folder, prefix: str = "") -> tuple[str, Path] | None:
     """Return the chat template in a folder and its file, chosen as transformers does; None if there is none.
 
     Args:
@@ -218,16 +235,19 @@ def find_source(folder: Path, prefix: str = "") -> tuple[str, Path] | None:
 
     Raises:
         NoDefault: if there are several, and none of them is the default one.
+        FormatError: if something else is in the place of one.
+        TokenizerError: if tokenizer_config.json is damaged.
         UsageError: if it cannot be read.
     """
-    *files, config = (folder / f"{prefix}{name}" for name in TEMPLATE_FILES)
+    *files, config = paths = [folder.path / f"{prefix}{name}" for name in TEMPLATE_FILES]
+    refuse_odd(paths, FormatError)
     for path in files:
         if path.is_file():
             return _read_text(path), path
-    more = folder / f"{prefix}{TEMPLATE_FOLDER}"
+    more = folder.path / f"{prefix}{TEMPLATE_FOLDER}"
     if names := sorted(path.stem for path in more.glob("*.jinja")):
         raise NoDefault(_no_default(more, names))
-    found = read_template(config) if config.is_file() else None
+    found = _template_in(folder.fields_of(config.name), config)
     return None if found is None else (found, config)
 
 
@@ -249,34 +269,37 @@ def read_template(path: Path) -> str | None:
     """
     if path.suffix != ".json":
         return _read_text(path)
-    found = _read_table(path).get("chat_template")
-    try:
-        if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}
-        if isinstance(found, dict):
-            if "default" not in found:
-                raise NoDefault(_no_default(path, found))
-            found = found["default"]
-        if found is not None and not isinstance(found, str):
-            raise TypeError("chat_template is not text")
-        (found or "").encode()  # refuses half a surrogate pair
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
+    return _template_in(strict.read_json(path, UsageError), path)
+
+
+def _template_in(fields: Mapping[str, Any], path: Path) -> str | None:
+    """Return the chat template among the fields of a tokenizer_config.json; see read_template."""
+    said = found = fields.get("chat_template")
+    if isinstance(found, list) and all(_is_entry(entry) for entry in found):
+        found = {entry["name"]: entry["template"] for entry in found}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise NoDefault(_no_default(path, found))
+        found = found["default"]
+    if found is not None and not isinstance(found, str):
+        raise UsageError(
+            f"{path}: chat_template is {shown(said)}: must be a text, an object of texts by name, or a list of objects "
+            "with a name and a template"
+        )
     return found
 
 
-def _read_table(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    return strict.read_json(path, UsageError)
+def _is_entry(entry: object) -> bool:
+    """Return whether this is a template with its name, as in a list of several."""
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and "template" in entry
 
 
 def _read_text(path: Path) -> str:
-    """Return the text in a file."""
+    """Return the text in a file, with line ends as Python reads them."""
+    data = strict.read_bytes(path, UsageError, "no such file", MAX_FILE_BYTES)
     try:
-        if (n_bytes := path.stat().st_size) > MAX_FILE_BYTES:
-            raise ValueError(f"{n_bytes} bytes are too many for a template")
-        return path.read_text(encoding="utf-8")
-    except ValueError as error:
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path}: its chat template cannot be read: {error}") from None
 
 

@@ -142,6 +142,12 @@ def typed_fields(config: Any) -> None:
     ConfigError.raise_for(problems)
 
 
+def not_positive(config: object, *names: str) -> list[str]:
+    """Return a problem for each of the named fields that is not above 0; None is allowed."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"{name}={n}: must be positive" for name, n in values.items() if n is not None and not n > 0]
+
+
 @functools.cache
 def _field_kinds(config_class: type) -> dict[str, tuple[Any, ...]]:
     """Return the type of each field that has one of KINDS, followed by None if the field may be None."""
@@ -163,9 +169,3 @@ def _token(token: object, vocab_size: int) -> int:
         raise UsageError(
             f"token {shown(token)}: the model's ids are whole numbers from 0 to {vocab_size - 1}"
         ) from None
-
-
-def not_positive(config: object, *names: str) -> list[str]:
-    """Return a problem for each of the named fields that is not above 0; None is allowed."""
-    values = {name: getattr(config, name) for name in names}
-    return [f"{name}={n}: must be positive" for name, n in values.items() if n is not None and not n > 0]

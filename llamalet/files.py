@@ -11,12 +11,13 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from llamalet.errors import DISK_FULL, DiskError, LlamaletError
+from llamalet.errors import DISK_FULL, DiskError, LlamaletError, UsageError
 
 BLOCK = 4096  # bytes; a full disk may have room for less
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """A control character, such as a line end."""
-MAX_NAME = 220  # bytes; a system's most is 255, and what is written beside a file has a longer name
+MAX_NAME = 255  # bytes; a system's most
+MAX_NEW_NAME = 220  # bytes; what is written beside a file has a longer name
 
 
 @contextlib.contextmanager
@@ -66,7 +67,8 @@ def check_writable(folder: Path) -> None:
     """Check that files can be created in a folder, or in the one where it would be made; nothing is left behind.
 
     Raises:
-        DiskError: if they cannot, or its name is none for a new folder.
+        DiskError: if they cannot.
+        UsageError: if the name is not allowed (check_name).
     """
     check_name(folder)
     existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
@@ -83,7 +85,8 @@ def check_replaceable(path: Path) -> None:
     """Check that nothing but a file is in the place of a file that will be written.
 
     Raises:
-        DiskError: if something is, or the name is none for a new file.
+        DiskError: if something is.
+        UsageError: if the name is not allowed (check_name).
     """
     check_name(path)
     if path.exists() and not path.is_file():
@@ -94,14 +97,16 @@ def check_name(path: Path) -> None:
     """Check that a path can be the name of a new file or folder, and of the temporary files beside it.
 
     Raises:
-        DiskError: if a name in it is too long, or has a line end or another control character: programs that list
+        UsageError: if a name in it is too long, or has a line end or another control character: programs that list
             files would show something else.
     """
     if CONTROL.search(str(path)):
-        raise DiskError(f"{str(path)!r}: has a control character in its name; choose another name")
+        raise UsageError(f"{str(path)!r}: has a control character in its name; choose another name")
     for name in path.parts:
-        if (size := len(os.fsencode(name))) > MAX_NAME:
-            raise DiskError(f"{name[:40]}...: is a name of {size} bytes; the most is {MAX_NAME}")
+        if (size := len(os.fsencode(name))) > MAX_NEW_NAME:
+            raise UsageError(
+                f"{name[:40]}...: is a name of {size} bytes; the most is {MAX_NEW_NAME}; choose a shorter name"
+            )
 
 
 def sync_folder(folder: Path) -> None:
@@ -166,7 +171,7 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def refuse_odd(paths: Iterable[Path], error: type[LlamaletError]) -> None:
-    """Check that each of some files is one or is missing; anything else in its place would count as missing.
+    """Raise `error` if anything but a regular file is at one of these paths; is_file() would call it missing.
 
     Raises:
         error: if one is a pipe, a device, a folder, or a link to nothing, as an incomplete download leaves it.

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from llamalet import checks
 from llamalet.checks import shown
 from llamalet.errors import LlamaletError
-from llamalet.files import open_file
+from llamalet.files import MAX_NAME, open_file
 
 Record = TypeVar("Record")
 
@@ -29,7 +29,6 @@ MAX_BYTES = 1 << 24  # hundreds of times what such files have; parsed, 16 MB can
 MAX_DEPTH = 64
 MAX_DIGITS = 1000
 MAX_WHOLE = 2**63 - 1
-MAX_NAME = 255  # bytes
 MAX_SHOWN = 5  # problems in a message
 
 KINDS = checks.KINDS | {int: "a whole number from 0 up"}

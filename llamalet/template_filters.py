@@ -47,6 +47,16 @@ class Html(filters.Markup, Marked):  # type: ignore[misc]
         return cls(value if hasattr(value, "__html__") else follow(as_marked(value), _escaped))
 
 
+def _field_length(field: str, spec: str, conversion: str | None, template: str, at: int) -> int:
+    """Return how many characters the field at `at` of a format takes."""
+    length = len("{}") + len(field)  # {a}
+    if conversion:
+        length += len("!r")  # {a!r}
+    if template[at + length - 1] == ":":
+        length += len(":") + len(spec)  # {a:>4}, and {a:}, whose spec is as empty as that of {a}
+    return length
+
+
 class _Formatter(SandboxedFormatter):
     """The sandbox's str.format, which also collects the pieces of the result with their marks."""
 
@@ -67,10 +77,9 @@ class _Formatter(SandboxedFormatter):
                 self._pieces.append(Marked(literal, marks_of(template)[at : at + len(literal)]))
             at += len(literal)
             if field is not None:
-                at += len("{}") + len(field) + (len("!r") if conversion else 0)
-                at += len(":") + len(spec or "") if template[at - 1] == ":" else 0
+                at += _field_length(field, spec or "", conversion, template, at)
             elif template[at - 1 : at + 1] in ("{{", "}}"):
-                at += 1
+                at += 1  # the literal has one of the two
             yield literal, field, spec, conversion
         self._depth -= 1
 

@@ -100,6 +100,11 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scal
     )
 
 
+def companions(path: Path) -> list[Path]:
+    """Return where the files that go with NAME.bin are written, or looked for."""
+    return [*tokenizer_paths(path).values(), special_ids_path(path), path.with_suffix(TEMPLATE_SUFFIX)]
+
+
 def ids_to_state(source: ImportedModel, version: int) -> SpecialIds | None:
     """Return what begins and ends a model's texts, if its tokenizer alone would say something else.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llamalet import model_file, tokenizer
 from llamalet.checks import choice, file_path
 from llamalet.config import ModelConfig
-from llamalet.convert.imported_model import ImportedModel, Reported, compact, llama3_scaling
+from llamalet.convert.imported_model import META_PARAMS, ImportedModel, Reported, compact, llama3_scaling
 from llamalet.errors import ConfigError, FormatError, TokenizerError
 from llamalet.files import open_file, reading, refuse_odd
 from llamalet.hf_names import CONFIG_JSON, MODEL_SAFETENSORS
@@ -26,7 +26,6 @@ FORMATS = ("hf", "meta_llama", "llama2c", "gguf", "bin")
 FILES = (".bin", ".gguf", ".pt", ".pth")
 PYTORCH_STARTS = (b"PK", b"\x80\x02")  # of torch.save's files, new and old
 GGUF_START = b"GGUF"
-META_PARAMS = "params.json"
 
 
 # What looks at a model's path, shape, tokenizer and the chat template inside it.

@@ -88,7 +88,13 @@ def read(name: str) -> ImportedModel:
     if rounded := sorted({tensor.tensor_type.name for _, tensor in stored.values()} - DECODERS.keys()):
         notes.append(f"its weights were already rounded to {', '.join(rounded)}; the export keeps that rounding")
     vocabulary, data, problem = _read_tokenizer(fields, config.vocab_size)
-    stops = gguf_tokenizer.stops(fields.get, str(path)) if vocabulary is None else vocabulary.stop_ids
+    stops = frozenset[int]() if vocabulary is None else vocabulary.stop_ids
+    if vocabulary is None:
+        try:
+            stops = gguf_tokenizer.stops(fields.get, str(path))
+        except TokenizerError as error:
+            problem = problem or str(error)
+            notes.append(f"where its texts end is not known: {error}")
     return ImportedModel(
         name=str(path),
         config=config,

@@ -104,7 +104,7 @@ def read(get: Callable[[str], Any], name: str, n_rows: int) -> tuple[Tokenizer, 
     if ids is None:
         known = {key: id for key, id in _said_ids(get, name).items() if id < len(table.tokens)}
         ids = _ids_for_llama_cpp(table, known, _typed(get, name, "tokenizer.ggml.add_bos_token", bool))
-    return found.with_ids(ids), data
+    return found.with_ids(ids, name), data
 
 
 def stops(get: Callable[[str], Any], name: str) -> frozenset[int]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet import strict, tokenizer
-from llamalet.chat_template import TEMPLATE_FILES, NoDefault, find_source
+from llamalet.chat_template import TEMPLATE_FILES, TEMPLATE_FOLDER, NoDefault, find_source
 from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, RopeScaling
 from llamalet.convert import imported_model, safetensors_file, tokenizer_json
 from llamalet.convert.imported_model import FileTensor, ImportedModel, Reordered
@@ -28,6 +28,7 @@ from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import refuse_odd, replacing, write_file
 from llamalet.hf_names import (
     ADDED_TOKENS_JSON,
+    CHAT_TEMPLATE_JINJA,
     CONFIG_JSON,
     GENERATION_CONFIG_JSON,
     MODEL_INDEX_JSON,
@@ -118,7 +119,7 @@ def read(name: str) -> ImportedModel:
         if not HUB_ID.fullmatch(name) or folder.exists():
             raise FormatError(f"{name}: neither a folder nor the ID of a repository on the Hub (ORGANIZATION/NAME)")
         folder = fetch(name)
-    refuse_odd((folder / name for name in READ), FormatError)
+    refuse_odd(companions(folder), FormatError)
     fields = strict.read_json(folder / CONFIG_JSON, FormatError)
     stored = _with_prefix(imported_model.unwrapped(str(folder), _stored_tensors(folder)))
     config = _read_config(str(folder / CONFIG_JSON), fields)
@@ -145,6 +146,11 @@ def read(name: str) -> ImportedModel:
         stop_tokens=said.stops,
         notes=tuple(notes) if vocabulary is None else (*notes, *problems),
     )
+
+
+def companions(folder: Path) -> list[Path]:
+    """Return where the files of a model are written, or looked for."""
+    return [folder / name for name in READ]
 
 
 def fetch(repository: str) -> Path:
@@ -378,7 +384,7 @@ def _chat_template(folder: declared.Folder) -> str | None:
     It begins with the special tokens that it names but BOS and EOS: only these two go with a model otherwise.
     """
     try:
-        found = (find_source(folder.path) or (None,))[0]
+        found = (find_source(folder) or (None,))[0]
     except NoDefault:  # only a chat needs one
         found = None
     known = folder.template_variables if found else None
@@ -402,8 +408,11 @@ def _read_tokenizer(folder: declared.Folder, vocab_size: int) -> tuple[Tokenizer
     model, json_file = (imported_model.find_tokenizer([path], vocab_size, folder) for path in (model_path, json_path))
     if model[0] is None or json_file[0] is not None and not _are_alike(model[0], json_file[0]):
         vocabulary, data, problems = json_file
-        return vocabulary, data, () if vocabulary is not None else model[2] + problems
-    if json_path.is_file() or folder.names <= {*model[0].special, *model[0].added}:
+        if vocabulary is not None:
+            return vocabulary, data, ()
+        # The ids of a tokenizer.model are asked of a tokenizer.json beside it, whose own problem is said once.
+        return None, b"", tuple(said for said in model[2] if not said.startswith(f"{json_path}:")) + problems
+    if json_path.is_file() or folder.all_names <= {*model[0].special, *model[0].added}:
         return model
     try:
         built = tokenizer_json.build(model[0], model[1])
@@ -466,12 +475,12 @@ def write(folder: Path, source: ImportedModel, dtype: str = "f32", *, keep: Path
             imported_model.remove_stale(tokenizer_files, keep)
         elif replaces:
             imported_model.set_aside(tokenizer_files, keep)
+        # Any in TEMPLATE_FOLDER counts before the one that was written into tokenizer_config.json.
+        templates = [folder / CHAT_TEMPLATE_JINJA, *sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
         if source.tokenizer is not None and source.chat_template is not None:
-            imported_model.remove_stale(
-                [folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG_JSON], keep
-            )
+            imported_model.remove_stale(templates, keep)
         elif replaces:
-            imported_model.set_aside([folder / name for name in TEMPLATE_FILES if name != TOKENIZER_CONFIG_JSON], keep)
+            imported_model.set_aside(templates, keep)
     except BaseException:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
@@ -489,7 +498,7 @@ def _check(folder: Path, config: ModelConfig) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file; a Hugging Face model is a folder")
-    foreign = ("checkpoints", "state.json", MODEL_INDEX_JSON, "params.json")
+    foreign = ("checkpoints", "state.json", MODEL_INDEX_JSON, imported_model.META_PARAMS)
     others = [path.name for path in folder.glob("*") if path.name in foreign or path.suffix in (".bin", ".gguf", ".pt")]
     if others:
         advice = "name another folder for the export, and a run to export with"

@@ -27,6 +27,7 @@ from llamalet.tokenizer import Llama3Tokenizer, Tokenizer, declared
 
 Floats = NDArray[np.float32]
 
+META_PARAMS = "params.json"  # of Meta's folders
 DEFAULT_ROPE_THETA = 10000.0  # Llama 1's and 2's
 
 # What modules that wrap another one put into the names of its tensors.
@@ -223,7 +224,7 @@ def check_shapes(name: str, config: ModelConfig, found: Mapping[str, Sequence[in
 
 
 def build_config(name: str, fields: Mapping[str, Any], theirs: Mapping[str, str] | None = None) -> ModelConfig:
-    """Return a config with these fields, none of which is converted but whole numbers where any number will do.
+    """Return a config with these fields. Types must be right: only a whole number may stand for a float.
 
     Three fields may be None or left out: head_dim is dim / n_heads then, n_kv_heads is n_heads, and rope_theta is
     DEFAULT_ROPE_THETA.
@@ -259,7 +260,11 @@ def build_config(name: str, fields: Mapping[str, Any], theirs: Mapping[str, str]
 
 
 def _with_head_dim(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a config's values, with the usual head_dim if there is none; raise a ConfigError if that is no number."""
+    """Return a config's values, with the usual head_dim if there is none.
+
+    Raises:
+        ConfigError: if n_heads does not divide dim.
+    """
     if "head_dim" in values:
         return values
     dim, n_heads = values["dim"], values["n_heads"]

@@ -10,6 +10,7 @@ from llamalet.config import Llama3Scaling
 from llamalet.convert.imported_model import ImportedModel, unwrapped
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
 from llamalet.errors import FormatError
+from llamalet.hf_names import TOKENIZER_MODEL
 from llamalet.model_file.header import LLAMA2C
 from llamalet.model_file.reader import LLAMA3_VOCAB
 
@@ -48,4 +49,4 @@ def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scal
         )
     said = {key: arguments.get(key) for key in FIELDS} | {"norm_eps": arguments.get("norm_eps", LLAMA2C["norm_eps"])}
     rope = {"rope_theta": rope_theta, "rope_scaling": rope_scaling}
-    return imported(path, found, said | rope, [path.parent / "tokenizer.model"])
+    return imported(path, found, said | rope, [path.parent / TOKENIZER_MODEL])

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from llamalet import strict
 from llamalet.checks import shown
 from llamalet.config import RopeScaling
-from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, ImportedModel, llama3_scaling, unwrapped
+from llamalet.convert.imported_model import DEFAULT_ROPE_THETA, META_PARAMS, ImportedModel, llama3_scaling, unwrapped
 from llamalet.convert.pytorch_file import MATRICES, SUFFIX, TorchTensor, check_present, check_weights, imported, load
 from llamalet.errors import ConfigError, FormatError
+from llamalet.hf_names import TOKENIZER_MODEL
 from llamalet.model_file.reader import LLAMA3_VOCAB
 
-PARAMS = "params.json"
 IGNORED = ("rope.freqs",)
 # The axis along which each matrix is split over several files. Llama 3's embeddings are split along axis 0, those of
 # Llama 1 and 2 along axis 1; their shape tells which. Every file has all of the tensors that are not listed.
@@ -54,14 +54,14 @@ def read(name: str) -> ImportedModel:
     folder = Path(name)
     if folder.is_file():
         folder = folder.parent
-    fields = strict.read_json(folder / PARAMS, FormatError)
-    params = strict.build(Params, fields, str(folder / PARAMS), FormatError, ignore_unknown=True)
+    fields = strict.read_json(folder / META_PARAMS, FormatError)
+    params = strict.build(Params, fields, str(folder / META_PARAMS), FormatError, ignore_unknown=True)
     tensors = _read_tensors(folder, params)
     check_present(folder, tensors)
-    vocab_size, scaling = tensors["tok_embeddings"].shape[0], _scaling(folder / PARAMS, params)
+    vocab_size, scaling = tensors["tok_embeddings"].shape[0], _scaling(folder / META_PARAMS, params)
     if type(params.vocab_size) is not int or params.vocab_size not in (-1, vocab_size):
         raise FormatError(
-            f"{folder / PARAMS}: vocab_size={shown(params.vocab_size)}: must be {vocab_size}, the rows of the "
+            f"{folder / META_PARAMS}: vocab_size={shown(params.vocab_size)}: must be {vocab_size}, the rows of the "
             "embeddings, or -1"
         )
     shape = {
@@ -79,8 +79,8 @@ def read(name: str) -> ImportedModel:
         folder,
         tensors,
         shape,
-        [path / "tokenizer.model" for path in (folder, folder.parent)],
-        missing=f"{folder}: no tokenizer.model in it or beside it",
+        [path / TOKENIZER_MODEL for path in (folder, folder.parent)],
+        missing=f"{folder}: no {TOKENIZER_MODEL} in it or beside it",
     )
 
 

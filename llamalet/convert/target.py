@@ -13,8 +13,8 @@ from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
 from llamalet.convert.imported_model import ImportedModel, Reported, difference
 from llamalet.convert.probes import TEXTS, check_same
-from llamalet.errors import ConfigError, TokenizerError
-from llamalet.files import check_name, check_writable
+from llamalet.errors import ConfigError, DiskError, TokenizerError
+from llamalet.files import check_name, check_writable, refuse_odd
 from llamalet.model_file.companions import load_tokenizer
 from llamalet.model_file.header import DTYPES, LLAMA2C
 from llamalet.tokenizer import BOS_ID, Tokenizer, load
@@ -80,7 +80,8 @@ class Target:
 
         Raises:
             ConfigError: if something else is in its place.
-            DiskError: if its folder cannot be written to.
+            DiskError: if its folder cannot be written to, or something else is in the place of a file with it.
+            UsageError: if the name is not allowed (check_name).
         """
         if self.out is not None:
             path = Path(self.out)
@@ -89,11 +90,19 @@ class Target:
             check_writable(path if self.format == "hf" else path.parent)
 
     def check_place(self, path: Path) -> None:
-        """Raise a ConfigError if what is at `path` is not what would be replaced: a file, or with hf a folder."""
+        """Check that only what would be replaced is at `path`, a file or with hf a folder, and where its files go.
+
+        Raises:
+            ConfigError: if something else is at `path`.
+            DiskError: if something else is in the place of a file that goes with it.
+        """
         if path.exists() and not (path.is_dir() if self.format == "hf" else path.is_file()):
             what = "a folder" if path.is_dir() else "a file" if path.is_file() else "a pipe or a device"
             wanted = "a Hugging Face model is a folder" if self.format == "hf" else f"a .{self.format} is a file"
             raise ConfigError(f"{path}: is {what}; {wanted}")
+        companions = {"bin": bin_file.companions, "hf": huggingface.companions}.get(self.format)
+        if companions is not None:
+            refuse_odd(companions(path), DiskError)
 
     @property
     def format(self) -> str:

@@ -79,10 +79,7 @@ def load_tokenizer(file: ModelFile, path: Path | None = None) -> Tokenizer | Non
     else:
         return None
     ids = file.header.special_ids
-    try:
-        return found if ids is None else found.with_ids(ids)
-    except TokenizerError as error:
-        raise TokenizerError(f"{file.path}: {error}") from None
+    return found if ids is None else found.with_ids(ids, str(file.path))
 
 
 def stops_of(file: ModelFile) -> frozenset[int]:

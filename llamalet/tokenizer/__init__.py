@@ -21,7 +21,7 @@ from typing import Any
 
 from llamalet.checks import file_path
 from llamalet.errors import TokenizerError
-from llamalet.files import read_file, reading, write_file
+from llamalet.files import write_file
 from llamalet.hf_names import TOKENIZER_JSON
 from llamalet.tokenizer import declared, llama2, llama3
 from llamalet.tokenizer.base import SpecialIds, StreamDecoder, Tokenizer
@@ -36,8 +36,6 @@ __all__ = [
     "write_bin",
 ]  # fmt: skip
 
-# Other files (a model, a device) are not read into memory.
-MAX_FILE_BYTES = 1 << 26
 # More rows than this for each token are no padding: the tokenizer is another model's.
 MAX_PADDING = 2
 
@@ -69,20 +67,16 @@ def read(
         raise TokenizerError(f"{path}: no such tokenizer file")
     if not path.is_file():
         raise TokenizerError(f"{path}: not a file; name a tokenizer: a .model, tokenizer.bin or tokenizer.json")
-    n_bytes = path.stat().st_size
-    if n_bytes > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: {n_bytes} bytes: too large for a tokenizer; is it a model?")
     folder = folder or declared.Folder(path.parent)
     in_folder = path.name == TOKENIZER_JSON
-    with reading(path, TokenizerError):
-        data = (folder.json_bytes if in_folder else read_file(path)).removeprefix(codecs.BOM_UTF8)
+    data = (folder.json_bytes if in_folder else declared.file_bytes(path)).removeprefix(codecs.BOM_UTF8)
     fields = None
     if data.startswith(b"{"):
         fields = folder.tokenizer_json if in_folder else json_object(data, str(path))
         if in_folder:
             data, fields = folder.completed(data, fields, vocab_size)
     found = parse(data, str(path), vocab_size, fields=fields)
-    return found.with_ids(folder.special_ids(path, found, fields)), data
+    return found.with_ids(folder.special_ids(path, found, fields), str(path)), data
 
 
 def parse(

@@ -4,7 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llamalet.checks import shown
 from llamalet.errors import TokenizerError
+from llamalet.tokenizer.ids_file import is_id
+from llamalet.tokenizer.rows import MAX_VOCAB
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -26,11 +29,19 @@ def as_special(token: Token) -> Token:
 
 def in_order(path: Path, tokens: Iterable[tuple[Any, Token]]) -> list[Token]:
     """Return tokens in the order of their ids, which may be written as text; of two with one id the last."""
-    try:
-        by_id = {int(id): token for id, token in tokens}
-    except (ValueError, TypeError):
-        raise TokenizerError(f"{path}: the added tokens' ids must be numbers") from None
+    by_id = {_number(path, id): token for id, token in tokens}
     return [by_id[id] for id in sorted(by_id)]
+
+
+def _number(path: Path, id: Any) -> int:
+    """Return a token's id, which may be written as text."""
+    is_text = isinstance(id, str) and id.isascii() and id.isdecimal() and len(id) <= len(str(MAX_VOCAB))
+    found = int(id) if is_text else id
+    if not is_id(found):
+        raise TokenizerError(
+            f"{path}: an added token has the id {shown(id)}: must be a whole number from 0 to {MAX_VOCAB - 1}"
+        )
+    return int(found)
 
 
 def token_of(path: Path, key: str, value: Any) -> Token:

@@ -97,15 +97,22 @@ class Tokenizer(abc.ABC):
         self.unused = frozenset(unused)
         self.adds_space = adds_space
 
-    def with_ids(self, ids: SpecialIds) -> Self:
+    def with_ids(self, ids: SpecialIds, name: str = "special ids") -> Self:
         """Return the same tokenizer with other ids that begin and end texts.
+
+        Args:
+            ids: the ids.
+            name: the file that says them, for messages.
 
         Raises:
             TokenizerError: if one of them is not in the vocabulary; stops may be any.
         """
         for id in (ids.bos, ids.eos, *ids.prefix):
-            if id is not None and not (isinstance(id, int) and 0 <= id < self.vocab_size):
-                raise TokenizerError(f"BOS, EOS or prefix {id!r:.100}: not in the vocabulary of {self.vocab_size}")
+            if id is not None and not (type(id) is int and 0 <= id < self.vocab_size):
+                raise TokenizerError(
+                    f"{name}: BOS, EOS or prefix {shown(id)}: not in the vocabulary of {self.vocab_size}; "
+                    "correct the file"
+                )
         other = copy.copy(self)
         other.ids = ids
         return other

@@ -32,8 +32,8 @@ class TokenizerClass:
         pieces: whether tokens are SentencePiece's pieces, with a token for each byte; else they spell bytes.
         has_unknown: whether what the vocabulary lacks becomes the unknown token; else it is left out.
         begins: what begins every text: what the file's post-processor says, BOS, or nothing.
-        adds_again: the special tokens that lose the flags with which the files list them: none, those without a usual
-            role that a file names, or all.
+        adds_again: which special tokens become plain special again (their flags dropped): none; those whose role no
+            file names; or all.
     """
 
     steps: Callable[[Fields], dict[str, Any]]
@@ -47,7 +47,7 @@ class TokenizerClass:
 def _byte_level(config: Fields, *split: Fields, normalizer: Fields | None = None) -> dict[str, Any]:
     """Return the steps of a byte-level vocabulary: texts are cut into words by `split`, else as GPT-2 does.
 
-    Digits only cut finer.
+    Digits in `split` does not replace GPT-2's words: it cuts numbers first.
     """
     step = {"type": "ByteLevel", "add_prefix_space": bool(config.get("add_prefix_space")), "trim_offsets": True}
     last = step | {"use_regex": all(part["type"] != "Split" for part in split)}

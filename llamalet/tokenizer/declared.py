@@ -20,12 +20,13 @@ import functools
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from llamalet import strict
 from llamalet.errors import TokenizerError, UsageError
+from llamalet.files import read_file, reading
 from llamalet.hf_names import (
     ADDED_TOKENS_JSON,
     CONFIG_JSON,
@@ -45,6 +46,8 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 EXTRA, ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 SPECIFIC = "model_specific_special_tokens"
 BYTE_LEVEL = b'"ByteLevel"'
+# Other files (a model, a device) are not read into memory.
+MAX_FILE_BYTES = 1 << 26
 
 
 class Folder:
@@ -73,15 +76,15 @@ class Folder:
         return self._stops(GENERATION_CONFIG_JSON) or self._stops(CONFIG_JSON)
 
     @property
-    def names(self) -> set[str]:
+    def all_names(self) -> set[str]:
         """The names of all tokens that transformers would add to the tokenizer, or finds in it."""
-        return {token["content"] for token in [*self._special.values(), *self._extra, *self._added([])]}
+        return {token["content"] for token in [*self._special_and_extra, *self._added([])]}
 
     @property
     def template_variables(self) -> dict[str, str] | None:
         """The special tokens that transformers gives to a chat template; None if no file names any."""
         is_said = any((self.path / name).is_file() for name in (TOKENIZER_CONFIG_JSON, SPECIAL_TOKENS_MAP_JSON))
-        said = {**self._config, **self._map}.items()
+        said = {**self._config, **self._map, **self._late}.items()
         empty = {role: "" for role, value in said if value == "" and (role in ROLES or _is_unusual(role))}
         return empty | {role: token["content"] for role, token in self._special.items()} if is_said else None
 
@@ -113,7 +116,7 @@ class Folder:
         """
         beside = ids_path(path)
         if (own := ids_in(self.fields_of(beside.name), str(beside))) is not None:
-            return own
+            return found.with_ids(own, str(beside)).ids
         others = (TOKENIZER_CONFIG_JSON, SPECIAL_TOKENS_MAP_JSON, CONFIG_JSON, GENERATION_CONFIG_JSON)
         if path.name not in (TOKENIZER_JSON, TOKENIZER_MODEL) or not any((self.path / x).is_file() for x in others):
             ids, ends = ids_alone(found, fields, str(path)), self._stops(beside.name)
@@ -123,19 +126,19 @@ class Folder:
             found.id_of(self._special[role]["content"]) if role in self._special else alone.get(role)
             for role in ("bos_token", "eos_token")
         )
-        prefix = self._prefix(fields, bos)
+        prefix = self._text_prefix(fields, bos)
         if bos is None and prefix:
             bos = prefix[0]
         stops = self.stops or (() if eos is None else (eos,)) or found.ids.stops
         return SpecialIds(bos=bos, eos=eos, prefix=prefix, stops=frozenset(stops))
 
-    def _prefix(self, fields: Mapping[str, Any] | None, bos: int | None) -> tuple[int, ...]:
+    def _text_prefix(self, fields: Mapping[str, Any] | None, bos: int | None) -> tuple[int, ...]:
         """Return what begins every text; `fields`: the tokenizer.json that is read, if it is one."""
         begins_with_bos = self._config.get("add_bos_token") is True
         if self._has_json:
             begins = "file" if self._class is None else self._class.begins
             if begins == "file":
-                return _prefix(self.tokenizer_json if fields is None else fields, self.path / TOKENIZER_JSON)
+                return _prefix_in_json(self.tokenizer_json if fields is None else fields, self.path / TOKENIZER_JSON)
             begins_with_bos = begins == "bos"
         return (bos,) if begins_with_bos and bos is not None else ()
 
@@ -143,7 +146,7 @@ class Folder:
 
     def check(self) -> None:
         """Raise a TokenizerError if a file that speaks of tokens is damaged, or the tokenizer's class not supported."""
-        _ = self.names
+        _ = self.all_names
         if self._has_json and self._class_name in REFUSED:
             raise self._refused("makes another tokenizer of the file, and is not supported")
 
@@ -192,11 +195,11 @@ class Folder:
         return text.encode(), new
 
     def _named_by_class_only(self, fields: Mapping[str, Any]) -> set[str]:
-        """Return the special tokens that no file names, but for what begins every text."""
+        """Return the names that only the class gives, except BOS where it begins every text."""
         made = self._class
         if made is None:
             return set()
-        said = {key for key in (*self._config, *self._map, *(["bos_token"] if made.begins == "bos" else []))}
+        said = {*self._config, *self._map} | ({"bos_token"} if made.begins == "bos" else set())
         listed = {token["content"] for token in self._added(fields.get("added_tokens") or [])}
         named = {token["content"] for role, token in self._special.items() if role in said}
         return {name for role, name in made.special.items() if role not in said} - listed - named
@@ -212,26 +215,45 @@ class Folder:
             for token in listed
         ):
             raise TokenizerError(f"{self.path / TOKENIZER_JSON}: added_tokens is not a list of tokens with ids")
-        made = self._class
-        known = {} if made else {token["content"]: flags_of(token) for token in listed}
+        known = {} if self._class else {token["content"]: flags_of(token) for token in listed}
+        changed = self._listed_changes(listed, known)
+        return changed + self._missing_special({*known, *(token["content"] for token in changed)}) + self._again()
+
+    def _listed_changes(self, listed: Iterable[Token], known: Mapping[str, dict[str, bool]]) -> list[Token]:
+        """Return the tokens that files list and the tokenizer lacks, or has with other flags.
+
+        Args:
+            listed: those in tokenizer.json.
+            known: name -> flags of those that the tokenizer begins with.
+        """
         named = {token["content"] for token in self._special.values()}
         tokens = [token | {"special": token["special"] or token["content"] in named} for token in self._added(listed)]
-        tokens = [token for token in tokens if known.get(token["content"]) != flags_of(token)]
-        special = {token["content"]: as_special(token) for token in [*self._special.values(), *self._extra]}
-        found = {*known, *(token["content"] for token in tokens)}
-        tokens += [token for name, token in special.items() if name not in found]
-        if made is not None and made.adds_again == "all":
-            tokens += [as_special({"content": name}) for name in special]
-        if made is not None and made.adds_again == "unnamed":
-            unnamed = [token for role, token in self._special.items() if role not in self._named]
-            tokens += map(as_special, [*unnamed, *self._extra])
-        return tokens
+        return [token for token in tokens if known.get(token["content"]) != flags_of(token)]
+
+    def _missing_special(self, found: Set[str]) -> list[Token]:
+        """Return the special tokens that the tokenizer lacks; `found`: the names that it has by then."""
+        special = {token["content"]: as_special(token) for token in self._special_and_extra}
+        return [token for name, token in special.items() if name not in found]
+
+    def _again(self) -> list[Token]:
+        """Return the special tokens that the class adds again: see `adds_again`."""
+        kind = "none" if self._class is None else self._class.adds_again
+        if kind == "all":
+            return [as_special({"content": token["content"]}) for token in self._special_and_extra]
+        if kind == "unnamed":
+            unnamed = [token for role, token in self._special.items() if role not in self._said_roles]
+            return [as_special(token) for token in [*unnamed, *self._extra]]
+        return []
 
     def _remade(self, fields: Mapping[str, Any], made: TokenizerClass) -> dict[str, Any]:
         """Return a tokenizer.json's fields as a class with a tokenizer of its own changes them, with no added token."""
-        old = fields["model"]
+        old = fields.get("model")
+        if not isinstance(old, dict) or not isinstance(old.get("vocab"), dict | list):
+            raise TokenizerError(f"{self.path / TOKENIZER_JSON}: its model must be an object with a vocab")
         if "merges" not in old:
             raise self._refused(f"needs the merges of a BPE model; the file holds a {old.get('type')} model")
+        if not isinstance(old["vocab"], dict):
+            raise TokenizerError(f"{self.path / TOKENIZER_JSON}: its model's vocab must be an object of ids by token")
         model = {key: old[key] for key in ("vocab", "merges")}
         if made.has_unknown:
             model["unk_token"] = self._special.get("unk_token", {}).get("content")
@@ -246,7 +268,7 @@ class Folder:
     @functools.cached_property
     def json_bytes(self) -> bytes:
         """The bytes of tokenizer.json; none if there is no file."""
-        return (self.path / TOKENIZER_JSON).read_bytes() if self._has_json else b""
+        return file_bytes(self.path / TOKENIZER_JSON) if self._has_json else b""
 
     @functools.cached_property
     def tokenizer_json(self) -> dict[str, Any]:
@@ -307,28 +329,29 @@ class Folder:
         )
 
     @functools.cached_property
-    def _named(self) -> set[str]:
+    def _said_roles(self) -> set[str]:
         """The usual roles of special tokens that a file speaks of."""
         return {role for role in ROLES if role in self._config or role in self._map}
 
     @functools.cached_property
     def _special(self) -> dict[str, Token]:
         """The special tokens by their roles: the usual ones, the class's, and other fields that end in _token."""
-        last = {key: value for key, value in self._config.items() if _is_unusual(key) and value and type(value) is str}
-        found = {role: self._token(role, value) for role, value in self._usual.items() if value not in (None, "")}
-        for more in (last, *(tokens for tokens in self._extra_fields if isinstance(tokens, dict))):
+        usual = {role: value for role, value in (self._usual | self._late).items() if value not in (None, "")}
+        found = {role: self._token(role, value) for role, value in usual.items()}
+        for more in (tokens for tokens in self._extra_fields if isinstance(tokens, dict)):
             found |= {role: self._token(role, value) for role, value in more.items()}
         return found
+
+    @property
+    def _special_and_extra(self) -> list[Token]:
+        """All special tokens: those with a role, then the others."""
+        return [*self._special.values(), *self._extra]
 
     @functools.cached_property
     def _usual(self) -> dict[str, Any]:
         """What the files or else the class say of roles, but for unusual ones that tokenizer_config.json names."""
         defaults = {} if self._class is None else self._class.special
-        said = {
-            key: value
-            for key, value in self._config.items()
-            if not _is_unusual(key) or value is None or isinstance(value, dict) and value.get("__type") == "AddedToken"
-        } | self._map
+        said = {key: value for key, value in self._config.items() if _counts_early(key, value)} | self._map
         others = filter(_is_unusual, said)
         return {role: said.get(role, defaults.get(role)) for role in dict.fromkeys([*ROLES, *defaults, *others])}
 
@@ -347,13 +370,31 @@ class Folder:
     @property
     def _extra_fields(self) -> list[Any]:
         """What the files say of special tokens besides: lists of tokens, and objects with tokens by name."""
-        found = [self._config.get(EXTRA) or self._config.get(ADDITIONAL), self._map.get(EXTRA)]
-        if not any(found):
-            found = [self._map.get(ADDITIONAL)]
-        unusual = (value for key, value in [*self._config.items(), *self._map.items()] if _is_unusual(key))
-        if not any(found) and not any(isinstance(value, str | dict) for value in unusual):
-            found = [tokens for tokens in (self._config.get(SPECIFIC), self._map.get(SPECIFIC)) if type(tokens) is dict]
-        return list(filter(None, found))
+        first = self._config.get(EXTRA) or self._config.get(ADDITIONAL, self._config.get(EXTRA))
+        more = self._map.get(EXTRA)
+        left = self._map.get(ADDITIONAL, self._config.get(ADDITIONAL) if self._config.get(EXTRA) else None)
+        # Tokens by name in the map replace a list; an empty list is one too.
+        lists = (
+            [] if isinstance(more, dict) else [x for x in (first, more) if x is not None and not isinstance(x, dict)]
+        )
+        by_name = [tokens for tokens in (first, more) if isinstance(tokens, dict)]
+        if not (self._late or isinstance(first, dict) and first):  # transformers puts these in SPECIFIC's place
+            by_name.insert(0, self._specific)
+        return list(filter(None, [*by_name, *(lists or [left])]))
+
+    @property
+    def _specific(self) -> dict[str, Any]:
+        """The tokens by name that only some models have; empty if the files say nothing of them."""
+        found = self._config.get(SPECIFIC) or {}
+        if not isinstance(found, dict):
+            source = self.path / TOKENIZER_CONFIG_JSON
+            raise TokenizerError(f"{source}: {SPECIFIC} is {reprlib.repr(found)}: must be an object of tokens by name")
+        return found
+
+    @property
+    def _late(self) -> dict[str, str]:
+        """The unusual roles that tokenizer_config.json gives as text: they count over special_tokens_map.json."""
+        return {key: value for key, value in self._config.items() if _is_unusual(key) and isinstance(value, str)}
 
     def _added(self, listed: Iterable[Token]) -> list[Token]:
         """Return the added tokens in the order of their ids; `listed`: those in tokenizer.json."""
@@ -364,7 +405,7 @@ class Folder:
             tokens = in_order(source, table.items())
             return [{"special": False} | token_of(source, "added_tokens_decoder", token) for token in tokens]
         source = self.path / ADDED_TOKENS_JSON
-        names = {self._special[role]["content"] for role in self._named & self._special.keys()}
+        names = {self._special[role]["content"] for role in self._said_roles & self._special.keys()}
         names |= {token["content"] for token in self._extra}
         pairs: list[tuple[Any, Token]] = [
             (id, {"content": name, "special": name in names, "normalized": name not in names})
@@ -385,6 +426,19 @@ class Folder:
         return tuple(id for id in ids if is_id(id))  # -1 and the like are no token's, so no text ends there
 
 
+def file_bytes(path: Path) -> bytes:
+    """Return the bytes of a tokenizer's file.
+
+    Raises:
+        TokenizerError: if it cannot be read, or is too large.
+    """
+    with reading(path, TokenizerError):
+        n_bytes = path.stat().st_size
+        if n_bytes > MAX_FILE_BYTES:
+            raise TokenizerError(f"{path}: {n_bytes} bytes: too large for a tokenizer; is it a model?")
+        return read_file(path)
+
+
 def ids_alone(found: Tokenizer, fields: Mapping[str, Any] | None, name: str) -> SpecialIds:
     """Return the ids of a tokenizer whose file is all there is: the post-processor of a tokenizer.json is asked.
 
@@ -399,18 +453,25 @@ def ids_alone(found: Tokenizer, fields: Mapping[str, Any] | None, name: str) -> 
     found = found.with_ids(found.file_ids)
     if fields is None:
         return found.ids
-    prefix = _prefix(fields, name)
+    prefix = _prefix_in_json(fields, name)
     bos = prefix[0] if prefix else None
     stops = found.ids.stops if bos == found.ids.bos else found.ids.stops - {found.ids.bos} | {found.ids.eos}
     return SpecialIds(bos=bos, eos=found.ids.eos, prefix=prefix, stops=frozenset(id for id in stops if id is not None))
 
 
-def _prefix(fields: Mapping[str, Any], name: Path | str) -> tuple[int, ...]:
+def _prefix_in_json(fields: Mapping[str, Any], name: Path | str) -> tuple[int, ...]:
     """Return what the post-processor of a tokenizer.json puts before every text."""
-    try:
+    with refusals(str(name)):
         return prefix_of(fields)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise TokenizerError(f"{name}: its post_processor is damaged: {error!r}") from None
+
+
+def _counts_early(key: str, value: Any) -> bool:
+    """Return whether transformers reads a field of tokenizer_config.json before special_tokens_map.json.
+
+    It keeps unusual roles that are given as text for later.
+    """
+    is_object = isinstance(value, dict) and value.get("__type") == "AddedToken"
+    return not _is_unusual(key) or value is None or is_object
 
 
 def _is_unusual(key: str) -> bool:

@@ -180,8 +180,10 @@ class JsonTokenizer(Tokenizer):
     def _encode_name(self, name: str) -> list[int]:
         """Return the ids of a token's name as plain text."""
         ids = self._encode_inside(name)
-        if len(name) == 1 or self._name_ids.isdisjoint({*ids} - {self._unknown_id}):
+        if self._marker_ids.isdisjoint(ids):
             return ids
+        if len(name) == 1:  # a normalizer wrote another token's name for this character, or it is itself a token
+            return [id for id in ids if id not in self._marker_ids or self._names.get(name) == id]
         return self._encode_name(name[:1]) + self._encode_name(name[1:])
 
     def _is_unknown(self, id: int, text: str) -> bool:
@@ -204,7 +206,9 @@ def _without_space(text: str, start: int, end: int) -> tuple[int, int]:
     name = text[start:end]
     if not name.strip():
         return start, end
-    return end - len(name.lstrip()), start + len(name.rstrip())
+    left = len(name) - len(name.lstrip())
+    right = len(name) - len(name.rstrip())
+    return start + left, end - right
 
 
 @contextlib.contextmanager
@@ -214,6 +218,10 @@ def refusals(name: str) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, TokenizerError):
         raise
+    except KeyError as error:
+        raise TokenizerError(f"{name}: not a usable tokenizer.json: {error} is missing") from None
+    except (TypeError, AttributeError, IndexError):  # Python's words would say nothing of the file
+        raise TokenizerError(f"{name}: not a usable tokenizer.json: a field has the wrong type") from None
     except BaseException as error:  # a panic is no Exception
         raise TokenizerError(f"{name}: not a usable tokenizer.json: {error}") from None
 
@@ -245,6 +253,7 @@ def rank_rows(fields: Mapping[str, Any]) -> list[TokenizerRow] | None:
             or any(model.get(key) != value for key, value in LLAMA3_MODEL.items())
             or [{key: step.get(key) for key in LLAMA3_STEPS[i]} for i, step in enumerate(steps)] != [*LLAMA3_STEPS]
             or len(names) != len(added)
+            or any(token.get(flag) for token in added for flag in ("single_word", "lstrip", "rstrip"))
             or not {BOS, EOS} <= names
             or not all(SPECIAL_NAME.fullmatch(name.encode()) for name in names)
         ):

@@ -10,7 +10,7 @@ import tinystories
 from corpus import prepare, sources
 from corpus.sources import find_files, in_one_line, open_source
 from corpus.synthetic import SynthesizeConfig, synthesize
-from llamalet.errors import DataError, DiskError
+from llamalet.errors import DataError, DiskError, UsageError
 from llamalet.shards import Shards, find_newest
 
 
@@ -150,7 +150,7 @@ def test_a_path_fits_into_a_line():
 def test_a_place_that_cannot_be_written_is_refused_before_work(tmp_path, name):
     (tmp_path / "file").touch()
     (tmp_path / "story.txt").write_text("a text")
-    with pytest.raises(DiskError, match="control character|a name of 300 bytes|file: not a folder"):
+    with pytest.raises((DiskError, UsageError), match="control character|a name of 300 bytes|file: not a folder"):
         prepare.find_source(prepare.TextConfig(source=str(tmp_path / "story.txt"), data_dir=tmp_path / name))
-    with pytest.raises(DiskError):
+    with pytest.raises((DiskError, UsageError)):
         synthesize(SynthesizeConfig(stories=1, data_dir=tmp_path / name), None, lambda n: None)

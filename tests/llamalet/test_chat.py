@@ -267,10 +267,10 @@ def test_templates_that_cannot_be_used_are_refused(model, tmp_path, monkeypatch)
         ("chat_template.jinja", b"\xff"),
     ):
         (tmp_path / name).write_bytes(content)
-        words = "cannot be read|must hold a JSON object|not valid JSON|half of a surrogate pair"
+        words = "cannot be read|must hold a JSON object|not valid JSON|half of a surrogate pair|must be a text"
         with pytest.raises(errors.UsageError, match=words):
             find_template(model, tmp_path / name)
-        with pytest.raises(errors.UsageError, match=words):
+        with pytest.raises((errors.UsageError, errors.TokenizerError), match=words):
             huggingface._chat_template(declared.Folder(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x", "bos_token": {"content": 5}}')
     with pytest.raises(errors.TokenizerError, match="bos_token is .* must be a token"):

@@ -1,6 +1,7 @@
 """Rendered chats against transformers': templates of many families, several vocabularies, friendly and hostile talk."""
 
 import json
+import os
 import random
 import re
 
@@ -13,7 +14,7 @@ from vocabularies import from_sentencepiece, train
 from llamalet import template_child
 from llamalet.chat_template import JinjaTemplate, Message, find_template
 from llamalet.convert import tokenizer_json
-from llamalet.errors import UsageError
+from llamalet.errors import FormatError, TokenizerError, UsageError
 from llamalet.marked_text import own
 from llamalet.tokenizer import parse
 from llamalet.tokenizer.declared import Folder
@@ -219,6 +220,77 @@ def test_a_tokenizer_that_splits_special_tokens_is_for_no_chat(tmp_path):
         assert vocabulary.encode(text) == reference.encode(text)
     write_folder(tmp_path, {"chat_template": CHATML, "split_special_tokens": False, "bos_token": "<s>"})
     find_template(tmp_path, vocabulary)
+
+
+NAMES = "{{ bos_token }}"
+BESIDE = {
+    "empty": "{}",
+    "other names": '{"bos_token": "<bos>"}',
+    "plain special tokens": '{"split_special_tokens": true}',
+    "damaged": "[]",
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("where", ["its own", "inside", "named"])
+def test_another_model_s_files_say_nothing_of_a_model_in_one_file(where, beside, tmp_path):
+    data = train()
+    vocabulary = parse(data, "x").with_chat_spaces("always")
+    path, named = tmp_path / "m.chat_template.jinja", None
+    if where == "named":
+        named = path.rename(tmp_path / "any.jinja") if path.exists() else tmp_path / "any.jinja"
+    if where != "inside":
+        (named or path).write_text(FAMILIES["alpaca"] + NAMES)
+    inside = FAMILIES["alpaca"] + NAMES if where == "inside" else None
+    talk = [Message("user", "the sea")]
+    alone = find_template(tmp_path / "m.bin", vocabulary, named, inside)(talk)
+    assert alone[-1] == vocabulary.bos_id
+    (tmp_path / "tokenizer_config.json").write_text(BESIDE[beside])
+    if where != "inside" or beside != "damaged":  # damaged, it may hold a template that counts first
+        assert find_template(tmp_path / "m.bin", vocabulary, named, inside)(talk) == alone
+
+
+@pytest.mark.parametrize(
+    "file", ["additional_chat_templates/default.jinja", "additional_chat_templates/tool.jinja", "chat_template.jinja"]
+)
+def test_a_template_beside_a_model_has_the_names_beside_it(file, tmp_path):
+    vocabulary = parse(train(user_defined_symbols=["<X>"]), "x")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(NAMES)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<X>"}')
+    named = tmp_path / file if "tool" in file else None
+    ids = find_template(tmp_path / "m.bin", vocabulary, named)([Message("user", "the sea")])
+    assert ids[-1] == vocabulary.id_of("<X>")
+
+
+@pytest.mark.parametrize("content", ["5", "[5]", "[[]]", '[{"name": [], "template": "x"}]', '[{"name": "default"}]',
+                                     '{"default": 5}'])  # fmt: skip
+def test_what_is_no_template_is_shown(content, tmp_path):
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(f'{{"chat_template": {content}}}')
+    for named in (None, path):
+        with pytest.raises(UsageError, match=r"_config\.json: chat_template is .*: must be a text, an object of texts"):
+            find_template(tmp_path, parse(MANY.to_str().encode(), "x"), named)
+
+
+def test_a_damaged_file_beside_a_tokenizer_is_no_error_of_usage(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: must hold a JSON object"):
+        find_template(tmp_path, parse(MANY.to_str().encode(), "x"))
+
+
+@pytest.mark.parametrize("file", ["m.chat_template.jinja", "chat_template.jinja", "tokenizer_config.json"])
+def test_a_link_to_nothing_is_not_passed_over(file, tmp_path):
+    (tmp_path / file).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FormatError, match=f"{file}: is a link to nothing"):
+        find_template(tmp_path / "m.bin", parse(MANY.to_str().encode(), "x"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that cannot be read")
+def test_a_template_that_the_system_does_not_read_is_named(tmp_path):
+    (tmp_path / "chat_template.jinja").symlink_to("/proc/self/mem")
+    with pytest.raises(UsageError, match=r"chat_template\.jinja: cannot be read: Input/output error"):
+        find_template(tmp_path, parse(MANY.to_str().encode(), "x"))
 
 
 # --- SentencePiece ---

@@ -3,8 +3,8 @@ import os
 import pytest
 
 from llamalet import Model, Tokenizer
-from llamalet.errors import DataError, DiskError, FormatError, TokenizerError
-from llamalet.files import MAX_NAME, check_replaceable, check_writable, replacing
+from llamalet.errors import DataError, DiskError, FormatError, TokenizerError, UsageError
+from llamalet.files import MAX_NEW_NAME, check_replaceable, check_writable, replacing
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -75,17 +75,17 @@ def test_whether_a_folder_can_be_written_to_is_known_without_a_trace(tmp_path):
         ("a\nb", r"a\\nb': has a control character in its name"),
         ("a\0b", r"a\\x00b': has a control character"),
         ("a\x1b[31m/b", r"a\\x1b\[31m/b': has a control character"),
-        ("x" * (MAX_NAME + 1), "x{40}...: is a name of 221 bytes; the most is 220"),
+        ("x" * (MAX_NEW_NAME + 1), "x{40}...: is a name of 221 bytes; the most is 220; choose a shorter name"),
         ("\u4e00" * 80 + "/b", "is a name of 240 bytes"),
     ],
 )
 def test_a_name_that_is_none_is_refused_before_work(tmp_path, check, name, words):
-    with pytest.raises(DiskError, match=words):
+    with pytest.raises(UsageError, match=words):
         check(tmp_path / name)
 
 
 def test_the_longest_name_has_room_beside_it(tmp_path):
-    path = tmp_path / ("x" * (MAX_NAME - 4) + ".bin")
+    path = tmp_path / ("x" * (MAX_NEW_NAME - 4) + ".bin")
     check_replaceable(path)
     with replacing(path):
         pass

@@ -94,6 +94,35 @@ def test_a_place_that_cannot_be_written_is_known_before_a_model_is_read(project,
             command()
 
 
+@pytest.mark.parametrize(
+    ("out", "file"),
+    [
+        ("q.bin", "q.tokenizer.model"),
+        ("q.bin", "q.tokenizer.json"),
+        ("q.bin", "q.generation_config.json"),
+        ("q.bin", "q.chat_template.jinja"),
+        ("q", "q/tokenizer.json"),
+        ("q", "q/config.json"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["a folder", "a link to nothing"])
+def test_what_is_in_the_place_of_a_file_beside_the_model_is_known_before_it_is_read(
+    project, monkeypatch, out, file, kind
+):
+    def read(*_args, **_options):
+        raise AssertionError("this work comes too early")
+
+    monkeypatch.setattr(formats, "read", read)
+    if kind == "a folder":
+        (project / file).mkdir(parents=True)
+    else:
+        (project / file).parent.mkdir(exist_ok=True)
+        (project / file).symlink_to("nowhere")
+    for command in (lambda: export.main([out, "--hf=some/one"]), lambda: cli.main(["convert", "some.gguf", out])):
+        with pytest.raises(DiskError, match=f"{file}: is {kind}, not a file; move it away"):
+            command()
+
+
 def test_a_checkpoint_can_be_named(project):
     export.main(["there/last.bin", "--checkpoint=out/checkpoints/step-00000020", "--no-check"])
     expected = random_tensors(CONFIG, seed=20, scale=0.05)

@@ -404,6 +404,14 @@ def test_a_text_too_small_for_the_vocabulary_names_the_largest(stories):
     assert Shards.open(find_newest("other")).vocab_size == largest
 
 
+def test_a_folder_in_the_place_of_a_smaller_vocabulary_is_known_before_the_training(monkeypatch):
+    Path("s.txt").write_text("some words\n" * 30)
+    Path("data/s/tok322.model").mkdir(parents=True)
+    monkeypatch.setattr(vocabulary, "train", must_not_run)
+    with pytest.raises(DiskError, match="tok322.model: is in the place of a file"):
+        run("pretokenize", "s.txt")
+
+
 def test_pretokenize_takes_the_vocabulary_that_was_asked_for(stories):
     write_jsonl(Path("s.jsonl"), stories)
     run("train-vocab", "s.jsonl", "--vocab-size=303")

@@ -306,7 +306,7 @@ def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_step(project,
 
 
 def test_an_out_dir_with_a_line_end_in_its_name_is_refused(project):
-    with pytest.raises(DiskError, match="has a control character in its name; choose another name"):
+    with pytest.raises(UsageError, match="has a control character in its name; choose another name"):
         train.main([*SMALL, "--out_dir=a\nb"])
 
 

@@ -376,6 +376,19 @@ def test_a_chat_template_goes_with_the_model(tmp_path):
     assert formats.read("bin", str(tmp_path / "m.bin")).chat_template == source.chat_template
 
 
+@pytest.mark.parametrize("template", [None, "{{ messages }}"])
+def test_no_template_of_a_replaced_model_remains(tmp_path, template):
+    folder, more = tmp_path / "hf", tmp_path / "hf" / "additional_chat_templates"
+    source = our_source(SMALL_MODELS["gqa-tied"], tokenizer=toy_tokenizer(VOCAB), chat_template=template)
+    huggingface.write(folder, source)
+    more.mkdir()
+    for path in (folder / "chat_template.jinja", more / "default.jinja", more / "tool.jinja"):
+        path.write_text("another model's")
+    huggingface.write(folder, source)
+    assert not list(folder.rglob("*.jinja"))
+    assert huggingface.read(str(folder)).chat_template == template
+
+
 def llama3_source(**rest) -> ImportedModel:
     vocabulary = toy_llama3()
     config = dataclasses.replace(SMALL_MODELS["gqa-tied"], vocab_size=vocabulary.vocab_size)

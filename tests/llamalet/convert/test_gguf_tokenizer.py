@@ -11,12 +11,12 @@ from gguf_makes import CHATML, MAKES, OTHERS, byte_pairs, made, rows
 from toy import random_tensors, toy_tokenizer
 
 from llamalet.config import ModelConfig
-from llamalet.convert import gguf_file
+from llamalet.convert import formats, gguf_file
 from llamalet.convert.gguf_table import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.convert.probes import check_same
 from llamalet.errors import TokenizerError
-from llamalet.tokenizer import BinTokenizer, JsonTokenizer, SpecialIds, Tokenizer, parse
+from llamalet.tokenizer import BinTokenizer, JsonTokenizer, SpecialIds, Tokenizer, parse, write_bin
 
 TINY = ModelConfig.create(dim=16, n_layers=1, n_heads=2, hidden_dim=32, vocab_size=300, max_seq_len=8)
 
@@ -212,6 +212,19 @@ def test_tokens_of_every_kind_in_any_place(tmp_path, at):
 def test_the_ids_of_pieces(tmp_path, extra, prefix, bos, stops):
     found = foreign(tmp_path / "m.gguf", PLAIN, PLAIN_KINDS, extra=extra)
     assert (found.tokenizer.ids.prefix, found.tokenizer.bos_id, found.stop_tokens) == (prefix, bos, stops)
+
+
+def test_with_a_damaged_eos_another_tokenizer_can_be_named(tmp_path):
+    add = lambda writer: writer.add_string("tokenizer.ggml.eos_token_id", "x")  # noqa: E731
+    found = foreign(tmp_path / "m.gguf", PLAIN, PLAIN_KINDS, extra=add)
+    assert found.tokenizer is None and found.stop_tokens == ()
+    assert "eos_token_id='x': must be a whole number" in found.tokenizer_problem
+    assert any(note.startswith("where its texts end is not known") for note in found.notes)
+    with pytest.raises(TokenizerError, match="eos_token_id='x'.*; name one with --tokenizer"):
+        formats.open_model(tmp_path / "m.gguf", check=lambda *_: None)
+    path = tmp_path / "tokenizer.bin"
+    write_bin(path, toy_tokenizer(len(PLAIN)))
+    assert formats.tokenizer_of(found, path).stop_ids
 
 
 @pytest.mark.parametrize(("words", "begins"), [("llama-bpe", True), ("glm4", False), ("gpt-2", False), (None, False)])

@@ -215,12 +215,16 @@ def test_more_ids_than_the_header_has_room_for_are_refused(turns, tmp_path):
         ("tokenizer_config.json", "[1]", "must hold a JSON object"),
         ("tokenizer_config.json", '{"bos_token": 5}', "bos_token is 5: must be a token"),
         ("tokenizer_config.json", '{"eos_token": {"lstrip": true}}', "eos_token is .*must be a token"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<a>"}}}', "ids must be numbers"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": {"content": "<a>"}}}',
+            "must be a whole number from 0",
+        ),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"3": "<a>"}}', "not an object of tokens by id"),
         ("tokenizer_config.json", '{"additional_special_tokens": 5}', "must be a list of tokens"),
         ("special_tokens_map.json", '{"eos_token": []}', r"eos_token is \[\]"),
-        ("added_tokens.json", '{"<a>": "x"}', "ids must be numbers"),
-        ("added_tokens.json", '{"<a>": [1]}', "ids must be numbers"),
+        ("added_tokens.json", '{"<a>": "x"}', "must be a whole number from 0"),
+        ("added_tokens.json", '{"<a>": [1]}', "must be a whole number from 0"),
         ("generation_config.json", '{"prefix_token_ids": [], "prefix_token_ids": [1]}', "there twice"),
         ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is '2': must be a token's id"),
         ("generation_config.json", '{"eos_token_id": [true]}', "must be a token's id"),
@@ -312,3 +316,12 @@ def test_tokens_that_transformers_adds_are_in_the_tokenizer_that_goes_along(tmp_
     (tmp_path / "config.json").write_text("{}")
     found, data, _ = huggingface._read_tokenizer(Folder(tmp_path), 345)
     assert isinstance(found, JsonTokenizer) and parse(data, "t").special["[PAD]"] == 342
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_what_is_wrong_with_one_of_two_tokenizers_is_said_once(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    vocabulary, _, problems = huggingface._read_tokenizer(Folder(tmp_path), 420)
+    assert vocabulary is None and len(problems) == 1 and str(tmp_path / "tokenizer.json") in problems[0]

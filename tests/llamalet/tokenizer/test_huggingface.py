@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import toy_llama3
@@ -104,6 +105,9 @@ CHANGES = {
     "a pair left out": lambda t: t["model"]["merges"].pop(),
     "an added word": lambda t: t["added_tokens"][5].update(special=False),
     "another kind of name": lambda t: t["added_tokens"][5].update(content="[PAD]"),
+    "a name that takes the spaces before it": lambda t: t["added_tokens"][5].update(lstrip=True),
+    "a name that takes the spaces after it": lambda t: t["added_tokens"][5].update(rstrip=True),
+    "a name that is a word": lambda t: t["added_tokens"][5].update(single_word=True),
 }
 
 
@@ -114,6 +118,17 @@ def test_what_is_not_quite_llama_3s_is_the_librarys(change):
     change(table)
     assert rank_rows(table) is None
     assert isinstance(parse(json.dumps(table).encode(), "x"), JsonTokenizer)
+
+
+def test_a_name_that_other_files_add_to_llama_3s_takes_its_spaces(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(byte_level().to_str())
+    token = {"content": "<|x|>", "lstrip": True, "rstrip": True, "single_word": False, "special": True}
+    added = {"added_tokens_decoder": {"999": token | {"normalized": False}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(added))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load(tmp_path / "tokenizer.json")
+    assert ours.encode("a <|x|> b", special=True) == theirs("a <|x|> b", add_special_tokens=False)["input_ids"]
 
 
 def test_the_byte_level_one_is_the_rank_table():

@@ -316,7 +316,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 def test_a_file_as_large_as_a_model_is_not_read(tmp_path):
     with open(tmp_path / "model.bin", "wb") as file:
-        file.truncate(tokenizer.MAX_FILE_BYTES + 1)
+        file.truncate(tokenizer.declared.MAX_FILE_BYTES + 1)
     with pytest.raises(TokenizerError, match="too large for a tokenizer"):
         load(tmp_path / "model.bin")
 
