@@ -74,13 +74,23 @@ def attention(q: Array, keys: Array, values: Array) -> Array:
 
     Source: https://arxiv.org/abs/1706.03762; shared kv heads: https://arxiv.org/abs/2305.13245
     """
+    return mix(attention_weights(q, keys), values)
+
+
+def attention_weights(q: Array, keys: Array) -> Array:
+    """Return how much each new position looks at each position: (B, G, H / G, T, S); arguments as above."""
     (B, H, T, D), (_, G, S, _) = q.shape, keys.shape
     q = q.reshape(B, G, H // G, T, D)
-    scores = q @ keys[:, :, None].swapaxes(-1, -2) / np.float32(np.sqrt(D))  # (B, G, H / G, T, S)
+    scores = q @ keys[:, :, None].swapaxes(-1, -2) / np.float32(np.sqrt(D))
     future = np.triu(np.full((T, S), -np.inf, np.float32), k=S - T + 1)
-    weights = softmax(scores + future)
+    return softmax(scores + future)
+
+
+def mix(weights: Array, values: Array) -> Array:
+    """Return the means of the values (B, G, S, D) with weights (B, G, H / G, T, S): (B, T, H * D)."""
+    B, G, per_group, T, _ = weights.shape
     mixed = weights @ values[:, :, None]  # (B, G, H / G, T, D)
-    return mixed.reshape(B, H, T, D).swapaxes(1, 2).reshape(B, T, H * D)
+    return mixed.reshape(B, G * per_group, T, -1).swapaxes(1, 2).reshape(B, T, -1)
 
 
 def softmax(x: Array) -> Array:
