@@ -1,12 +1,14 @@
 """AdamW and Muon as one optimizer, and gradient clipping."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
+from llamalet.backward.groups import Group, group_of
 from training.machine.distributed import ShardedMuon, gather_slots, shard, total_norm
 
 
@@ -47,9 +49,8 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
 class Optimizer:
     """AdamW for all parameters, or Muon for the matrices of the layers and AdamW for the rest.
 
-    Only matrices are decayed: shrinking the gains of the norms would do harm. AdamW uses torch's fused kernel for CPU
-    and CUDA. Muon's updates are scaled to the size of AdamW's, so one learning rate serves both. The embedding and the
-    output do not map activations to activations, so AdamW trains them.
+    llamalet/backward/groups.py says which weight is trained how. AdamW uses torch's fused kernel for CPU and CUDA.
+    Muon's updates are scaled to the size of AdamW's, so one learning rate serves both.
 
     Source: Muon is Keller Jordan's, https://kellerjordan.github.io/posts/muon/, its scaling Moonlight's,
     https://arxiv.org/abs/2502.16982, section 2.2.
@@ -68,16 +69,18 @@ class Optimizer:
             weight_decay: decay of the matrices, as a multiple of the learning rate.
         """
         self._model = model
-        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-        matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() >= 2}
-        orthogonal = [matrix for name, matrix in matrices.items() if kind == "muon" and name.startswith("layers.")]
-        decayed = [matrix for matrix in matrices.values() if all(matrix is not other for other in orthogonal)]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        fused = vectors[0].device.type in ("cpu", "cuda")
+        by_group: dict[Group, list[nn.Parameter]] = {"muon": [], "decayed": [], "plain": []}
+        for name, parameter in model.named_parameters():
+            by_group[group_of(name, parameter.dim(), kind)].append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": by_group["decayed"], "weight_decay": weight_decay},
+            {"params": by_group["plain"], "weight_decay": 0.0},
+        ]
+        fused = by_group["plain"][0].device.type in ("cpu", "cuda")
         self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)]
-        if orthogonal:
-            muon = ShardedMuon if isinstance(orthogonal[0], DTensor) else torch.optim.Muon
-            self._parts.append(muon(orthogonal, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if matrices := by_group["muon"]:
+            muon = ShardedMuon if isinstance(matrices[0], DTensor) else torch.optim.Muon
+            self._parts.append(muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, rate: float, skip: Tensor | None = None) -> None:
         """Update the parameters with the learning rate `rate`, then drop their gradients.

@@ -27,8 +27,9 @@ from llamalet.files import home_folder
 from llamalet.kernels import simd
 from llamalet.model_file import quantize
 
-# The files that machine code is made from: this folder, and the size of a packed matrix's tiles.
-SOURCES = (*sorted(Path(__file__).parent.glob("*.py")), Path(quantize.__file__))
+# The files that machine code is made from: this folder, that of training, and the size of a packed matrix's tiles.
+FOLDERS = Path(__file__).parent, Path(__file__).parents[1] / "backward"
+SOURCES = (*(source for folder in FOLDERS for source in sorted(folder.glob("*.py"))), Path(quantize.__file__))
 
 PRIVATE = 0o700
 
@@ -138,7 +139,7 @@ class KernelCache(FunctionCache):
             with contextlib.suppress(OSError):
                 self.flush()
         if found is None:
-            _say("compiling the kernels for this processor (about 10 s; later starts find them done)")
+            _say_once("compiling the kernels for this processor (about 10 s; later starts find them done)")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -176,3 +177,6 @@ class _Impl(CompileResultCacheImpl):
 def _say(message: str) -> None:
     """Print a line on stderr."""
     note(f"llamalet: {message}")
+
+
+_say_once = functools.cache(_say)

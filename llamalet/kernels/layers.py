@@ -159,7 +159,7 @@ def _layer_of(context: Any, builder: ir.IRBuilder, layers: Any, value: Any, inde
     array = context.make_array(result)(context, builder, first)
     data = builder.gep(builder.bitcast(array.data, I8.as_pointer()), [builder.mul(index, distance)])
     data = builder.bitcast(data, array.data.type)
-    return _array(context, builder, result, data, array.shape, array.strides, array.itemsize)
+    return array_at(context, builder, result, data, array.shape, array.strides, array.itemsize)
 
 
 @intrinsic
@@ -171,12 +171,14 @@ def floats_at(typing_context: Any, address: Any, rows: Any, cols: Any) -> Any:
         address, rows, cols = args
         data, row_bytes = builder.inttoptr(address, F32.as_pointer()), builder.mul(cols, i64(FLOAT_BYTES))
         strides = (row_bytes, i64(FLOAT_BYTES))
-        return _array(context, builder, result, data, (rows, cols), strides, i64(FLOAT_BYTES))
+        return array_at(context, builder, result, data, (rows, cols), strides, i64(FLOAT_BYTES))
 
     return result(types.intp, types.intp, types.intp), build
 
 
-def _array(context: Any, builder: ir.IRBuilder, result: Any, data: Any, shape: Any, strides: Any, itemsize: Any) -> Any:
+def array_at(
+    context: Any, builder: ir.IRBuilder, result: Any, data: Any, shape: Any, strides: Any, itemsize: Any
+) -> Any:
     """Return an array of type `result` without an owner, so that numba does not count references to it."""
     array = context.make_array(result)(context, builder)
     context.populate_array(array, data=data, shape=shape, strides=strides, itemsize=itemsize, meminfo=None)

@@ -10,14 +10,15 @@ stage, or runs it at once if it has one block only. There are no barriers: the c
 helpers only take blocks from it, so a slow thread delays nothing but the blocks it has taken. A helper that comes late
 finds no block of an old job, because no ticket occurs twice.
 
-stages.py calls the compiled functions (`open_job`, `next_block`), transformer.py the class `ThreadTeam`.
+stages.py and backward/ops.py call the compiled functions (`open_job`, `next_block`, `blocks`), transformer.py and
+backward/runner.py the class `ThreadTeam`.
 """
 
 import os
 import platform
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -160,6 +161,29 @@ def next_block(shared: Any, n_blocks: Any, generation: int, thread: int, done: i
             idle_polls += 1
         elif atomic_replace(shared, TICKET, ticket, ticket + 1):
             return stage, block
+
+
+class Team(NamedTuple):
+    """What a compiled function needs to share its blocks with other threads; see `next_block`.
+
+    thread: the thread's number, 0 for the caller's.
+    """
+
+    shared: Any
+    n_blocks: Any
+    generation: int
+    thread: int
+
+
+@compiled
+def blocks(team: Any) -> Any:
+    """Yield the blocks of a job of one stage that fall to this thread; thread 0 opens the job."""
+    if team.thread == 0:
+        open_job(team.shared)
+    stage, block = next_block(team.shared, team.n_blocks, team.generation, team.thread, -1)
+    while stage >= 0:
+        yield block
+        stage, block = next_block(team.shared, team.n_blocks, team.generation, team.thread, stage)
 
 
 def new_words() -> NDArray[np.int64]:

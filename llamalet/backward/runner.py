@@ -1,0 +1,70 @@
+"""Runs the functions of ops.py on a team of threads, and makes products with them."""
+
+import math
+import weakref
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet.backward import ops
+from llamalet.kernels import cache as kernel_cache
+from llamalet.kernels import products
+from llamalet.kernels.products import panels_shape
+from llamalet.kernels.threads import BLOCK_MASK, Team, ThreadTeam
+
+Array = NDArray[np.float32]
+
+
+class Runner:
+    """A team of threads.
+
+    Args:
+        n_threads: number of threads, the caller's included.
+        edges: float32 (threads, *products.EDGE_SHAPE), overwritten.
+    """
+
+    def __init__(self, n_threads: int, edges: Array) -> None:
+        self.n_threads = n_threads
+        self._team, self._edges = ThreadTeam(_call, n_threads), edges
+        weakref.finalize(self, self._team.stop)  # else its threads would keep the last op's memory
+
+    def run(self, op: Any, n_blocks: int, *arguments: Any) -> None:
+        """Run an op of n_blocks blocks, at most threads.BLOCK_MASK, on all threads."""
+        assert 0 < n_blocks <= BLOCK_MASK, f"{op.__name__}: {n_blocks} blocks"
+        if not op.signatures:
+            kernel_cache.enable(op)
+        self._team.run((op, np.array([n_blocks, 0]), arguments))
+
+    def by_rows(self, op: Any, n_rows: int, *arguments: Any) -> None:
+        """Run an op whose blocks are ops.BLOCK_ROWS rows."""
+        self.run(op, -(-n_rows // ops.BLOCK_ROWS), *arguments)
+
+    def pack_rows(self, weight: Array, room: Array) -> Array:
+        """Return a matrix (n, depth) packed by rows, in a part of `room` (numbers,)."""
+        n, depth = weight.shape
+        panels = panels_in(room, depth, n)
+        self.run(ops.pack_rows, len(panels), weight, panels)
+        return panels
+
+    def pack_columns(self, x: Array, room: Array) -> Array:
+        """Return a matrix (depth, n) packed by columns, in a part of `room` (numbers,)."""
+        panels = panels_in(room, *x.shape)
+        self.by_rows(ops.pack_columns, len(x), x, panels)
+        return panels
+
+    def product(self, left: Array, right: Array, out: Array, *, add: bool = False) -> None:
+        """Compute out = left @ right, or add it to out; see products.multiply."""
+        blocks = products.blocks_of(*out.shape)
+        self.run(ops.multiply, blocks.n, left, right, out, add, blocks, self._edges)
+
+
+def panels_in(room: Array, depth: int, n: int) -> Array:
+    """Return room for a packed matrix (depth, n)."""
+    shape = panels_shape(depth, n)
+    return room[: math.prod(shape)].reshape(shape)
+
+
+def _call(op: Any, n_blocks: Any, arguments: Any, shared: Any, generation: int, thread: int) -> None:
+    """Run an op on one thread."""
+    op(*arguments, Team(shared, n_blocks, generation, thread))

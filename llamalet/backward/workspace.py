@@ -1,0 +1,197 @@
+"""The memory of a training step: what it holds follows from the model's shape and the batch's, and is taken once.
+
+N is B * T, all positions of a batch; the other shape letters are those of backward/reference.py.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet.backward.ops import BLOCK_ROWS, AttentionSpace
+from llamalet.backward.reference import LayerActivations
+from llamalet.config import ModelConfig
+from llamalet.errors import ConfigError
+from llamalet.kernels.layers import FLOAT_BYTES, address_of
+from llamalet.kernels.products import EDGE_SHAPE, panels_shape
+from llamalet.kernels.threads import BLOCK_MASK
+from llamalet.model_file.tensors import tensor_specs
+
+Array = NDArray[np.float32]
+ALIGNMENT = 16
+"""Every array begins at a multiple of this many numbers: a cache line, the widest vector."""
+
+LOGITS_BYTES = 1 << 25
+"""The logits of so many positions are computed at a time as fit into this many bytes."""
+
+
+@dataclass
+class TrainingWorkspace:
+    """The arrays of a step, float32.
+
+    weights, gradients: the checkpoint's tensors by name, without ".weight".
+    layers: the activations of each layer, as backward/reference.py names them; q, k and v by heads.
+    x: the last layer's output (N, C).
+    normed: (N, C), after the last norm.
+    logits: those of some positions (R, V), then their gradient.
+    losses: (N,).
+    projected: what attention or feed-forward adds to x, or its gradient (N, C).
+    q, k, v: (N, H * D), (N, G * D), (N, G * D): the products before the heads are split, or their gradients.
+    d_x: gradient of the residual stream (N, C).
+    d_normed: (N, C).
+    d_mixed: (N, H * D).
+    d_q, d_k, d_v: gradients by heads.
+    d_hidden: (N, F).
+    d_norms: gradients of a norm's weight, block by block (blocks, C).
+    right: the packed right side of a product: a flat array for the largest.
+    left: a packed left side, likewise.
+    output_by_rows: the output matrix packed by rows, while `right` has it by columns.
+    normed_by_columns: some positions (R, C) of normed, packed by columns.
+    attention: see ops.AttentionSpace.
+    edges: (threads, *EDGE_SHAPE).
+    """
+
+    weights: dict[str, Any]
+    gradients: dict[str, Any]
+    layers: list[LayerActivations]
+    x: Any
+    normed: Any
+    logits: Any
+    losses: Any
+    projected: Any
+    q: Any
+    k: Any
+    v: Any
+    d_x: Any
+    d_normed: Any
+    d_mixed: Any
+    d_q: Any
+    d_k: Any
+    d_v: Any
+    d_hidden: Any
+    d_norms: Any
+    right: Any
+    left: Any
+    output_by_rows: Any
+    normed_by_columns: Any
+    attention: AttentionSpace
+    edges: Any
+
+
+class Counter:
+    """Counts the numbers that arrays take up."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def take(self, *shape: int) -> Any:
+        """Count an array of this shape."""
+        self.count += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+
+
+class Memory(Counter):
+    """One allocation, from which arrays are taken, each at a multiple of ALIGNMENT numbers."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        whole = np.zeros(count + ALIGNMENT, np.float32)
+        self._numbers = whole[-address_of(whole) // whole.itemsize % ALIGNMENT :][:count]
+
+    def take(self, *shape: int) -> Array:
+        """Return an array of this shape, all zeros."""
+        first = self.count
+        super().take(*shape)
+        return self._numbers[first : first + math.prod(shape)].reshape(shape)
+
+
+def new_workspace(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int) -> TrainingWorkspace:
+    """Return the memory of a step.
+
+    Args:
+        config: the model's shape.
+        batch_size: sequences in a batch (B).
+        n_positions: positions of each (T).
+        n_threads: threads that share the work.
+
+    Raises:
+        ConfigError: if the batch is empty, or larger than the threads' counters.
+    """
+    if batch_size < 1 or n_positions < 1 or batch_size * config.n_heads > BLOCK_MASK:
+        most = BLOCK_MASK // config.n_heads
+        raise ConfigError(f"batch_size={batch_size} of {n_positions} tokens: must be from 1 to {most} sequences")
+    sizes = config, batch_size, n_positions, n_threads
+    return lay_out(*sizes, take=Memory(n_bytes(*sizes) // FLOAT_BYTES).take)
+
+
+def n_bytes(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int) -> int:
+    """Return the bytes of `new_workspace` with these arguments."""
+    counter = Counter()
+    lay_out(config, batch_size, n_positions, n_threads, take=counter.take)
+    return counter.count * FLOAT_BYTES
+
+
+def lay_out(
+    config: ModelConfig, batch_size: int, n_positions: int, n_threads: int, take: Callable[..., Any]
+) -> TrainingWorkspace:
+    """Return a workspace of arrays that `take(*shape)` returns; the other arguments are new_workspace's."""
+    B, T, C, F, V, D = batch_size, n_positions, config.dim, config.hidden_dim, config.vocab_size, config.head_dim
+    N, H, G = B * T, config.n_heads, config.n_kv_heads
+    R = min(N, max(1, LOGITS_BYTES // (FLOAT_BYTES * V)), BLOCK_MASK)  # a block of the loss is a row
+    tensors = {spec.name: spec.shape for spec in tensor_specs(1, config)}
+    matrices = [shape for shape in tensors.values() if len(shape) == 2]
+    # A weight is packed by rows in the forward pass and by columns in the backward pass, activations by columns.
+    right = [panels_shape(cols, rows) for rows, cols in matrices] + [
+        panels_shape(rows, cols) for rows, cols in matrices
+    ]
+    activations = [panels_shape(N, width) for width in (C, H * D, F)]
+    return TrainingWorkspace(
+        weights={name: take(*shape) for name, shape in tensors.items()},
+        gradients={name: take(*shape) for name, shape in tensors.items()},
+        layers=[
+            LayerActivations(
+                x=take(N, C),
+                attention_normed=take(N, C),
+                q=take(B, H, T, D),
+                k=take(B, G, T, D),
+                v=take(B, G, T, D),
+                mixed=take(N, H * D),
+                middle=take(N, C),
+                ffn_normed=take(N, C),
+                gate=take(N, F),
+                up=take(N, F),
+                hidden=take(N, F),
+            )
+            for _ in range(config.n_layers)
+        ],
+        x=take(N, C),
+        normed=take(N, C),
+        logits=take(R, V),
+        losses=take(N),
+        projected=take(N, C),
+        q=take(N, H * D),
+        k=take(N, G * D),
+        v=take(N, G * D),
+        d_x=take(N, C),
+        d_normed=take(N, C),
+        d_mixed=take(N, H * D),
+        d_q=take(B, H, T, D),
+        d_k=take(B, G, T, D),
+        d_v=take(B, G, T, D),
+        d_hidden=take(N, F),
+        d_norms=take(-(-N // BLOCK_ROWS), C),
+        right=take(max(math.prod(shape) for shape in [*right, *activations])),
+        left=take(max(math.prod(shape) for shape in [*activations, panels_shape(R, V)])),
+        output_by_rows=take(math.prod(panels_shape(C, V))),
+        normed_by_columns=take(math.prod(panels_shape(R, C))),
+        attention=AttentionSpace(
+            weights=take(n_threads, T, T),
+            d_weights=take(n_threads, T, T),
+            by_rows=take(n_threads, *panels_shape(D, T)),
+            by_columns=take(n_threads, *panels_shape(T, D)),
+            edges=take(n_threads, *EDGE_SHAPE),
+        ),
+        edges=take(n_threads, *EDGE_SHAPE),
+    )
