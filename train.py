@@ -6,6 +6,7 @@
   python train.py --resume                           continue from the newest checkpoint in out/
   python train.py --source=tinyshakespeare           prepare that text first
   python train.py --source=my_novel.txt --init_from=stories15M.bin         train an existing model further
+  python train.py --backend=numba                    without PyTorch, on one CPU
   python train.py --eval_only                        score the best checkpoint in out/ on the whole validation split
 
 A run leaves its settings (config.toml), metrics.jsonl, loss.png, checkpoints/ and the exported model.bin in out_dir.
@@ -23,18 +24,20 @@ if __name__ == "__main__":
 
 import os
 import shlex
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configurator import parse
 from llamalet import Model, model_file, tokenizer
 from llamalet.command import nothing_to_lose, run
+from llamalet.config import ModelConfig
 from llamalet.convert import bin_file, formats
 from llamalet.errors import CheckpointError, ConfigError
 from llamalet.kernels.environment import check_variables
 from llamalet.model_file.checkpoint import find_best
+from training.backend import has_torch
 from training.config import TrainConfig, with_defaults, with_shape
 from training.data import open_data
 from training.machine import compiler_cache
@@ -44,8 +47,9 @@ from training.run.interrupts import EXIT_CODE, Interrupted, Interrupts
 from training.samples import as_in_training
 
 if TYPE_CHECKING:
-    from training.machine.distributed import Processes
-    from training.trainer import Trainer
+    from training.backend import Arrays
+    from training.machine.group import Group
+    from training.trainer import MakeBackend, Trainer
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,16 +70,12 @@ def main(argv: Sequence[str]) -> int:
 
 def train(config: TrainConfig, argv: Sequence[str], signals: Interrupts) -> int:
     """Start or resume a run, train it to its end and export its best checkpoint; return the exit code."""
-    compiler_cache.ensure_folder()
-    # Importing torch takes seconds. It waits until here, where a signal no longer kills the process but ends the run.
+    # Imports that take long wait until here, where a signal no longer kills the process but ends the run.
     from training import init_from
-    from training.machine.distributed import process_group
-    from training.machine.hardware import memory_errors
     from training.trainer import Trainer
 
     with (
-        memory_errors(),
-        process_group() as group,  # before all that can fail, so that no process waits for one that failed
+        processes(config, signals) as (group, make_backend),
         run_folder.lock(Path(config.out_dir)) if group.is_main else nullcontext(),
     ):
         config, resumed = resume(config, argv, group)
@@ -83,7 +83,7 @@ def train(config: TrainConfig, argv: Sequence[str], signals: Interrupts) -> int:
         if resumed is None and config.init_from != "scratch":
             start = init_from.read(config.init_from)
             config = read_options(with_shape(start.config), argv)
-        trainer = Trainer(config, group.on(config.device), resumed, start, signals)
+        trainer = Trainer(config, group, make_backend, resumed, start, signals)
         del resumed, start  # the trainer has copied their tensors
         problem = bin_file.llama2c_problem(tokenizer.load(trainer.data.tokenizer_path))
         try:
@@ -100,8 +100,53 @@ def train(config: TrainConfig, argv: Sequence[str], signals: Interrupts) -> int:
     return 0
 
 
+@contextmanager
+def processes(config: TrainConfig, signals: Interrupts) -> Iterator[tuple["Group", "MakeBackend"]]:
+    """Join the processes of the run; yield them, and what makes the backend that the settings ask for.
+
+    Raises:
+        ConfigError: if the backend is not installed, or cannot do what the settings or torchrun ask for.
+    """
+    if choose_backend(config.backend) == "numba":
+        from training import step_numba
+        from training.machine.group import OneProcess
+
+        step_numba.check_settings(config)
+        if config.backend == "auto":
+            print(f"{'backend':8} numba, because PyTorch is not installed", flush=True)
+        yield OneProcess(), step_numba.NumbaBackend
+        return
+    compiler_cache.ensure_folder()
+    from training.machine.distributed import process_group
+    from training.machine.hardware import memory_errors
+    from training.step_torch import TorchBackend
+
+    # Before all that can fail, so that no process waits for one that failed.
+    with memory_errors(), process_group() as group:
+
+        def make(settled: TrainConfig, model_config: ModelConfig, weights: "Arrays | None") -> TorchBackend:
+            return TorchBackend(settled, model_config, group.on(settled.device), weights, signals)
+
+        yield group, make
+
+
+def choose_backend(name: str) -> str:
+    """Return torch or numba.
+
+    Raises:
+        ConfigError: if torch is asked for and not installed.
+    """
+    if name == "torch" and not has_torch():
+        raise ConfigError("backend=torch: PyTorch is not installed; install it, or leave the option out")
+    return ("torch" if has_torch() else "numba") if name == "auto" else name
+
+
 def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
     """Print the loss of a checkpoint on the whole validation split."""
+    if choose_backend(config.backend) == "numba":
+        from training import step_numba
+
+        step_numba.check_settings(config)
     compiler_cache.ensure_folder()
     with nothing_to_lose():
         from training.evaluation import evaluate_checkpoint
@@ -149,10 +194,16 @@ def check_settings(config: TrainConfig) -> None:
         DiskError: if out_dir cannot be written to.
     """
     from corpus.vocabulary import DEFAULT_SIZE
-    from training.machine.distributed import find_device
-    from training.machine.hardware import choose_dtype
 
-    choose_dtype(config.dtype, find_device(config.device))
+    if choose_backend(config.backend) == "torch":
+        from training.machine.distributed import find_device
+        from training.machine.hardware import choose_dtype
+
+        choose_dtype(config.dtype, find_device(config.device))
+    else:
+        from training import step_numba
+
+        step_numba.check_settings(config)
     config.accumulation(1)
     if config.init_from == "scratch":  # else the shape is that of a model
         config.model_config(config.vocab_size or DEFAULT_SIZE)
@@ -165,7 +216,7 @@ def read_options(config_class: type[TrainConfig], argv: Sequence[str]) -> TrainC
     return parse(config_class, argv, program="train.py", description=__doc__ or "", toml=True)
 
 
-def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tuple[TrainConfig, Checkpoint | None]:
+def resume(config: TrainConfig, argv: Sequence[str], group: "Group") -> tuple[TrainConfig, Checkpoint | None]:
     """Return the settings of the run and the checkpoint to resume from, None for a fresh start.
 
     A resumed run keeps its settings, except for those on the command line.
@@ -191,7 +242,7 @@ def resume(config: TrainConfig, argv: Sequence[str], group: "Processes") -> tupl
     return read_options(with_defaults(settings), argv), resumed
 
 
-def resume_command(config: TrainConfig, group: "Processes") -> str:
+def resume_command(config: TrainConfig, group: "Group") -> str:
     """Return the command that continues the run on as many processes."""
     several = (
         f"torchrun --standalone --nproc_per_node={group.count}" if group.local_count == group.count else "torchrun ..."

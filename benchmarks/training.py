@@ -36,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,12 +49,17 @@ from configurator import parse
 from llamalet import shards, tokenizer
 from llamalet.checks import not_positive
 from llamalet.command import run
+from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, UsageError, note
 from llamalet.shards import Meta, Split, TokenBlock
+from training.backend import Arrays
 from training.config import TrainConfig
 from training.machine.distributed import Processes, find_device
 from training.machine.hardware import choose_dtype, count_threads, peak_tflops
+from training.run.interrupts import Interrupts
 from training.run.progress import training_flops
+from training.step_numba import NumbaBackend
+from training.step_torch import TorchBackend
 from training.trainer import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -73,14 +78,17 @@ class Rung:
     Attributes:
         dtype: f32, tf32 or bf16, of the matrix products.
         plain: use attention and loss as in model.py.
+        backend: train.py's.
     """
 
     dtype: str
     compile: bool = True
     plain: bool = True
+    backend: Literal["torch", "numba"] = "torch"
 
 
 TRAINED = "as train.py does it"
+WITHOUT_TORCH = "without PyTorch"
 PEER = "llama2.c's train.py"
 Turn = Callable[[], dict[str, float]]
 """Takes a turn and returns its figures: step and forward in milliseconds, memory in bytes."""
@@ -98,6 +106,8 @@ class TrainingBenchConfig:
     """Turns of each contender."""
     steps: int = 4
     """Steps of a turn."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """train.py's optimizer; llama2.c's is AdamW."""
     threads: int | None = None
     """CPU threads, the peer's too; by default as in train.py."""
     device: str = "auto"
@@ -160,6 +170,8 @@ def rungs(device: torch.device) -> dict[str, Rung]:
         ladder["compiled, TF32"] = Rung(dtype="tf32")
     elif native:
         ladder["compiled, bfloat16"] = Rung(dtype="bf16")
+    if device.type == "cpu":
+        ladder[WITHOUT_TORCH] = Rung(dtype="f32", compile=False, plain=False, backend="numba")
     ladder[TRAINED] = Rung(dtype="bf16" if native else "tf32" if cuda else "f32", plain=False)
     return ladder
 
@@ -206,7 +218,7 @@ def measure(
     """Let all contenders take their turns at a shape."""
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, 200 * shape["max_seq_len"] + 1)
     write_data(folder / "data", tokens)
-    options = {**shape, "data": str(folder / "data"), "threads": threads}
+    options = {**shape, "data": str(folder / "data"), "threads": threads, "optimizer": config.optimizer}
     contenders: dict[Key, AbstractContextManager[Turn]] = {
         Key(name, rung.dtype, "", title): ours(options, rung, device, config.steps)
         for title, rung in rungs(device).items()
@@ -279,6 +291,15 @@ def prepare_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_nam
         raise UsageError(kind_and_message(error)) from None
 
 
+def make_backend(
+    group: Processes, config: TrainConfig, shape: ModelConfig, weights: Arrays | None
+) -> TorchBackend | NumbaBackend:
+    """Return what computes."""
+    if config.backend == "numba":
+        return NumbaBackend(config, shape, weights)
+    return TorchBackend(config, shape, group, weights, Interrupts())
+
+
 @functools.cache
 def make_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: str) -> tuple[Trainer, float]:
     """Return a trainer that has taken a step, and the seconds that compiling took, 0 without compilation.
@@ -287,19 +308,13 @@ def make_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: 
         UsageError: if the compiler does not work.
     """
     device, dtype = find_device(device_name), "bfloat16" if rung.dtype == "bf16" else "float32"
-    config = TrainConfig(**dict(options), dtype=dtype, compile=rung.compile)
-    trainer = Trainer(config, Processes(0, 1, 1, device))
-    if rung.compile and trainer.machine.not_compiled is not None:
-        raise UsageError(trainer.machine.not_compiled)
-    if rung.plain:
-        trainer.model.head_loss = plain.head_loss
-        for module in trainer.model.modules():
-            if isinstance(module, plain.Attention):
-                module.attend = plain.causal_attention
-    if rung.dtype == "f32" and device.type == "cuda":
-        torch.set_float32_matmul_precision("highest")  # the trainer lets GPUs round to TF32
+    config = TrainConfig(**dict(options), dtype=dtype, compile=rung.compile, backend=rung.backend)
+    group = Processes(0, 1, 1, device)
+    trainer = Trainer(config, group, functools.partial(make_backend, group))
+    if isinstance(backend := trainer.backend, TorchBackend):
+        set_up_rung(backend, rung)
     start = time.perf_counter()
-    trainer.compile()
+    trainer.prepare()
     compile_s = time.perf_counter() - start if rung.compile else 0.0
     trainer.optimizer_step()
     forward_only(trainer)
@@ -308,18 +323,32 @@ def make_trainer(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: 
     return trainer, compile_s
 
 
-@torch.no_grad()
+def set_up_rung(backend: TorchBackend, rung: Rung) -> None:
+    """Let PyTorch compute as a rung says.
+
+    Raises:
+        UsageError: if the compiler does not work.
+    """
+    if rung.compile and backend.machine.not_compiled is not None:
+        raise UsageError(backend.machine.not_compiled)
+    if rung.plain:
+        backend.model.head_loss = plain.head_loss
+        for module in backend.model.modules():
+            if isinstance(module, plain.Attention):
+                module.attend = plain.causal_attention
+    if rung.dtype == "f32":
+        torch.set_float32_matmul_precision("highest")  # the trainer lets GPUs round to TF32
+
+
 def forward_only(trainer: Trainer) -> None:
     """Run the forward pass alone, as in an evaluation."""
-    trainer.model.eval()
-    trainer.loss(trainer.model, trainer.training_batch(0))
-    trainer.model.train()
+    trainer.backend.losses([trainer.training_batch(0)])
 
 
 def take_turn(options: tuple[tuple[str, Any], ...], rung: Rung, device_name: str, steps: int) -> dict[str, float]:
     """Return the milliseconds of a whole step and of the forward pass alone, and the peak bytes so far."""
     trainer, _ = make_trainer(options, rung, device_name)
-    device = trainer.group.device
+    device = find_device(device_name)
     figures = {}
     for figure, work in (("step", trainer.optimizer_step), ("forward", lambda: forward_only(trainer))):
         wait_for(device)

@@ -133,7 +133,14 @@ def server() -> ForkServerContext:
     """Start the server, if it does not run yet, and return a context whose processes are its forks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["train", "training.trainer", "matplotlib.figure", "torch._dynamo", "torch._inductor.compile_fx"]
+        [
+            "train",
+            "training.trainer",
+            "training.step_torch",
+            "matplotlib.figure",
+            "torch._dynamo",
+            "torch._inductor.compile_fx",
+        ]
     )
     with pytest.MonkeyPatch.context() as patch:
         # The server ignores the sys.path passed to it, and a compiler's process pool would outlive its run.
@@ -257,6 +264,7 @@ class Probe:
         from training.machine import hardware
         from training.run import checkpoint
         from training.run.interrupts import Interrupts
+        from training.step_torch import TorchBackend
         from training.trainer import Trainer
 
         wrap(Interrupts, "__enter__", after=lambda signals: self.at("start"))
@@ -264,15 +272,15 @@ class Probe:
         wrap(hardware, "compile_problem", before=lambda device: self.at("compiler"))
         wrap(train, "finish", before=lambda trainer: self.at("finish"))
         wrap(Trainer, "train", before=self.begin)
-        wrap(Trainer, "compile", before=lambda t: self.compiles(True), after=lambda t: self.compiles(False))
+        wrap(Trainer, "prepare", before=lambda t: self.compiles(True), after=lambda t: self.compiles(False))
         wrap(Trainer, "optimizer_step", before=self.reset, after=lambda t: self.at("stepped"))
         wrap(Trainer, "evaluate", before=self.reset, after=lambda t: self.at("evaluated"))
         wrap(checkpoint, "save", before=lambda *a, **k: self.resets_syncs(), after=lambda *a, **k: self.at("saved"))
         wrap(os, "fsync", before=self.synced)
         wrap(Windows, "order", before=lambda windows, seed, epoch: self.at("epoch", epoch))
         wrap(TokenArray, "__getitem__", before=self.reads)
-        compute = Trainer.loss
-        Trainer.loss = lambda trainer, model, batch: self.loss(compute, trainer, model, batch)
+        compute = TorchBackend.loss
+        TorchBackend.loss = lambda backend, model, batch: self.loss(compute, backend, model, batch)
 
     def begin(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -299,24 +307,25 @@ class Probe:
         if ends.searchsorted(where.start, "right") != ends.searchsorted(where.stop - 1, "right"):
             self.at("across shards")
 
-    def loss(self, compute: Callable[..., Any], trainer: Any, model: Any, batch: Any) -> Any:
-        """Replace Trainer.loss."""
+    def loss(self, compute: Callable[..., Any], backend: Any, model: Any, batch: Any) -> Any:
+        """Replace TorchBackend.loss."""
         if self.compiling:
-            return compute(trainer, model, batch)
-        if not trainer.model.training:
+            return compute(backend, model, batch)
+        trainer = self.trainer
+        if not backend.model.training:
             self.at("evaluating", self.micro)
             self.micro += 1
             wrong = sum(
                 fault.value for fault in self.faults if (fault.kind, fault.step) == ("evaluation", trainer.step)
             )
-            return compute(trainer, model, batch) + wrong
+            return compute(backend, model, batch) + wrong
         self.at("micro", self.micro)
         place = (trainer.step * trainer.accumulation + self.micro) * trainer.group.count + trainer.group.rank
         for row, (tokens, targets) in enumerate(zip(*batch, strict=True)):
             sequence = place * trainer.config.batch_size + row
             line = json.dumps([sequence, hashlib.sha256(bytes(tokens) + bytes(targets)).hexdigest()])
             os.write(self.stream, line.encode() + b"\n")
-        loss = compute(trainer, model, batch)
+        loss = compute(backend, model, batch)
         for fault in self.faults:
             if fault.kind != "evaluation" and (fault.step, fault.micro) in (
                 (trainer.step, self.micro),
@@ -331,7 +340,7 @@ class Probe:
             return loss + fault.value
         if fault.kind == "spike":
             return loss * fault.value
-        weight = trainer.model.norm.weight
+        weight = trainer.backend.model.norm.weight
 
         def spoil(gradient: Any) -> Any:
             handle.remove()
@@ -377,14 +386,16 @@ class Probe:
         from torch.distributed.fsdp import FSDPModule
 
         trainer = self.trainer
-        if trainer is None or isinstance(trainer.model, FSDPModule):  # each process holds only its share of the state
+        if trainer is None or isinstance(
+            trainer.backend.model, FSDPModule
+        ):  # each process holds only its share of the state
             return
         state = {
             "step": trainer.step,
             "val_loss": trainer.val_loss,
-            "weights": digest(trainer.model.state_dict()),
-            "optimizer": digest(trainer.optimizer.state_dict()),
-            "guard": trainer.guard.state(),
+            "weights": digest(trainer.backend.model.state_dict()),
+            "optimizer": digest(trainer.backend.optimizer.state_dict()),
+            "guard": trainer.backend.guard.state(),
             "random": hashlib.sha256(bytes(torch.get_rng_state().numpy())).hexdigest(),
         }
         Path(f"state-{self.rank}.json").write_text(json.dumps(state))

@@ -15,6 +15,9 @@ SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "
 LONGEST = 1024
 """Default limit on the context of a model to train further: its whole context may not fit into memory."""
 
+FURTHER = {"max_iters": 500, "warmup_iters": 50, "learning_rate": 5e-4}
+"""Defaults for training a model further: most is learnt already, and a high rate would undo it."""
+
 ALWAYS_SAVED = ("data", "optimizer", "save_every", "seed", "align_documents", "total_batch_tokens")
 """The settings that the oldest checkpoints have too, and that resuming needs."""
 
@@ -133,7 +136,9 @@ class TrainConfig:
     wandb_run_name: str | None = None
     """wandb's name of the run."""
 
-    device: str = field(default="auto", metadata={"heading": "machine"})
+    backend: Literal["auto", "torch", "numba"] = field(default="auto", metadata={"heading": "machine"})
+    """What computes: torch; numba, which needs no PyTorch, on one CPU in float32; auto is torch if it is installed."""
+    device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the model: ddp gives each a copy, fsdp (FSDP2) a share of every layer."""
@@ -141,7 +146,7 @@ class TrainConfig:
     """Type of the matrix products: float32, bfloat16, or auto (bfloat16 if the hardware has it). Weights are
     float32."""
     compile: bool = True
-    """Use torch.compile if a compiler works."""
+    """Use torch.compile if a compiler works (backend torch only)."""
     threads: int | None = None
     """CPU threads per process; by default its share of the cores."""
     deterministic: bool | None = None
@@ -254,6 +259,7 @@ def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
 
 
 def with_shape(model: ModelConfig) -> type[TrainConfig]:
-    """Return TrainConfig with a model's shape as defaults, and its context up to LONGEST."""
+    """Return TrainConfig with the defaults for training a model further: its shape, its context up to LONGEST."""
     shape = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name in SHAPE}
-    return with_defaults(dataclasses.asdict(TrainConfig()) | shape | {"max_seq_len": min(model.max_seq_len, LONGEST)})
+    context = {"max_seq_len": min(model.max_seq_len, LONGEST)}
+    return with_defaults(dataclasses.asdict(TrainConfig()) | FURTHER | shape | context)

@@ -1,7 +1,8 @@
-"""Decide whether to take an optimizer step: on the device, the same in all processes, before anything changes."""
+"""Decide whether to take an optimizer step, before anything changes."""
 
-import torch
-from torch import Tensor
+import math
+
+import numpy as np
 
 from llamalet.errors import NonFiniteError
 
@@ -12,60 +13,60 @@ WINDOW = 100
 class Guard:
     """Refuses steps whose loss or gradient is not finite, and steps whose gradient norm is a spike.
 
-    A refused step uses up its data and changes nothing else. The decision is a tensor on the device, so the host need
-    not wait for it; it depends only on values that are the same in all processes.
+    A refused step uses up its data and changes nothing else. device_guard.py decides the same on a device.
 
     Args:
-        device: device of losses and norms.
         spike_factor: largest gradient norm as a multiple of its running mean; 0 allows any.
         max_skipped: number of steps in a row that may be refused.
     """
 
-    def __init__(self, device: torch.device, *, spike_factor: float, max_skipped: int) -> None:
+    def __init__(self, *, spike_factor: float, max_skipped: int) -> None:
         self.spike_factor, self.max_skipped = spike_factor, max_skipped
-        # The mean norm, the norms in it, the steps skipped in a row, and in all.
-        self._state = torch.zeros(4, device=device)
-        self._most_in_a_row = torch.zeros((), device=device)  # since the last check
+        self._mean, self._seen, self._in_a_row, self._skipped = np.float32(0), 0, 0, 0
 
-    def refuses(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Return whether the step must be skipped, a bool scalar on the device, and update the statistics.
+    def refuses(self, loss: float, gradient_norm: float) -> bool:
+        """Return whether the step must be skipped, and update the statistics.
 
         Args:
-            loss: mean loss of the step over all processes.
-            gradient_norm: norm of the gradients over all processes.
+            loss: mean loss of the step.
+            gradient_norm: norm of the gradients.
         """
-        mean, seen, in_a_row, skipped = self._state.unbind()
-        skip = ~(torch.isfinite(loss) & torch.isfinite(gradient_norm))
-        if self.spike_factor:
-            skip |= (seen >= WINDOW) & (gradient_norm > self.spike_factor * mean)
-        seen_now = torch.where(skip, seen, (seen + 1).clamp(max=WINDOW))
-        mean_now = torch.where(skip, mean, mean + (gradient_norm - mean) / seen_now)
-        in_a_row = torch.where(skip, in_a_row + 1, 0.0)
-        self._most_in_a_row = torch.maximum(self._most_in_a_row, in_a_row)
-        self._state = torch.stack((mean_now, seen_now, in_a_row, skipped + skip))
+        norm = np.float32(gradient_norm)
+        skip = not (math.isfinite(loss) and math.isfinite(norm))
+        if self.spike_factor and self._seen >= WINDOW and norm > np.float32(self.spike_factor) * self._mean:
+            skip = True
+        if skip:
+            self._in_a_row, self._skipped = self._in_a_row + 1, self._skipped + 1
+        else:
+            self._in_a_row, self._seen = 0, min(self._seen + 1, WINDOW)
+            self._mean += (norm - self._mean) / np.float32(self._seen)
         return skip
 
     def check(self) -> int:
-        """Return the number of steps skipped so far; this waits for the device.
+        """Return the number of steps skipped so far.
 
         Raises:
             NonFiniteError: if more than `max_skipped` were skipped in a row.
         """
-        in_a_row, skipped = torch.stack((self._most_in_a_row, self._state[3])).tolist()
-        self._most_in_a_row = torch.zeros_like(self._most_in_a_row)
-        if in_a_row > self.max_skipped:
-            spike = f", or a gradient norm over {self.spike_factor:g} times its mean" if self.spike_factor else ""
-            raise NonFiniteError(
-                f"{in_a_row:.0f} steps in a row had a loss or gradient that is not finite{spike}; the weights are "
-                "unchanged since. Continue from the newest checkpoint with --resume and a lower --learning_rate or a "
-                "longer --warmup_iters"
-            )
-        return int(skipped)
+        check_in_a_row(self._in_a_row, self.max_skipped, self.spike_factor)
+        return self._skipped
 
     def state(self) -> list[float]:
         """Return the state to save: the running mean of the norm, norms in it, steps skipped in a row and in all."""
-        return self._state.tolist()
+        return [float(self._mean), float(self._seen), float(self._in_a_row), float(self._skipped)]
 
     def load_state(self, state: list[float]) -> None:
         """Restore `state`."""
-        self._state = torch.tensor(state, device=self._state.device)
+        self._mean = np.float32(state[0])
+        self._seen, self._in_a_row, self._skipped = map(int, state[1:])
+
+
+def check_in_a_row(count: float, max_skipped: int, spike_factor: float) -> None:
+    """Raise a NonFiniteError if more than `max_skipped` steps were skipped in a row."""
+    if count > max_skipped:
+        spike = f", or a gradient norm over {spike_factor:g} times its mean" if spike_factor else ""
+        raise NonFiniteError(
+            f"{count:.0f} steps in a row had a loss or gradient that is not finite{spike}; the weights are "
+            "unchanged since. Continue from the newest checkpoint with --resume and a lower --learning_rate or a "
+            "longer --warmup_iters"
+        )

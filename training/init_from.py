@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
 
 from corpus.prepare import command_for
 from llamalet.config import ModelConfig
 from llamalet.convert import formats
 from llamalet.errors import ConfigError
+from llamalet.model_file.checkpoint import SUFFIX
 from llamalet.shards import Shards
-from training.weights import to_state_dict
+from training.backend import Arrays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,8 +20,8 @@ class StartingPoint:
 
     name: str
     config: ModelConfig
-    state: dict[str, Tensor]
-    """The state dict, float32."""
+    state: Arrays
+    """The weights, float32, by the names that checkpoints use."""
     tokenizer_sha256: str | None
     """Identity of its tokenizer, if that is known."""
     tokenizer_path: str | None
@@ -62,7 +63,7 @@ def read(path: str) -> StartingPoint:
     return StartingPoint(
         name=source.name,
         config=source.config,
-        state=to_state_dict(source.tensors),
+        state={name + SUFFIX: np.array(tensor[0 : tensor.shape[0]]) for name, tensor in source.tensors.items()},
         tokenizer_sha256=source.tokenizer.sha256 if source.tokenizer else source.tokenizer_sha256,
         tokenizer_path=path if source.tokenizer else None,
     )

@@ -1,32 +1,21 @@
-"""What a run needs before its first step: data, settings, the machine and the model. Trainer.__init__ calls it."""
+"""What a run needs before its first step: data and settings. Trainer.__init__ calls it. Needs no torch."""
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from llamalet.config import ModelConfig
-from llamalet.errors import CheckpointError, DataError
+from llamalet.errors import DataError
 from llamalet.shards import Shards
-from model import Llama
 from training import resume_check
 from training.batches import Windows
 from training.config import TrainConfig
 from training.data import fingerprint, open_data, read_tokenizer
 from training.init_from import StartingPoint
-from training.machine import hardware
-from training.machine.cpu import use_cpu_kernels
-from training.machine.distributed import Processes
+from training.machine.group import Group
 from training.run.checkpoint import Checkpoint
-from training.run.interrupts import Interrupted, Interrupts
 
 
 def open_same_data(
-    config: TrainConfig, group: Processes, start: StartingPoint | None
+    config: TrainConfig, group: Group, start: StartingPoint | None
 ) -> tuple[Shards, tuple[bytes, bytes | None]]:
     """Open the prepared data; return them and the files of their tokenizer (`read_tokenizer`).
 
@@ -43,7 +32,7 @@ def open_same_data(
 
 
 def settle(
-    config: TrainConfig, group: Processes, data: Shards, resumed: Checkpoint | None, start: StartingPoint | None
+    config: TrainConfig, group: Group, data: Shards, resumed: Checkpoint | None, start: StartingPoint | None
 ) -> tuple[TrainConfig, ModelConfig]:
     """Return the settings, with the data folder and the tokens of a step filled in, and the shape of the model.
 
@@ -69,77 +58,3 @@ def open_windows(data: Shards, split: str, config: TrainConfig) -> Windows:
     """Cut a split into sequences."""
     starts = data.document_starts(split) if config.align_documents else None
     return Windows(data.split(split), config.max_seq_len, starts)
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """How this process computes."""
-
-    dtype: torch.dtype
-    """Type of the matrix products."""
-    not_compiled: str | None
-    """Why torch.compile is not used; None if it is."""
-    facts: dict[str, Any]
-    """`hardware.machine_facts`."""
-
-    @property
-    def compiled(self) -> bool:
-        """Whether torch.compile is used."""
-        return self.not_compiled is None
-
-
-def set_up_machine(config: TrainConfig, group: Processes, interrupts: Interrupts) -> Machine:
-    """Set PyTorch's threads, precision and memory, and find out whether there is a compiler.
-
-    Raises:
-        ConfigError: if the device cannot compute in the type asked for.
-    """
-    dtype = hardware.choose_dtype(config.dtype, group.device)
-    hardware.set_threads(config.threads, group.local_count)
-    hardware.set_precision(group.device, config.deterministic)
-    hardware.tune_allocator(group.device)
-    not_compiled = find_compiler(config, group, interrupts)
-    return Machine(dtype, not_compiled, hardware.machine_facts(config, group, dtype, compiled=not_compiled is None))
-
-
-def find_compiler(config: TrainConfig, group: Processes, interrupts: Interrupts) -> str | None:
-    """Return why torch.compile is not used, or None if it is; the answer is the same in all processes."""
-    if not config.compile:
-        return "switched off"
-    problem: str | None = "interrupted"
-    with suppress(Interrupted), interrupts.at_once():  # the first use of a compiler takes long, even for little
-        problem = hardware.compile_problem(group.device)
-    others = group.any(problem is not None)
-    return problem or ("another process has no compiler that works" if others else None)
-
-
-def build_model(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    weights: Mapping[str, Tensor] | None,
-    device: torch.device,
-    *,
-    compiled: bool,
-) -> Llama:
-    """Return the model on `device`, with the kernels for it.
-
-    Args:
-        config: the settings; `seed` and `init` decide the initial weights.
-        model_config: the shape.
-        weights: a state dict to use instead of initial weights.
-        device: where to compute.
-        compiled: whether torch.compile works here.
-    """
-    torch.manual_seed(config.seed)
-    model = Llama(model_config, config.dropout)
-    if config.init == "copying":
-        model.start_by_copying()
-    model.to(device)
-    if weights:
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"the weights are not those of the shape: {error}") from None
-    if device.type == "cpu":
-        use_cpu_kernels(model, compiled=compiled)
-    return model

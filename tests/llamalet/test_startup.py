@@ -48,7 +48,6 @@ def shell(folder: Path, command: str, **environment: str) -> subprocess.Complete
     ("package", "script", "words"),
     [
         ("tqdm", "tinystories.py", []),  # among the imports at the top
-        ("torch", "train.py", ["--max_iters=1"]),  # later
         ("numpy", "sample.py", []),
     ],
 )
@@ -320,4 +319,4 @@ def test_every_command_begins_with_the_same_lines():
     ):
         if re.search(r"^    (command\.)?run\(main\)", text := path.read_text(), re.MULTILINE):
             commands[path.name] = text.partition('"""\n\n')[2].startswith(first)
-    assert len(commands) == 11 and all(commands.values()), commands
+    assert len(commands) == 12 and all(commands.values()), commands

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forked import Fault, run, small_shards
@@ -10,6 +11,7 @@ from safetensors import numpy as safetensors
 from torture import cases
 
 from llamalet.errors import NonFiniteError
+from training.device_guard import DeviceGuard
 from training.guard import WINDOW, Guard
 from training.optimizer import Optimizer
 
@@ -105,15 +107,25 @@ def test_a_state_whose_validation_loss_is_not_finite_is_not_saved(processes, fol
     assert_finite(folder)
 
 
-def norms(guard: Guard, values: list[float], loss: float = 1.0) -> list[bool]:
+def norms(guard: Guard | DeviceGuard, values: list[float], loss: float = 1.0) -> list[bool]:
+    if isinstance(guard, Guard):
+        return [guard.refuses(loss, value) for value in values]
     return [bool(guard.refuses(torch.tensor(loss), torch.tensor(value))) for value in values]
 
 
-def guard(**options: float) -> Guard:
-    return Guard(torch.device("cpu"), **{"spike_factor": 10.0, "max_skipped": 2, **options})
+def device_guard(**options: float) -> DeviceGuard:
+    return DeviceGuard(torch.device("cpu"), **{"spike_factor": 10.0, "max_skipped": 2, **options})
 
 
-def test_a_spike_is_skipped_once_and_not_remembered():
+def host_guard(**options: float) -> Guard:
+    return Guard(**{"spike_factor": 10.0, "max_skipped": 2, **options})
+
+
+both_guards = pytest.mark.parametrize("guard", [device_guard, host_guard])
+
+
+@both_guards
+def test_a_spike_is_skipped_once_and_not_remembered(guard):
     ours = guard()
     assert not any(norms(ours, [1.0, 1e9, *[1.0] * (WINDOW - 2)]))  # too early to know what is a spike
     ours = guard()
@@ -123,18 +135,21 @@ def test_a_spike_is_skipped_once_and_not_remembered():
     assert before[0] == 1.0 and ours.state()[0] < 1.1 and ours.check() == 2
 
 
-def test_no_spike_where_none_is_wanted():
+@both_guards
+def test_no_spike_where_none_is_wanted(guard):
     assert not any(norms(guard(spike_factor=0.0), [1.0] * WINDOW + [1e9]))
 
 
-def test_the_mean_survives_what_is_not_finite():
+@both_guards
+def test_the_mean_survives_what_is_not_finite(guard):
     ours = guard()
     assert norms(ours, [NAN, 2.0, INF, 2.0]) == [True, False, True, False]
     assert norms(ours, [2.0], loss=NAN) == [True]
     assert ours.state() == [2.0, 2.0, 1.0, 3.0]
 
 
-def test_the_state_goes_on_exactly():
+@both_guards
+def test_the_state_goes_on_exactly(guard):
     first, whole = guard(), guard()
     values = [0.1 * (k % 7 + 1) for k in range(WINDOW + 20)]
     norms(first, values[:60])
@@ -143,6 +158,16 @@ def test_the_state_goes_on_exactly():
     norms(second, values[60:])
     norms(whole, values)
     assert second.state() == whole.state()
+
+
+def test_both_guards_skip_alike():
+    rng = np.random.default_rng(0)
+    values = (rng.lognormal(0, 1, 400) * np.where(rng.random(400) < 0.05, 40, 1)).tolist()
+    values[10] = values[300] = NAN
+    device, host = device_guard(), host_guard()
+    assert norms(device, values) == norms(host, values)
+    assert device.state() == host.state()
+    assert 5 < host.check() < 40
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -12,6 +12,8 @@ from training.batches import Prefetcher
 from training.config import TrainConfig
 from training.machine.distributed import Processes
 from training.optimizer import Optimizer, step_unless
+from training.run.interrupts import Interrupts
+from training.step_torch import TorchBackend
 from training.trainer import Trainer
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, max_seq_len=32, batch_size=2, warmup_iters=1, threads=1, log_interval=1)
@@ -55,13 +57,14 @@ def test_a_mistake_in_the_background_is_raised_where_its_batch_is_wanted():
 def trainer(folder, *, device="cpu", **options) -> Trainer:
     toy_data(folder / "data", 300)
     config = TrainConfig(data=str(folder / "data"), out_dir=str(folder / "out"), **SHAPE | options)
-    return Trainer(config, Processes(0, 1, 1, torch.device(device)))
+    group, signals = Processes(0, 1, 1, torch.device(device)), Interrupts()
+    return Trainer(config, group, lambda *settled: TorchBackend(settled[0], settled[1], group, settled[2], signals))
 
 
 def test_a_run_takes_its_batches_in_order_and_leaves_no_thread(tmp_path):
     run = trainer(tmp_path, compile=False, max_iters=3, total_batch_tokens=128)
     wanted, seen = [run.training_batch(place)[0] for place in range(6)], []
-    run.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].numpy()))
+    run.backend.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].numpy()))
     for _ in range(3):
         run.optimizer_step()
     run.batches.close()

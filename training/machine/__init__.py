@@ -1,5 +1,5 @@
 """What a run runs on: processes, devices, threads, and kernels for the CPU.
 
-May import torch, model, llamalet, training.config and training.run. The number of processes must not change the stream
-of tokens.
+May import torch (but for group), model, llamalet, training.config and training.run. The number of processes must not
+change the stream of tokens.
 """

@@ -121,7 +121,7 @@ def test_fsdp_compiled_is_fsdp_but_for_rounding(project):
 def test_each_process_holds_its_share(project):
     ended = forked.run(
         project, [*SMALL, FSDP, "--out_dir=share"], processes=2,
-        patches={"training.trainer.gather_weights": count_and_gather},
+        patches={"training.step_torch.gather_weights": count_and_gather},
     )  # fmt: skip
     assert ended.codes == [0, 0], ended.err
     held = [int(line.split()[1]) for line in ended.out.splitlines() if line.startswith("holds")]

@@ -1,0 +1,224 @@
+"""The same run with PyTorch and without: losses, checkpoints, and what is refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import toy_data
+
+import train
+from llamalet.backward.training_model import TrainingModel
+from llamalet.convert import safetensors_file
+from llamalet.errors import ConfigError, NonFiniteError
+from training.step_numba import NumbaBackend
+
+ROOT = Path(__file__).parents[2]
+VOCAB = 300
+OPTIONS = [
+    "--dim=32", "--n_layers=2", "--n_heads=4", "--n_kv_heads=2", "--max_seq_len=32", "--batch_size=2",
+    "--total_batch_tokens=128", "--max_iters=8", "--warmup_iters=2", "--eval_interval=4", "--eval_iters=3",
+    "--save_every=2", "--keep=9", "--log_interval=1", "--learning_rate=1e-2", "--threads=2", "--compile=False",
+    "--dtype=float32", "--no-sample",
+]  # fmt: skip
+NUMBA = "--backend=numba"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy_data(tmp_path / "data" / "toy", VOCAB)
+    return tmp_path
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row[key] for row in rows(folder) for key in ("loss", "val_loss") if key in row]
+
+
+def digests(folder: Path, step: int) -> list[str]:
+    """The SHA-256 of the weights and of the optimizer after a step."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    return [hashlib.sha256((path / f"{name}.safetensors").read_bytes()).hexdigest() for name in ("model", "optimizer")]
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_losses_are_those_of_torch(project, optimizer):
+    options = [*OPTIONS, f"--optimizer={optimizer}", "--max_iters=6"]
+    assert train.main([*options, "--out_dir=start", "--max_iters=1", NUMBA]) == 0
+    for backend in ("torch", "numba"):
+        options_of = [*options, "--init_from=start", f"--out_dir={backend}", f"--backend={backend}"]
+        assert train.main(options_of) == 0
+    # Muon's own iterations are in bfloat16 in torch.
+    bound = 1e-4 if optimizer == "adamw" else 0.03
+    np.testing.assert_allclose(losses(project / "numba"), losses(project / "torch"), atol=bound)
+    assert [row.keys() for row in rows(project / "numba")] == [row.keys() for row in rows(project / "torch")]
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("more", [("--optimizer=muon",), ("--optimizer=adamw", "--dropout=0.1")], ids=" ".join)
+def test_a_run_that_was_stopped_goes_on_to_the_last_bit(project, more):
+    assert train.main([*OPTIONS, *more, NUMBA, "--out_dir=whole"]) == 0
+    # Resumed from a checkpoint in its middle.
+    assert train.main([*OPTIONS, *more, NUMBA, "--out_dir=part"]) == 0
+    assert train.main([NUMBA, "--out_dir=again", "--resume=part/checkpoints/step-00000002"]) == 0
+    assert digests(project / "whole", 8) == digests(project / "again", 8)
+    assert losses(project / "whole")[-3:] == losses(project / "again")[-3:]
+
+
+@pytest.mark.trains
+def test_the_bits_do_not_depend_on_the_number_of_threads(project):
+    for threads in (1, 2):
+        assert train.main([*OPTIONS, NUMBA, f"--threads={threads}", f"--out_dir=t{threads}"]) == 0
+    assert digests(project / "t1", 8) == digests(project / "t2", 8)
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(("first", "second"), [("torch", "numba"), ("numba", "torch")])
+def test_either_backend_continues_the_others_run(project, first, second):
+    options = [*OPTIONS, "--optimizer=adamw", f"--backend={first}"]
+    assert train.main([*options, "--out_dir=a"]) == 0
+    for backend in (first, second):
+        resume = ["--resume=a/checkpoints/step-00000002", f"--backend={backend}", f"--out_dir={backend}"]
+        assert train.main(resume) == 0
+    np.testing.assert_allclose(losses(project / first), losses(project / second), atol=1e-4)
+
+
+@pytest.mark.trains
+def test_a_step_that_is_not_finite_changes_nothing(project, monkeypatch):
+    step, count = NumbaBackend.step, 0
+
+    def poisoned(backend, batches, rate):
+        nonlocal count
+        count += 1
+        if count == 3:
+            batches = list(batches)
+            backend.model.weights["norm"][0], kept = np.nan, backend.model.weights["norm"][0]
+            step(backend, batches, rate)
+            backend.model.weights["norm"][0] = kept
+        else:
+            step(backend, batches, rate)
+
+    monkeypatch.setattr(NumbaBackend, "step", poisoned)
+    assert train.main([*OPTIONS, NUMBA, "--save_every=1"]) == 0
+    assert digests(project / "out", 2) == digests(project / "out", 3) != digests(project / "out", 4)
+    assert [row["skipped"] for row in rows(project / "out") if "skipped" in row] == [0, 0, *[1] * 6]
+
+
+@pytest.mark.trains
+@pytest.mark.trains
+def test_an_infinite_gradient_beside_a_finite_loss_is_skipped(project, monkeypatch):
+    compute, calls = TrainingModel.loss_and_gradients, []
+
+    def poisoned(model, *args, **options):
+        loss = compute(model, *args, **options)
+        calls.append(loss)
+        if len(calls) == 6:  # after the one that prepares: in the third step
+            model.gradients["layers.1.feed_forward.w2"][3, 5] = np.inf
+        return loss
+
+    monkeypatch.setattr(TrainingModel, "loss_and_gradients", poisoned)
+    assert train.main([*OPTIONS, NUMBA, "--save_every=1"]) == 0
+    assert np.isfinite(calls).all()
+    assert [row["skipped"] for row in rows(project / "out") if "skipped" in row] == [0, 0, *[1] * 6]
+    assert digests(project / "out", 2) == digests(project / "out", 3) != digests(project / "out", 4)
+
+
+@pytest.mark.trains
+def test_too_many_in_a_row_end_the_run(project, monkeypatch):
+    monkeypatch.setattr("llamalet.backward.optimizer.NumbaOptimizer.norm", lambda self, gradients: float("nan"))
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        train.main([*OPTIONS, NUMBA, "--max_skipped=2"])
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--device=cuda", "device=cuda: the numba backend computes on the CPU only"),
+        ("--parallel=fsdp", "parallel=fsdp: the numba backend has one process"),
+        ("--dtype=bfloat16", "dtype=bfloat16: the numba backend computes in float32 only"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_by_name(project, option, words):
+    with pytest.raises(ConfigError, match=words):
+        train.main([*OPTIONS, NUMBA, option])
+
+
+def test_torchrun_is_refused_by_name(project, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="torchrun: the numba backend has one process, not 2"):
+        train.main([*OPTIONS, NUMBA])
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NoTorch())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
+import train
+from llamalet.command import run
+run(train.main)
+"""
+
+
+@pytest.mark.trains
+def test_a_run_without_torch_is_the_same_run(project):
+    command = [sys.executable, "-c", WITHOUT_TORCH, *OPTIONS, "--out_dir=without"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "backend  numba, because PyTorch is not installed" in done.stdout
+    assert train.main([*OPTIONS, NUMBA, "--out_dir=with"]) == 0
+    assert digests(project / "without", 8) == digests(project / "with", 8)
+    asked = subprocess.run([*command, "--backend=torch"], env=environment, capture_output=True, text=True, timeout=60)
+    assert asked.returncode == 2 and "backend=torch: PyTorch is not installed" in asked.stderr
+
+
+def test_new_weights_are_drawn_as_the_models(project):
+    """Same distribution, not the same numbers."""
+    from llamalet.backward.initial_weights import initial_weights
+    from llamalet.config import ModelConfig
+    from model import Llama
+
+    config = ModelConfig.create(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=64)
+    for init in ("normal", "copying"):
+        ours, model = initial_weights(config, 1, init), Llama(config)
+        if init == "copying":
+            model.start_by_copying()
+        theirs = {name.removesuffix(".weight"): weight.detach().numpy() for name, weight in model.named_parameters()}
+        assert ours.keys() == theirs.keys()
+        for name, weight in theirs.items():
+            assert ours[name].shape == weight.shape and ours[name].dtype == np.float32
+            assert ours[name].std() == pytest.approx(weight.std(), rel=0.1)
+            assert ours[name].mean() == pytest.approx(weight.mean(), abs=0.01)
+    again, other = (initial_weights(config, seed, "copying") for seed in (1, 2))
+    assert all(np.array_equal(ours[name], again[name]) for name in ours)
+    assert not np.array_equal(ours["tok_embeddings"], other["tok_embeddings"])
+    wq, wk = (ours[f"layers.0.attention.{name}"].reshape(-1, 16, 64) for name in ("wq", "wk"))
+    assert np.array_equal(wq, np.repeat(wk, 2, axis=0))
+
+
+def test_checkpoints_name_tensors_as_torch_does(project):
+    assert train.main([*OPTIONS, NUMBA, "--max_iters=1"]) == 0
+    assert train.main([*OPTIONS, "--backend=torch", "--max_iters=1", "--out_dir=torch"]) == 0
+    for name in ("model", "optimizer"):
+        ours, theirs = (
+            safetensors_file.read_arrays(project / out / "checkpoints" / "step-00000001" / f"{name}.safetensors")
+            for out in ("out", "torch")
+        )
+        assert {key: (a.shape, a.dtype) for key, a in ours.items()} == {
+            k: (a.shape, a.dtype) for k, a in theirs.items()
+        }
