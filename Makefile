@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-bounds torture fuzz lint bench clean
+.PHONY: help demo demo-lite test test-fast test-bounds torture fuzz lint bench clean
 
 help:  ## list these targets
 	@echo "llamalet: small Llama models, from data to story"
@@ -18,6 +18,13 @@ demo: .venv/train  ## write a corpus, train a small model, export it, prove it, 
 	$(RUN) tinystories.py pretokenize --source=synthetic
 	$(RUN) train.py configs/demo.toml --overwrite
 	$(RUN) -m parity.demo out/demo
+
+demo-lite: .venv-lite/lite  ## the same without PyTorch, in an environment of its own (minutes, offline)
+	.venv-lite/bin/python tinystories.py synthesize --seed=1
+	.venv-lite/bin/python tinystories.py train-vocab --source=synthetic --vocab-size=2048
+	.venv-lite/bin/python tinystories.py pretokenize --source=synthetic
+	.venv-lite/bin/python train.py configs/demo.toml --out_dir=out/demo-lite --overwrite
+	.venv-lite/bin/python -m parity.demo out/demo-lite
 
 # In two processes, because the tests spend half of their time waiting.
 test: .venv/dev  ## run every test (offline, CPU, minutes)
@@ -47,7 +54,7 @@ bench: .venv/train  ## measure the runtime's speed on this machine
 
 clean:  ## remove what the commands made, all but .venv, data/ and out/
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 # Two sets of packages, each installed once and again when the lists change.
 .venv/train: pyproject.toml constraints.txt
@@ -56,6 +63,14 @@ clean:  ## remove what the commands made, all but .venv, data/ and out/
 	@echo "installing the packages of constraints.txt into .venv (PyTorch is large: this takes minutes)"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
+	@touch $@
+
+.venv-lite/lite: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@echo "installing numpy, numba, sentencepiece and tqdm into .venv-lite"
+	$(PYTHON) -m venv .venv-lite
+	.venv-lite/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lite]"
 	@touch $@
 
 .venv/dev: .venv/train

@@ -163,15 +163,9 @@ def _verify(path: Path, named_data: str | None) -> int:
 
 def _prove(path: Path, data: shards.Shards | None, originals: Mapping[str, Rows] | None) -> int:
     """Print the proof of a model file and return the exit code."""
-    try:
-        with nothing_to_lose():
-            from parity.proof import prove
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        print(f"not proved: comparing it with PyTorch needs torch ({error}); the bytes were read back and compared")
-        return 0
-    print("comparing PyTorch and the runtime ...", flush=True)
+    with nothing_to_lose():
+        from parity.proof import prove, second_program
+    print(f"comparing {second_program()} and the runtime ...", flush=True)
     proof = prove(path, originals=originals, data=data)
     print(*proof.lines(), sep="\n")
     return 0 if proof.ok else FormatError.exit_code

@@ -32,7 +32,7 @@ from llamalet.model_file.checkpoint import find_best, read_facts
 from llamalet.runtime import Model
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents, read_documents
 from llamalet.shards import Shards
-from parity.proof import Proof, prove
+from parity.proof import Proof, prove, second_program
 
 # The version, v3's dtype, and the name of each file.
 FILES = (
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if data.meta.entropy is None:
         raise DataError(f"{data.folder}: has no known entropy; only data from `tinystories.py synthesize` has")
     proofs = [_export(folder / name, version, dtype, source, data) for version, dtype, name in FILES]
-    print("\nParity of PyTorch and the runtime\n" + _parity_table(proofs))
+    print(f"\nParity of {second_program()} and the runtime\n" + _parity_table(proofs))
     model = Model.load(folder / FLOAT_FILE)
     found = _evaluate(model, data)
     print("\nValidation loss beside the corpus entropy, on held-out stories, each whole and up to its closing BOS")
@@ -98,11 +98,11 @@ def _export(path: Path, version: int, dtype: str | None, source: ImportedModel, 
 
 def _parity_table(proofs: list[Proof]) -> str:
     """Return one line per version: size, largest logit difference, bits per byte of both, verdict and text."""
-    lines = ["  version           bytes   logits differ by   PyTorch   runtime bits/byte   verdict"]
+    lines = [f"  version           bytes   logits differ by   {second_program():>7}   runtime bits/byte   verdict"]
     for proof in proofs:
         size = proof.path.stat().st_size
         difference = f"{proof.logit_difference:.1e} of {proof.largest_logit:.0f}"
-        bits = f"{proof.torch_bits_per_byte:7.4f}   {proof.runtime_bits_per_byte:17.4f}"
+        bits = f"{proof.expected_bits_per_byte:7.4f}   {proof.runtime_bits_per_byte:17.4f}"
         verdict = "proved" if proof.ok else "NOT proved: " + "; ".join(proof.problems)
         name = f"v{proof.version} {proof.dtype}"
         lines.append(f"  {name:9} {size:13,}   {difference:>16}   {bits}   {verdict}; {proof.text}")

@@ -1,4 +1,4 @@
-"""The proof of an export: the PyTorch model and the torch-free runtime compute the same from one file.
+"""The proof of an export: PyTorch, or plain numpy without it, and the runtime compute the same from one file.
 
 Four comparisons: the file's weights with the checkpoint's, the logits of both programs, their most likely texts, and
 their bits per byte on validation data. For a large model PyTorch holds one layer at a time, the texts are shorter, and
@@ -9,22 +9,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
-from llamalet import model_file, shards, tokenizer
-from llamalet.config import ModelConfig, rope_tables
+from llamalet import model_file, reference, shards, tokenizer
+from llamalet.config import ModelConfig
 from llamalet.convert.bin_file import tensors_of
 from llamalet.generate import ForwardPass, Tokens
 from llamalet.model_file.quantize import Packed, Quantized, to_bfloat16, unpack
 from llamalet.model_file.tensors import Rows, row_blocks
 from llamalet.runtime import open_backend
 from llamalet.scoring import NOTHING, evaluate_windows
-from model import Block, Llama
-from training import weights
+from training.backend import has_torch
 
 LOGIT_TOKENS = 256
 GREEDY_TOKENS = 128
@@ -56,10 +54,11 @@ class Proof:
     largest_logit: float = 0.0
     text: str = ""
     no_bits: str = "no prepared data with this tokenizer; name some with --data"
-    torch_bits_per_byte: float | None = None
+    expected_bits_per_byte: float | None = None
     runtime_bits_per_byte: float | None = None
     evaluated_tokens: int = 0
     duration_s: float = 0.0
+    program: str = field(default_factory=lambda: second_program())
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -70,10 +69,10 @@ class Proof:
     def lines(self) -> list[str]:
         """Return the proof as lines to print, the verdict last."""
         bits = f"not compared ({self.no_bits})"
-        if self.torch_bits_per_byte is not None and self.runtime_bits_per_byte is not None:
+        if self.expected_bits_per_byte is not None and self.runtime_bits_per_byte is not None:
             bits = (
-                f"PyTorch {self.torch_bits_per_byte:.4f}, runtime {self.runtime_bits_per_byte:.4f} bits per byte over "
-                f"{self.evaluated_tokens} validation tokens"
+                f"{self.program} {self.expected_bits_per_byte:.4f}, runtime {self.runtime_bits_per_byte:.4f} bits per "
+                f"byte over {self.evaluated_tokens} validation tokens"
             )
         verdict = "proved" if self.ok else "NOT proved: " + "; ".join(self.problems)
         return [
@@ -85,53 +84,34 @@ class Proof:
         ]
 
 
-class TorchLogits:
-    """The training model with the runtime's interface, so that both are evaluated by the same code."""
+class Logits(Protocol):
+    """A model in another program than the runtime."""
 
-    def __init__(self, model: Llama, config: ModelConfig) -> None:
-        self.model = model
-        self.config = config
+    config: ModelConfig
 
-    @torch.inference_mode()
     def logits(self, tokens: Tokens) -> NDArray[np.float32]:
         """Return float32 (T, V) logits of int64 (T,) ids."""
-        return self.model(torch.from_numpy(np.asarray(tokens, np.int64))[None])[0].float().numpy()
 
 
-class LayeredLogits:
-    """The same for a large model: one layer is in memory at a time."""
+class NumpyLogits:
+    """The reference in plain numpy with the runtime's interface: the second program where PyTorch is not installed."""
 
-    def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
-        self.tensors = tensors
+    def __init__(self, weights: Mapping[str, Rows], config: ModelConfig) -> None:
+        self.weights = {name: np.asarray(tensor[0 : tensor.shape[0]], np.float32) for name, tensor in weights.items()}
         self.config = config
 
-    @torch.inference_mode()
     def logits(self, tokens: Tokens) -> NDArray[np.float32]:
         """Return float32 (T, V) logits of int64 (T,) ids."""
-        c = self.config
-        cos, sin = (torch.from_numpy(table)[:, None] for table in rope_tables(c, len(tokens)))
-        table = self.tensors["tok_embeddings"]
-        x = torch.from_numpy(np.concatenate([table[id : id + 1] for id in map(int, tokens)]))[None]  # (1, T, C)
-        block = Block(c, 0.0).eval()
-        for layer in range(c.n_layers):
-            prefix = f"layers.{layer}."
-            names = [name for name in self.tensors if name.startswith(prefix)]
-            state = weights.to_state_dict({name.removeprefix(prefix): self.tensors[name] for name in names})
-            block.load_state_dict(state, assign=True)
-            x = block(x, cos, sin)
-        norm = torch.from_numpy(np.array(self.tensors["norm"][0 : c.dim]))
-        x = F.rms_norm(x[0], (c.dim,), norm, c.norm_eps)
-        output = "tok_embeddings" if c.tied else "output"
-        columns = [F.linear(x, torch.from_numpy(rows)) for rows in row_blocks(output, self.tensors[output])]
-        return torch.cat(columns, dim=1).numpy()
+        return reference.forward(self.weights, self.config, np.asarray(tokens)[None])[0]
 
 
 def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shards.Shards | None = None) -> Proof:
-    """Compare the PyTorch model and the runtime on one model file.
+    """Compare the runtime with PyTorch, or with plain numpy where that is not installed, on one model file.
 
     Args:
         path: the .bin; its checksum is verified.
-        originals: the weights it was made from, by name: they are compared, and PyTorch's bits per byte use them.
+        originals: the weights it was made from, by name: they are compared, and the other program's bits per byte
+            use them.
         data: prepared data with the model's tokenizer; without it the logits are compared on random ids.
 
     Returns:
@@ -145,7 +125,7 @@ def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shar
     config = file.config
     proof = Proof(path=path, version=file.version, dtype=file.dtype)
     large = config.n_params > LARGE_PARAMS
-    from_file = _in_torch(tensors_of(file), config)
+    from_file = _in_second_program(tensors_of(file), config)
     runtime = open_backend(file, "numba", None)
     if originals is not None:
         _compare_weights(proof, file, originals)
@@ -155,17 +135,24 @@ def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shar
     if large:
         proof.no_bits = "the model is large"
     elif data is not None:
-        original = from_file if originals is None else _in_torch(originals, config)
+        original = from_file if originals is None else _in_second_program(originals, config)
         _compare_bits(proof, original, runtime, data)
     proof.duration_s = time.perf_counter() - start
     return proof
 
 
-def _in_torch(tensors: Mapping[str, Rows], config: ModelConfig) -> TorchLogits | LayeredLogits:
-    """Return the training model with these weights; a large model is computed a layer at a time."""
-    if config.n_params > LARGE_PARAMS:
-        return LayeredLogits(tensors, config)
-    return TorchLogits(weights.load_model(config, weights.to_state_dict(tensors)), config)
+def second_program() -> str:
+    """Return the name of what the runtime is compared with: PyTorch, or numpy where that is not installed."""
+    return "PyTorch" if has_torch() else "numpy"
+
+
+def _in_second_program(tensors: Mapping[str, Rows], config: ModelConfig) -> Logits:
+    """Return a model with these weights in the second program; PyTorch computes a large one a layer at a time."""
+    if second_program() == "numpy":
+        return NumpyLogits(tensors, config)
+    from parity.in_torch import LayeredLogits, TorchLogits
+
+    return (LayeredLogits if config.n_params > LARGE_PARAMS else TorchLogits)(tensors, config)
 
 
 def _compare_weights(proof: Proof, file: model_file.ModelFile, originals: Mapping[str, Rows]) -> None:
@@ -227,10 +214,8 @@ def _compare_logits(proof: Proof, expected: NDArray[np.float32], found: NDArray[
         )
 
 
-def _compare_text(
-    proof: Proof, expected: TorchLogits | LayeredLogits, runtime: ForwardPass, data: shards.Shards | None, n: int
-) -> None:
-    """Check that PyTorch too finds each token of the runtime's most likely text the most likely.
+def _compare_text(proof: Proof, expected: Logits, runtime: ForwardPass, data: shards.Shards | None, n: int) -> None:
+    """Check that the other program too finds each token of the runtime's most likely text the most likely.
 
     At the first token where they differ, the two logits must be closer than the programs' difference there: a tie that
     rounding decides.
@@ -241,33 +226,33 @@ def _compare_text(
     while len(ids) < min(n, runtime.config.max_seq_len):
         ids.append(int(logits[-1].argmax()))
         logits.append(runtime.decode(cache, ids[-1]).copy())
-    torch_logits = expected.logits(np.array(ids))
-    choices = torch_logits.argmax(axis=1)
+    expected_logits = expected.logits(np.array(ids))
+    choices = expected_logits.argmax(axis=1)
     parted = np.flatnonzero(choices[:-1] != np.array(ids[1:]))
     if not len(parted):
         proof.text = f"the same {len(ids)} most likely tokens"
         return
     at = int(parted[0])
     ours, theirs = ids[at + 1], int(choices[at])
-    gap = float(torch_logits[at, theirs] - torch_logits[at, ours])
-    difference = float(np.abs(torch_logits[at] - logits[at]).max())
+    gap = float(expected_logits[at, theirs] - expected_logits[at, ours])
+    difference = float(np.abs(expected_logits[at] - logits[at]).max())
     proof.text = (
-        f"parts at token {at + 1}: PyTorch has {torch_logits[at, theirs]:.5f} against {torch_logits[at, ours]:.5f}, "
-        f"the runtime {logits[at][theirs]:.5f} against {logits[at][ours]:.5f}"
+        f"parts at token {at + 1}: {proof.program} has {expected_logits[at, theirs]:.5f} against "
+        f"{expected_logits[at, ours]:.5f}, the runtime {logits[at][theirs]:.5f} against {logits[at][ours]:.5f}"
     )
     if gap > 2 * difference:
         proof.problems.append(f"the texts part at token {at + 1} by more than rounding explains")
 
 
-def _compare_bits(
-    proof: Proof, original: TorchLogits | LayeredLogits, runtime: ForwardPass, data: shards.Shards
-) -> None:
+def _compare_bits(proof: Proof, original: Logits, runtime: ForwardPass, data: shards.Shards) -> None:
     """Check that both programs have the same bits per byte on the same validation tokens."""
     vocabulary = tokenizer.load(data.tokenizer_path, data.meta.vocab_size)
     tokens = data.split("val")[: EVALUATION_TOKENS + 1]
     expected = sum(evaluate_windows(original, vocabulary, tokens), start=NOTHING)
     found = sum(evaluate_windows(runtime, vocabulary, tokens), start=NOTHING)
-    proof.torch_bits_per_byte, proof.runtime_bits_per_byte = expected.bits_per_byte, found.bits_per_byte
+    proof.expected_bits_per_byte, proof.runtime_bits_per_byte = expected.bits_per_byte, found.bits_per_byte
     proof.evaluated_tokens = found.tokens
     if not abs(found.bits_per_byte - expected.bits_per_byte) <= BITS_BOUND[proof.dtype] * expected.bits_per_byte:
-        proof.problems.append(f"{found.bits_per_byte:.4f} bits per byte where PyTorch has {expected.bits_per_byte:.4f}")
+        proof.problems.append(
+            f"{found.bits_per_byte:.4f} bits per byte where {proof.program} has {expected.bits_per_byte:.4f}"
+        )

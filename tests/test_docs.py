@@ -92,7 +92,9 @@ NOT_OURS = re.compile(r"(out|data|checkpoints)/|(model|tokenizer|config)\.|stori
 @functools.cache
 def our_files():
     """Return the paths of the files here, but not those of what was installed or made."""
-    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in (".venv", "out", "data")]
+    folders = [
+        path for path in ROOT.iterdir() if path.is_dir() and path.name not in (".venv", ".venv-lite", "out", "data")
+    ]
     return [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.*")]
 
 

@@ -90,23 +90,43 @@ def encode(
             yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
 
 
-def _read_header(path: Path, dtypes: Collection[str]) -> dict[str, Entry]:
-    """Return what a file's header says of its tensors, after checking it against the file.
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return what a file's header says besides its tensors.
 
     Raises:
-        FormatError: if it is damaged, or a tensor's type is not among `dtypes`.
+        FormatError: if the header is damaged.
+    """
+    found = _parse_header(path)[0].get(METADATA, {})
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a file's header, where the data begin, and the file's size.
+
+    Raises:
+        FormatError: if the header is damaged.
     """
     with reading(path, FormatError), open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = LENGTH.unpack(file.read(LENGTH.size))[0] if size >= LENGTH.size else MAX_HEADER_BYTES + 1
         if length > min(MAX_HEADER_BYTES, size - LENGTH.size):
             raise FormatError(f"{path}: not a safetensors file, or truncated (is it a Git LFS pointer?)")
-        damaged = f"{path}: its header is damaged"
-        header = strict.parse_json(file.read(length), damaged, FormatError)
+        header = strict.parse_json(file.read(length), f"{path}: its header is damaged", FormatError)
     if not isinstance(header, dict):
-        raise FormatError(f"{damaged}: it is no JSON object")
+        raise FormatError(f"{path}: its header is damaged: it is no JSON object")
+    return header, LENGTH.size + length, size
+
+
+def _read_header(path: Path, dtypes: Collection[str]) -> dict[str, Entry]:
+    """Return what a file's header says of its tensors, after checking it against the file.
+
+    Raises:
+        FormatError: if it is damaged, or a tensor's type is not among `dtypes`.
+    """
+    header, data, size = _parse_header(path)
     header.pop(METADATA, None)
-    found = {name: _entry(fields, LENGTH.size + length, f"{damaged}: {name}") for name, fields in header.items()}
+    damaged = f"{path}: its header is damaged"
+    found = {name: _entry(fields, data, f"{damaged}: {name}") for name, fields in header.items()}
     for name, (dtype, shape, begin, end) in found.items():
         if dtype not in dtypes:
             raise FormatError(f"{path}: {name} is {dtype}: only {', '.join(dtypes)} can be read")

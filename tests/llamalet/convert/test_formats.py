@@ -30,8 +30,7 @@ from llamalet.errors import ConfigError, FormatError, NonFiniteError, TokenizerE
 from llamalet.kernels.transformer import Transformer
 from llamalet.model_file import companions, tensors
 from llamalet.reference import NumpyTransformer
-from parity import proof
-from training import weights
+from parity import in_torch, proof
 
 transformers = pytest.importorskip("transformers")
 
@@ -136,8 +135,9 @@ def test_a_model_of_transformers_gives_its_logits_here_and_goes_back(tmp_path, k
     file = model_file.read(tmp_path / "m.bin")
     assert file.config.max_seq_len == LIKE[kind]["max_position_embeddings"]
     np.testing.assert_allclose(Transformer(file).logits(ids()), expected, atol=TOLERANCE)
-    model = weights.load_model(file.config, weights.to_state_dict(bin_file.tensors_of(file)))
-    np.testing.assert_allclose(proof.TorchLogits(model, file.config).logits(ids()), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        in_torch.TorchLogits(bin_file.tensors_of(file), file.config).logits(ids()), expected, atol=TOLERANCE
+    )
 
     assert run_main(tmp_path / "back", "--bin", tmp_path / "m.bin") == 0
     assert "every weight is equal" in capsys.readouterr().out
@@ -768,7 +768,7 @@ def test_a_large_model_is_proved_a_layer_at_a_time(tmp_path, monkeypatch, capsys
     shown = capsys.readouterr().out
     assert "is proved" in shown and "not compared (the model is large)" in shown
     source = huggingface.read(str(tmp_path / "hf"))
-    layered = proof.LayeredLogits(source.tensors, source.config).logits(ids())
+    layered = in_torch.LayeredLogits(source.tensors, source.config).logits(ids())
     np.testing.assert_allclose(layered, their_logits(transformer_of("llama-3.2-1b"), ids()), atol=TOLERANCE)
     other = dict(source.tensors) | {"layers.1.attention.wv": source.tensors["layers.0.attention.wv"]}
     assert proof.prove(tmp_path / "m.bin", originals=other).problems

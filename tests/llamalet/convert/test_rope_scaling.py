@@ -19,8 +19,7 @@ from llamalet.convert.imported_model import ImportedModel, llama3_scaling
 from llamalet.errors import ConfigError, FormatError
 from llamalet.reference import NumpyTransformer
 from llamalet.tokenizer import pack
-from parity import proof
-from training import weights
+from parity import in_torch
 
 CONFIG = ModelConfig.create(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=300, max_seq_len=64, tied=False
@@ -57,8 +56,9 @@ def our_logits(source: ImportedModel) -> np.ndarray:
     """What the runtime computes, in whose tables PyTorch's model agrees."""
     file = model_file.in_memory(Path(source.name), source.config, source.tensors, "f32")
     found = NumpyTransformer(file).logits(IDS)
-    model = weights.load_model(file.config, weights.to_state_dict(bin_file.tensors_of(file)))
-    np.testing.assert_allclose(proof.TorchLogits(model, file.config).logits(IDS), found, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        in_torch.TorchLogits(bin_file.tensors_of(file), file.config).logits(IDS), found, atol=TOLERANCE
+    )
     return found
 
 
