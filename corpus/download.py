@@ -161,6 +161,8 @@ def _in_one_line(label: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{label}: {error}") from None
+    except ModuleNotFoundError:  # says what to install
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise DiskError(f"{label}: {error.strerror}; free some space and type the command again") from None

@@ -48,6 +48,7 @@ def shell(folder: Path, command: str, **environment: str) -> subprocess.Complete
     ("package", "script", "words"),
     [
         ("tqdm", "tinystories.py", []),  # among the imports at the top
+        ("datasets", "tinystories.py", ["download"]),  # later
         ("numpy", "sample.py", []),
     ],
 )
