@@ -13,7 +13,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 def has_torch() -> bool:
     """Return whether PyTorch is installed; it is not imported."""
-    return importlib.util.find_spec("torch") is not None
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except ModuleNotFoundError:  # from an importer that blocks it
+        return False
 
 
 class StepFigures(NamedTuple):

@@ -160,14 +160,12 @@ def test_torchrun_is_refused_by_name(project, monkeypatch):
 
 
 WITHOUT_TORCH = """
-import importlib.util, sys
+import sys
 class NoTorch:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "torch":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, NoTorch())
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
 import train
 from llamalet.command import run
 run(train.main)
