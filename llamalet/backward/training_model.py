@@ -56,7 +56,7 @@ class TrainingModel:
         self._shape = batch_size, n_positions
         self._cos, self._sin = rope_tables(config, n_positions)
         self._eps = np.float32(config.norm_eps)
-        self.runner = Runner(n_threads, space.edges)
+        self.runner = Runner(n_threads, space.attention.edges)
 
     def loss_and_gradients(
         self, tokens: Ids, targets: Ids, dropout: Dropout = NO_DROPOUT, *, share: float = 1.0, add: bool = False

@@ -50,8 +50,7 @@ class TrainingWorkspace:
     left: a packed left side, likewise.
     output_by_rows: the output matrix packed by rows, while `right` has it by columns.
     normed_by_columns: some positions (R, C) of normed, packed by columns.
-    attention: see ops.AttentionSpace.
-    edges: (threads, *EDGE_SHAPE).
+    attention: see ops.AttentionSpace; all products use its edges.
     """
 
     weights: dict[str, Any]
@@ -78,7 +77,6 @@ class TrainingWorkspace:
     output_by_rows: Any
     normed_by_columns: Any
     attention: AttentionSpace
-    edges: Any
 
 
 class Counter:
@@ -193,5 +191,4 @@ def lay_out(
             by_columns=take(n_threads, *panels_shape(T, D)),
             edges=take(n_threads, *EDGE_SHAPE),
         ),
-        edges=take(n_threads, *EDGE_SHAPE),
     )
