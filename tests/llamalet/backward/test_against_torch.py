@@ -25,8 +25,8 @@ def ours(config, weights, ids, kind):
     return losses, model.weights
 
 
-def theirs(config, weights, ids, kind):
-    model = load_model(config, to_state_dict(weights))
+def theirs(config, weights, ids, kind, dtype=torch.float32):
+    model = load_model(config, to_state_dict(weights)).to(dtype)
     optimizer = Optimizer(model, kind=kind, rate=RATE, betas=BETAS, weight_decay=DECAY)
     tokens, targets = map(torch.from_numpy, ids)
     losses = []
@@ -44,10 +44,12 @@ def test_ten_steps_of_adamw(name):
     weights, ids = random_tensors(config), batch(config, T=24, ignored=5)
     found, expected = (steps(config, weights, ids, "adamw") for steps in (ours, theirs))
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
-    off = np.concatenate([np.abs(found[1][tensor] - weight).reshape(-1) for tensor, weight in expected[1].items()])
-    # AdamW moves a weight by the rate even if its gradient is rounding noise, whose sign is anybody's.
-    assert np.mean(off > 1e-4) < 1e-4
-    assert off.mean() < 1e-6
+    exact = theirs(config, weights, ids, "adamw", torch.float64)[1]
+    for tensor, weight in expected[1].items():
+        # AdamW moves a weight by the rate even if its gradient is rounding noise, whose sign is anybody's: of 150,000
+        # weights here one is such, and PyTorch's is further from float64 than ours.
+        noise = np.abs(weight - exact[tensor])
+        assert np.all(np.abs(found[1][tensor] - weight) <= 1e-4 + 2 * noise), tensor
 
 
 def test_ten_steps_of_muon_whose_iterations_torch_makes_in_bfloat16():
