@@ -46,7 +46,7 @@ def test_ten_steps_of_adamw(name):
     np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
     exact = theirs(config, weights, ids, "adamw", torch.float64)[1]
     for tensor, weight in expected[1].items():
-        # AdamW moves a weight by the rate even if its gradient is rounding noise, whose sign is anybody's: of 150,000
+        # AdamW moves a weight by the rate even if its gradient is rounding noise, whose sign is anybody's: of 480,000
         # weights here one is such, and PyTorch's is further from float64 than ours.
         noise = np.abs(weight - exact[tensor])
         assert np.all(np.abs(found[1][tensor] - weight) <= 1e-4 + 2 * noise), tensor
