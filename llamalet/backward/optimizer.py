@@ -1,15 +1,17 @@
 """AdamW and Muon on the weights and gradients of a TrainingModel, and the norm of all gradients."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import float32
-from numpy.typing import NDArray
 
-from llamalet.backward.groups import group_of, muon_rate
-from llamalet.backward.runner import Array, Runner
+from llamalet.backward.groups import Group, group_of, muon_rate
+from llamalet.backward.memory import Array, Take, allocate, bytes_of
+from llamalet.backward.runner import Runner
 from llamalet.kernels import products
 from llamalet.kernels.layers import address_of, floats_at
 from llamalet.kernels.ops import dot, kernel
@@ -20,6 +22,11 @@ BLOCK = 1 << 14
 """Numbers in a block of the functions that treat each number by itself."""
 
 ADAMW_EPS = 1e-8
+
+NEGLIGIBLE = np.float32(1e-17)
+"""Gradients and averages below this become zero, mean squares below its square: far less than ADAMW_EPS, they change no
+weight. The averages of a gradient that stays zero, as of a token that never comes, would otherwise end as numbers too
+small to be normalised, with which processors compute 20 times slower."""
 
 MUON_MOMENTUM, MUON_EPS, MUON_ITERATIONS = 0.95, 1e-7, 5
 MUON_A, MUON_B, MUON_C = 3.4445, -4.775, 2.0315
@@ -79,26 +86,23 @@ class NumbaOptimizer:
             kind: adamw or muon.
             betas: AdamW's decay rates of the moments.
             weight_decay: decay of the matrices, as a multiple of the learning rate.
+
+        Raises:
+            MemoryError: if there is not as much memory as `n_bytes` says.
         """
         self._runner, self._weights, self._betas, self._decay = runner, weights, betas, weight_decay
-        self._groups = {name: group_of(name, weight.ndim, kind) for name, weight in weights.items()}
-        self.state: dict[str, Array] = {}
-        for name, weight in weights.items():
-            if self._groups[name] == "muon":
-                self.state[f"{name}:momentum_buffer"] = np.zeros_like(weight)
-            else:
-                self.state[f"{name}:step"] = np.zeros((), np.float32)
-                self.state[f"{name}:exp_avg"] = np.zeros_like(weight)
-                self.state[f"{name}:exp_avg_sq"] = np.zeros_like(weight)
-        self._muon = [name for name in weights if self._groups[name] == "muon"]
-        self._space = MuonSpace([weights[name].shape for name in self._muon], runner.n_threads)
-        self._parts = np.zeros(max(_blocks(weight) for weight in weights.values()), np.float32)
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        self._groups = groups_of(shapes, kind)
+        self._space = space = allocate(partial(lay_out, shapes, kind, runner.n_threads))
+        self.state: dict[str, Array] = space.state
+        self._muon = [name for name, group in self._groups.items() if group == "muon"]
+        self._muon_addresses = np.array([[address_of(array) for array in arrays] for arrays in space.muon])
 
     def norm(self, gradients: Mapping[str, Array]) -> float:
         """Return the norm of all gradients together; a number is squared in float32, and blocks added in float64."""
         squares = 0.0
         for gradient in gradients.values():
-            parts = self._parts[: _blocks(gradient)]
+            parts = self._space.parts[: _blocks(gradient.size)]
             self._runner.run(sum_squares, len(parts), gradient.reshape(-1), parts)
             squares += float(parts.sum(dtype=np.float64))
         return float(np.sqrt(squares))
@@ -131,7 +135,7 @@ class NumbaOptimizer:
         factors = AdamFactors(
             *map(np.float32, (scale, 1 - rate * decay, beta1, beta2, rate / correction1, correction2**-0.5, ADAMW_EPS))
         )
-        self._runner.run(adamw, _blocks(weight), *flat, factors)
+        self._runner.run(adamw, _blocks(weight.size), *flat, factors)
 
     def _muon_step(self, gradients: Mapping[str, Array], rate: float, scale: float) -> None:
         """Update the matrices of the layers, each on one thread."""
@@ -143,31 +147,69 @@ class NumbaOptimizer:
             job["rows"], job["cols"] = weight.shape
             job["step"] = muon_rate(rate, *weight.shape)
         factors = np.float32(scale), np.float32(1 - rate * self._decay)
-        self._runner.run(muon, len(jobs), jobs, *factors, self._space.addresses, self._space.edges)
+        self._runner.run(muon, len(jobs), jobs, *factors, self._muon_addresses, self._space.edges)
 
 
-class MuonSpace:
-    """Each thread's memory for the iterations on one matrix.
+# -- memory -----------------------------------------------------------------------------------------------------------
 
-    addresses: of `other`, `gram`, `square` and `right` of each thread, see `orthogonalize`: int64 (threads, 4).
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class OptimizerSpace:
+    """The arrays of an optimizer, float32.
+
+    state: see NumbaOptimizer.
+    parts: the sums of squares of a gradient's blocks.
+    muon: `other`, `gram`, `square` and `packed` of `iterate` for each thread, flat, for the largest matrix.
     edges: (threads, *products.EDGE_SHAPE).
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], n_threads: int) -> None:
-        sizes = [0, 0, 0, 0]
-        for rows, cols in shapes:
+    state: dict[str, Any]
+    parts: Any
+    muon: list[list[Any]]
+    edges: Any
+
+
+def n_bytes(shapes: Shapes, kind: str, n_threads: int) -> int:
+    """Return the bytes that a NumbaOptimizer takes for weights of these shapes."""
+    return bytes_of(partial(lay_out, shapes, kind, n_threads))
+
+
+def lay_out(shapes: Shapes, kind: str, n_threads: int, take: Take) -> OptimizerSpace:
+    """Return the space of arrays that `take(*shape)` returns; the other arguments are those of `n_bytes`."""
+    state = {}
+    for name, group in groups_of(shapes, kind).items():
+        if group == "muon":
+            state[f"{name}:momentum_buffer"] = take(*shapes[name])
+        else:
+            state[f"{name}:step"] = take()
+            state[f"{name}:exp_avg"] = take(*shapes[name])
+            state[f"{name}:exp_avg_sq"] = take(*shapes[name])
+    sizes = [0, 0, 0, 0]
+    for name, group in groups_of(shapes, kind).items():
+        if group == "muon":
+            rows, cols = shapes[name]
             side = min(rows, cols)
             packed = panels_shape(rows, cols), panels_shape(cols, rows), panels_shape(side, side)
             needed = rows * cols, side * side, side * side, max(map(math.prod, packed))
             sizes = [max(pair) for pair in zip(sizes, needed, strict=True)]
-        self._arrays = [[np.zeros(max(size, 1), np.float32) for size in sizes] for _ in range(n_threads)]
-        self.addresses = np.array([[address_of(array) for array in arrays] for arrays in self._arrays])
-        self.edges = np.zeros((n_threads, *EDGE_SHAPE), np.float32)
+    return OptimizerSpace(
+        state=state,
+        parts=take(max(_blocks(math.prod(shape)) for shape in shapes.values())),
+        muon=[[take(size) for size in sizes] for _ in range(n_threads)],
+        edges=take(n_threads, *EDGE_SHAPE),
+    )
 
 
-def _blocks(array: NDArray[Any]) -> int:
+def groups_of(shapes: Shapes, kind: str) -> dict[str, Group]:
+    """Return how each weight is trained."""
+    return {name: group_of(name, len(shape), kind) for name, shape in shapes.items()}
+
+
+def _blocks(size: int) -> int:
     """Return the number of blocks of BLOCK numbers."""
-    return -(-array.size // BLOCK)
+    return -(-size // BLOCK)
 
 
 # -- each number by itself: all arrays are flat, (n,) -----------------------------------------------------------------
@@ -188,10 +230,17 @@ def adamw(weight: Any, gradient: Any, mean: Any, mean_square: Any, f: Any, team:
         first, last = block * BLOCK, (block + 1) * BLOCK
         w, g, m, v = weight[first:last], gradient[first:last], mean[first:last], mean_square[first:last]
         for i in range(len(w)):
-            slope = g[i] * f.scale
-            m[i] += (slope - m[i]) * (float32(1) - f.beta1)
-            v[i] = v[i] * f.beta2 + slope * slope * (float32(1) - f.beta2)
+            slope = unless_below(NEGLIGIBLE, g[i] * f.scale)
+            m[i] = unless_below(NEGLIGIBLE, m[i] + (slope - m[i]) * (float32(1) - f.beta1))
+            mean_of_squares = v[i] * f.beta2 + slope * slope * (float32(1) - f.beta2)
+            v[i] = unless_below(NEGLIGIBLE * NEGLIGIBLE, mean_of_squares)
             w[i] = w[i] * f.keep - f.step * m[i] / (np.sqrt(v[i]) * f.root_factor + f.eps)
+
+
+@kernel
+def unless_below(least: float, x: float) -> float:
+    """Return x, but zero if it is smaller than `least`; NaN stays."""
+    return float32(0) if abs(x) < least else x
 
 
 # -- Muon: a block is a whole matrix ----------------------------------------------------------------------------------
@@ -205,8 +254,8 @@ def muon(jobs: Any, scale: float, keep: float, addresses: Any, edges: Any, team:
         jobs: what to update.
         scale: what gradients are multiplied with first.
         keep: what weights are multiplied with: they decay.
-        addresses: see MuonSpace.
-        edges: see MuonSpace.
+        addresses: of OptimizerSpace.muon, int64 (threads, 4).
+        edges: see OptimizerSpace.
         team: see threads.Team.
     """
     for block in blocks(team):
@@ -235,8 +284,8 @@ def follow(momentum: Any, gradient: Any, scale: float) -> None:
     for i in range(len(momentum)):
         m, g = momentum[i], gradient[i]
         for j in range(len(m)):
-            slope = g[j] * scale
-            m[j] += (slope - m[j]) * (float32(1) - beta)
+            slope = unless_below(NEGLIGIBLE, g[j] * scale)
+            m[j] = unless_below(NEGLIGIBLE, m[j] + (slope - m[j]) * (float32(1) - beta))
             g[j] = slope + (m[j] - slope) * beta
 
 
@@ -254,7 +303,7 @@ def shrink(x: Any) -> None:
 
 
 @kernel
-def iterate(x: Any, out: Any, gram: Any, square: Any, right: int, edge: Any) -> None:
+def iterate(x: Any, out: Any, gram: Any, square: Any, packed: int, edge: Any) -> None:
     """Write (a I + b A + c A^2) X to out, or from the right: A is X X^T, or X^T X if that is smaller.
 
     Args:
@@ -262,22 +311,22 @@ def iterate(x: Any, out: Any, gram: Any, square: Any, right: int, edge: Any) -> 
         out: (rows, cols).
         gram: (side, side) for the smaller side, overwritten.
         square: likewise.
-        right: address of room for a packed matrix.
+        packed: address of memory for a packed matrix.
         edge: products.EDGE_SHAPE, overwritten.
     """
     rows, cols = x.shape
     side = len(gram)
     a, b, c = float32(MUON_A), float32(MUON_B), float32(MUON_C)
     if rows > cols:
-        panels = panels_at(right, (cols + LANES - 1) // LANES, rows)
+        panels = panels_at(packed, (cols + LANES - 1) // LANES, rows)
         products.pack_columns(x, panels, 0, rows)
         products.multiply_range(panels, panels, gram, False, (0, side), (0, side), (0, rows), edge)
     else:
-        panels = panels_at(right, (rows + LANES - 1) // LANES, cols)
+        panels = panels_at(packed, (rows + LANES - 1) // LANES, cols)
         for panel in range(len(panels)):
             products.pack_rows(x, panels, panel)
         products.multiply_range(x, panels, gram, False, (0, side), (0, side), (0, cols), edge)
-    of_gram = panels_at(right, (side + LANES - 1) // LANES, side)
+    of_gram = panels_at(packed, (side + LANES - 1) // LANES, side)
     products.pack_columns(gram, of_gram, 0, side)
     products.multiply_range(gram, of_gram, square, False, (0, side), (0, side), (0, side), edge)
     for i in range(side):
@@ -292,6 +341,6 @@ def iterate(x: Any, out: Any, gram: Any, square: Any, right: int, edge: Any) -> 
         products.pack_columns(gram, of_gram, 0, side)
         products.multiply_range(x, of_gram, out, True, (0, rows), (0, cols), (0, side), edge)
     else:
-        of_x = panels_at(right, (cols + LANES - 1) // LANES, rows)
+        of_x = panels_at(packed, (cols + LANES - 1) // LANES, rows)
         products.pack_columns(x, of_x, 0, rows)
         products.multiply_range(gram, of_x, out, True, (0, rows), (0, cols), (0, side), edge)

@@ -5,15 +5,13 @@ import weakref
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llamalet.backward import ops
+from llamalet.backward.memory import Array
 from llamalet.kernels import cache as kernel_cache
 from llamalet.kernels import products
 from llamalet.kernels.products import panels_shape
 from llamalet.kernels.threads import BLOCK_MASK, Team, ThreadTeam
-
-Array = NDArray[np.float32]
 
 
 class Runner:
@@ -40,16 +38,16 @@ class Runner:
         """Run an op whose blocks are ops.BLOCK_ROWS rows."""
         self.run(op, -(-n_rows // ops.BLOCK_ROWS), *arguments)
 
-    def pack_rows(self, weight: Array, room: Array) -> Array:
-        """Return a matrix (n, depth) packed by rows, in a part of `room` (numbers,)."""
+    def pack_rows(self, weight: Array, memory: Array) -> Array:
+        """Return a matrix (n, depth) packed by rows, in a part of `memory` (numbers,)."""
         n, depth = weight.shape
-        panels = panels_in(room, depth, n)
+        panels = panels_in(memory, depth, n)
         self.run(ops.pack_rows, len(panels), weight, panels)
         return panels
 
-    def pack_columns(self, x: Array, room: Array) -> Array:
-        """Return a matrix (depth, n) packed by columns, in a part of `room` (numbers,)."""
-        panels = panels_in(room, *x.shape)
+    def pack_columns(self, x: Array, memory: Array) -> Array:
+        """Return a matrix (depth, n) packed by columns, in a part of `memory` (numbers,)."""
+        panels = panels_in(memory, *x.shape)
         self.by_rows(ops.pack_columns, len(x), x, panels)
         return panels
 
@@ -59,10 +57,10 @@ class Runner:
         self.run(ops.multiply, blocks.n, left, right, out, add, blocks, self._edges)
 
 
-def panels_in(room: Array, depth: int, n: int) -> Array:
-    """Return room for a packed matrix (depth, n)."""
+def panels_in(memory: Array, depth: int, n: int) -> Array:
+    """Return the part of `memory` (numbers,) that a packed matrix (depth, n) takes, in its shape."""
     shape = panels_shape(depth, n)
-    return room[: math.prod(shape)].reshape(shape)
+    return memory[: math.prod(shape)].reshape(shape)
 
 
 def _call(op: Any, n_blocks: Any, arguments: Any, shared: Any, generation: int, thread: int) -> None:

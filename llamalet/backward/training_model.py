@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from llamalet.backward import ops
 from llamalet.backward.dropout import NO_DROPOUT, Dropout
+from llamalet.backward.memory import Array
 from llamalet.backward.ops import BLOCK_COLUMNS, Drop
 from llamalet.backward.reference import Sites
-from llamalet.backward.runner import Array, Runner
+from llamalet.backward.runner import Runner
 from llamalet.backward.workspace import new_workspace
 from llamalet.config import IGNORED, ModelConfig, rope_tables
 from llamalet.errors import FormatError, UsageError
@@ -40,6 +41,7 @@ class TrainingModel:
 
         Raises:
             ConfigError: if the batch is too large.
+            MemoryError: if there is not as much memory as workspace.n_bytes says.
             FormatError: if a weight is missing, too many, or of another shape.
         """
         self.config = config
@@ -102,30 +104,30 @@ class TrainingModel:
         """Compute and keep the activations of all layers."""
         s, weights = self._space, self.weights
         x = s.layers[0].x
-        self._by_positions(ops.embed, weights["tok_embeddings"], tokens, _drop(dropout, Sites.EMBEDDINGS), x)
+        self._run_by_positions(ops.embed, weights["tok_embeddings"], tokens, _drop(dropout, Sites.EMBEDDINGS), x)
         for layer, a in enumerate(s.layers):
             w = {name: weights[f"layers.{layer}.{name}"] for name in LAYER_TENSORS}
             at_weights, at_attention, at_ffn = (_drop(dropout, site) for site in Sites.of_layer(layer))
 
-            self._by_positions(ops.rmsnorm, a.x, w["attention_norm"], self._eps, a.attention_normed)
+            self._run_by_positions(ops.rmsnorm, a.x, w["attention_norm"], self._eps, a.attention_normed)
             self._multiply(a.attention_normed, w["attention.wq"], s.q)
             self._multiply(a.attention_normed, w["attention.wk"], s.k)
             self._multiply(a.attention_normed, w["attention.wv"], s.v)
-            self._by_positions(ops.rope, s.q, self._cos, self._sin, a.q)
-            self._by_positions(ops.rope, s.k, self._cos, self._sin, a.k)
-            self._by_positions(ops.split_heads, s.v, a.v)
+            self._run_by_positions(ops.rope, s.q, self._cos, self._sin, a.q)
+            self._run_by_positions(ops.rope, s.k, self._cos, self._sin, a.k)
+            self._run_by_positions(ops.split_heads, s.v, a.v)
             self.runner.run(ops.attention, len(a.q) * a.q.shape[1], a.q, a.k, a.v, at_weights, a.mixed, s.attention)
             self._multiply(a.mixed, w["attention.wo"], s.projected)
-            self._by_positions(ops.add_dropped, a.x, s.projected, at_attention, a.middle)
+            self._run_by_positions(ops.add_dropped, a.x, s.projected, at_attention, a.middle)
 
-            self._by_positions(ops.rmsnorm, a.middle, w["ffn_norm"], self._eps, a.ffn_normed)
+            self._run_by_positions(ops.rmsnorm, a.middle, w["ffn_norm"], self._eps, a.ffn_normed)
             self._multiply(a.ffn_normed, w["feed_forward.w1"], a.gate)
             self._multiply(a.ffn_normed, w["feed_forward.w3"], a.up)
-            self._by_positions(ops.swiglu, a.gate, a.up, a.hidden)
+            self._run_by_positions(ops.swiglu, a.gate, a.up, a.hidden)
             self._multiply(a.hidden, w["feed_forward.w2"], s.projected)
             x = s.layers[layer + 1].x if layer + 1 < len(s.layers) else s.x
-            self._by_positions(ops.add_dropped, a.middle, s.projected, at_ffn, x)
-        self._by_positions(ops.rmsnorm, s.x, weights["norm"], self._eps, s.normed)
+            self._run_by_positions(ops.add_dropped, a.middle, s.projected, at_ffn, x)
+        self._run_by_positions(ops.rmsnorm, s.x, weights["norm"], self._eps, s.normed)
 
     def _head(self, targets: NDArray[np.int64], *, gradients: bool, share: float = 1.0, add: bool = False) -> float:
         """Return the loss; also compute the gradients of `normed` and of the output matrix, if they are wanted."""
@@ -135,7 +137,7 @@ class TrainingModel:
         n_counted = np.count_nonzero(targets != IGNORED)
         by_rows = self.runner.pack_rows(output, s.output_by_rows)
         if gradients:
-            by_columns = self.runner.pack_columns(output, s.right)
+            by_columns = self.runner.pack_columns(output, s.packed_right)
         for first in range(0, len(targets), len(s.logits)):
             rows = slice(first, first + len(s.logits))
             normed, losses = s.normed[rows], s.losses[rows]
@@ -145,7 +147,7 @@ class TrainingModel:
             self.runner.run(ops.cross_entropy, len(logits), logits, targets[rows], divisor, losses)
             if gradients:
                 self.runner.product(logits, by_columns, s.d_normed[rows])
-                left = self.runner.pack_columns(logits, s.left)
+                left = self.runner.pack_columns(logits, s.packed_left)
                 right = self.runner.pack_columns(normed, s.normed_by_columns)
                 self.runner.product(left, right, d_output, add=add or first > 0)
         return float(np.sum(s.losses, dtype=np.float64) / n_counted) if n_counted else float("nan")
@@ -160,34 +162,34 @@ class TrainingModel:
             w, d_w = ({name: x[prefix + name] for name in LAYER_TENSORS} for x in (weights, self.gradients))
             at_weights, at_attention, at_ffn = (_drop(dropout, site) for site in Sites.of_layer(layer))
 
-            self._by_positions(ops.apply_dropout, s.d_x, at_ffn, s.projected)
-            self._multiply_back(s.projected, w["feed_forward.w2"], s.d_hidden)
-            self._multiply_weights(s.projected, a.hidden, d_w["feed_forward.w2"], add)
-            self._by_positions(ops.swiglu_backward, s.d_hidden, a.gate, a.up)
+            self._run_by_positions(ops.apply_dropout, s.d_x, at_ffn, s.projected)
+            self._input_gradient(s.projected, w["feed_forward.w2"], s.d_hidden)
+            self._weight_gradient(s.projected, a.hidden, d_w["feed_forward.w2"], add)
+            self._run_by_positions(ops.swiglu_backward, s.d_hidden, a.gate, a.up)
             d_gate, d_up = a.gate, a.up  # overwritten: the activations serve one backward pass
-            self._multiply_back(d_gate, w["feed_forward.w1"], s.d_normed)
-            self._multiply_back(d_up, w["feed_forward.w3"], s.d_normed, add=True)
-            self._multiply_weights(d_gate, a.ffn_normed, d_w["feed_forward.w1"], add)
-            self._multiply_weights(d_up, a.ffn_normed, d_w["feed_forward.w3"], add)
+            self._input_gradient(d_gate, w["feed_forward.w1"], s.d_normed)
+            self._input_gradient(d_up, w["feed_forward.w3"], s.d_normed, add=True)
+            self._weight_gradient(d_gate, a.ffn_normed, d_w["feed_forward.w1"], add)
+            self._weight_gradient(d_up, a.ffn_normed, d_w["feed_forward.w3"], add)
             self._norm_back(s.d_normed, a.middle, prefix + "ffn_norm", add)
 
-            self._by_positions(ops.apply_dropout, s.d_x, at_attention, s.projected)
-            self._multiply_back(s.projected, w["attention.wo"], s.d_mixed)
-            self._multiply_weights(s.projected, a.mixed, d_w["attention.wo"], add)
+            self._run_by_positions(ops.apply_dropout, s.d_x, at_attention, s.projected)
+            self._input_gradient(s.projected, w["attention.wo"], s.d_mixed)
+            self._weight_gradient(s.projected, a.mixed, d_w["attention.wo"], add)
             n_kv_heads = len(a.k) * a.k.shape[1]
             self.runner.run(
                 ops.attention_backward, n_kv_heads, s.d_mixed, a.q, a.k, a.v, at_weights, s.d_q, s.d_k, s.d_v,
                 s.attention,
             )  # fmt: skip
-            self._by_positions(ops.rope_backward, s.d_q, self._cos, self._sin, s.q)
-            self._by_positions(ops.rope_backward, s.d_k, self._cos, self._sin, s.k)
-            self._by_positions(ops.join_heads, s.d_v, s.v)
+            self._run_by_positions(ops.rope_backward, s.d_q, self._cos, self._sin, s.q)
+            self._run_by_positions(ops.rope_backward, s.d_k, self._cos, self._sin, s.k)
+            self._run_by_positions(ops.join_heads, s.d_v, s.v)
             for at, (name, d_heads) in enumerate((("wq", s.q), ("wk", s.k), ("wv", s.v))):
-                self._multiply_back(d_heads, w[f"attention.{name}"], s.d_normed, add=at > 0)
-                self._multiply_weights(d_heads, a.attention_normed, d_w[f"attention.{name}"], add)
+                self._input_gradient(d_heads, w[f"attention.{name}"], s.d_normed, add=at > 0)
+                self._weight_gradient(d_heads, a.attention_normed, d_w[f"attention.{name}"], add)
             self._norm_back(s.d_normed, a.x, prefix + "attention_norm", add)
 
-        self._by_positions(ops.apply_dropout, s.d_x, _drop(dropout, Sites.EMBEDDINGS), s.projected)
+        self._run_by_positions(ops.apply_dropout, s.d_x, _drop(dropout, Sites.EMBEDDINGS), s.projected)
         d_embeddings = self.gradients["tok_embeddings"]
         if not (add or self.config.tied):  # in a tied model the head's gradient is there already
             d_embeddings[:] = 0
@@ -211,23 +213,26 @@ class TrainingModel:
     def _norm_back(self, d_normed: Array, x: Array, name: str, add: bool) -> None:
         """Add the gradient of the norm's input x to d_x; compute that of its weight."""
         s = self._space
-        self._by_positions(ops.rmsnorm_backward, d_normed, x, self.weights[name], self._eps, s.d_x, s.d_norms)
+        self._run_by_positions(ops.rmsnorm_backward, d_normed, x, self.weights[name], self._eps, s.d_x, s.d_norms)
         self.runner.run(ops.add_parts, 1, s.d_norms, add, self.gradients[name])
 
     def _multiply(self, x: Array, weight: Array, y: Array) -> None:
         """Compute y = x @ weight.T."""
-        self.runner.product(x, self.runner.pack_rows(weight, self._space.right), y)
+        self.runner.product(x, self.runner.pack_rows(weight, self._space.packed_right), y)
 
-    def _multiply_back(self, d_y: Array, weight: Array, d_x: Array, *, add: bool = False) -> None:
+    def _input_gradient(self, d_y: Array, weight: Array, d_x: Array, *, add: bool = False) -> None:
         """Compute d_x = d_y @ weight, or add it to d_x."""
-        self.runner.product(d_y, self.runner.pack_columns(weight, self._space.right), d_x, add=add)
+        self.runner.product(d_y, self.runner.pack_columns(weight, self._space.packed_right), d_x, add=add)
 
-    def _multiply_weights(self, d_y: Array, x: Array, d_weight: Array, add: bool) -> None:
+    def _weight_gradient(self, d_y: Array, x: Array, d_weight: Array, add: bool) -> None:
         """Compute d_weight = d_y.T @ x, or add it to d_weight."""
-        left, right = self.runner.pack_columns(d_y, self._space.left), self.runner.pack_columns(x, self._space.right)
+        left, right = (
+            self.runner.pack_columns(d_y, self._space.packed_left),
+            self.runner.pack_columns(x, self._space.packed_right),
+        )
         self.runner.product(left, right, d_weight, add=add)
 
-    def _by_positions(self, op: Any, *arguments: Any) -> None:
+    def _run_by_positions(self, op: Any, *arguments: Any) -> None:
         """Run an op whose blocks are BLOCK_ROWS positions."""
         self.runner.by_rows(op, len(self._space.x), *arguments)
 

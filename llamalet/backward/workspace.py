@@ -4,25 +4,19 @@ N is B * T, all positions of a batch; the other shape letters are those of backw
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from llamalet.backward.memory import Take, allocate, bytes_of
 from llamalet.backward.ops import BLOCK_ROWS, AttentionSpace
 from llamalet.backward.reference import LayerActivations
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError
-from llamalet.kernels.layers import FLOAT_BYTES, address_of
+from llamalet.kernels.layers import FLOAT_BYTES
 from llamalet.kernels.products import EDGE_SHAPE, panels_shape
 from llamalet.kernels.threads import BLOCK_MASK
 from llamalet.model_file.tensors import tensor_specs
-
-Array = NDArray[np.float32]
-ALIGNMENT = 16
-"""Every array begins at a multiple of this many numbers: a cache line, the widest vector."""
 
 LOGITS_BYTES = 1 << 25
 """The logits of so many positions are computed at a time as fit into this many bytes."""
@@ -46,9 +40,9 @@ class TrainingWorkspace:
     d_q, d_k, d_v: gradients by heads.
     d_hidden: (N, F).
     d_norms: gradients of a norm's weight, block by block (blocks, C).
-    right: the packed right side of a product: a flat array for the largest.
-    left: a packed left side, likewise.
-    output_by_rows: the output matrix packed by rows, while `right` has it by columns.
+    packed_right: the packed right side of a product: a flat array for the largest.
+    packed_left: a packed left side, likewise.
+    output_by_rows: the output matrix packed by rows, while `packed_right` has it by columns.
     normed_by_columns: some positions (R, C) of normed, packed by columns.
     attention: see ops.AttentionSpace; all products use its edges.
     """
@@ -72,37 +66,11 @@ class TrainingWorkspace:
     d_v: Any
     d_hidden: Any
     d_norms: Any
-    right: Any
-    left: Any
+    packed_right: Any
+    packed_left: Any
     output_by_rows: Any
     normed_by_columns: Any
     attention: AttentionSpace
-
-
-class Counter:
-    """Counts the numbers that arrays take up."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def take(self, *shape: int) -> Any:
-        """Count an array of this shape."""
-        self.count += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
-
-
-class Memory(Counter):
-    """One allocation, from which arrays are taken, each at a multiple of ALIGNMENT numbers."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        whole = np.zeros(count + ALIGNMENT, np.float32)
-        self._numbers = whole[-address_of(whole) // whole.itemsize % ALIGNMENT :][:count]
-
-    def take(self, *shape: int) -> Array:
-        """Return an array of this shape, all zeros."""
-        first = self.count
-        super().take(*shape)
-        return self._numbers[first : first + math.prod(shape)].reshape(shape)
 
 
 def new_workspace(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int) -> TrainingWorkspace:
@@ -116,24 +84,20 @@ def new_workspace(config: ModelConfig, batch_size: int, n_positions: int, n_thre
 
     Raises:
         ConfigError: if the batch is empty, or larger than the threads' counters.
+        MemoryError: if there is not as much memory.
     """
     if batch_size < 1 or n_positions < 1 or batch_size * config.n_heads > BLOCK_MASK:
         most = BLOCK_MASK // config.n_heads
         raise ConfigError(f"batch_size={batch_size} of {n_positions} tokens: must be from 1 to {most} sequences")
-    sizes = config, batch_size, n_positions, n_threads
-    return lay_out(*sizes, take=Memory(n_bytes(*sizes) // FLOAT_BYTES).take)
+    return allocate(partial(lay_out, config, batch_size, n_positions, n_threads))
 
 
 def n_bytes(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int) -> int:
     """Return the bytes of `new_workspace` with these arguments."""
-    counter = Counter()
-    lay_out(config, batch_size, n_positions, n_threads, take=counter.take)
-    return counter.count * FLOAT_BYTES
+    return bytes_of(partial(lay_out, config, batch_size, n_positions, n_threads))
 
 
-def lay_out(
-    config: ModelConfig, batch_size: int, n_positions: int, n_threads: int, take: Callable[..., Any]
-) -> TrainingWorkspace:
+def lay_out(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int, take: Take) -> TrainingWorkspace:
     """Return a workspace of arrays that `take(*shape)` returns; the other arguments are new_workspace's."""
     B, T, C, F, V, D = batch_size, n_positions, config.dim, config.hidden_dim, config.vocab_size, config.head_dim
     N, H, G = B * T, config.n_heads, config.n_kv_heads
@@ -180,8 +144,8 @@ def lay_out(
         d_v=take(B, G, T, D),
         d_hidden=take(N, F),
         d_norms=take(-(-N // BLOCK_ROWS), C),
-        right=take(max(math.prod(shape) for shape in [*right, *activations])),
-        left=take(max(math.prod(shape) for shape in [*activations, panels_shape(R, V)])),
+        packed_right=take(max(math.prod(shape) for shape in [*right, *activations])),
+        packed_left=take(max(math.prod(shape) for shape in [*activations, panels_shape(R, V)])),
         output_by_rows=take(math.prod(panels_shape(C, V))),
         normed_by_columns=take(math.prod(panels_shape(R, C))),
         attention=AttentionSpace(

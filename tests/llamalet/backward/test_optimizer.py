@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from torch import nn
 from toy import random_tensors
 
 from llamalet.backward.groups import group_of, muon_rate
-from llamalet.backward.optimizer import NumbaOptimizer
+from llamalet.backward.optimizer import NumbaOptimizer, n_bytes
 from llamalet.backward.runner import Runner
 from llamalet.kernels.products import EDGE_SHAPE
 
@@ -116,6 +118,31 @@ def test_the_norm_is_that_of_all_gradients():
     norm = new_optimizer(weights, "adamw").norm(weights)
     expected = np.sqrt(sum(float(np.sum(weight.astype(np.float64) ** 2)) for weight in weights.values()))
     assert norm == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_averages_end_as_zero_and_not_as_tiny_numbers(kind):
+    weights = random_tensors(MODELS["gqa-untied"])
+    optimizer = new_optimizer(weights, kind)
+    for name, value in optimizer.state.items():
+        value[...] = 0.0 if name.endswith("step") else 1e-36
+    optimizer.step({name: np.full_like(weight, 1e-30) for name, weight in weights.items()}, RATE)
+    assert not any(value.any() for name, value in optimizer.state.items() if not name.endswith("step"))
+    gradients = {name: np.full_like(weight, np.nan) for name, weight in weights.items()}
+    optimizer.step(gradients, RATE)
+    assert all(np.isnan(value).all() for name, value in optimizer.state.items() if not name.endswith("step"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_memory_is_what_was_foretold(kind):
+    shapes = {name: (16 * rows, 1024) for name, rows in (("tok_embeddings", 30), ("layers.0.attention.wq", 60))}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    runner = Runner(2, np.zeros((2, *EDGE_SHAPE), np.float32))
+    tracemalloc.start()
+    NumbaOptimizer(runner, weights, kind=kind, betas=BETAS, weight_decay=DECAY)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak == pytest.approx(n_bytes(shapes, kind, 2), abs=20_000)
 
 
 def test_groups():
