@@ -26,6 +26,7 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ def processes(config: TrainConfig, signals: Interrupts) -> Iterator[tuple["Group
         step_numba.check_settings(config)
         if config.backend == "auto":
             print(f"{'backend':8} numba, because PyTorch is not installed", flush=True)
-        yield OneProcess(), step_numba.NumbaBackend
+        yield OneProcess(), partial(step_numba.NumbaBackend, interrupts=signals)
         return
     compiler_cache.ensure_folder()
     from training.machine.distributed import process_group
@@ -143,23 +144,36 @@ def choose_backend(name: str) -> str:
 
 def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
     """Print the loss of a checkpoint on the whole validation split."""
+    with nothing_to_lose():
+        from training.evaluation import LOGITS_BYTES, evaluate_checkpoint
+
     if choose_backend(config.backend) == "numba":
-        from training import step_numba
+        check_variables()
+        with nothing_to_lose():
+            from training import step_numba
+            from training.machine.group import OneProcess
 
         step_numba.check_settings(config)
+        config, evaluated = resume(config, argv, OneProcess())
+        assert evaluated is not None  # find_checkpoint raises if there is none to evaluate
+        new_scorer = partial(step_numba.new_scorer, threads=config.threads)
+        print(evaluate_checkpoint(evaluated, open_data(config), OneProcess(), new_scorer, LOGITS_BYTES))
+        return 0
     compiler_cache.ensure_folder()
     with nothing_to_lose():
-        from training.evaluation import evaluate_checkpoint
+        from training import step_torch
         from training.machine.distributed import process_group
         from training.machine.hardware import memory_errors, set_threads, tune_allocator
 
     with memory_errors(), process_group() as group:
         config, evaluated = resume(config, argv, group)
-        assert evaluated is not None  # find_checkpoint raises if there is none to evaluate
+        assert evaluated is not None
         group = group.on(config.device)
         set_threads(config.threads, group.local_count)
         tune_allocator(group.device)
-        group.print(evaluate_checkpoint(evaluated, open_data(config), group))
+        new_scorer = partial(step_torch.new_scorer, device=group.device)
+        logits_bytes = LOGITS_BYTES if group.device.type == "cpu" else 8 * LOGITS_BYTES
+        group.print(evaluate_checkpoint(evaluated, open_data(config), group, new_scorer, logits_bytes))
     return 0
 
 

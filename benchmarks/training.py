@@ -296,7 +296,7 @@ def make_backend(
 ) -> TorchBackend | NumbaBackend:
     """Return what computes."""
     if config.backend == "numba":
-        return NumbaBackend(config, shape, weights)
+        return NumbaBackend(config, shape, weights, Interrupts())
     return TorchBackend(config, shape, group, weights, Interrupts())
 
 

@@ -31,21 +31,19 @@ class StepFigures(NamedTuple):
 
 
 class Backend(Protocol):
-    """A model, its optimizer and its guard.
+    """A model, its optimizer and its guard. It says how much memory they take before it takes it.
 
     In a run of several processes all of them must call the same methods in the same order.
 
     Attributes:
         facts: what decides the last bits of a result besides data, settings and seed; checkpoints record it.
         description: the same in words, for the summary of a run.
-        memory: what it takes, in words, likewise.
         threads: number of threads.
         peak_tflops: the device's peak in TFLOP/s; None if it is unknown.
     """
 
     facts: dict[str, Any]
     description: str
-    memory: str
     threads: int
     peak_tflops: float | None
 

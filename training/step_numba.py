@@ -4,25 +4,33 @@ import os
 import platform
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numba
 import numpy as np
 
+from llamalet.backward import optimizer as optimizers
 from llamalet.backward import workspace
 from llamalet.backward.dropout import NO_DROPOUT, Dropout, mix
 from llamalet.backward.initial_weights import initial_weights
 from llamalet.backward.optimizer import NumbaOptimizer
 from llamalet.backward.training_model import TrainingModel
-from llamalet.config import ModelConfig
+from llamalet.command import nothing_to_lose
+from llamalet.config import IGNORED, ModelConfig
 from llamalet.cores import physical_cores
 from llamalet.errors import CheckpointError, ConfigError, FormatError
 from llamalet.kernels.simd import instruction_path
+from llamalet.kv_cache import free_memory
 from llamalet.model_file.checkpoint import SUFFIX
+from llamalet.model_file.tensors import tensor_specs
 from training.backend import Arrays, StepFigures
 from training.batches import Batch
 from training.config import TrainConfig
+from training.evaluation import Rows, Scorer
 from training.guard import Guard
+from training.run.checkpoint import Checkpoint
+from training.run.interrupts import Interrupted, Interrupts
 from training.run.progress import say
 
 
@@ -39,8 +47,6 @@ def check_settings(config: TrainConfig) -> None:
         problems.append(f"parallel={config.parallel}: the numba backend has one process")
     if config.dtype not in ("auto", "float32"):
         problems.append(f"dtype={config.dtype}: the numba backend computes in float32 only")
-    if config.eval_only:
-        problems.append("eval_only: needs the torch backend; `llamalet evaluate CHECKPOINT TEXT` scores without it")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         problems.append(f"torchrun: the numba backend has one process, not {os.environ['WORLD_SIZE']}")
     ConfigError.raise_for(problems)
@@ -51,27 +57,27 @@ class NumbaBackend:
 
     peak_tflops: float | None = None
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, weights: Arrays | None) -> None:
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, weights: Arrays | None, interrupts: Interrupts
+    ) -> None:
         """Take the memory, and the weights (None: initial ones).
 
         Raises:
-            ConfigError: if the settings ask for what this backend cannot do.
+            ConfigError: if the settings ask for what this backend cannot do, or for more memory than there is.
             CheckpointError: if the weights do not fit the shape.
         """
         check_settings(config)
-        self._config, self._accumulation = config, config.accumulation(1)
+        self._config, self._accumulation, self._interrupts = config, config.accumulation(1), interrupts
         self.threads = config.threads or max(physical_cores(), 1)
         if weights is None:
             tensors = initial_weights(model_config, config.seed, config.init)
         else:
             tensors = {name.removesuffix(SUFFIX): weight for name, weight in weights.items()}
-        sizes = model_config, config.batch_size, config.max_seq_len, self.threads
-        moments = 8 * model_config.n_params
-        self.memory = (
-            f"{workspace.n_bytes(*sizes) / 2**20:,.0f} MiB of weights, gradients and activations, and up to "
-            f"{moments / 2**20:,.0f} MiB of moments"
-        )
+        mebibytes = memory_bytes(config, model_config, self.threads) / 2**20
+        say(f"{'memory':8} {mebibytes:,.0f} MiB of weights, gradients, activations and moments")
         try:
+            if mebibytes > free_memory() / 2**20:
+                raise MemoryError
             self.model = TrainingModel(
                 model_config,
                 tensors,
@@ -79,15 +85,14 @@ class NumbaBackend:
                 n_positions=config.max_seq_len,
                 n_threads=self.threads,
             )
+            self.optimizer = new_optimizer(config, self.model)
+        except MemoryError:
+            raise ConfigError(
+                f"batch_size={config.batch_size}: training takes {mebibytes:,.0f} MiB of memory, of which "
+                f"{free_memory() / 2**20:,.0f} MiB are free; use a smaller --batch_size, --max_seq_len or model"
+            ) from None
         except FormatError as error:
             raise CheckpointError(str(error)) from None
-        self.optimizer = NumbaOptimizer(
-            self.model.runner,
-            self.model.weights,
-            kind=config.optimizer,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
         self.guard = Guard(spike_factor=config.spike_factor, max_skipped=config.max_skipped)
         self._last = 0.0, 0.0  # loss and gradient norm of the last step
         self.facts: dict[str, Any] = {
@@ -101,12 +106,11 @@ class NumbaBackend:
         self.description = f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, float32, numba"
 
     def prepare(self, training: Batch, evaluation: Batch) -> None:
-        """Run a batch once and discard the results: new kernels are compiled."""
+        """Compile all kernels."""
         start = time.perf_counter()
-        self.model.loss_and_gradients(*training, self._dropout(0))
-        self.optimizer.norm(self.model.gradients)
-        self.model.loss(*evaluation)
-        if (seconds := time.perf_counter() - start) > 5:
+        with suppress(Interrupted), self._interrupts.at_once():  # compiling can take long, and everything is saved
+            compile_kernels(self._config)
+        if not self._interrupts.requested and (seconds := time.perf_counter() - start) > 5:
             say(f"{'compile':8} took {seconds:.1f} s")
 
     def step(self, batches: Iterable[tuple[int, Batch]], rate: float) -> None:
@@ -162,6 +166,67 @@ class NumbaBackend:
             own[key][...] = value
         if guard is not None:
             self.guard.load_state(guard)
+
+
+def memory_bytes(config: TrainConfig, model_config: ModelConfig, n_threads: int) -> int:
+    """Return the bytes that a backend takes."""
+    shapes = {spec.name: spec.shape for spec in tensor_specs(1, model_config)}
+    step = workspace.n_bytes(model_config, config.batch_size, config.max_seq_len, n_threads)
+    return step + optimizers.n_bytes(shapes, config.optimizer, n_threads)
+
+
+def new_optimizer(config: TrainConfig, model: TrainingModel) -> NumbaOptimizer:
+    """Return the optimizer that the settings ask for."""
+    return NumbaOptimizer(
+        model.runner,
+        model.weights,
+        kind=config.optimizer,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def compile_kernels(config: TrainConfig) -> None:
+    """Compile what a step needs, by one with a tiny model."""
+    model = tiny_model()
+    optimizer = new_optimizer(config, model)
+    model.loss_and_gradients(TINY_BATCH, TINY_BATCH)
+    optimizer.norm(model.gradients)
+    optimizer.step(model.gradients, rate=0.0)
+
+
+TINY_BATCH = np.zeros((1, 2), np.int64)
+
+
+def tiny_model() -> TrainingModel:
+    """Return a model for TINY_BATCH, with which to compile: kernels depend on the types of arrays, not on their sizes.
+
+    It has one thread, because others would compile too, and go on when a signal interrupts this one.
+    """
+    config = ModelConfig.create(dim=16, n_layers=1, n_heads=2, vocab_size=16, max_seq_len=2)
+    return TrainingModel(config, initial_weights(config, 0, "normal"), batch_size=1, n_positions=2, n_threads=1)
+
+
+def new_scorer(checkpoint: Checkpoint, threads: int | None) -> Scorer:
+    """Return what scores text with a checkpoint's model, row by row."""
+    with nothing_to_lose():
+        tiny_model().loss(TINY_BATCH, TINY_BATCH)
+    context = checkpoint.model_config.max_seq_len
+    model = TrainingModel(
+        checkpoint.model_config,
+        {name.removesuffix(SUFFIX): weight for name, weight in checkpoint.model_state.items()},
+        batch_size=1,
+        n_positions=context,
+        n_threads=threads or max(physical_cores(), 1),
+    )
+
+    def score(tokens: Rows, targets: Rows) -> list[float]:
+        padding = (0, 0), (0, context - tokens.shape[1])
+        tokens, targets = np.pad(tokens, padding), np.pad(targets, padding, constant_values=IGNORED)
+        means = [model.loss(*row) for row in zip(tokens[:, None], targets[:, None], strict=True)]
+        return [mean * count for mean, count in zip(means, (targets != IGNORED).sum(axis=1).tolist(), strict=True)]
+
+    return score
 
 
 def _with_suffix(key: str) -> str:

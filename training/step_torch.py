@@ -9,21 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
 
-from llamalet.config import ModelConfig
+from llamalet.config import IGNORED, ModelConfig
 from llamalet.errors import CheckpointError
 from model import Llama
 from training.backend import Arrays, StepFigures
 from training.batches import Batch
 from training.config import TrainConfig
 from training.device_guard import DeviceGuard
+from training.evaluation import Rows, Scorer
 from training.machine import hardware
 from training.machine.cpu import use_cpu_kernels
 from training.machine.distributed import Processes, gather_weights, parallelize, sum_gradients
 from training.optimizer import Optimizer, clip_gradients
+from training.run.checkpoint import Checkpoint
 from training.run.interrupts import Interrupted, Interrupts
 from training.run.progress import activation_bytes
-from training.weights import to_numpy, to_torch
+from training.weights import load_model, to_numpy, to_torch
 
 
 class TorchBackend:
@@ -46,6 +49,11 @@ class TorchBackend:
         self._config, self._group, self._interrupts = config, group, interrupts
         self._accumulation = config.accumulation(group.count)
         self.machine = machine = set_up_machine(config, group, interrupts)
+        activations = activation_bytes(config, model_config, machine.dtype.itemsize)
+        group.print(
+            f"{'memory':8} about {activations / 2**20:,.0f} MiB of activations and "
+            f"{16 * model_config.n_params / 2**20:,.0f} MiB of weights, gradients and moments"
+        )
         self.model = build_model(
             config, model_config, to_torch(weights) if weights else None, group.device, compiled=machine.compiled
         )
@@ -65,11 +73,6 @@ class TorchBackend:
         compiled = "compiled" if machine.not_compiled is None else f"not compiled: {machine.not_compiled}"
         dtype = str(machine.dtype).removeprefix("torch.")
         self.description = f"{group.device}, {self.threads} thread{'s' * (self.threads > 1)}, {dtype}, {compiled}"
-        activations = activation_bytes(config, model_config, machine.dtype.itemsize)
-        self.memory = (
-            f"about {activations / 2**20:,.0f} MiB of activations and {16 * model_config.n_params / 2**20:,.0f} MiB of "
-            "weights, gradients and moments"
-        )
         self.peak_tflops = hardware.peak_tflops(group.device, machine.dtype)
 
     def prepare(self, training: Batch, evaluation: Batch) -> None:
@@ -223,3 +226,18 @@ def build_model(
     if device.type == "cpu":
         use_cpu_kernels(model, compiled=compiled)
     return model
+
+
+def new_scorer(checkpoint: Checkpoint, device: torch.device) -> Scorer:
+    """Return what scores text with a checkpoint's model, in float32."""
+    model = load_model(checkpoint.model_config, to_torch(checkpoint.model_state)).to(device)
+
+    @torch.inference_mode()
+    def score(tokens: Rows, targets: Rows) -> list[float]:
+        logits = model(torch.from_numpy(tokens).to(device)).float()
+        wanted = torch.from_numpy(targets).to(device)
+        losses = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+        nats: list[float] = losses.cpu().double().sum(1).tolist()
+        return nats
+
+    return score

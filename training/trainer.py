@@ -233,7 +233,6 @@ class Trainer:
                 n_windows=len(self.train_windows),
                 n_processes=self.group.count,
                 machine=self.backend.description,
-                memory=self.backend.memory,
             )
         )
         if self.started_from:

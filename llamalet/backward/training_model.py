@@ -226,10 +226,8 @@ class TrainingModel:
 
     def _weight_gradient(self, d_y: Array, x: Array, d_weight: Array, add: bool) -> None:
         """Compute d_weight = d_y.T @ x, or add it to d_weight."""
-        left, right = (
-            self.runner.pack_columns(d_y, self._space.packed_left),
-            self.runner.pack_columns(x, self._space.packed_right),
-        )
+        left = self.runner.pack_columns(d_y, self._space.packed_left)
+        right = self.runner.pack_columns(x, self._space.packed_right)
         self.runner.product(left, right, d_weight, add=add)
 
     def _run_by_positions(self, op: Any, *arguments: Any) -> None:

@@ -1,20 +1,25 @@
 """The same run with PyTorch and without: losses, checkpoints, and what is refused."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from toy import toy_data
 
 import train
+from llamalet.backward.runner import Runner
 from llamalet.backward.training_model import TrainingModel
 from llamalet.convert import safetensors_file
 from llamalet.errors import ConfigError, NonFiniteError
+from training import evaluation
 from training.step_numba import NumbaBackend
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +119,6 @@ def test_a_step_that_is_not_finite_changes_nothing(project, monkeypatch):
 
 
 @pytest.mark.trains
-@pytest.mark.trains
 def test_an_infinite_gradient_beside_a_finite_loss_is_skipped(project, monkeypatch):
     compute, calls = TrainingModel.loss_and_gradients, []
 
@@ -137,6 +141,85 @@ def test_too_many_in_a_row_end_the_run(project, monkeypatch):
     monkeypatch.setattr("llamalet.backward.optimizer.NumbaOptimizer.norm", lambda self, gradients: float("nan"))
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         train.main([*OPTIONS, NUMBA, "--max_skipped=2"])
+
+
+def kinds_of_calls(monkeypatch) -> set:
+    """A set that gets the function and the types of its arguments, on which its compilation depends, of every call."""
+    run, kinds = Runner.run, set()
+
+    def noted(runner, op, n_blocks, *arguments):
+        kinds.add((op.__name__, tuple(map(numba.typeof, arguments))))
+        run(runner, op, n_blocks, *arguments)
+
+    monkeypatch.setattr(Runner, "run", noted)
+    return kinds
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("more", [("--optimizer=muon",), ("--optimizer=adamw", "--dropout=0.1")], ids=" ".join)
+def test_all_is_compiled_before_the_first_step(project, monkeypatch, more):
+    kinds, prepare, prepared = kinds_of_calls(monkeypatch), NumbaBackend.prepare, set()
+
+    def noted(backend, *batches):
+        before = {name: weight.copy() for name, weight in (backend.weights() | backend.state()).items()}
+        prepare(backend, *batches)
+        prepared.update(kinds)
+        after = backend.weights() | backend.state()
+        assert all(np.array_equal(after[name], value) for name, value in before.items())
+
+    monkeypatch.setattr(NumbaBackend, "prepare", noted)
+    assert train.main([*OPTIONS, *more, NUMBA, "--max_iters=2"]) == 0
+    assert prepared and kinds == prepared
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_a_signal_while_kernels_are_compiled_ends_the_run_at_once(project, monkeypatch, capsys):
+    calls = []
+
+    def compiling(runner, op, *arguments):
+        calls.append(op)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Runner, "run", compiling)
+    assert train.main([*OPTIONS, NUMBA]) == 75
+    assert len(calls) == 3
+    assert "interrupted at step 0 of 8, resume with: python train.py --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    assert train.main(["--resume", NUMBA, "--max_iters=1"]) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_memory_is_said_before_it_is_taken(project, monkeypatch, capsys, optimizer):
+    def refuse(count):
+        raise MemoryError
+
+    monkeypatch.setattr("llamalet.backward.memory.Memory", refuse)
+    words = r"batch_size=2: training takes \d MiB of memory, of which [\d,]+ MiB are free; use a smaller --batch_size"
+    with pytest.raises(ConfigError, match=words):
+        train.main([*OPTIONS, NUMBA, f"--optimizer={optimizer}"])
+    assert "MiB of weights, gradients, activations and moments" in capsys.readouterr().out
+
+
+def test_more_memory_than_is_free_is_refused(project):
+    with pytest.raises(ConfigError, match=r"batch_size=9000000: training takes [\d,]+ MiB of memory, of which"):
+        train.main([*OPTIONS, NUMBA, "--batch_size=9000000", "--total_batch_tokens=288000000"])
+
+
+@pytest.mark.trains
+def test_eval_only_finds_the_numbers_of_torch(project, monkeypatch, capsys):
+    assert train.main([*OPTIONS, NUMBA, "--max_iters=4"]) == 0
+    totals, printed, report = [], [], evaluation.report
+    monkeypatch.setattr(evaluation, "report", lambda total, entropy: (totals.append(total), report(total, entropy))[1])
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 4 * VOCAB * 100)  # several batches, of unequal lengths
+    for backend in ("torch", "numba"):
+        capsys.readouterr()
+        assert train.main(["--eval_only", f"--backend={backend}"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert totals[1].nats == pytest.approx(totals[0].nats, rel=1e-6) and totals[0].nats > 0
+    assert dataclasses.replace(totals[1], nats=totals[0].nats) == totals[0]
+    assert printed[0] == printed[1] and "on the val split of" in printed[0]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +264,9 @@ def test_a_run_without_torch_is_the_same_run(project):
     assert "backend  numba, because PyTorch is not installed" in done.stdout
     assert train.main([*OPTIONS, NUMBA, "--out_dir=with"]) == 0
     assert digests(project / "without", 8) == digests(project / "with", 8)
+    command[3:] = ["--eval_only", "--out_dir=without"]
+    scored = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert scored.returncode == 0 and "nats per token" in scored.stdout, scored.stderr
     asked = subprocess.run([*command, "--backend=torch"], env=environment, capture_output=True, text=True, timeout=60)
     assert asked.returncode == 2 and "backend=torch: PyTorch is not installed" in asked.stderr
 

@@ -74,7 +74,6 @@ def run_summary(
     n_windows: int,
     n_processes: int,
     machine: str,
-    memory: str,
 ) -> str:
     """Return the lines that describe a run before it starts.
 
@@ -85,7 +84,6 @@ def run_summary(
         n_windows: sequences of the training split.
         n_processes: processes of the run.
         machine: device, threads, type and compiler, in words.
-        memory: what the run takes, in words.
     """
     batch, sequences, tokens = config.total_batch_tokens or 0, config.batch_size, n_windows * config.max_seq_len
     micro_steps = config.accumulation(n_processes)
@@ -98,7 +96,6 @@ def run_summary(
         "epoch": f"{tokens // batch:,} steps ({n_windows:,} sequences); "
         f"{config.max_iters:,} steps are {config.max_iters * batch / tokens:.2f} epochs",
         "machine": machine,
-        "memory": memory,
     }
     if config.warmup_iters > config.max_iters:
         lines["warm-up"] = (
