@@ -5,6 +5,7 @@ Uses only the standard library: the handlers are set before torch is imported, w
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ EXIT_CODE = 75
 ECHO_S, TORCHRUN_ECHO_S = 0.1, 2.0
 """A signal this soon after the first is a duplicate: timeout(1) sends two, and torchrun forwards ones that the process
 has already received."""
+
+REPEAT_S = 0.05
+"""After so long an Interrupted is raised again that Python dropped."""
 
 _END = b"\0"
 """Ends the listener; no signal has this number."""
@@ -40,6 +44,7 @@ class Interrupts:
         self._previous: dict[signal.Signals, Any] = {}
         self._writer: int | None = None
         self._listener = threading.Thread()
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only this thread can set handlers
@@ -50,9 +55,15 @@ class Interrupts:
             self._listener.start()
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
+            if hasattr(signal, "setitimer"):
+                self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._receive)
+                self._hook, sys.unraisablehook = sys.unraisablehook, self._repeat
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if hasattr(signal, "setitimer") and self._previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook = self._hook
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._writer is not None:
@@ -85,6 +96,17 @@ class Interrupts:
         self.requested = True
         if self._raises:
             raise Interrupted
+
+    def _repeat(self, dropped: Any) -> None:
+        """Repeat an Interrupted that Python dropped, because it came in a destructor or a callback, as of a compiler.
+
+        Args:
+            dropped: what sys.unraisablehook gets.
+        """
+        if issubclass(dropped.exc_type, Interrupted):
+            signal.setitimer(signal.ITIMER_REAL, REPEAT_S)  # a real signal would count as a second one
+        else:
+            self._hook(dropped)
 
 
 def _end_at_second(reader: int) -> None:

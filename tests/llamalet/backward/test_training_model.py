@@ -10,9 +10,11 @@ from toy import random_tensors
 
 from llamalet.backward import reference, workspace
 from llamalet.backward.dropout import NO_DROPOUT, Dropout
+from llamalet.backward.runner import Runner
 from llamalet.backward.training_model import TrainingModel
 from llamalet.config import IGNORED
 from llamalet.errors import ConfigError, FormatError, UsageError
+from llamalet.kernels.threads import DONE, TICKET, Team, new_words
 
 
 def new_model(config, weights, n_threads=2, T=9):
@@ -35,16 +37,30 @@ def test_gradients_are_those_of_the_reference(name, dropout):
     assert max(differences(model.gradients, expected).values()) <= 1e-5
 
 
+class HalvingRunner(Runner):
+    """Of each op's blocks, lets thread 1 compute the second half, and then thread 0 the first."""
+
+    def run(self, op, n_blocks, *arguments):
+        half = n_blocks // 2
+        words = new_words()
+        words[TICKET] = words[DONE] = half  # as if the first half were taken and done
+        op(*arguments, Team(words, np.array([n_blocks, 0]), 0, 1))
+        if half:
+            op(*arguments, Team(new_words(), np.array([half, 0]), 0, 0))
+
+
 @pytest.mark.parametrize("name", ["gqa-tied", "mha-untied"])
-def test_the_bits_do_not_depend_on_the_number_of_threads(name):
+def test_the_bits_do_not_depend_on_the_number_of_threads_and_on_who_computes_what(name):
     config = MODELS[name]
     weights, (tokens, targets) = random_tensors(config), batch(config, T=32)
-    one, two = (new_model(config, weights, n_threads=n, T=32) for n in (1, 2))
+    one, two, halves = (new_model(config, weights, n_threads=n, T=32) for n in (1, 2, 2))
+    halves.runner = HalvingRunner(2, halves._space.attention.edges)
     dropout = Dropout(0.1, seed=3)
     for _ in range(3):  # helpers are there from the second job on
-        losses = [model.loss_and_gradients(tokens, targets, dropout) for model in (one, two)]
-        assert losses[0] == losses[1]
-        assert all(np.array_equal(one.gradients[key], two.gradients[key]) for key in weights)
+        loss = one.loss_and_gradients(tokens, targets, dropout)
+        for other in (two, halves):
+            assert other.loss_and_gradients(tokens, targets, dropout) == loss
+            assert all(np.array_equal(one.gradients[key], other.gradients[key]) for key in weights)
 
 
 @pytest.mark.parametrize("name", ["gqa-tied", "mha-untied"])

@@ -233,9 +233,11 @@ def test_a_run_whose_stdout_has_gone_goes_on_and_says_so_once(never_stopped, tmp
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    hook = sys.unraisablehook
     yield
     assert before == {number: signal.getsignal(number) for number in before}
+    assert sys.unraisablehook == hook
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -251,14 +253,25 @@ def test_a_signal_is_noted_and_raised_where_it_may_be(number, handlers, capfd):
     assert capfd.readouterr().err.count("a second signal") == 1
 
 
-def test_a_signal_that_a_destructor_swallows_is_raised_all_the_same(monkeypatch, handlers):
-    class Late:
-        def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
+class Late:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
 
+
+def test_a_signal_that_a_destructor_swallows_is_raised_all_the_same(monkeypatch, handlers):
     with Interrupts() as signals, pytest.raises(Interrupted), signals.at_once():
-        monkeypatch.setattr(sys, "unraisablehook", lambda what: None)  # pytest's would make it an error
+        monkeypatch.setattr(sys, "unraisablehook", lambda what: None)
         Late()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer")
+def test_it_is_raised_soon_and_without_a_word(handlers, capfd):
+    start = time.monotonic()
+    with Interrupts() as signals, pytest.raises(Interrupted), signals.at_once():
+        Late()
+        time.sleep(30)
+    assert time.monotonic() - start < 15
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1  # that it stops
 
 
 def test_what_fails_because_a_signal_came_is_an_interruption(handlers):
