@@ -47,6 +47,10 @@ def check_settings(config: TrainConfig) -> None:
         problems.append(f"parallel={config.parallel}: the numba backend has one process")
     if config.dtype not in ("auto", "float32"):
         problems.append(f"dtype={config.dtype}: the numba backend computes in float32 only")
+    if numba.config.DISABLE_JIT:
+        problems.append(
+            f"NUMBA_DISABLE_JIT={os.environ.get('NUMBA_DISABLE_JIT')}: the numba backend compiles; unset it"
+        )
     if os.environ.get("WORLD_SIZE", "1") != "1":
         problems.append(f"torchrun: the numba backend has one process, not {os.environ['WORLD_SIZE']}")
     ConfigError.raise_for(problems)
@@ -69,15 +73,15 @@ class NumbaBackend:
         check_settings(config)
         self._config, self._accumulation, self._interrupts = config, config.accumulation(1), interrupts
         self.threads = config.threads or max(physical_cores(), 1)
-        if weights is None:
-            tensors = initial_weights(model_config, config.seed, config.init)
-        else:
-            tensors = {name.removesuffix(SUFFIX): weight for name, weight in weights.items()}
         mebibytes = memory_bytes(config, model_config, self.threads) / 2**20
         say(f"{'memory':8} {mebibytes:,.0f} MiB of weights, gradients, activations and moments")
         try:
             if mebibytes > free_memory() / 2**20:
                 raise MemoryError
+            if weights is None:
+                tensors = initial_weights(model_config, config.seed, config.init)
+            else:
+                tensors = {name.removesuffix(SUFFIX): weight for name, weight in weights.items()}
             self.model = TrainingModel(
                 model_config,
                 tensors,
@@ -88,8 +92,8 @@ class NumbaBackend:
             self.optimizer = new_optimizer(config, self.model)
         except MemoryError:
             raise ConfigError(
-                f"batch_size={config.batch_size}: training takes {mebibytes:,.0f} MiB of memory, of which "
-                f"{free_memory() / 2**20:,.0f} MiB are free; use a smaller --batch_size, --max_seq_len or model"
+                f"batch_size={config.batch_size}: training takes {mebibytes:,.0f} MiB of memory, more than is free; "
+                "use a smaller --batch_size, --max_seq_len or model"
             ) from None
         except FormatError as error:
             raise CheckpointError(str(error)) from None

@@ -196,14 +196,16 @@ def test_the_memory_is_said_before_it_is_taken(project, monkeypatch, capsys, opt
         raise MemoryError
 
     monkeypatch.setattr("llamalet.backward.memory.Memory", refuse)
-    words = r"batch_size=2: training takes \d MiB of memory, of which [\d,]+ MiB are free; use a smaller --batch_size"
+    words = r"batch_size=2: training takes \d MiB of memory, more than is free; use a smaller --batch_size"
     with pytest.raises(ConfigError, match=words):
         train.main([*OPTIONS, NUMBA, f"--optimizer={optimizer}"])
     assert "MiB of weights, gradients, activations and moments" in capsys.readouterr().out
 
 
 def test_more_memory_than_is_free_is_refused(project):
-    with pytest.raises(ConfigError, match=r"batch_size=9000000: training takes [\d,]+ MiB of memory, of which"):
+    with pytest.raises(
+        ConfigError, match=r"batch_size=9000000: training takes [\d,]+ MiB of memory, more than is free"
+    ):
         train.main([*OPTIONS, NUMBA, "--batch_size=9000000", "--total_batch_tokens=288000000"])
 
 
@@ -233,6 +235,12 @@ def test_eval_only_finds_the_numbers_of_torch(project, monkeypatch, capsys):
 def test_what_it_cannot_do_is_refused_by_name(project, option, words):
     with pytest.raises(ConfigError, match=words):
         train.main([*OPTIONS, NUMBA, option])
+
+
+def test_a_numba_that_does_not_compile_is_refused_by_name(project, monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(ConfigError, match="NUMBA_DISABLE_JIT=.*: the numba backend compiles; unset it"):
+        train.main([*OPTIONS, NUMBA])
 
 
 def test_torchrun_is_refused_by_name(project, monkeypatch):
