@@ -1,6 +1,6 @@
 """Run train.py in forked processes, stop it at any point, and compare what it leaves by digests.
 
-The processes are forks of a server that has already imported torch, so a run of a small model takes half a second.
+The processes are forks of a server that has already imported torch and numba, so a run of a small model takes a second.
 The code under test needs no hooks for this: in each fork, a Probe wraps the functions that show where the run is.
 """
 
@@ -9,13 +9,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -28,6 +29,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 300.0
 PR_SET_PDEATHSIG = 1
+BACKENDS = {"torch": ["--backend=torch"], "numba": ["--backend=numba", "--threads=2"]}
 TIMED = {"tokens_per_s", "tflops", "mfu", "eta_s", "elapsed_s"}
 
 
@@ -137,6 +139,7 @@ def server() -> ForkServerContext:
             "train",
             "training.trainer",
             "training.step_torch",
+            "training.step_numba",
             "matplotlib.figure",
             "torch._dynamo",
             "torch._inductor.compile_fx",
@@ -176,6 +179,7 @@ def child(
 ) -> None:
     """Set up one process of `fork` and call its function."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the tests
+    assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1, "a fork has none of the threads that its server began"
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -251,7 +255,7 @@ class Probe:
     def __init__(self, rank: int, stop: Stop | None, faults: list[Fault]) -> None:
         self.rank, self.stop, self.faults = rank, stop, faults
         self.trainer: Any = None
-        self.micro = 0
+        self.micro: int | None = None  # of a step, while the backend computes it
         self.syncs = 0
         self.compiling = False
         self.stream = os.open(f"stream-{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -259,11 +263,13 @@ class Probe:
     def install(self) -> None:
         """Wrap the functions that show where the run is."""
         import train
+        from llamalet.backward.training_model import TrainingModel
         from llamalet.shards import TokenArray
         from training.batches import Windows
         from training.machine import hardware
         from training.run import checkpoint
         from training.run.interrupts import Interrupts
+        from training.step_numba import NumbaBackend
         from training.step_torch import TorchBackend
         from training.trainer import Trainer
 
@@ -273,14 +279,16 @@ class Probe:
         wrap(train, "finish", before=lambda trainer: self.at("finish"))
         wrap(Trainer, "train", before=self.begin)
         wrap(Trainer, "prepare", before=lambda t: self.compiles(True), after=lambda t: self.compiles(False))
-        wrap(Trainer, "optimizer_step", before=self.reset, after=lambda t: self.at("stepped"))
-        wrap(Trainer, "evaluate", before=self.reset, after=lambda t: self.at("evaluated"))
+        wrap(Trainer, "optimizer_step", after=lambda t: self.at("stepped"))
+        wrap(Trainer, "evaluate", after=lambda t: self.at("evaluated"))
         wrap(checkpoint, "save", before=lambda *a, **k: self.resets_syncs(), after=lambda *a, **k: self.at("saved"))
         wrap(os, "fsync", before=self.synced)
         wrap(Windows, "order", before=lambda windows, seed, epoch: self.at("epoch", epoch))
         wrap(TokenArray, "__getitem__", before=self.reads)
-        compute = TorchBackend.loss
-        TorchBackend.loss = lambda backend, model, batch: self.loss(compute, backend, model, batch)
+        for backend in (TorchBackend, NumbaBackend):
+            self.follow(backend)
+        TorchBackend.loss = self.torch_faults(TorchBackend.loss)
+        TrainingModel.loss_and_gradients = self.numba_faults(TrainingModel.loss_and_gradients)
 
     def begin(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -290,9 +298,6 @@ class Probe:
         self.compiling = now
         if now:
             self.at("compile")
-
-    def reset(self, trainer: Any) -> None:
-        self.micro = 0
 
     def resets_syncs(self) -> None:
         self.syncs = 0
@@ -307,49 +312,69 @@ class Probe:
         if ends.searchsorted(where.start, "right") != ends.searchsorted(where.stop - 1, "right"):
             self.at("across shards")
 
-    def loss(self, compute: Callable[..., Any], backend: Any, model: Any, batch: Any) -> Any:
-        """Replace TorchBackend.loss."""
-        if self.compiling:
-            return compute(backend, model, batch)
+    def follow(self, backend: Any) -> None:
+        """Report a backend's micro-batches when it asks for them."""
+        step, losses = backend.step, backend.losses
+        backend.step = lambda this, batches, rate: step(this, self.training(batches), rate)
+        backend.losses = lambda this, batches: self.evaluation_faults(losses(this, self.evaluating(batches)))
+
+    def training(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Pass on the micro-batches of a step."""
         trainer = self.trainer
-        if not backend.model.training:
-            self.at("evaluating", self.micro)
-            self.micro += 1
-            wrong = sum(
-                fault.value for fault in self.faults if (fault.kind, fault.step) == ("evaluation", trainer.step)
-            )
-            return compute(backend, model, batch) + wrong
-        self.at("micro", self.micro)
-        place = (trainer.step * trainer.accumulation + self.micro) * trainer.group.count + trainer.group.rank
-        for row, (tokens, targets) in enumerate(zip(*batch, strict=True)):
-            sequence = place * trainer.config.batch_size + row
-            line = json.dumps([sequence, hashlib.sha256(bytes(tokens) + bytes(targets)).hexdigest()])
-            os.write(self.stream, line.encode() + b"\n")
-        loss = compute(backend, model, batch)
-        for fault in self.faults:
-            if fault.kind != "evaluation" and (fault.step, fault.micro) in (
-                (trainer.step, self.micro),
-                (trainer.step, None),
-            ):
-                loss = self.inject(fault, trainer, loss)
-        self.micro += 1
+        for self.micro, (index, batch) in enumerate(batches):
+            self.at("micro", self.micro)
+            place = (trainer.step * trainer.accumulation + self.micro) * trainer.group.count + trainer.group.rank
+            for row, (tokens, targets) in enumerate(zip(*batch, strict=True)):
+                sequence = place * trainer.config.batch_size + row
+                line = json.dumps([sequence, hashlib.sha256(bytes(tokens) + bytes(targets)).hexdigest()])
+                os.write(self.stream, line.encode() + b"\n")
+            yield index, batch
+        self.micro = None
+
+    def evaluating(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Pass on the batches of an evaluation."""
+        for number, batch in enumerate(batches):
+            if not self.compiling:
+                self.at("evaluating", number)
+            yield batch
+
+    def evaluation_faults(self, losses: list[float]) -> list[float]:
+        """Add the faults to the losses of an evaluation."""
+        wrong = sum(fault.value for fault in self.faults if (fault.kind, fault.step) == ("evaluation", self.step))
+        return [loss + wrong for loss in losses]
+
+    def faults_now(self, kind: str) -> list[float]:
+        """Return the wrong numbers of this kind in the micro-step that is being computed."""
+        return [
+            fault.value
+            for fault in self.faults
+            if self.micro is not None
+            and (fault.kind, fault.step) == (kind, self.step)
+            and fault.micro in (self.micro, None)
+        ]
+
+    def torch_faults(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Return TorchBackend.loss with the faults of training."""
+
+        def loss(backend: Any, model: Any, batch: Any) -> Any:
+            result = compute(backend, model, batch) + sum(self.faults_now("loss"))
+            for value in self.faults_now("gradient"):
+                spoil_gradient(backend.model.norm.weight, value)
+            return result * math.prod(self.faults_now("spike"))
+
         return loss
 
-    def inject(self, fault: Fault, trainer: Any, loss: Any) -> Any:
-        if fault.kind == "loss":
-            return loss + fault.value
-        if fault.kind == "spike":
-            return loss * fault.value
-        weight = trainer.backend.model.norm.weight
+    def numba_faults(self, compute: Callable[..., float]) -> Callable[..., float]:
+        """Return TrainingModel.loss_and_gradients with the same faults."""
 
-        def spoil(gradient: Any) -> Any:
-            handle.remove()
-            gradient = gradient.clone()
-            gradient[0] = fault.value
-            return gradient
+        def loss_and_gradients(model: Any, *args: Any, share: float = 1.0, **options: Any) -> float:
+            factor = math.prod(self.faults_now("spike"))
+            loss = factor * compute(model, *args, share=factor * share, **options)
+            for value in self.faults_now("gradient"):
+                model.gradients["norm"][0] = value
+            return loss + sum(self.faults_now("loss"))
 
-        handle = weight.register_hook(spoil)
-        return loss
+        return loss_and_gradients
 
     def at(self, event: str, part: int | None = None) -> None:
         """Send the signal if the run has reached the point of the Stop."""
@@ -393,12 +418,24 @@ class Probe:
         state = {
             "step": trainer.step,
             "val_loss": trainer.val_loss,
-            "weights": digest(trainer.backend.model.state_dict()),
-            "optimizer": digest(trainer.backend.optimizer.state_dict()),
-            "guard": trainer.backend.guard.state(),
+            "weights": digest(trainer.backend.weights()),
+            "optimizer": digest(trainer.backend.state()),
+            "guard": trainer.backend.guard_state(),
             "random": hashlib.sha256(bytes(torch.get_rng_state().numpy())).hexdigest(),
         }
         Path(f"state-{self.rank}.json").write_text(json.dumps(state))
+
+
+def spoil_gradient(weight: Any, value: float) -> None:
+    """Replace the first number of the next gradient of a torch weight."""
+
+    def spoil(gradient: Any) -> Any:
+        handle.remove()
+        gradient = gradient.clone()
+        gradient[0] = value
+        return gradient
+
+    handle = weight.register_hook(spoil)
 
 
 def later(seconds: float, number: int, note: Path) -> None:
@@ -431,15 +468,12 @@ def wrap(
     setattr(owner, name, wrapped)
 
 
-def digest(tensors: Mapping[str, Any]) -> str:
-    """Return one SHA-256 over tensors and their names."""
-
-    import torch
-
+def digest(arrays: Mapping[str, Any]) -> str:
+    """Return one SHA-256 over arrays and their names."""
     seal = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        seal.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        seal.update(bytes(tensor.detach().contiguous().flatten().view(torch.uint8).numpy()))
+    for name, array in sorted(arrays.items()):
+        seal.update(f"{name} {array.dtype} {array.shape}".encode())
+        seal.update(array.tobytes())
     return seal.hexdigest()
 
 

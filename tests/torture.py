@@ -5,8 +5,8 @@
     def test_a_killed_run_resumes(seed): ...
 
 `make torture` runs every case and writes one line per campaign to benchmarks/torture.log: the number of cases, the
-failures and the minutes. A test that tries several cases itself reports them with record_property("cases", n). Of any
-other recorded number the log gives the largest.
+failures and the minutes. Cases whose parameter `backend` is numba have a line of their own. A test that tries several
+cases itself reports them with record_property("cases", n). Of any other recorded number the log gives the largest.
 """
 
 import os
@@ -60,7 +60,8 @@ class Log:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
             if marker := item.get_closest_marker("campaign"):
-                self.names[item.nodeid] = marker.args[0]
+                parameters = item.callspec.params if hasattr(item, "callspec") else {}
+                self.names[item.nodeid] = marker.args[0] + ", numba" * (parameters.get("backend") == "numba")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if name := self.names.get(report.nodeid):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import Fault, run, small_shards
+from forked import BACKENDS, Fault, run, small_shards
 from safetensors import numpy as safetensors
 from torture import cases
 
@@ -48,15 +48,20 @@ FAULTS = {
     "the loss is infinite in one process and micro-step": (2, Fault("loss", 2, 1, rank=1, value=INF)),
     "a gradient is NaN in one process": (2, Fault("gradient", 2, 0, rank=1)),
 }
+both_backends = pytest.mark.parametrize(("processes", "backend"), [(1, "torch"), (2, "torch"), (1, "numba")])
 
 
 @pytest.mark.trains
 @pytest.mark.campaign("guard: steps skipped")
 @pytest.mark.parametrize("optimizer", cases(["muon"], ["adamw", "muon"]))
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_step_that_is_not_finite_changes_nothing_in_any_process(name, optimizer, folder):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, backend) for backend in BACKENDS for name in FAULTS if backend == "torch" or FAULTS[name][0] == 1],
+)
+def test_a_step_that_is_not_finite_changes_nothing_in_any_process(name, backend, optimizer, folder):
     processes, fault = FAULTS[name]
-    ended = run(folder, [*OPTIONS, f"--optimizer={optimizer}"], processes=processes, faults=[fault])
+    argv = [*OPTIONS, f"--optimizer={optimizer}", *BACKENDS[backend]]
+    ended = run(folder, argv, processes=processes, faults=[fault])
     assert ended.codes == [0] * processes, ended.err
     assert ended.state["step"] == 4  # and the same weights in all processes
     assert skipped(folder) == [0, 0, 1, 1]
@@ -68,15 +73,15 @@ def test_a_step_that_is_not_finite_changes_nothing_in_any_process(name, optimize
 
 @pytest.mark.trains
 @pytest.mark.campaign("guard: too many in a row")
-@pytest.mark.parametrize("processes", [1, 2])
-def test_too_many_in_a_row_end_the_run_and_nothing_that_is_not_finite_is_saved(processes, folder):
+@both_backends
+def test_too_many_in_a_row_end_the_run_and_nothing_that_is_not_finite_is_saved(processes, backend, folder):
     faults = [Fault("loss" if step == 2 else "gradient", step, 0, rank=processes - 1) for step in (1, 2, 3)]
-    ended = run(folder, OPTIONS, processes=processes, faults=faults)
+    ended = run(folder, [*OPTIONS, *BACKENDS[backend]], processes=processes, faults=faults)
     assert ended.codes == [NonFiniteError.exit_code] * processes
     errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == processes and "3 steps in a row" in errors[0] and "--resume" in errors[0]
     assert_finite(folder)
-    again = run(folder, [*OPTIONS, "--resume"], processes=processes)  # without the fault
+    again = run(folder, [*OPTIONS, *BACKENDS[backend], "--resume"], processes=processes)  # without the fault
     assert again.codes == [0] * processes, again.err
     assert again.state["step"] == 4
 
@@ -98,10 +103,10 @@ def assert_finite(folder: Path) -> None:
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_state_whose_validation_loss_is_not_finite_is_not_saved(processes, folder):
+@both_backends
+def test_a_state_whose_validation_loss_is_not_finite_is_not_saved(processes, backend, folder):
     fault = Fault("evaluation", 3, rank=processes - 1)
-    ended = run(folder, [*OPTIONS, "--eval_interval=3"], processes=processes, faults=[fault])
+    ended = run(folder, [*OPTIONS, *BACKENDS[backend], "--eval_interval=3"], processes=processes, faults=[fault])
     assert ended.codes == [NonFiniteError.exit_code] * processes
     assert not (folder / "out" / "checkpoints" / "step-00000003").exists()
     assert_finite(folder)

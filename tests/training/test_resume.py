@@ -1,6 +1,7 @@
 """A run that was stopped and went on is the run that was never stopped, to the last bit."""
 
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import ROOT, SKIPPED, SPIKE, Ended, Stop, rows, run, small_shards, stream
+from forked import BACKENDS, ROOT, SKIPPED, SPIKE, Ended, Stop, rows, run, small_shards, stream
 from safetensors.torch import load_file
 from torture import cases
 
@@ -27,6 +28,10 @@ KINDS = {
     "dropout bf16": ["--optimizer=adamw", "--dropout=0.1", "--dtype=bfloat16"],
     "muon dropout": ["--dropout=0.1", "--optimizer=muon", "--dtype=float32"],
     "muon bf16": ["--optimizer=muon", "--dtype=bfloat16"],
+}
+NUMBA_KINDS = {
+    "numba muon": [*BACKENDS["numba"], "--optimizer=muon"],
+    "numba dropout": [*BACKENDS["numba"], "--optimizer=adamw", "--dropout=0.1"],
 }
 
 # Where a run stops, one after the other; steps count from 0, so that "stepped 4" is just before an evaluation.
@@ -64,11 +69,9 @@ NAMES = list(CUTS)
 
 
 def train(folder: Path, kind: str, processes: int, compiled: bool, stop: Stop | None = None, *more: str) -> Ended:
+    argv = [*OPTIONS, *(KINDS | NUMBA_KINDS)[kind], f"--compile={compiled}", *more]
     patches = {"training.guard.WINDOW": 3}
-    return run(
-        folder, [*OPTIONS, *KINDS[kind], f"--compile={compiled}", *more], processes=processes, stop=stop,
-        faults=[SKIPPED, SPIKE], patches=patches,
-    )  # fmt: skip
+    return run(folder, argv, processes=processes, stop=stop, faults=[SKIPPED, SPIKE], patches=patches)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,23 @@ def kind_of(number: int) -> str:
 def test_one_process(number, never_stopped, tmp_path):
     kind = kind_of(number)
     check_cut(tmp_path, never_stopped(kind, 1, False), NAMES[number], kind, 1, False)
+
+
+FEW_OF_NUMBA = [
+    "killed mid accumulation",
+    "in the save after evaluation",
+    "killed after a skipped step",
+    "after a spike",
+]
+
+
+@pytest.mark.campaign("exact resume: numba")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    cases(list(zip(FEW_OF_NUMBA, itertools.cycle(NUMBA_KINDS))), list(itertools.product(NAMES, NUMBA_KINDS))),
+)
+def test_numba(name, kind, never_stopped, tmp_path):
+    check_cut(tmp_path, never_stopped(kind, 1, False), name, kind, 1, False)
 
 
 FEW = ["mid accumulation", "in evaluation", "in the save after evaluation", "killed after a skipped step"]

@@ -4,6 +4,7 @@ import ast
 import builtins
 import ctypes
 import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -26,7 +27,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from forked import LIMIT_S, ROOT, fork, join
+from forked import BACKENDS, LIMIT_S, ROOT, fork, join
 from torture import cases
 from toy import SMALL_MODELS, random_tensors, toy_data, toy_state, toy_tokenizer
 
@@ -657,31 +658,38 @@ UNSTOPPED = [*SMALL, "--max_iters=12", "--total_batch_tokens=128"]
 
 
 @pytest.fixture(scope="module")
-def unstopped(tmp_path_factory) -> tuple[dict[str, str], dict[int, float]]:
-    """How a run that nothing happens to ends, and how long it takes one and two processes."""
+def unstopped(tmp_path_factory):
+    """Give how a run that nothing happens to ends, and how long it takes, in each setting; run once."""
     start(project(tmp_path_factory.mktemp("first")), ["--help"])[0].join()  # and with it the process to fork from
-    states, seconds = [], {}
-    for count in (1, 2):
-        folder = project(tmp_path_factory.mktemp("unstopped"))
-        began = time.monotonic()
-        run_whole(folder, UNSTOPPED, count)
-        seconds[count] = time.monotonic() - began
-        states.append(final_state(folder))
-    assert states[0] == states[1]
-    return states[0], seconds
+
+    @functools.cache
+    def reference(backend: str, count: int) -> tuple[dict[str, str], float]:
+        for _ in range(2 if backend == "numba" else 1):  # the second has nothing to compile
+            folder = project(tmp_path_factory.mktemp("unstopped"))
+            began = time.monotonic()
+            run_whole(folder, [*UNSTOPPED, *BACKENDS[backend]], count)
+            seconds = time.monotonic() - began
+        return final_state(folder), seconds
+
+    return reference
 
 
-KILLS = [(seed, 1) for seed in range(80)] + [(seed, 2) for seed in range(20)]
+KILLS = [(seed, 1, "torch") for seed in range(80)] + [(seed, 2, "torch") for seed in range(20)]
+KILLS_OF_NUMBA = [(seed, 1, "numba") for seed in range(100)]
 
 
 @pytest.mark.trains
 @pytest.mark.campaign("kill -9 at random moments of a run")
-@pytest.mark.parametrize(("seed", "count"), cases(KILLS[:8] + KILLS[-2:], KILLS))
-def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, unstopped, seed, count, record_property):
-    folder, (state, seconds) = project(tmp_path), unstopped
+@pytest.mark.parametrize(
+    ("seed", "count", "backend"),
+    cases(KILLS[:8] + KILLS[-2:] + KILLS_OF_NUMBA[:2], KILLS + KILLS_OF_NUMBA),
+)
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, unstopped, seed, count, backend):
+    folder, argv = project(tmp_path), [*UNSTOPPED, *BACKENDS[backend]]
+    (state, _), (_, seconds) = (unstopped(backend, number) for number in (1, count))
     draw = random.Random(f"{seed} {count}")
-    processes = start(folder, UNSTOPPED, count)
-    time.sleep(draw.uniform(0.0, seconds[count]))
+    processes = start(folder, argv, count)
+    time.sleep(draw.uniform(0.0, seconds))
     for process in draw.sample(processes, count):  # as torchrun does when one of its processes dies
         process.kill()
     killed = end(processes)
@@ -689,7 +697,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, unst
     saved = (folder / "saved.txt").read_text().split() if (folder / "saved.txt").exists() else []
     found = find_latest(folder / "out")
     assert not saved or (found is not None and step_of(found) >= max(int(name[5:]) for name in saved))
-    run_whole(folder, [*UNSTOPPED, "--resume=auto"], count)
+    run_whole(folder, [*argv, "--resume=auto"], count)
     assert final_state(folder) == state
     assert not hidden(folder / "out")
     went_on = (folder / "out-0.txt").read_text()
@@ -721,8 +729,14 @@ def test_a_resumed_run_says_what_it_passes_over_and_what_it_takes(tmp_path, thre
 
 @pytest.mark.trains
 @pytest.mark.campaign("disk full, by the size of a file")
-@pytest.mark.parametrize("share", cases([0.0, 0.1, 0.5, 0.99], [number / 16 for number in range(16)]))
-def test_a_full_disk_ends_a_run_in_order(tmp_path, three_steps, share):
+@pytest.mark.parametrize(
+    ("share", "backend"),
+    cases(
+        [(0.0, "torch"), (0.1, "torch"), (0.5, "torch"), (0.99, "torch"), (0.5, "numba")],
+        [(number / 16, backend) for backend in BACKENDS for number in range(16)],
+    ),
+)
+def test_a_full_disk_ends_a_run_in_order(tmp_path, three_steps, share, backend):
     folder = shutil.copytree(three_steps, tmp_path / "run")
     there = digests(folder / "out" / "checkpoints")
     largest = max(path.stat().st_size for path in (folder / "out" / "checkpoints").rglob("*") if path.is_file())
@@ -731,7 +745,8 @@ def test_a_full_disk_ends_a_run_in_order(tmp_path, three_steps, share):
         (folder / f"{name}-0.txt").unlink()
         os.mkfifo(folder / f"{name}-0.txt")
         readers.append(os.open(folder / f"{name}-0.txt", os.O_RDONLY | os.O_NONBLOCK))
-    processes = start(folder, [*SMALL, "--max_iters=6", "--resume"], file_limit=int(share * largest))
+    argv = [*SMALL, *BACKENDS[backend], "--resume"]
+    processes = start(folder, [*argv, "--max_iters=6"], file_limit=int(share * largest))
     assert end(processes) == [DiskError.exit_code]
     _, said = (os.read(reader, 65536).decode() for reader in readers)
     for name, reader in zip(("out", "err"), readers, strict=True):
@@ -741,7 +756,7 @@ def test_a_full_disk_ends_a_run_in_order(tmp_path, three_steps, share):
     assert os.strerror(errno.EFBIG) in said, said
     assert digests(folder / "out" / "checkpoints") == there
     assert not hidden(folder / "out") and not list((folder / "out").glob(".*.tmp*"))
-    run_whole(folder, [*SMALL, "--max_iters=4", "--resume"], 1)
+    run_whole(folder, [*argv, "--max_iters=4"], 1)
 
 
 @pytest.mark.campaign("disk full, a small file system")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from forked import ROOT, Ended, Stop, rows, run, small_shards
+from forked import BACKENDS, ROOT, Ended, Stop, rows, run, small_shards
 from torture import cases
 
 from training.run import interrupts
@@ -26,6 +26,7 @@ OPTIONS = [
     "--max_iters=8", "--warmup_iters=2", "--eval_interval=3", "--eval_iters=3", "--save_every=2", "--keep=9",
     "--log_interval=1", "--learning_rate=1e-2", "--threads=1", "--dropout=0.1",
 ]  # fmt: skip
+EAGER, COMPILED, NUMBA = ("--compile=False",), ("--compile=True",), tuple(BACKENDS["numba"])
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +34,25 @@ def never_stopped(tmp_path_factory):
     """Give the run that was never stopped, in each setting; run once."""
 
     @functools.cache
-    def reference(processes: int, compiled: bool) -> Ended:
+    def reference(processes: int, *setting: str) -> Ended:
         folder = tmp_path_factory.mktemp("whole")
         small_shards(folder / "data" / "toy", 300)
         for _ in range(2):  # the second takes as long as those to come: what all of them need has been started
             begin = time.time()
-            whole = run(folder, [*OPTIONS, f"--compile={compiled}", "--overwrite"], processes=processes)
+            whole = run(folder, [*OPTIONS, *setting, "--overwrite"], processes=processes)
         assert whole.codes == [0] * processes, whole.err
         return Ended(whole.codes, whole.out, whole.err, whole.states, time.time() - begin, folder)
 
     return reference
 
 
-def check(folder: Path, whole: Ended, stop: Stop, processes: int, compiled: bool) -> float:
+def check(folder: Path, whole: Ended, stop: Stop, processes: int, setting: tuple[str, ...]) -> float:
     """Stop a run, look at how it ends, let it go on and compare; return the seconds that it took to end.
 
     They are 0 where the signal would have come after the end.
     """
     shutil.copytree(whole.folder / "data", folder / "data")
-    argv = [*OPTIONS, f"--compile={compiled}"]
+    argv = [*OPTIONS, *setting]
     ended = run(folder, argv, processes=processes, stop=stop)
     took_s = 0.0 if math.isnan(ended.took_s) else ended.took_s
     assert took_s < WITHIN_S, ended
@@ -81,23 +82,23 @@ def assert_interrupted(ended: Ended, folder: Path) -> None:
     assert (folder / "out" / "checkpoints" / f"step-{int(found[1]):08d}").is_dir()
 
 
-# What a run does when the signal comes, and to whom; processes and whether compiled.
-PLACES: dict[str, tuple[Stop, int, bool]] = {
-    "in set-up": (Stop("set-up"), 1, False),
-    "in set-up of one of two": (Stop("set-up", ranks=(1,)), 2, False),
-    "trying the compiler": (Stop("compiler"), 1, True),
-    "trying the compiler in one of two": (Stop("compiler", ranks=(1,)), 2, True),
-    "compiling": (Stop("compile", after_s=0.4, how="SIGINT"), 1, True),
-    "compiling in one of two": (Stop("compile", after_s=0.2, ranks=(1,)), 2, True),
-    "training": (Stop("micro", 4, "mid", "SIGINT"), 1, False),
-    "training in both": (Stop("micro", 4, "mid"), 2, False),
-    "training in the second of two": (Stop("micro", 4, 0, ranks=(1,)), 2, False),
-    "reading data": (Stop("across shards", 3), 1, False),
-    "evaluating in the first of two": (Stop("evaluating", 3, 0, ranks=(0,)), 2, False),
-    "saving": (Stop("saving", 2, 2), 1, False),
-    "saving in the end": (Stop("saving", 8, 3, "SIGINT"), 1, False),
-    "exporting": (Stop("finish"), 1, False),
-    "exporting, one of two": (Stop("finish", ranks=(0,)), 2, False),
+# What a run does when the signal comes, and to whom; processes and how they compute.
+PLACES: dict[str, tuple[Stop, int, tuple[str, ...]]] = {
+    "in set-up": (Stop("set-up"), 1, EAGER),
+    "in set-up of one of two": (Stop("set-up", ranks=(1,)), 2, EAGER),
+    "trying the compiler": (Stop("compiler"), 1, COMPILED),
+    "trying the compiler in one of two": (Stop("compiler", ranks=(1,)), 2, COMPILED),
+    "compiling": (Stop("compile", after_s=0.4, how="SIGINT"), 1, COMPILED),
+    "compiling in one of two": (Stop("compile", after_s=0.2, ranks=(1,)), 2, COMPILED),
+    "training": (Stop("micro", 4, "mid", "SIGINT"), 1, EAGER),
+    "training in both": (Stop("micro", 4, "mid"), 2, EAGER),
+    "training in the second of two": (Stop("micro", 4, 0, ranks=(1,)), 2, EAGER),
+    "reading data": (Stop("across shards", 3), 1, EAGER),
+    "evaluating in the first of two": (Stop("evaluating", 3, 0, ranks=(0,)), 2, EAGER),
+    "saving": (Stop("saving", 2, 2), 1, EAGER),
+    "saving in the end": (Stop("saving", 8, 3, "SIGINT"), 1, EAGER),
+    "exporting": (Stop("finish"), 1, EAGER),
+    "exporting, one of two": (Stop("finish", ranks=(0,)), 2, EAGER),
 }
 FEW = [
     "in set-up",
@@ -106,28 +107,39 @@ FEW = [
     "saving",
     "exporting",
 ]
+OF_NUMBA = [name for name, (_, processes, _) in PLACES.items() if processes == 1 and name != "trying the compiler"]
 
 
 @pytest.mark.trains
 @pytest.mark.campaign("signals: what a run may be doing")
-@pytest.mark.parametrize("name", cases(FEW, list(PLACES)))
-def test_a_signal_at_a_place(name, never_stopped, tmp_path, record_property):
-    stop, processes, compiled = PLACES[name]
-    took_s = check(tmp_path, never_stopped(processes, compiled), stop, processes, compiled)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "torch") for name in cases(FEW, list(PLACES))] + [(name, "numba") for name in cases(["saving"], OF_NUMBA)],
+)
+def test_a_signal_at_a_place(name, backend, never_stopped, tmp_path, record_property):
+    stop, processes, setting = PLACES[name]
+    setting = NUMBA if backend == "numba" else setting
+    took_s = check(tmp_path, never_stopped(processes, *setting), stop, processes, setting)
     record_property("seconds_to_end", took_s)
 
 
 @pytest.mark.trains
 @pytest.mark.campaign("signals: random moments")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(cases(2, 50)))
-def test_a_signal_at_a_random_moment(seed, never_stopped, tmp_path, record_property):
+def test_a_signal_at_a_random_moment(seed, backend, never_stopped, tmp_path, record_property):
     draw = random.Random(seed)
-    processes, compiled = (2, False) if seed == 1 else (draw.choice([1, 2]), bool(cases(0, 1)) and draw.random() < 0.2)
-    whole = never_stopped(processes, compiled)
+    if backend == "numba":
+        processes, setting = 1, NUMBA
+    elif seed == 1:
+        processes, setting = 2, EAGER
+    else:
+        processes, setting = draw.choice([1, 2]), COMPILED if cases(0, 1) and draw.random() < 0.2 else EAGER
+    whole = never_stopped(processes, *setting)
     ranks = draw.choice([None, (0,), (1,)]) if processes == 2 else None
     how = draw.choice(["SIGTERM", "SIGINT"])
     stop = Stop("start", how=how, ranks=ranks, after_s=draw.uniform(0, whole.took_s))
-    record_property("seconds_to_end", check(tmp_path, whole, stop, processes, compiled))
+    record_property("seconds_to_end", check(tmp_path, whole, stop, processes, setting))
 
 
 def start(folder: Path, *argv: str, torchrun: bool = False) -> subprocess.Popen[str]:
@@ -178,11 +190,12 @@ def test_torchrun_passes_a_signal_on_and_both_processes_end_in_order(tmp_path):
 
 
 @pytest.mark.trains
-def test_the_second_signal_ends_a_run_at_once_and_nothing_is_lost(never_stopped, tmp_path):
+@pytest.mark.parametrize("setting", [EAGER, NUMBA], ids=str)
+def test_the_second_signal_ends_a_run_at_once_and_nothing_is_lost(setting, never_stopped, tmp_path):
     """The first one comes in a step that never ends."""
-    whole = never_stopped(1, False)
+    whole = never_stopped(1, *setting)
     shutil.copytree(whole.folder / "data", tmp_path / "data")
-    argv = [*OPTIONS, "--compile=False"]
+    argv = [*OPTIONS, *setting]
     stopped = run(tmp_path, argv, stop=Stop("micro", 4, 1, "SIGINT", again_s=0.5))
     assert stopped.codes == [130], stopped
     assert "interrupted" not in stopped.out
@@ -192,7 +205,7 @@ def test_the_second_signal_ends_a_run_at_once_and_nothing_is_lost(never_stopped,
 
 @pytest.mark.trains
 def test_the_second_signal_ends_a_process_that_waits_for_another_one(never_stopped, tmp_path):
-    shutil.copytree(never_stopped(2, False).folder / "data", tmp_path / "data")
+    shutil.copytree(never_stopped(2, *EAGER).folder / "data", tmp_path / "data")
     stop = Stop("micro", 4, 0, "SIGSTOP", ranks=(1,))
     first, second = forked.start(tmp_path, [*OPTIONS, "--compile=False"], processes=2, stop=stop)
     try:
@@ -211,7 +224,7 @@ def test_the_second_signal_ends_a_process_that_waits_for_another_one(never_stopp
 
 @pytest.mark.trains
 def test_a_closed_stderr_does_not_matter(never_stopped, tmp_path):
-    whole = never_stopped(1, False)
+    whole = never_stopped(1, *EAGER)
     shutil.copytree(whole.folder / "data", tmp_path / "data")
     stop = Stop("micro", 4, 1, closes=2)
     ended = run(tmp_path, [*OPTIONS, "--compile=False"], stop=stop)
@@ -220,7 +233,7 @@ def test_a_closed_stderr_does_not_matter(never_stopped, tmp_path):
 
 @pytest.mark.trains
 def test_a_run_whose_stdout_has_gone_goes_on_and_says_so_once(never_stopped, tmp_path):
-    whole = never_stopped(1, False)
+    whole = never_stopped(1, *EAGER)
     shutil.copytree(whole.folder / "data", tmp_path / "data")
     nobody_reads = Stop("stepped", 2, how="SIGCONT", closes=1)
     ended = run(tmp_path, [*OPTIONS, "--compile=False"], stop=nobody_reads)
