@@ -36,7 +36,7 @@ from llamalet.command import nothing_to_lose, run
 from llamalet.config import ModelConfig
 from llamalet.convert import bin_file, formats
 from llamalet.errors import CheckpointError, ConfigError
-from llamalet.kernels.environment import check_variables
+from llamalet.kernels.environment import check_variables, import_numba
 from llamalet.model_file.checkpoint import find_best
 from training.backend import has_torch
 from training.config import TrainConfig, with_defaults, with_shape
@@ -108,13 +108,14 @@ def processes(config: TrainConfig, signals: Interrupts) -> Iterator[tuple["Group
     Raises:
         ConfigError: if the backend is not installed, or cannot do what the settings or torchrun ask for.
     """
-    if choose_backend(config.backend) == "numba":
+    if choose_backend(config) == "numba":
         from training import step_numba
         from training.machine.group import OneProcess
 
         step_numba.check_settings(config)
         if config.backend == "auto":
-            print(f"{'backend':8} numba, because PyTorch is not installed", flush=True)
+            why = "as the run has it" if has_torch() else "because PyTorch is not installed"
+            print(f"{'backend':8} numba, {why}", flush=True)
         yield OneProcess(), partial(step_numba.NumbaBackend, interrupts=signals)
         return
     compiler_cache.ensure_folder()
@@ -131,15 +132,22 @@ def processes(config: TrainConfig, signals: Interrupts) -> Iterator[tuple["Group
         yield group, make
 
 
-def choose_backend(name: str) -> str:
-    """Return torch or numba.
+def choose_backend(config: TrainConfig) -> str:
+    """Return torch or numba; unless told otherwise, a run of one process goes on with the backend that it has.
 
     Raises:
-        ConfigError: if torch is asked for and not installed.
+        ConfigError: if it is not installed, or told not to compile.
     """
-    if name == "torch" and not has_torch():
+    chosen = config.backend
+    if chosen == "torch" and not has_torch():
         raise ConfigError("backend=torch: PyTorch is not installed; install it, or leave the option out")
-    return ("torch" if has_torch() else "numba") if name == "auto" else name
+    if chosen == "auto":
+        one = os.environ.get("WORLD_SIZE", "1") == "1" and not config.eval_only
+        goes_on_with_numba = one and run_folder.earlier_backend(config) == "numba"
+        chosen = "torch" if has_torch() and not goes_on_with_numba else "numba"
+    if chosen == "numba" and not import_numba():
+        raise ConfigError("backend=numba: NUMBA_DISABLE_JIT is set, so that numba compiles nothing; unset it")
+    return chosen
 
 
 def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
@@ -147,7 +155,7 @@ def evaluate(config: TrainConfig, argv: Sequence[str]) -> int:
     with nothing_to_lose():
         from training.evaluation import LOGITS_BYTES, evaluate_checkpoint
 
-    if choose_backend(config.backend) == "numba":
+    if choose_backend(config) == "numba":
         check_variables()
         with nothing_to_lose():
             from training import step_numba
@@ -209,7 +217,7 @@ def check_settings(config: TrainConfig) -> None:
     """
     from corpus.vocabulary import DEFAULT_SIZE
 
-    if choose_backend(config.backend) == "torch":
+    if choose_backend(config) == "torch":
         from training.machine.distributed import find_device
         from training.machine.hardware import choose_dtype
 

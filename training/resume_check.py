@@ -9,7 +9,7 @@ from llamalet.errors import ConfigError
 from llamalet.shards import Shards
 from training.config import TrainConfig
 from training.run.checkpoint import Checkpoint
-from training.run.run_state import RunState
+from training.run.run_state import RunState, backend_of
 
 STREAM = ("total_batch_tokens", "seed", "align_documents", "data")
 """The settings that decide the stream of training tokens."""
@@ -37,5 +37,5 @@ def changes(state: RunState, config: TrainConfig, machine: Mapping[str, Any]) ->
     now = {name: settings[name] for name in STREAM}
     then = {name: state.train_config[name] or settings[name] for name in STREAM}
     if state.step:  # otherwise nothing has been computed yet
-        now, then = {**machine, **now}, {**state.machine, **then}
+        now, then = ({"backend": backend_of(m), **m, **more} for m, more in ((machine, now), (state.machine, then)))
     return [f"{key} {then[key]} before, {now[key]} now" for key in now if key in then and then[key] != now[key]]

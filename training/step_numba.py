@@ -18,7 +18,7 @@ from llamalet.backward.optimizer import NumbaOptimizer
 from llamalet.backward.training_model import TrainingModel
 from llamalet.command import nothing_to_lose
 from llamalet.config import IGNORED, ModelConfig
-from llamalet.cores import physical_cores
+from llamalet.cores import MAX_THREADS, physical_cores
 from llamalet.errors import CheckpointError, ConfigError, FormatError
 from llamalet.kernels.simd import instruction_path
 from llamalet.kv_cache import free_memory
@@ -47,10 +47,8 @@ def check_settings(config: TrainConfig) -> None:
         problems.append(f"parallel={config.parallel}: the numba backend has one process")
     if config.dtype not in ("auto", "float32"):
         problems.append(f"dtype={config.dtype}: the numba backend computes in float32 only")
-    if numba.config.DISABLE_JIT:
-        problems.append(
-            f"NUMBA_DISABLE_JIT={os.environ.get('NUMBA_DISABLE_JIT')}: the numba backend compiles; unset it"
-        )
+    if (config.threads or 1) > MAX_THREADS:
+        problems.append(f"threads={config.threads}: must be at most {MAX_THREADS}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         problems.append(f"torchrun: the numba backend has one process, not {os.environ['WORLD_SIZE']}")
     ConfigError.raise_for(problems)

@@ -36,7 +36,9 @@ def import_numba() -> bool:
         try:
             import numba
         except (ImportError, OSError) as error:
-            raise UsageError(f"numba cannot be imported ({error}); backend=numpy works without it") from None
+            raise UsageError(
+                f"numba cannot be imported ({error}); the runtime works without it: backend=numpy"
+            ) from None
     for warning in caught:
         if found := UNREADABLE.match(str(warning.message)):
             note(f"llamalet: {found[1]}={os.environ.get(found[1])}: not a value that numba can read; ignored")

@@ -21,6 +21,7 @@ from llamalet.backward.training_model import TrainingModel
 from llamalet.convert import safetensors_file
 from llamalet.errors import ConfigError, NonFiniteError
 from training import evaluation
+from training.config import TrainConfig
 from training.step_numba import NumbaBackend
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +73,9 @@ def test_losses_are_those_of_torch(project, monkeypatch, optimizer):
 @pytest.mark.parametrize("more", [("--optimizer=muon",), ("--optimizer=adamw", "--dropout=0.1")], ids=" ".join)
 def test_a_run_that_was_stopped_goes_on_to_the_last_bit(project, more):
     assert train.main([*OPTIONS, *more, NUMBA, "--out_dir=whole"]) == 0
-    # Resumed from a checkpoint in its middle.
+    # Resumed from a checkpoint in its middle, where torch is installed and nobody says which backend.
     assert train.main([*OPTIONS, *more, NUMBA, "--out_dir=part"]) == 0
-    assert train.main([NUMBA, "--out_dir=again", "--resume=part/checkpoints/step-00000002"]) == 0
+    assert train.main(["--out_dir=again", "--resume=part/checkpoints/step-00000002"]) == 0
     assert digests(project / "whole", 8) == digests(project / "again", 8)
     assert losses(project / "whole")[-3:] == losses(project / "again")[-3:]
 
@@ -88,12 +89,15 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(project):
 
 @pytest.mark.trains
 @pytest.mark.parametrize(("first", "second"), [("torch", "numba"), ("numba", "torch")])
-def test_either_backend_continues_the_others_run(project, first, second):
+def test_either_backend_continues_the_others_run(project, capsys, first, second):
     options = [*OPTIONS, "--optimizer=adamw", f"--backend={first}"]
     assert train.main([*options, "--out_dir=a"]) == 0
     for backend in (first, second):
         resume = ["--resume=a/checkpoints/step-00000002", f"--backend={backend}", f"--out_dir={backend}"]
         assert train.main(resume) == 0
+        assert (f"unstopped run gives: backend {first} before, {second} now" in capsys.readouterr().out) == (
+            backend != first
+        )
     np.testing.assert_allclose(losses(project / first), losses(project / second), atol=1e-4)
 
 
@@ -230,6 +234,7 @@ def test_eval_only_finds_the_numbers_of_torch(project, monkeypatch, capsys):
         ("--device=cuda", "device=cuda: the numba backend computes on the CPU only"),
         ("--parallel=fsdp", "parallel=fsdp: the numba backend has one process"),
         ("--dtype=bfloat16", "dtype=bfloat16: the numba backend computes in float32 only"),
+        ("--threads=1025", "threads=1025: must be at most 1024"),
     ],
 )
 def test_what_it_cannot_do_is_refused_by_name(project, option, words):
@@ -237,9 +242,23 @@ def test_what_it_cannot_do_is_refused_by_name(project, option, words):
         train.main([*OPTIONS, NUMBA, option])
 
 
-def test_a_numba_that_does_not_compile_is_refused_by_name(project, monkeypatch):
+@pytest.mark.parametrize(
+    "resume", ["--resume", "--resume=auto", "--resume=out", "--init_from=resume", "--resume=out/{}"]
+)
+def test_a_run_keeps_its_backend_unless_told_otherwise(project, resume):
+    last = "checkpoints/step-00000001"
+    assert train.main([*OPTIONS, NUMBA, "--max_iters=1"]) == 0
+    config = train.read_options(TrainConfig, [resume.format(last)])
+    assert train.choose_backend(config) == "numba"
+    assert train.choose_backend(dataclasses.replace(config, backend="torch")) == "torch"
+    assert train.choose_backend(TrainConfig()) == train.choose_backend(TrainConfig(resume="nowhere")) == "torch"
+    (project / "out" / last / "state.json").write_text("{")
+    assert train.choose_backend(config) == "torch"
+
+
+def test_numba_that_compiles_nothing_is_refused(project, monkeypatch):
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    with pytest.raises(ConfigError, match="NUMBA_DISABLE_JIT=.*: the numba backend compiles; unset it"):
+    with pytest.raises(ConfigError, match="backend=numba: NUMBA_DISABLE_JIT is set"):
         train.main([*OPTIONS, NUMBA])
 
 

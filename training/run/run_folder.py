@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.run import checkpoint
 from training.run.metrics import METRICS_FILE
 from training.run.progress import say
-from training.run.run_state import RunState
+from training.run.run_state import RunState, backend_of
 
 try:
     import fcntl
@@ -103,6 +103,20 @@ def find_checkpoint(config: TrainConfig, launch: str | None = None) -> Path | No
     if newest is None and wanted:
         raise CheckpointError(f"{config.out_dir}: no valid checkpoint to resume from; start with `python train.py`")
     return newest
+
+
+def earlier_backend(config: TrainConfig) -> str | None:
+    """Return the backend of the run to resume, torch or numba; None if there is none.
+
+    Nothing is verified yet: `find_checkpoint` has more to say of a checkpoint that cannot be read.
+    """
+    if config.resume is None and config.init_from != "resume":
+        return None
+    run_dir = config.out_dir if config.resume in (None, "latest", "auto") else str(config.resume)
+    try:
+        return backend_of(RunState.read((list_steps(run_dir) or [Path(run_dir)])[-1]).machine)
+    except CheckpointError:
+        return None
 
 
 def _is_of(launch: str | None, path: Path) -> bool:

@@ -1,6 +1,7 @@
 """What a checkpoint records of its run besides tensors: the contents of state.json."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,11 @@ from llamalet.errors import CheckpointError
 from llamalet.model_file.checkpoint import STATE, read_state
 
 GUARD_VALUES = 4  # of `Guard.state()`
+
+
+def backend_of(machine: Mapping[str, Any]) -> str:
+    """Return the backend, torch or numba, that has these facts (`Backend.facts`)."""
+    return "numba" if "numba" in machine else "torch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
