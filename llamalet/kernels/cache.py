@@ -147,7 +147,8 @@ class KernelCache(FunctionCache):
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            _say(f"kernel cache: {error.filename}: {error.strerror}; the kernels will be compiled again next time")
+            why = f"{self.cache_path}: {error.strerror}"  # a full disk has no file's name
+            _say_once(f"kernel cache: {why}; the kernels will be compiled again next time")
 
 
 class _Impl(CompileResultCacheImpl):

@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import os
 import shutil
@@ -158,3 +159,16 @@ def test_without_a_usable_folder_kernels_are_compiled_all_the_same(tmp_path, cap
     assert cache.open_folder([file / "root"], "environment-sources") is None
     assert str(file) in capsys.readouterr().err
     assert cache.open_folder([], "environment-sources") is None
+
+
+def test_a_full_disk_is_told_once_and_costs_only_time(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache.FunctionCache, "save_overload", full)
+    for _ in range(2):
+        cache.KernelCache(full, tmp_path / "full").save_overload((), None)
+    assert capsys.readouterr().err == (
+        f"llamalet: kernel cache: {tmp_path / 'full'}: No space left on device; "
+        "the kernels will be compiled again next time\n"
+    )
