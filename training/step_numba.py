@@ -1,4 +1,4 @@
-"""What computes without PyTorch: llamalet/backward, on one CPU, in float32."""
+"""What computes without PyTorch: llamalet/backward, on one CPU."""
 
 import os
 import platform
@@ -20,6 +20,7 @@ from llamalet.command import nothing_to_lose
 from llamalet.config import IGNORED, ModelConfig
 from llamalet.cores import MAX_THREADS, physical_cores
 from llamalet.errors import CheckpointError, ConfigError, FormatError
+from llamalet.kernels import bfloat16
 from llamalet.kernels.simd import instruction_path
 from llamalet.kv_cache import free_memory
 from llamalet.model_file.checkpoint import SUFFIX
@@ -45,8 +46,11 @@ def check_settings(config: TrainConfig) -> None:
         problems.append(f"device={config.device}: the numba backend computes on the CPU only")
     if config.parallel != "ddp":
         problems.append(f"parallel={config.parallel}: the numba backend has one process")
-    if config.dtype not in ("auto", "float32"):
-        problems.append(f"dtype={config.dtype}: the numba backend computes in float32 only")
+    if config.dtype == "bfloat16" and bfloat16.instructions() is None:
+        problems.append(
+            f"dtype=bfloat16: this processor does not multiply it, or {bfloat16.VARIABLE} forbids it; "
+            "leave the option out for float32"
+        )
     if (config.threads or 1) > MAX_THREADS:
         problems.append(f"threads={config.threads}: must be at most {MAX_THREADS}")
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -86,6 +90,7 @@ class NumbaBackend:
                 batch_size=config.batch_size,
                 n_positions=config.max_seq_len,
                 n_threads=self.threads,
+                rounded=rounds(config),
             )
             self.optimizer = new_optimizer(config, self.model)
         except MemoryError:
@@ -97,15 +102,16 @@ class NumbaBackend:
             raise CheckpointError(str(error)) from None
         self.guard = Guard(spike_factor=config.spike_factor, max_skipped=config.max_skipped)
         self._last = 0.0, 0.0  # loss and gradient norm of the last step
+        dtype = "bfloat16" if rounds(config) else "float32"
         self.facts: dict[str, Any] = {
             "numba": numba.__version__,
             "device": "cpu",
             "numpy": np.__version__,  # draws the first weights
             "processor": f"{platform.machine()}, {instruction_path()}",
             "processes": 1,
-            "dtype": "float32",
+            "dtype": f"{dtype}, {bfloat16.instructions()}" if rounds(config) else dtype,
         }
-        self.description = f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, float32, numba"
+        self.description = f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {dtype}, numba"
 
     def prepare(self, training: Batch, evaluation: Batch) -> None:
         """Compile all kernels."""
@@ -170,11 +176,16 @@ class NumbaBackend:
             self.guard.load_state(guard)
 
 
+def rounds(config: TrainConfig) -> bool:
+    """Return whether products multiply bfloat16: unless float32 is asked for, if the processor can."""
+    return config.dtype != "float32" and bfloat16.instructions() is not None
+
+
 def memory_bytes(config: TrainConfig, model_config: ModelConfig, n_threads: int) -> int:
     """Return the bytes that a backend takes."""
     shapes = {spec.name: spec.shape for spec in tensor_specs(1, model_config)}
-    step = workspace.n_bytes(model_config, config.batch_size, config.max_seq_len, n_threads)
-    return step + optimizers.n_bytes(shapes, config.optimizer, n_threads)
+    step = workspace.n_bytes(model_config, config.batch_size, config.max_seq_len, n_threads, rounded=rounds(config))
+    return step + optimizers.n_bytes(shapes, config.optimizer, n_threads, rounded=rounds(config))
 
 
 def new_optimizer(config: TrainConfig, model: TrainingModel) -> NumbaOptimizer:
@@ -185,12 +196,13 @@ def new_optimizer(config: TrainConfig, model: TrainingModel) -> NumbaOptimizer:
         kind=config.optimizer,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        rounded=rounds(config),
     )
 
 
 def compile_kernels(config: TrainConfig) -> None:
     """Compile what a step needs, by one with a tiny model."""
-    model = tiny_model()
+    model = tiny_model(rounded=rounds(config))
     optimizer = new_optimizer(config, model)
     model.loss_and_gradients(TINY_BATCH, TINY_BATCH)
     optimizer.norm(model.gradients)
@@ -200,19 +212,20 @@ def compile_kernels(config: TrainConfig) -> None:
 TINY_BATCH = np.zeros((1, 2), np.int64)
 
 
-def tiny_model() -> TrainingModel:
+def tiny_model(*, rounded: bool) -> TrainingModel:
     """Return a model for TINY_BATCH, with which to compile: kernels depend on the types of arrays, not on their sizes.
 
     It has one thread, because others would compile too, and go on when a signal interrupts this one.
     """
     config = ModelConfig.create(dim=16, n_layers=1, n_heads=2, vocab_size=16, max_seq_len=2)
-    return TrainingModel(config, initial_weights(config, 0, "normal"), batch_size=1, n_positions=2, n_threads=1)
+    weights = initial_weights(config, 0, "normal")
+    return TrainingModel(config, weights, batch_size=1, n_positions=2, n_threads=1, rounded=rounded)
 
 
 def new_scorer(checkpoint: Checkpoint, threads: int | None) -> Scorer:
     """Return what scores text with a checkpoint's model, row by row."""
     with nothing_to_lose():
-        tiny_model().loss(TINY_BATCH, TINY_BATCH)
+        tiny_model(rounded=False).loss(TINY_BATCH, TINY_BATCH)
     context = checkpoint.model_config.max_seq_len
     model = TrainingModel(
         checkpoint.model_config,

@@ -1,8 +1,11 @@
 """Memory that is counted before it is taken.
 
-A layout is a function that asks for arrays with `take(*shape)` and returns them. It is called twice: first with a
-`take` that only counts, then with one that returns parts of a single allocation. One large allocation gets large pages
-from the system, which the processor finds faster than many small ones.
+A layout is a function that asks for arrays with `take(*shape, dtype=)` and returns them. It is called twice: first with
+a `take` that only counts, then with one that returns parts of a single allocation. One large allocation gets large
+pages from the system, which the processor finds faster than many small ones.
+
+Products of bfloat16 read up to 15 rows after the last of an operand, and ignore them. So the allocation goes on after
+the last array by as much of the widest operand.
 """
 
 import math
@@ -12,53 +15,56 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.kernels.layers import FLOAT_BYTES, address_of
+from llamalet.kernels.bfloat16 import TILE_ROWS
+from llamalet.kernels.layers import address_of
 
 Array = NDArray[np.float32]
 Result = TypeVar("Result")
 Take = Callable[..., Any]
 
-ALIGNMENT = 16
-"""Every array begins at a multiple of this many numbers: a cache line, the widest vector."""
+ALIGNMENT = 64
+"""Every array begins at a multiple of this many bytes: a cache line, the widest vector."""
 
 
 class Counter:
-    """Counts the numbers that arrays take up."""
+    """Counts the bytes that arrays take up."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.n_bytes = self.read_after = 0
 
-    def take(self, *shape: int) -> Any:
-        """Count an array of this shape."""
-        self.count += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+    def take(self, *shape: int, dtype: type[np.generic] = np.float32) -> Any:
+        """Count an array of this shape and type."""
+        if dtype is np.uint16 and len(shape) > 1:
+            self.read_after = max(self.read_after, TILE_ROWS * shape[-1] * np.dtype(dtype).itemsize)
+        self.n_bytes += -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
 
 class Memory(Counter):
-    """One allocation, from which arrays are taken, each at a multiple of ALIGNMENT numbers."""
+    """One allocation, from which arrays are taken, each at a multiple of ALIGNMENT bytes."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, n_bytes: int) -> None:
         super().__init__()
-        whole = np.zeros(count + ALIGNMENT, np.float32)
-        self._numbers = whole[-address_of(whole) // whole.itemsize % ALIGNMENT :][:count]
+        whole = np.zeros(n_bytes + ALIGNMENT, np.uint8)
+        self._bytes = whole[-address_of(whole) % ALIGNMENT :][:n_bytes]
 
-    def take(self, *shape: int) -> Array:
-        """Return an array of this shape, all zeros."""
-        first = self.count
-        super().take(*shape)
-        return self._numbers[first : first + math.prod(shape)].reshape(shape)
+    def take(self, *shape: int, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
+        """Return an array of this shape and type, all zeros."""
+        first = self.n_bytes
+        super().take(*shape, dtype=dtype)
+        return self._bytes[first : first + math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
 
 def bytes_of(layout: Callable[[Take], Any]) -> int:
     """Return the bytes that a layout takes."""
     counter = Counter()
     layout(counter.take)
-    return counter.count * FLOAT_BYTES
+    return counter.n_bytes + counter.read_after
 
 
 def allocate(layout: Callable[[Take], Result]) -> Result:
-    """Return a layout of arrays, float32 and all zeros.
+    """Return a layout of arrays, all zeros.
 
     Raises:
         MemoryError: if there is not as much memory.
     """
-    return layout(Memory(bytes_of(layout) // FLOAT_BYTES).take)
+    return layout(Memory(bytes_of(layout)).take)

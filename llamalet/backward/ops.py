@@ -4,6 +4,9 @@ Each writes to memory that the caller provides, checks no shapes, and shares its
 blocks there are follows from the shapes, and where blocks add up, their parts are added in the order of the blocks. So
 the bits do not depend on the number of threads. N is B * T, all positions of a batch; the other shape letters are those
 of backward/reference.py.
+
+Arrays are float32. Operands of products, marked so below, may also be bfloat16, see kernels/bfloat16.py; their rows are
+then longer than their numbers, filled up with zeros that nobody overwrites.
 """
 
 from typing import Any, NamedTuple
@@ -12,8 +15,10 @@ import numpy as np
 from numba import float32, uint64
 
 from llamalet.backward.dropout import GAMMA, MULTIPLIERS
-from llamalet.kernels import products, simd
-from llamalet.kernels.ops import dot, kernel, summing_kernel, total
+from llamalet.kernels import bfloat16, products, simd
+from llamalet.kernels.bfloat16 import stored
+from llamalet.kernels.ops import dot, kernel, summing_kernel
+from llamalet.kernels.powers import sum_of_powers, write_powers
 from llamalet.kernels.threads import blocks
 
 BLOCK_ROWS = 32
@@ -21,6 +26,9 @@ BLOCK_ROWS = 32
 
 BLOCK_COLUMNS = 32
 """Columns in a block of embed_backward."""
+
+LOWER_ROWS = 32
+"""Rows of a lower triangle that are zero up to the same column: whole tiles of every kind."""
 
 GAMMA_64, FACTOR_1, FACTOR_2 = (np.uint64(value) for value in (GAMMA, *MULTIPLIERS))
 
@@ -37,15 +45,19 @@ class AttentionSpace(NamedTuple):
 
     weights: (threads, T, T).
     d_weights: (threads, T, T).
-    by_rows: a matrix (T, D) packed by rows (threads, panels, D, 16).
-    by_columns: one packed by columns (threads, panels, T, 16).
+    head: (threads, T, D).
+    by_rows: a matrix (T, D) packed by rows, see products.panels_shape.
+    by_columns: one packed by columns, likewise.
+    left: room for products.left_of and products.transpose_of.
     edges: (threads, *EDGE_SHAPE).
     """
 
     weights: Any
     d_weights: Any
+    head: Any
     by_rows: Any
     by_columns: Any
+    left: Any
     edges: Any
 
 
@@ -65,7 +77,7 @@ def scale_of(drop: Any, index: int) -> float:
 
 @kernel
 def apply_dropout(x: Any, drop: Any, out: Any, team: Any) -> None:
-    """Write x (N, C) to out with some values dropped; this is its own adjoint."""
+    """Write x (N, C) to out, maybe an operand, with some values dropped; this is its own adjoint."""
     for block in blocks(team):
         for t in range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(x))):
             drop_row(x[t], drop, t * x.shape[1], out[t])
@@ -76,10 +88,10 @@ def drop_row(x: Any, drop: Any, first: int, out: Any) -> None:
     """Write x (n,), whose first value has the index `first`, to out with some values dropped."""
     if drop.rate == 0:
         for i in range(len(x)):
-            out[i] = x[i]
+            out[i] = stored(x[i], out)
     else:
         for i in range(len(x)):
-            out[i] = x[i] * scale_of(drop, first + i)
+            out[i] = stored(x[i] * scale_of(drop, first + i), out)
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -97,6 +109,13 @@ def pack_columns(x: Any, panels: Any, team: Any) -> None:
     """Pack a matrix (depth, n) by columns; a block is BLOCK_ROWS rows."""
     for block in blocks(team):
         products.pack_columns(x, panels, block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(x)))
+
+
+@kernel
+def transpose(x: Any, out: Any, team: Any) -> None:
+    """Write the transpose of a bfloat16 matrix (depth, n) to out; a block is BLOCK_ROWS rows."""
+    for block in blocks(team):
+        bfloat16.transpose(x, block * BLOCK_ROWS, out)
 
 
 @kernel
@@ -140,12 +159,12 @@ def add_dropped(x: Any, added: Any, drop: Any, out: Any, team: Any) -> None:
 
 @kernel
 def rmsnorm(x: Any, weight: Any, eps: float, out: Any, team: Any) -> None:
-    """Normalise each row of x (N, C) into out."""
+    """Normalise each row of x (N, C) into out, an operand."""
     for block in blocks(team):
         for t in range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(x))):
             factor = inverse_rms(x[t], eps)
             for i in range(len(weight)):
-                out[t, i] = x[t, i] * factor * weight[i]
+                out[t, i] = stored(x[t, i] * factor * weight[i], out)
 
 
 @kernel
@@ -193,29 +212,31 @@ def inverse_rms(x: Any, eps: float) -> float:
 
 @kernel
 def swiglu(gate: Any, up: Any, hidden: Any, team: Any) -> None:
-    """Write silu(gate) * up to hidden, all (N, F)."""
+    """Write silu(gate) * up to hidden, all (N, F); hidden is an operand."""
     for block in blocks(team):
         for t in range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(gate))):
             for i in range(gate.shape[1]):
-                hidden[t, i] = gate[t, i] / (float32(1) + simd.exp(-gate[t, i])) * up[t, i]
+                silu = gate[t, i] / (float32(1) + simd.exp(-gate[t, i]))
+                hidden[t, i] = stored(silu * up[t, i], hidden)
 
 
 @kernel
-def swiglu_backward(d_hidden: Any, gate: Any, up: Any, team: Any) -> None:
-    """Replace gate and up (N, F) by their gradients."""
+def swiglu_backward(d_hidden: Any, gate: Any, up: Any, d_gate: Any, d_up: Any, team: Any) -> None:
+    """Write the gradients of gate and up (N, F) to d_gate and d_up, operands."""
     for block in blocks(team):
         for t in range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(gate))):
             for i in range(gate.shape[1]):
                 x, d = gate[t, i], d_hidden[t, i]
                 s = float32(1) / (float32(1) + simd.exp(-x))
-                gate[t, i] = d * up[t, i] * (s + x * s * (float32(1) - s))
-                up[t, i] = d * x * s
+                d_gate[t, i] = stored(d * up[t, i] * (s + x * s * (float32(1) - s)), d_gate)
+                d_up[t, i] = stored(d * x * s, d_up)
 
 
 @kernel
 def rope(x: Any, cos: Any, sin: Any, heads: Any, team: Any) -> None:
-    """Turn all heads of x (N, n * D) by the angles (T, D / 2), and write them to heads (B, n, T, D)."""
-    _, n, T, D = heads.shape
+    """Turn all heads of x (N, n * D) by the angles (T, D / 2), and write them to heads (B, n, T, D), an operand."""
+    _, n, T, _ = heads.shape
+    D = 2 * cos.shape[1]
     for block in blocks(team):
         for t in range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(x))):
             for h in range(n):
@@ -224,7 +245,7 @@ def rope(x: Any, cos: Any, sin: Any, heads: Any, team: Any) -> None:
 
 @kernel
 def rope_backward(d_heads: Any, cos: Any, sin: Any, d_x: Any, team: Any) -> None:
-    """Turn the heads (B, n, T, D) back, and write them to d_x (N, n * D)."""
+    """Turn the heads (B, n, T, D) back, and write them to d_x (N, n * D), an operand."""
     _, n, T, D = d_heads.shape
     for block in blocks(team):
         for t in range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(d_x))):
@@ -237,63 +258,31 @@ def turn(x: Any, cos: Any, sin: Any, sign: float, out: Any) -> None:
     """Turn each pair of x (D,) by its angle (D / 2,), forth or back, into out."""
     for i in range(len(cos)):
         even, odd = x[2 * i], x[2 * i + 1]
-        out[2 * i] = even * cos[i] - odd * (sign * sin[i])
-        out[2 * i + 1] = even * (sign * sin[i]) + odd * cos[i]
+        out[2 * i] = stored(even * cos[i] - odd * (sign * sin[i]), out)
+        out[2 * i + 1] = stored(even * (sign * sin[i]) + odd * cos[i], out)
 
 
 @kernel
 def split_heads(x: Any, heads: Any, team: Any) -> None:
-    """Write x (N, n * D) to heads (B, n, T, D)."""
-    _, n, T, D = heads.shape
+    """Write x (N, n * D) to heads (B, n, T, D), an operand."""
+    _, n, T, _ = heads.shape
+    D = x.shape[1] // n
     for block in blocks(team):
         for t in range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(x))):
             for h in range(n):
                 for i in range(D):
-                    heads[t // T, h, t % T, i] = x[t, h * D + i]
+                    heads[t // T, h, t % T, i] = stored(x[t, h * D + i], heads)
 
 
 @kernel
 def join_heads(heads: Any, x: Any, team: Any) -> None:
-    """Write heads (B, n, T, D) to x (N, n * D)."""
+    """Write heads (B, n, T, D) to x (N, n * D), an operand."""
     _, n, T, D = heads.shape
     for block in blocks(team):
         for t in range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, len(x))):
             for h in range(n):
                 for i in range(D):
-                    x[t, h * D + i] = heads[t // T, h, t % T, i]
-
-
-@kernel
-def cross_entropy(logits: Any, targets: Any, divisor: float, losses: Any, team: Any) -> None:
-    """Write each row's loss to losses (R,), and replace its logits (R, V) by their gradient.
-
-    Args:
-        logits: some rows of a batch.
-        targets: (R,); where one is IGNORED (negative), loss and gradient are zero.
-        divisor: what gradients are divided by: the targets of the whole batch that count, float32.
-        losses: float32.
-        team: a block is one row.
-    """
-    for t in blocks(team):
-        row, target = logits[t], targets[t]
-        if target < 0:
-            losses[t] = float32(0)
-            for i in range(len(row)):
-                row[i] = float32(0)
-            continue
-        largest, at_target = row[0], row[target]
-        for i in range(len(row)):
-            largest = max(largest, row[i])
-        for i in range(len(row)):
-            row[i] = simd.exp(row[i] - largest)
-        # The target's probability minus 1 is minus that of all others. A difference would lose its digits near 1.
-        power, row[target] = row[target], float32(0)
-        others = total(row)
-        losses[t] = np.log(others + power) + largest - at_target
-        factor = float32(1) / ((others + power) * divisor)
-        for i in range(len(row)):
-            row[i] *= factor
-        row[target] = -others * factor
+                    x[t, h * D + i] = stored(heads[t // T, h, t % T, i], x)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -304,49 +293,94 @@ def attention(q: Any, k: Any, v: Any, drop: Any, mixed: Any, space: Any, team: A
     """Let each position attend to itself and those before it; a block is a query head of a sequence.
 
     Args:
-        q: (B, H, T, D).
-        k: (B, G, T, D).
-        v: (B, G, T, D).
+        q: (B, H, T, D), an operand.
+        k: (B, G, T, D), an operand.
+        v: (B, G, T, D), an operand.
         drop: dropout of the weights.
-        mixed: (N, H * D), the result.
+        mixed: (N, H * D), the result, an operand.
         space: AttentionSpace.
         team: see threads.Team.
     """
-    _, H, T, D = q.shape
+    _, H, T, _ = q.shape
     per_group = H // k.shape[1]
     for block in blocks(team):
-        b, h = block // H, block % H
-        weights, edge, by_columns = space.weights[team.thread], space.edges[team.thread], space.by_columns[team.thread]
-        attention_weights(q[b, h], k[b, h // per_group], space.by_rows[team.thread], weights, edge)
+        b, h, thread = block // H, block % H, team.thread
+        weights, head, edge, by_columns = (
+            space.weights[thread], space.head[thread], space.edges[thread], space.by_columns[thread]
+        )  # fmt: skip
+        attention_weights(q[b, h], k[b, h // per_group], space, thread)
         drop_weights(weights, drop, block)
         products.pack_columns(v[b, h // per_group], by_columns, 0, T)
-        out = mixed[b * T : (b + 1) * T, h * D : (h + 1) * D]
-        for row in range(0, T, products.TILE_ROWS):
-            end = min(row + products.TILE_ROWS, T)
-            products.multiply_range(weights, by_columns, out, False, (row, end), (0, D), (0, end), edge)
+        prepare_lower(weights, space.left[thread])
+        multiply_lower(products.left_of(weights, space.left[thread]), by_columns, head, False, edge)
+        D = head.shape[1]
+        for t in range(T):
+            row = mixed[b * T + t, h * D : (h + 1) * D]
+            for i in range(D):
+                row[i] = stored(head[t, i], row)
 
 
 @kernel
-def attention_weights(q: Any, k: Any, by_rows: Any, weights: Any, edge: Any) -> None:
-    """Write the weights (T, T) of one head's queries and keys, (T, D) each; those of the future are zero."""
-    T, D = q.shape
+def attention_weights(q: Any, k: Any, space: Any, thread: int) -> None:
+    """Write a head's attention weights (T, T); those of the future are zero up to `end_of_tile`. q and k are (T, D)."""
+    weights, by_rows = space.weights[thread], space.by_rows[thread]
+    T, D = space.head[thread].shape
     pack_head(k, by_rows)
-    for row in range(0, T, products.TILE_ROWS):
-        end = min(row + products.TILE_ROWS, T)
-        products.multiply_range(q, by_rows, weights, False, (row, end), (0, end), (0, D), edge)
+    scores_of(products.left_of(q, space.left[thread]), by_rows, weights, space.edges[thread])
     scale = float32(1) / np.sqrt(float32(D))
     for t in range(T):
         row = weights[t]
-        largest = row[0]
-        for s in range(t + 1):
-            largest = max(largest, row[s])
-        for s in range(t + 1):
-            row[s] = simd.exp((row[s] - largest) * scale)
-        factor = float32(1) / total(row[: t + 1])
-        for s in range(t + 1):
-            row[s] *= factor
-        for s in range(t + 1, T):
+        largest = simd.largest(row[: t + 1])
+        seen = row[: t + 1]
+        write_powers(seen, largest, scale, float32(1) / sum_of_powers(seen, largest, scale), seen)
+        for s in range(t + 1, end_of_tile(t, T)):
             row[s] = float32(0)
+
+
+@kernel
+def end_of_tile(t: int, T: int) -> int:
+    """Return up to where row t of a lower triangle has to be zero: products take some rows, and all their terms."""
+    return min((t // LOWER_ROWS + 1) * LOWER_ROWS, T)
+
+
+@kernel
+def prepare_lower(x: Any, room: Any) -> None:
+    """Do what products.prepare_left does, for the lower triangle of x (T, T) alone."""
+    T = len(x)
+    for first in range(0, T, LOWER_ROWS):
+        end = min(first + LOWER_ROWS, T)
+        products.prepare_left(x[first:end, :end], room[first:end])
+
+
+@kernel
+def scores_of(left: Any, by_rows: Any, scores: Any, edge: Any) -> None:
+    """Write left @ right to scores (T, T): at least its lower triangle, tile by tile."""
+    T = len(scores)
+    tile_rows, _, _ = products.tile_shape(left)
+    for row in range(0, T, tile_rows):
+        end = min(row + tile_rows, T)
+        products.multiply_range(left, by_rows, scores, False, (row, end), (0, end), (0, by_rows.shape[1]), edge)
+
+
+@kernel
+def multiply_lower(left: Any, right: Any, out: Any, add: bool, edge: Any) -> None:
+    """Write left @ right to out (T, D), or add it; left is a lower triangle."""
+    T, D = out.shape
+    tile_rows, _, _ = products.tile_shape(left)
+    for row in range(0, T, tile_rows):
+        end = min(row + tile_rows, T)
+        terms = products.terms_of(left, 0, end)
+        products.multiply_range(left, right, out, add, (row, end), (0, D), terms, edge)
+
+
+@kernel
+def multiply_upper(left: Any, right: Any, out: Any, add: bool, edge: Any) -> None:
+    """Write left @ right to out (T, D), or add it; left is the transpose of a lower triangle."""
+    T, D = out.shape
+    tile_rows, _, _ = products.tile_shape(left)
+    for row in range(0, T, tile_rows):
+        rows, terms = (row, min(row + tile_rows, T)), products.terms_of(left, row, T)
+        products.multiply_range(left, right, out, add, rows, (0, D), terms, edge)
 
 
 @kernel
@@ -373,17 +407,17 @@ def attention_backward(
 
     Args:
         d_mixed: (N, H * D).
-        q: (B, H, T, D).
-        k: (B, G, T, D).
-        v: (B, G, T, D).
+        q: (B, H, T, D), an operand.
+        k: (B, G, T, D), an operand.
+        v: (B, G, T, D), an operand.
         drop: dropout of the weights.
-        d_q: as q.
-        d_k: as k.
-        d_v: as v.
+        d_q: (B, H, T, D).
+        d_k: (B, G, T, D).
+        d_v: (B, G, T, D).
         space: AttentionSpace.
         team: see threads.Team.
     """
-    _, H, T, D = q.shape
+    _, H, T, D = d_q.shape
     G = k.shape[1]
     for block in blocks(team):
         b, g = block // G, block % G
@@ -401,35 +435,31 @@ def head_backward(
     thread: int,
 ) -> None:  # fmt: skip
     """Write the gradients of one query head, all (T, D), or add to those of k and v."""
-    T, D = q.shape
+    T = len(d_q)
     weights, d_weights, edge = space.weights[thread], space.d_weights[thread], space.edges[thread]
-    by_rows, by_columns = space.by_rows[thread], space.by_columns[thread]
-    attention_weights(q, k, by_rows, weights, edge)  # computed again: they would be the largest activations
+    by_rows, by_columns, room = space.by_rows[thread], space.by_columns[thread], space.left[thread]
+    attention_weights(q, k, space, thread)  # computed again: they would be the largest activations
 
     pack_head(v, by_rows)
-    for row in range(0, T, products.TILE_ROWS):  # d_weights = d_out @ v.T
-        end = min(row + products.TILE_ROWS, T)
-        products.multiply_range(d_out, by_rows, d_weights, False, (row, end), (0, end), (0, D), edge)
+    products.prepare_left(d_out, room)
+    scores_of(products.left_of(d_out, room), by_rows, d_weights, edge)  # d_weights = d_out @ v.T
     drop_weights(d_weights, drop, head)
-    scale = float32(1) / np.sqrt(float32(D))
+    scale = float32(1) / np.sqrt(float32(d_q.shape[1]))
     for t in range(T):  # d_weights becomes the gradient of the scores
         d_row, row = d_weights[t], weights[t]
         mean = dot(d_row[: t + 1], row[: t + 1])
         for s in range(t + 1):
             d_row[s] = row[s] * (d_row[s] - mean) * scale
-        for s in range(t + 1, T):
+        for s in range(t + 1, end_of_tile(t, T)):
             d_row[s] = float32(0)
 
     products.pack_columns(k, by_columns, 0, T)
-    for row in range(0, T, products.TILE_ROWS):  # d_q = d_scores @ k
-        end = min(row + products.TILE_ROWS, T)
-        products.multiply_range(d_weights, by_columns, d_q, False, (row, end), (0, D), (0, end), edge)
+    prepare_lower(d_weights, room)
+    multiply_lower(products.left_of(d_weights, room), by_columns, d_q, False, edge)  # d_q = d_scores @ k
     products.pack_columns(q, by_columns, 0, T)
-    for row in range(0, T, products.TILE_ROWS):  # d_k = d_scores.T @ q
-        end = min(row + products.TILE_ROWS, T)
-        products.multiply_range(d_weights.T, by_columns, d_k, add, (row, end), (0, D), (row, T), edge)
+    products.prepare_transpose_of_lower(d_weights, room)
+    multiply_upper(products.transpose_of(room), by_columns, d_k, add, edge)  # d_k = d_scores.T @ q
     drop_weights(weights, drop, head)
     products.pack_columns(d_out, by_columns, 0, T)
-    for row in range(0, T, products.TILE_ROWS):  # d_v = weights.T @ d_out
-        end = min(row + products.TILE_ROWS, T)
-        products.multiply_range(weights.T, by_columns, d_v, add, (row, end), (0, D), (row, T), edge)
+    products.prepare_transpose_of_lower(weights, room)
+    multiply_upper(products.transpose_of(room), by_columns, d_v, add, edge)  # d_v = weights.T @ d_out

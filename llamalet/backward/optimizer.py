@@ -12,10 +12,9 @@ from numba import float32
 from llamalet.backward.groups import Group, group_of, muon_rate
 from llamalet.backward.memory import Array, Take, allocate, bytes_of
 from llamalet.backward.runner import Runner
-from llamalet.kernels import products
+from llamalet.kernels import bfloat16, products
 from llamalet.kernels.layers import address_of, floats_at
 from llamalet.kernels.ops import dot, kernel
-from llamalet.kernels.products import EDGE_SHAPE, LANES, panels_at, panels_shape
 from llamalet.kernels.threads import blocks
 
 BLOCK = 1 << 14
@@ -77,6 +76,7 @@ class NumbaOptimizer:
         kind: str,
         betas: tuple[float, float],
         weight_decay: float,
+        rounded: bool = False,
     ) -> None:
         """Begin with a state of zeros.
 
@@ -86,6 +86,7 @@ class NumbaOptimizer:
             kind: adamw or muon.
             betas: AdamW's decay rates of the moments.
             weight_decay: decay of the matrices, as a multiple of the learning rate.
+            rounded: whether Muon's products multiply bfloat16.
 
         Raises:
             MemoryError: if there is not as much memory as `n_bytes` says.
@@ -93,10 +94,9 @@ class NumbaOptimizer:
         self._runner, self._weights, self._betas, self._decay = runner, weights, betas, weight_decay
         shapes = {name: weight.shape for name, weight in weights.items()}
         self._groups = groups_of(shapes, kind)
-        self._space = space = allocate(partial(lay_out, shapes, kind, runner.n_threads))
+        self._space = space = allocate(partial(lay_out, shapes, kind, runner.n_threads, rounded))
         self.state: dict[str, Array] = space.state
         self._muon = [name for name, group in self._groups.items() if group == "muon"]
-        self._muon_addresses = np.array([[address_of(array) for array in arrays] for arrays in space.muon])
 
     def norm(self, gradients: Mapping[str, Array]) -> float:
         """Return the norm of all gradients together; a number is squared in float32, and blocks added in float64."""
@@ -147,7 +147,7 @@ class NumbaOptimizer:
             job["rows"], job["cols"] = weight.shape
             job["step"] = muon_rate(rate, *weight.shape)
         factors = np.float32(scale), np.float32(1 - rate * self._decay)
-        self._runner.run(muon, len(jobs), jobs, *factors, self._muon_addresses, self._space.edges)
+        self._runner.run(muon, len(jobs), jobs, *factors, self._space.muon)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -155,29 +155,46 @@ class NumbaOptimizer:
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+class MuonSpace(NamedTuple):
+    """Memory for the iterations on a matrix, for each thread, enough for the largest.
+
+    other: (threads, numbers), a matrix.
+    gram: (threads, numbers), the products of its rows with each other.
+    square: (threads, numbers), the product of gram with itself.
+    right: (threads, numbers), a packed right side.
+    left: (threads, numbers), a left side.
+    edges: (threads, *products.EDGE_SHAPE).
+    """
+
+    other: Any
+    gram: Any
+    square: Any
+    right: Any
+    left: Any
+    edges: Any
+
+
 @dataclass
 class OptimizerSpace:
-    """The arrays of an optimizer, float32.
+    """The arrays of an optimizer.
 
-    state: see NumbaOptimizer.
-    parts: the sums of squares of a gradient's blocks.
-    muon: `other`, `gram`, `square` and `packed` of `iterate` for each thread, flat, for the largest matrix.
-    edges: (threads, *products.EDGE_SHAPE).
+    state: see NumbaOptimizer, float32.
+    parts: the sums of squares of a gradient's blocks, float32.
+    muon: see MuonSpace.
     """
 
     state: dict[str, Any]
     parts: Any
-    muon: list[list[Any]]
-    edges: Any
+    muon: MuonSpace
 
 
-def n_bytes(shapes: Shapes, kind: str, n_threads: int) -> int:
+def n_bytes(shapes: Shapes, kind: str, n_threads: int, *, rounded: bool) -> int:
     """Return the bytes that a NumbaOptimizer takes for weights of these shapes."""
-    return bytes_of(partial(lay_out, shapes, kind, n_threads))
+    return bytes_of(partial(lay_out, shapes, kind, n_threads, rounded))
 
 
-def lay_out(shapes: Shapes, kind: str, n_threads: int, take: Take) -> OptimizerSpace:
-    """Return the space of arrays that `take(*shape)` returns; the other arguments are those of `n_bytes`."""
+def lay_out(shapes: Shapes, kind: str, n_threads: int, rounded: bool, take: Take) -> OptimizerSpace:
+    """Return the space of arrays that `take(*shape, dtype=)` returns; the other arguments are those of `n_bytes`."""
     state = {}
     for name, group in groups_of(shapes, kind).items():
         if group == "muon":
@@ -186,19 +203,27 @@ def lay_out(shapes: Shapes, kind: str, n_threads: int, take: Take) -> OptimizerS
             state[f"{name}:step"] = take()
             state[f"{name}:exp_avg"] = take(*shapes[name])
             state[f"{name}:exp_avg_sq"] = take(*shapes[name])
-    sizes = [0, 0, 0, 0]
-    for name, group in groups_of(shapes, kind).items():
-        if group == "muon":
-            rows, cols = shapes[name]
-            side = min(rows, cols)
-            packed = panels_shape(rows, cols), panels_shape(cols, rows), panels_shape(side, side)
-            needed = rows * cols, side * side, side * side, max(map(math.prod, packed))
-            sizes = [max(pair) for pair in zip(sizes, needed, strict=True)]
+    kind_of_product = products.PAIRS if rounded else products.FLOATS
+    matrices = [sorted(shapes[name]) for name, group in groups_of(shapes, kind).items() if group == "muon"] or [[1, 1]]
+    largest, widest = max(math.prod(pair) for pair in matrices), max(side for side, _ in matrices)
+    right = max(
+        math.prod(kind_of_product.panels_shape(*pair))
+        for side, long in matrices
+        for pair in ((long, side), (side, long))
+    )
+    # A float32 matrix is a left side where it lies. Products of bfloat16 read whole tiles of rows.
+    left = max(math.prod(bfloat16.transposed_shape(long, side)) for side, long in matrices) if rounded else 1
     return OptimizerSpace(
         state=state,
         parts=take(max(_blocks(math.prod(shape)) for shape in shapes.values())),
-        muon=[[take(size) for size in sizes] for _ in range(n_threads)],
-        edges=take(n_threads, *EDGE_SHAPE),
+        muon=MuonSpace(
+            other=take(n_threads, largest),
+            gram=take(n_threads, widest * widest),
+            square=take(n_threads, widest * widest),
+            right=take(n_threads, right, dtype=kind_of_product.packed),
+            left=take(n_threads, left, dtype=kind_of_product.operand),
+            edges=take(n_threads, *products.EDGE_SHAPE),
+        ),
     )
 
 
@@ -247,34 +272,52 @@ def unless_below(least: float, x: float) -> float:
 
 
 @kernel
-def muon(jobs: Any, scale: float, keep: float, addresses: Any, edges: Any, team: Any) -> None:
+def muon(jobs: Any, scale: float, keep: float, space: Any, team: Any) -> None:
     """Update the matrices of jobs (n,), MUON_JOB.
 
     Args:
         jobs: what to update.
         scale: what gradients are multiplied with first.
         keep: what weights are multiplied with: they decay.
-        addresses: of OptimizerSpace.muon, int64 (threads, 4).
-        edges: see OptimizerSpace.
+        space: MuonSpace.
         team: see threads.Team.
     """
     for block in blocks(team):
         job, thread = jobs[block], team.thread
-        weight = floats_at(job.weight, job.rows, job.cols)
-        x = floats_at(job.gradient, job.rows, job.cols)
-        follow(floats_at(job.momentum, job.rows, job.cols), x, scale)
-        other = floats_at(addresses[thread, 0], job.rows, job.cols)
-        side = min(job.rows, job.cols)
-        gram, square = floats_at(addresses[thread, 1], side, side), floats_at(addresses[thread, 2], side, side)
-        shrink(x)
-        for _ in range(MUON_ITERATIONS // 2):
-            iterate(x, other, gram, square, addresses[thread, 3], edges[thread])
-            iterate(other, x, gram, square, addresses[thread, 3], edges[thread])
-        iterate(x, other, gram, square, addresses[thread, 3], edges[thread])
-        for i in range(len(x)):
-            row, update = weight[i], other[i]
-            for j in range(len(row)):
-                row[j] = row[j] * keep - update[j] * job.step
+        weight, gradient, momentum = (
+            floats_at(job.weight, job.rows, job.cols),
+            floats_at(job.gradient, job.rows, job.cols),
+            floats_at(job.momentum, job.rows, job.cols),
+        )
+        follow(momentum, gradient, scale)
+        shrink(gradient)
+        if job.rows <= job.cols:
+            found = products.matrix_in(space.other[thread], job.rows, job.cols)
+            orthogonalize(gradient, found, space, thread)
+            for i in range(len(weight)):
+                row, update = weight[i], found[i]
+                for j in range(len(row)):
+                    row[j] = row[j] * keep - update[j] * job.step
+        else:  # of the two products with itself, the smaller: the columns become rows
+            turned = products.matrix_in(space.other[thread], job.cols, job.rows)
+            found = floats_at(job.gradient, job.cols, job.rows)
+            write_transpose(gradient, turned)
+            orthogonalize(turned, found, space, thread)
+            for i in range(len(weight)):
+                row = weight[i]
+                for j in range(len(row)):
+                    row[j] = row[j] * keep - found[j, i] * job.step
+
+
+@kernel
+def write_transpose(x: Any, out: Any) -> None:
+    """Write the transpose of x to out, square by square of 16, so that a line of memory is used while it is near."""
+    rows, cols = x.shape
+    for first_row in range(0, rows, 16):
+        for first_column in range(0, cols, 16):
+            for j in range(first_column, min(first_column + 16, cols)):
+                for i in range(first_row, min(first_row + 16, rows)):
+                    out[j, i] = x[i, j]
 
 
 @kernel
@@ -303,44 +346,49 @@ def shrink(x: Any) -> None:
 
 
 @kernel
-def iterate(x: Any, out: Any, gram: Any, square: Any, packed: int, edge: Any) -> None:
-    """Write (a I + b A + c A^2) X to out, or from the right: A is X X^T, or X^T X if that is smaller.
+def orthogonalize(x: Any, out: Any, space: Any, thread: int) -> None:
+    """Take all singular values of x (side, long) near 1, into out; x is overwritten."""
+    for _ in range(MUON_ITERATIONS // 2):
+        iterate(x, out, space, thread)
+        iterate(out, x, space, thread)
+    iterate(x, out, space, thread)
 
-    Args:
-        x: (rows, cols).
-        out: (rows, cols).
-        gram: (side, side) for the smaller side, overwritten.
-        square: likewise.
-        packed: address of memory for a packed matrix.
-        edge: products.EDGE_SHAPE, overwritten.
-    """
-    rows, cols = x.shape
-    side = len(gram)
+
+@kernel
+def iterate(x: Any, out: Any, space: Any, thread: int) -> None:
+    """Write (a I + b A + c A^2) X to out, where A is X X^T; both are (side, long)."""
+    side, long = x.shape
     a, b, c = float32(MUON_A), float32(MUON_B), float32(MUON_C)
-    if rows > cols:
-        panels = panels_at(packed, (cols + LANES - 1) // LANES, rows)
-        products.pack_columns(x, panels, 0, rows)
-        products.multiply_range(panels, panels, gram, False, (0, side), (0, side), (0, rows), edge)
-    else:
-        panels = panels_at(packed, (rows + LANES - 1) // LANES, cols)
-        for panel in range(len(panels)):
-            products.pack_rows(x, panels, panel)
-        products.multiply_range(x, panels, gram, False, (0, side), (0, side), (0, cols), edge)
-    of_gram = panels_at(packed, (side + LANES - 1) // LANES, side)
+    gram, square = (
+        products.matrix_in(space.gram[thread], side, side),
+        products.matrix_in(space.square[thread], side, side),
+    )
+    by_rows = products.panels_in(space.right[thread], long, side)
+    for panel in range(len(by_rows)):
+        products.pack_rows(x, by_rows, panel)
+    multiply(x, by_rows, gram, False, space, thread)
+    of_gram = products.panels_in(space.right[thread], side, side)
     products.pack_columns(gram, of_gram, 0, side)
-    products.multiply_range(gram, of_gram, square, False, (0, side), (0, side), (0, side), edge)
+    multiply(gram, of_gram, square, False, space, thread)
     for i in range(side):
         row, squared = gram[i], square[i]
         for j in range(side):
             row[j] = row[j] * b + squared[j] * c
-    for i in range(rows):
+    for i in range(side):
         row, result = x[i], out[i]
-        for j in range(cols):
+        for j in range(long):
             result[j] = row[j] * a
-    if rows > cols:
-        products.pack_columns(gram, of_gram, 0, side)
-        products.multiply_range(x, of_gram, out, True, (0, rows), (0, cols), (0, side), edge)
-    else:
-        of_x = panels_at(packed, (cols + LANES - 1) // LANES, rows)
-        products.pack_columns(x, of_x, 0, rows)
-        products.multiply_range(gram, of_x, out, True, (0, rows), (0, cols), (0, side), edge)
+    by_columns = products.panels_in(space.right[thread], side, long)
+    products.pack_columns(x, by_columns, 0, side)
+    multiply(gram, by_columns, out, True, space, thread)
+
+
+@kernel
+def multiply(x: Any, right: Any, out: Any, add: bool, space: Any, thread: int) -> None:
+    """Compute out = x @ right, or add it to out, where x is a float32 matrix and right is packed."""
+    rows, terms = (0, out.shape[0]), (0, right.shape[1])
+    left = products.matrix_in(space.left[thread], x.shape[0], x.shape[1])
+    products.prepare_left(x, left)
+    products.multiply_range(
+        products.left_of(x, left), right, out, add, rows, (0, out.shape[1]), terms, space.edges[thread]
+    )

@@ -5,12 +5,12 @@ import weakref
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamalet.backward import ops
 from llamalet.backward.memory import Array
+from llamalet.kernels import bfloat16, products
 from llamalet.kernels import cache as kernel_cache
-from llamalet.kernels import products
-from llamalet.kernels.products import panels_shape
 from llamalet.kernels.threads import BLOCK_MASK, Team, ThreadTeam
 
 
@@ -38,28 +38,39 @@ class Runner:
         """Run an op whose blocks are ops.BLOCK_ROWS rows."""
         self.run(op, -(-n_rows // ops.BLOCK_ROWS), *arguments)
 
-    def pack_rows(self, weight: Array, memory: Array) -> Array:
+    def pack_rows(self, weight: NDArray[Any], memory: NDArray[Any]) -> NDArray[Any]:
         """Return a matrix (n, depth) packed by rows, in a part of `memory` (numbers,)."""
         n, depth = weight.shape
         panels = panels_in(memory, depth, n)
         self.run(ops.pack_rows, len(panels), weight, panels)
         return panels
 
-    def pack_columns(self, x: Array, memory: Array) -> Array:
+    def pack_columns(self, x: NDArray[Any], memory: NDArray[Any]) -> NDArray[Any]:
         """Return a matrix (depth, n) packed by columns, in a part of `memory` (numbers,)."""
         panels = panels_in(memory, *x.shape)
         self.by_rows(ops.pack_columns, len(x), x, panels)
         return panels
 
-    def product(self, left: Array, right: Array, out: Array, *, add: bool = False) -> None:
+    def transposed(self, x: NDArray[Any], memory: NDArray[Any]) -> NDArray[Any]:
+        """Return the transpose of a matrix (depth, n) as a left side, in a part of `memory` (numbers,)."""
+        if x.dtype != np.uint16:
+            return self.pack_columns(x, memory)
+        shape = bfloat16.transposed_shape(*x.shape)
+        out = memory[: math.prod(shape)].reshape(shape)
+        self.by_rows(ops.transpose, len(x), x, out)
+        return out
+
+    def product(self, left: NDArray[Any], right: NDArray[Any], out: Array, *, add: bool = False) -> None:
         """Compute out = left @ right, or add it to out; see products.multiply."""
+        if left.dtype == np.uint16:
+            left = left.view(np.uint32)
         blocks = products.blocks_of(*out.shape)
         self.run(ops.multiply, blocks.n, left, right, out, add, blocks, self._edges)
 
 
-def panels_in(memory: Array, depth: int, n: int) -> Array:
-    """Return the part of `memory` (numbers,) that a packed matrix (depth, n) takes, in its shape."""
-    shape = panels_shape(depth, n)
+def panels_in(memory: NDArray[Any], depth: int, n: int) -> NDArray[Any]:
+    """Return the part of `memory` (numbers,) that a packed matrix (depth, n) takes: float32, or pairs in uint32."""
+    shape = (bfloat16 if memory.dtype == np.uint32 else products).panels_shape(depth, n)
     return memory[: math.prod(shape)].reshape(shape)
 
 

@@ -1,7 +1,6 @@
 """A model in memory that can say how its loss changes with every weight: the fast version of backward/reference.py.
 
-`forward` and `backward` here are those of reference.py, line by line, but for the head: its logits would be the largest
-array of all, so `head` makes them some positions at a time, and their gradients with them.
+`forward` and `backward` here are those of reference.py, line by line, but for the head: see head.py.
 """
 
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.backward import ops
+from llamalet.backward import head, ops
 from llamalet.backward.dropout import NO_DROPOUT, Dropout
 from llamalet.backward.memory import Array
 from llamalet.backward.ops import BLOCK_COLUMNS, Drop
@@ -19,6 +18,7 @@ from llamalet.backward.runner import Runner
 from llamalet.backward.workspace import new_workspace
 from llamalet.config import IGNORED, ModelConfig, rope_tables
 from llamalet.errors import FormatError, UsageError
+from llamalet.model_file.quantize import from_bfloat16
 from llamalet.reference import LAYER_TENSORS
 
 Ids = NDArray[np.integer[Any]]
@@ -35,9 +35,24 @@ class TrainingModel:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Array], *, batch_size: int, n_positions: int, n_threads: int
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Array],
+        *,
+        batch_size: int,
+        n_positions: int,
+        n_threads: int,
+        rounded: bool = False,
     ) -> None:
         """Take the memory, and copy the weights into it.
+
+        Args:
+            config: the model's shape.
+            weights: the checkpoint's tensors by name, without ".weight".
+            batch_size: sequences in a batch (B).
+            n_positions: positions of each (T).
+            n_threads: threads that share the work.
+            rounded: whether products multiply bfloat16; the processor must have it, see bfloat16.instructions.
 
         Raises:
             ConfigError: if the batch is too large.
@@ -45,7 +60,7 @@ class TrainingModel:
             FormatError: if a weight is missing, too many, or of another shape.
         """
         self.config = config
-        self._space = space = new_workspace(config, batch_size, n_positions, n_threads)
+        self._space = space = new_workspace(config, batch_size, n_positions, n_threads, rounded=rounded)
         self.weights: dict[str, Array] = space.weights
         self.gradients: dict[str, Array] = space.gradients
         shapes, wanted = ({name: w.shape for name, w in given.items()} for given in (weights, self.weights))
@@ -94,11 +109,19 @@ class TrainingModel:
         logits. All are (B, T, ...).
         """
         self._forward(self._flat(tokens), NO_DROPOUT)
-        s, names = self._space, ("x", "attention_normed", "mixed", "middle", "ffn_normed", "gate", "up", "hidden")
-        found = {f"layers.{n}.{name}": getattr(layer, name) for n, layer in enumerate(s.layers) for name in names}
-        logits = s.normed @ self.weights["tok_embeddings" if self.config.tied else "output"].T
-        found |= {"normed": s.normed, "logits": logits}
-        return {name: array.reshape(*tokens.shape, -1).copy() for name, array in found.items()}
+        s, c = self._space, self.config
+        widths = dict.fromkeys(("x", "attention_normed", "middle", "ffn_normed"), c.dim) | {
+            "mixed": c.n_heads * c.head_dim, "gate": c.hidden_dim, "up": c.hidden_dim, "hidden": c.hidden_dim
+        }  # fmt: skip
+        found = {
+            f"layers.{n}.{name}": numbers(getattr(layer, name), width)
+            for n, layer in enumerate(s.layers)
+            for name, width in widths.items()
+        }
+        normed = numbers(s.normed, c.dim)
+        logits = normed @ self.weights["tok_embeddings" if c.tied else "output"].T
+        found |= {"normed": normed, "logits": logits}
+        return {name: array.reshape(*tokens.shape, -1) for name, array in found.items()}
 
     def _forward(self, tokens: NDArray[np.int64], dropout: Dropout) -> None:
         """Compute and keep the activations of all layers."""
@@ -135,21 +158,22 @@ class TrainingModel:
         name = "tok_embeddings" if self.config.tied else "output"
         output, d_output = self.weights[name], self.gradients[name]
         n_counted = np.count_nonzero(targets != IGNORED)
-        by_rows = self.runner.pack_rows(output, s.output_by_rows)
-        if gradients:
-            by_columns = self.runner.pack_columns(output, s.packed_right)
-        for first in range(0, len(targets), len(s.logits)):
-            rows = slice(first, first + len(s.logits))
-            normed, losses = s.normed[rows], s.losses[rows]
-            logits = s.logits[: len(normed)]
-            self.runner.product(normed, by_rows, logits)
-            divisor = np.float32(n_counted / share)
-            self.runner.run(ops.cross_entropy, len(logits), logits, targets[rows], divisor, losses)
-            if gradients:
-                self.runner.product(logits, by_columns, s.d_normed[rows])
-                left = self.runner.pack_columns(logits, s.packed_left)
-                right = self.runner.pack_columns(normed, s.normed_by_columns)
-                self.runner.product(left, right, d_output, add=add or first > 0)
+        divisor, vocab_size, n_rows = np.float32(n_counted / share), len(output), len(s.head.d_logits)
+        by_rows, n_blocks = self.runner.pack_rows(output, s.output_by_rows), head.n_blocks(vocab_size)
+        for first in range(0, len(targets), n_rows):
+            rows = slice(first, first + n_rows)
+            sides = s.normed[rows], by_rows, vocab_size, targets[rows]
+            self.runner.run(head.forward, n_blocks, *sides, s.head)
+            self.runner.by_rows(head.losses, len(targets[rows]), targets[rows], divisor, s.losses[rows], s.head)
+            if not gradients:
+                continue
+            by_columns = self.runner.pack_columns(s.normed[rows], s.normed_by_columns)
+            for block in range(0, n_blocks, head.GROUP):
+                group = output[block * head.COLUMNS : (block + head.GROUP) * head.COLUMNS]
+                more = by_columns, block, d_output, add or first > 0
+                self.runner.run(head.backward, head.n_blocks(len(group)), *sides, *more, s.head)
+                right = self.runner.pack_columns(group, s.packed_right)
+                self.runner.product(s.head.d_logits[: len(targets[rows])], right, s.d_normed[rows], add=block > 0)
         return float(np.sum(s.losses, dtype=np.float64) / n_counted) if n_counted else float("nan")
 
     def _backward(self, tokens: NDArray[np.int64], dropout: Dropout, add: bool) -> None:
@@ -162,31 +186,32 @@ class TrainingModel:
             w, d_w = ({name: x[prefix + name] for name in LAYER_TENSORS} for x in (weights, self.gradients))
             at_weights, at_attention, at_ffn = (_drop(dropout, site) for site in Sites.of_layer(layer))
 
-            self._run_by_positions(ops.apply_dropout, s.d_x, at_ffn, s.projected)
-            self._input_gradient(s.projected, w["feed_forward.w2"], s.d_hidden)
-            self._weight_gradient(s.projected, a.hidden, d_w["feed_forward.w2"], add)
-            self._run_by_positions(ops.swiglu_backward, s.d_hidden, a.gate, a.up)
-            d_gate, d_up = a.gate, a.up  # overwritten: the activations serve one backward pass
-            self._input_gradient(d_gate, w["feed_forward.w1"], s.d_normed)
-            self._input_gradient(d_up, w["feed_forward.w3"], s.d_normed, add=True)
-            self._weight_gradient(d_gate, a.ffn_normed, d_w["feed_forward.w1"], add)
-            self._weight_gradient(d_up, a.ffn_normed, d_w["feed_forward.w3"], add)
+            self._run_by_positions(ops.apply_dropout, s.d_x, at_ffn, s.d_projected)
+            self._input_gradient(s.d_projected, w["feed_forward.w2"], s.d_hidden)
+            self._weight_gradients(a.hidden, add, (s.d_projected, d_w["feed_forward.w2"]))
+            self._run_by_positions(ops.swiglu_backward, s.d_hidden, a.gate, a.up, s.d_gate, s.d_up)
+            self._input_gradient(s.d_gate, w["feed_forward.w1"], s.d_normed)
+            self._input_gradient(s.d_up, w["feed_forward.w3"], s.d_normed, add=True)
+            self._weight_gradients(
+                a.ffn_normed, add, (s.d_gate, d_w["feed_forward.w1"]), (s.d_up, d_w["feed_forward.w3"])
+            )
             self._norm_back(s.d_normed, a.middle, prefix + "ffn_norm", add)
 
-            self._run_by_positions(ops.apply_dropout, s.d_x, at_attention, s.projected)
-            self._input_gradient(s.projected, w["attention.wo"], s.d_mixed)
-            self._weight_gradient(s.projected, a.mixed, d_w["attention.wo"], add)
+            self._run_by_positions(ops.apply_dropout, s.d_x, at_attention, s.d_projected)
+            self._input_gradient(s.d_projected, w["attention.wo"], s.d_mixed)
+            self._weight_gradients(a.mixed, add, (s.d_projected, d_w["attention.wo"]))
             n_kv_heads = len(a.k) * a.k.shape[1]
             self.runner.run(
-                ops.attention_backward, n_kv_heads, s.d_mixed, a.q, a.k, a.v, at_weights, s.d_q, s.d_k, s.d_v,
-                s.attention,
+                ops.attention_backward, n_kv_heads, s.d_mixed, a.q, a.k, a.v, at_weights, s.d_q_heads, s.d_k_heads,
+                s.d_v_heads, s.attention,
             )  # fmt: skip
-            self._run_by_positions(ops.rope_backward, s.d_q, self._cos, self._sin, s.q)
-            self._run_by_positions(ops.rope_backward, s.d_k, self._cos, self._sin, s.k)
-            self._run_by_positions(ops.join_heads, s.d_v, s.v)
-            for at, (name, d_heads) in enumerate((("wq", s.q), ("wk", s.k), ("wv", s.v))):
-                self._input_gradient(d_heads, w[f"attention.{name}"], s.d_normed, add=at > 0)
-                self._weight_gradient(d_heads, a.attention_normed, d_w[f"attention.{name}"], add)
+            self._run_by_positions(ops.rope_backward, s.d_q_heads, self._cos, self._sin, s.d_q)
+            self._run_by_positions(ops.rope_backward, s.d_k_heads, self._cos, self._sin, s.d_k)
+            self._run_by_positions(ops.join_heads, s.d_v_heads, s.d_v)
+            d_heads = {"attention.wq": s.d_q, "attention.wk": s.d_k, "attention.wv": s.d_v}
+            for at, (name, d_y) in enumerate(d_heads.items()):
+                self._input_gradient(d_y, w[name], s.d_normed, add=at > 0)
+            self._weight_gradients(a.attention_normed, add, *((d_y, d_w[name]) for name, d_y in d_heads.items()))
             self._norm_back(s.d_normed, a.x, prefix + "attention_norm", add)
 
         self._run_by_positions(ops.apply_dropout, s.d_x, _drop(dropout, Sites.EMBEDDINGS), s.projected)
@@ -224,11 +249,11 @@ class TrainingModel:
         """Compute d_x = d_y @ weight, or add it to d_x."""
         self.runner.product(d_y, self.runner.pack_columns(weight, self._space.packed_right), d_x, add=add)
 
-    def _weight_gradient(self, d_y: Array, x: Array, d_weight: Array, add: bool) -> None:
-        """Compute d_weight = d_y.T @ x, or add it to d_weight."""
-        left = self.runner.pack_columns(d_y, self._space.packed_left)
+    def _weight_gradients(self, x: NDArray[Any], add: bool, *gradients: tuple[NDArray[Any], Array]) -> None:
+        """Compute d_weight = d_y.T @ x, or add it to d_weight, for pairs of d_y and d_weight."""
         right = self.runner.pack_columns(x, self._space.packed_right)
-        self.runner.product(left, right, d_weight, add=add)
+        for d_y, d_weight in gradients:
+            self.runner.product(self.runner.transposed(d_y, self._space.packed_left), right, d_weight, add=add)
 
     def _run_by_positions(self, op: Any, *arguments: Any) -> None:
         """Run an op whose blocks are BLOCK_ROWS positions."""
@@ -238,3 +263,8 @@ class TrainingModel:
 def _drop(dropout: Dropout, site: int) -> Drop:
     """Return dropout at one place, as the ops take it."""
     return Drop(np.uint64(dropout.state(site)), np.float32(dropout.rate))
+
+
+def numbers(x: NDArray[Any], width: int) -> Array:
+    """Return a float32 copy of an array (..., width), of an operand without what fills it up."""
+    return np.array(x if x.dtype == np.float32 else from_bfloat16(x[..., :width]))

@@ -1,6 +1,7 @@
 """The memory of a training step: what it holds follows from the model's shape and the batch's, and is taken once.
 
-N is B * T, all positions of a batch; the other shape letters are those of backward/reference.py.
+N is B * T, all positions of a batch; the other shape letters are those of backward/reference.py. Operands of products
+are float32 like the rest, or bfloat16, their rows filled up: see kernels/bfloat16.py.
 """
 
 import math
@@ -8,43 +9,48 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
+from llamalet.backward import head
+from llamalet.backward.head import HeadSpace
 from llamalet.backward.memory import Take, allocate, bytes_of
 from llamalet.backward.ops import BLOCK_ROWS, AttentionSpace
 from llamalet.backward.reference import LayerActivations
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError
-from llamalet.kernels.layers import FLOAT_BYTES
-from llamalet.kernels.products import EDGE_SHAPE, panels_shape
+from llamalet.kernels import bfloat16, products
 from llamalet.kernels.threads import BLOCK_MASK
 from llamalet.model_file.tensors import tensor_specs
-
-LOGITS_BYTES = 1 << 25
-"""The logits of so many positions are computed at a time as fit into this many bytes."""
+from llamalet.reference import LAYER_TENSORS
 
 
 @dataclass
 class TrainingWorkspace:
-    """The arrays of a step, float32.
+    """The arrays of a step.
 
     weights, gradients: the checkpoint's tensors by name, without ".weight".
-    layers: the activations of each layer, as backward/reference.py names them; q, k and v by heads.
+    layers: the activations of each layer, as backward/reference.py names them; q, k and v by heads. x, middle, gate and
+        up are float32, the rest are operands.
     x: the last layer's output (N, C).
-    normed: (N, C), after the last norm.
-    logits: those of some positions (R, V), then their gradient.
+    normed: (N, C), after the last norm, an operand.
     losses: (N,).
-    projected: what attention or feed-forward adds to x, or its gradient (N, C).
-    q, k, v: (N, H * D), (N, G * D), (N, G * D): the products before the heads are split, or their gradients.
+    projected: what attention or feed-forward adds to x (N, C).
+    d_projected: its gradient, an operand.
+    q, k, v: (N, H * D), (N, G * D), (N, G * D): the products before the heads are split.
+    d_q, d_k, d_v: their gradients, operands.
     d_x: gradient of the residual stream (N, C).
     d_normed: (N, C).
     d_mixed: (N, H * D).
-    d_q, d_k, d_v: gradients by heads.
+    d_q_heads, d_k_heads, d_v_heads: gradients by heads, as LayerActivations' q, k and v.
     d_hidden: (N, F).
+    d_gate, d_up: (N, F), operands.
     d_norms: gradients of a norm's weight, block by block (blocks, C).
     packed_right: the packed right side of a product: a flat array for the largest.
-    packed_left: a packed left side, likewise.
-    output_by_rows: the output matrix packed by rows, while `packed_right` has it by columns.
-    normed_by_columns: some positions (R, C) of normed, packed by columns.
-    attention: see ops.AttentionSpace; all products use its edges.
+    packed_left: the left side of a product if it has to be packed or transposed, likewise.
+    output_by_rows: the output matrix packed by rows.
+    normed_by_columns: positions of normed, as many as the head takes at a time, packed by columns.
+    head: see head.HeadSpace.
+    attention: see ops.AttentionSpace; all products of whole matrices use its edges.
     """
 
     weights: dict[str, Any]
@@ -52,28 +58,36 @@ class TrainingWorkspace:
     layers: list[LayerActivations]
     x: Any
     normed: Any
-    logits: Any
     losses: Any
     projected: Any
+    d_projected: Any
     q: Any
     k: Any
     v: Any
-    d_x: Any
-    d_normed: Any
-    d_mixed: Any
     d_q: Any
     d_k: Any
     d_v: Any
+    d_x: Any
+    d_normed: Any
+    d_mixed: Any
+    d_q_heads: Any
+    d_k_heads: Any
+    d_v_heads: Any
     d_hidden: Any
+    d_gate: Any
+    d_up: Any
     d_norms: Any
     packed_right: Any
     packed_left: Any
     output_by_rows: Any
     normed_by_columns: Any
+    head: HeadSpace
     attention: AttentionSpace
 
 
-def new_workspace(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int) -> TrainingWorkspace:
+def new_workspace(
+    config: ModelConfig, batch_size: int, n_positions: int, n_threads: int, *, rounded: bool
+) -> TrainingWorkspace:
     """Return the memory of a step.
 
     Args:
@@ -81,6 +95,7 @@ def new_workspace(config: ModelConfig, batch_size: int, n_positions: int, n_thre
         batch_size: sequences in a batch (B).
         n_positions: positions of each (T).
         n_threads: threads that share the work.
+        rounded: whether products multiply bfloat16.
 
     Raises:
         ConfigError: if the batch is empty, or larger than the threads' counters.
@@ -89,70 +104,93 @@ def new_workspace(config: ModelConfig, batch_size: int, n_positions: int, n_thre
     if batch_size < 1 or n_positions < 1 or batch_size * config.n_heads > BLOCK_MASK:
         most = BLOCK_MASK // config.n_heads
         raise ConfigError(f"batch_size={batch_size} of {n_positions} tokens: must be from 1 to {most} sequences")
-    return allocate(partial(lay_out, config, batch_size, n_positions, n_threads))
+    return allocate(partial(lay_out, config, batch_size, n_positions, n_threads, rounded))
 
 
-def n_bytes(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int) -> int:
+def n_bytes(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int, *, rounded: bool) -> int:
     """Return the bytes of `new_workspace` with these arguments."""
-    return bytes_of(partial(lay_out, config, batch_size, n_positions, n_threads))
+    return bytes_of(partial(lay_out, config, batch_size, n_positions, n_threads, rounded))
 
 
-def lay_out(config: ModelConfig, batch_size: int, n_positions: int, n_threads: int, take: Take) -> TrainingWorkspace:
-    """Return a workspace of arrays that `take(*shape)` returns; the other arguments are new_workspace's."""
+def lay_out(
+    config: ModelConfig, batch_size: int, n_positions: int, n_threads: int, rounded: bool, take: Take
+) -> TrainingWorkspace:
+    """Return a workspace of arrays that `take(*shape, dtype=)` returns; the other arguments are new_workspace's."""
     B, T, C, F, V, D = batch_size, n_positions, config.dim, config.hidden_dim, config.vocab_size, config.head_dim
     N, H, G = B * T, config.n_heads, config.n_kv_heads
-    R = min(N, max(1, LOGITS_BYTES // (FLOAT_BYTES * V)), BLOCK_MASK)  # a block of the loss is a row
     tensors = {spec.name: spec.shape for spec in tensor_specs(1, config)}
-    matrices = [shape for shape in tensors.values() if len(shape) == 2]
+    kind = products.PAIRS if rounded else products.FLOATS
+    panels_shape, left_shape = kind.panels_shape, kind.left_shape
+
+    def operand(*shape: int) -> Any:
+        """Take an operand."""
+        return take(*shape[:-1], bfloat16.filled(shape[-1]), dtype=np.uint16) if rounded else take(*shape)
+
+    def flat(*shapes: tuple[int, ...], dtype: type[np.generic] = kind.packed) -> Any:
+        """Take a flat array, large enough for each shape."""
+        return take(max(math.prod(shape) for shape in shapes), dtype=dtype)
+
     # A weight is packed by rows in the forward pass and by columns in the backward pass, activations by columns.
-    right = [panels_shape(cols, rows) for rows, cols in matrices] + [
-        panels_shape(rows, cols) for rows, cols in matrices
+    in_layer = [tensors[f"layers.0.{name}"] for name in LAYER_TENSORS if not name.endswith("norm")]
+    rights = [panels_shape(*pair) for rows, cols in in_layer for pair in ((cols, rows), (rows, cols))]
+    widths = [bfloat16.filled(width) if rounded else width for width in (C, H * D, F)]
+    weights, gradients = ({name: take(*shape) for name, shape in tensors.items()} for _ in range(2))
+    layers = [
+        LayerActivations(
+            x=take(N, C),
+            attention_normed=operand(N, C),
+            q=operand(B, H, T, D),
+            k=operand(B, G, T, D),
+            v=operand(B, G, T, D),
+            mixed=operand(N, H * D),
+            middle=take(N, C),
+            ffn_normed=operand(N, C),
+            gate=take(N, F),
+            up=take(N, F),
+            hidden=operand(N, F),
+        )
+        for _ in range(config.n_layers)
     ]
-    activations = [panels_shape(N, width) for width in (C, H * D, F)]
-    return TrainingWorkspace(
-        weights={name: take(*shape) for name, shape in tensors.items()},
-        gradients={name: take(*shape) for name, shape in tensors.items()},
-        layers=[
-            LayerActivations(
-                x=take(N, C),
-                attention_normed=take(N, C),
-                q=take(B, H, T, D),
-                k=take(B, G, T, D),
-                v=take(B, G, T, D),
-                mixed=take(N, H * D),
-                middle=take(N, C),
-                ffn_normed=take(N, C),
-                gate=take(N, F),
-                up=take(N, F),
-                hidden=take(N, F),
-            )
-            for _ in range(config.n_layers)
-        ],
+    workspace = TrainingWorkspace(
+        weights=weights,
+        gradients=gradients,
+        layers=layers,
         x=take(N, C),
-        normed=take(N, C),
-        logits=take(R, V),
+        normed=operand(N, C),
         losses=take(N),
         projected=take(N, C),
+        d_projected=operand(N, C),
         q=take(N, H * D),
         k=take(N, G * D),
         v=take(N, G * D),
+        d_q=operand(N, H * D),
+        d_k=operand(N, G * D),
+        d_v=operand(N, G * D),
         d_x=take(N, C),
         d_normed=take(N, C),
         d_mixed=take(N, H * D),
-        d_q=take(B, H, T, D),
-        d_k=take(B, G, T, D),
-        d_v=take(B, G, T, D),
+        d_q_heads=take(B, H, T, D),
+        d_k_heads=take(B, G, T, D),
+        d_v_heads=take(B, G, T, D),
         d_hidden=take(N, F),
+        d_gate=operand(N, F),
+        d_up=operand(N, F),
         d_norms=take(-(-N // BLOCK_ROWS), C),
-        packed_right=take(max(math.prod(shape) for shape in [*right, *activations])),
-        packed_left=take(max(math.prod(shape) for shape in [*activations, panels_shape(R, V)])),
-        output_by_rows=take(math.prod(panels_shape(C, V))),
-        normed_by_columns=take(math.prod(panels_shape(R, C))),
+        packed_right=flat(
+            *rights, panels_shape(min(V, head.GROUP * head.COLUMNS), C), *(panels_shape(N, width) for width in widths)
+        ),
+        packed_left=flat(*(left_shape(N, width) for width in widths), dtype=kind.operand),
+        output_by_rows=flat(panels_shape(C, V)),
+        normed_by_columns=flat(panels_shape(head.rows_at_once(N, V, rounded=rounded), widths[0])),
+        head=head.lay_out(N, V, n_threads, rounded, take),
         attention=AttentionSpace(
             weights=take(n_threads, T, T),
             d_weights=take(n_threads, T, T),
-            by_rows=take(n_threads, *panels_shape(D, T)),
-            by_columns=take(n_threads, *panels_shape(T, D)),
-            edges=take(n_threads, *EDGE_SHAPE),
+            head=take(n_threads, T, D),
+            by_rows=take(n_threads, *panels_shape(D, T), dtype=kind.packed),
+            by_columns=take(n_threads, *panels_shape(T, D), dtype=kind.packed),
+            left=take(n_threads, *left_shape(max(T, D), T), dtype=kind.operand),
+            edges=take(n_threads, *products.EDGE_SHAPE),
         ),
     )
+    return workspace

@@ -2,8 +2,8 @@
 
 Numba stores the machine code, but it checks only the file of the function that it stores: after an edit of simd.py it
 would run the old kernels. So the folder's name identifies what the code was made from: a hash of the environment
-(numba, llvmlite, the processor, the instruction path, bounds checks) and one of our sources. Numba runs the stored code
-without checking it, so the folder must belong to the user and nobody else may be able to write to it.
+(numba, llvmlite, the processor, the instructions used, bounds checks) and one of our sources. Numba runs the stored
+code without checking it, so the folder must belong to the user and nobody else may be able to write to it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 from llamalet.errors import note
 from llamalet.files import home_folder
-from llamalet.kernels import simd
+from llamalet.kernels import bfloat16, simd
 from llamalet.model_file import quantize
 
 # The files that machine code is made from: this folder, that of training, and the size of a packed matrix's tiles.
@@ -66,7 +66,8 @@ def folder_name(sources: Iterable[Path]) -> str:
     features = llvmlite.binding.get_host_cpu_features().flatten()
     environment = (
         numba.__version__, llvmlite.__version__, config.CPU_NAME or llvmlite.binding.get_host_cpu_name(),
-        config.CPU_FEATURES or features, simd.instruction_path(), config.BOUNDSCHECK, config.OPT,
+        config.CPU_FEATURES or features, simd.instruction_path(), bfloat16.instructions(), config.BOUNDSCHECK,
+        config.OPT,
     )  # fmt: skip
     code = hashlib.sha256()
     for source in sources:

@@ -73,6 +73,17 @@ def load_vector(builder: ir.IRBuilder, pointer: Any, element: Any, count: int) -
     return builder.load(builder.bitcast(pointer, ir.VectorType(element, count).as_pointer()), align=1)
 
 
+def load_some(builder: ir.IRBuilder, pointer: Any, room: Any, count: int, missing: float = 0) -> Any:
+    """Load `count` elements; those after the first `room` are not read, but `missing`."""
+    element = pointer.type.pointee
+    vector = ir.VectorType(element, count)
+    numbers = ir.Constant(ir.VectorType(I64, count), [i64(lane) for lane in range(count)])
+    mask = builder.icmp_signed("<", numbers, splat(builder, room, count))
+    name = f"llvm.masked.load.v{count}{'f32' if element == F32 else 'i16'}.p0"
+    address = builder.bitcast(pointer, vector.as_pointer())
+    return call(builder, name, vector, (address, ir.Constant(I32, 1), mask, splat_constant(element, missing, count)))
+
+
 def load_floats(builder: ir.IRBuilder, pointer: Any, count: int) -> Any:
     """Load `count` float32, or bfloat16 widened to float32: their bits are its upper 16."""
     if pointer.type.pointee == F32:
@@ -87,7 +98,7 @@ def load_float(builder: ir.IRBuilder, pointer: Any) -> Any:
 
 
 def store_lanes(builder: ir.IRBuilder, vector: Any, pointer: Any, room: Any) -> None:
-    """Store a vector of float32, or only its first `room` lanes if there is no more room."""
+    """Store a vector of float32 or 16-bit numbers, or only its first `room` lanes if there is no more room."""
     lanes = vector.type.count
     pointer = builder.bitcast(pointer, vector.type.as_pointer())
     with builder.if_else(builder.icmp_signed(">=", room, i64(lanes))) as (whole, part):
@@ -96,7 +107,7 @@ def store_lanes(builder: ir.IRBuilder, vector: Any, pointer: Any, room: Any) -> 
         with part:
             numbers = ir.Constant(ir.VectorType(I64, lanes), [i64(lane) for lane in range(lanes)])
             mask = builder.icmp_signed("<", numbers, splat(builder, room, lanes))
-            name = f"llvm.masked.store.v{lanes}f32.p0"
+            name = f"llvm.masked.store.v{lanes}{'f32' if vector.type.element == F32 else 'i16'}.p0"
             call(builder, name, ir.VoidType(), (vector, pointer, ir.Constant(I32, 1), mask))
 
 

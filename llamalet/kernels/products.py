@@ -1,4 +1,6 @@
-"""Products of large float32 matrices, out = left @ right, in whichever way the two lie in memory.
+"""Products of large matrices, out = left @ right, in whichever way the two lie in memory.
+
+A number here is a float32, or a uint32, which holds a pair of bfloat16: see bfloat16.py. Results are float32.
 
 `right` (depth, n) is packed first, as panels of 16 columns, so that a row of a panel is one vector load. `left`
 (m, depth) is read a number at a time. It may lie in memory in any way that keeps the terms of a row near each other;
@@ -10,45 +12,72 @@ products of training from the arrays x (m, cols), weight (rows, cols) and d_y (m
     by weights   d_weight = d_y.T @ x       left: d_y packed by columns; right: x packed by columns
 
 A tile of 8 rows and 3 panels is summed in 24 vector registers: each vector of a panel is used 8 times, each number of
-`left` 48 times. Each number of the result is a sum of sums of DEPTH terms, from the first to the last, whatever the
-number of threads: a block is the work of one thread, and which blocks there are follows from the shape.
+`left` 48 times. Each number of the result is a sum of sums of DEPTH terms, from the first to the last. In tile
+registers (amx) a tile is 32 rows and 2 panels, and each number is one sum. The number of threads makes no difference: a
+block is the work of one thread, and which blocks there are follows from the shape.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from llamalet.kernels import llvm, simd
+from llamalet.kernels import bfloat16, llvm, simd
+from llamalet.kernels.bfloat16 import LANES, add_pair_products, begin_tiles, end_tiles, multiply_tiles
 from llamalet.kernels.layers import FLOAT_BYTES, array_at
-from llamalet.kernels.llvm import F32, I8, I64, i64
+from llamalet.kernels.llvm import F32, I8, I32, I64, i64
 from llamalet.kernels.ops import OPTIONS, kernel
-
-LANES = 16
-"""Columns of a panel."""
 
 WIDE = simd.instruction_path() == "avx512vnni"
 """Whether there are 32 registers of 16 numbers. Else 16 registers of 8 are assumed."""
 
+AMX = bfloat16.instructions() == "amx"
+"""Whether pairs are multiplied in tile registers."""
+
 TILE_ROWS, TILE_PANELS = (8, 3) if WIDE else (4, 1)
+PAIR_TILE_ROWS, PAIR_TILE_PANELS = (32, 2) if AMX else (TILE_ROWS, TILE_PANELS)
 
 DEPTH = 128
-"""Terms summed at a time: so many rows of the panels of a tile fit into a core's first cache."""
+"""Numbers summed at a time: so many rows of the panels of a tile fit into a core's first cache."""
+
+PAIR_DEPTH = 192 if AMX else DEPTH
+"""Likewise for pairs."""
 
 LARGEST_BLOCK, SMALLEST_BLOCK = (128, 8 * 3 * LANES), (32, 2 * 3 * LANES)
 """Rows and columns of a block: large enough to read the sides seldom, small enough to stay in a core's second cache."""
 
 ENOUGH_BLOCKS = 16
 
-EDGE_SHAPE = (TILE_ROWS, TILE_PANELS * LANES)
+EDGE_SHAPE = max(TILE_ROWS, PAIR_TILE_ROWS), max(TILE_PANELS, PAIR_TILE_PANELS) * LANES
 """A tile that reaches over the edge of the result is computed here, and its part inside copied."""
 
 
 def panels_shape(depth: int, n: int) -> tuple[int, int, int]:
     """Return the shape of a packed matrix (depth, n): float32 (panels, depth, 16)."""
     return -(-n // LANES), depth, LANES
+
+
+class Kind(NamedTuple):
+    """How the sides of a product lie in memory: the types of their numbers, and the shapes of packed matrices.
+
+    operand: of a left side.
+    packed: of a right side.
+    panels_shape: (depth, n) to the shape of a right side.
+    left_shape: (depth, m) to the shape of a left side that is the transpose of a matrix.
+    """
+
+    operand: type[np.generic]
+    packed: type[np.generic]
+    panels_shape: Callable[[int, int], tuple[int, ...]]
+    left_shape: Callable[[int, int], tuple[int, ...]]
+
+
+FLOATS = Kind(np.float32, np.float32, panels_shape, panels_shape)
+PAIRS = Kind(np.uint16, np.uint32, bfloat16.panels_shape, bfloat16.transposed_shape)
 
 
 class Blocks(NamedTuple):
@@ -71,28 +100,59 @@ def blocks_of(m: int, n: int) -> Blocks:
 
 
 @intrinsic
-def panels_at(typing_context: Any, address: Any, n_panels: Any, depth: Any) -> Any:
-    """Return the packed matrix (panels, depth, 16) at an address; the caller keeps that memory alive."""
-    result = types.Array(types.float32, 3, "C")
+def panels_in(typing_context: Any, memory: Any, depth: Any, n: Any) -> Any:
+    """Return the part of `memory` (numbers,) that a packed matrix (depth, n) takes: `panels_shape`."""
+    result, of_pairs = types.Array(memory.dtype, 3, "C"), memory.dtype == types.uint32
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        address, n_panels, depth = args
-        data, row_bytes = builder.inttoptr(address, F32.as_pointer()), i64(LANES * FLOAT_BYTES)
-        strides = (builder.mul(depth, row_bytes), row_bytes, i64(FLOAT_BYTES))
-        return array_at(context, builder, result, data, (n_panels, depth, i64(LANES)), strides, i64(FLOAT_BYTES))
+        data = context.make_array(memory)(context, builder, args[0]).data
+        _, depth, n = args
+        n_rows = bfloat16.filled_pairs(builder, depth) if of_pairs else depth
+        n_panels = builder.udiv(builder.add(n, i64(LANES - 1)), i64(LANES))
+        row_bytes = i64(LANES * FLOAT_BYTES)
+        strides = (builder.mul(n_rows, row_bytes), row_bytes, i64(FLOAT_BYTES))
+        return array_at(context, builder, result, data, (n_panels, n_rows, i64(LANES)), strides, i64(FLOAT_BYTES))
 
-    return result(types.intp, types.intp, types.intp), build
+    return result(memory, types.intp, types.intp), build
 
 
-@kernel
-def pack_rows(weight: Any, panels: Any, block: int) -> None:
+@intrinsic
+def matrix_in(typing_context: Any, memory: Any, rows: Any, cols: Any) -> Any:
+    """Return the part of `memory` (numbers,) that a matrix (rows, cols) takes; those of bfloat16 are filled up."""
+    result, rounded = types.Array(memory.dtype, 2, "C"), memory.dtype == types.uint16
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        data = context.make_array(memory)(context, builder, args[0]).data
+        _, rows, cols = args
+        width = builder.mul(bfloat16.filled_pairs(builder, cols), i64(2)) if rounded else cols
+        item = i64(2 if rounded else FLOAT_BYTES)
+        return array_at(context, builder, result, data, (rows, width), (builder.mul(width, item), item), item)
+
+    return result(memory, types.intp, types.intp), build
+
+
+def pack_rows(weight: Any, panels: Any, panel: int) -> None:
     """Pack 16 rows of a contiguous matrix (n, depth) as a panel: the right side is its transpose."""
-    simd.rows_to_lanes(weight, block * LANES, len(weight) - 1, panels[block])
 
 
-@kernel
+@overload(pack_rows, jit_options=OPTIONS, strict=False)
+def _pack_rows(weight: Any, panels: Any, panel: Any) -> Any:
+    if panels.dtype == types.uint32:
+        return lambda weight, panels, panel: bfloat16.pack_rows(weight, panel * LANES, panels[panel])
+    return lambda weight, panels, panel: simd.rows_to_lanes(weight, panel * LANES, len(weight) - 1, panels[panel])
+
+
 def pack_columns(x: Any, panels: Any, first: int, last: int) -> None:
     """Pack rows first..last of a matrix (depth, n) into all panels: the right side is the matrix itself."""
+
+
+@overload(pack_columns, jit_options=OPTIONS, strict=False)
+def _pack_columns(x: Any, panels: Any, first: Any, last: Any) -> Any:
+    return bfloat16.pack_columns if panels.dtype == types.uint32 else pack_columns_of_floats
+
+
+def pack_columns_of_floats(x: Any, panels: Any, first: int, last: int) -> None:
+    """Do what pack_columns does, for float32."""
     n = x.shape[1]
     whole = n // LANES
     for k in range(first, last):
@@ -102,6 +162,100 @@ def pack_columns(x: Any, panels: Any, first: int, last: int) -> None:
         for panel in range(whole, len(panels)):
             for lane in range(LANES):
                 panels[panel, k, lane] = x[k, min(panel * LANES + lane, n - 1)]
+
+
+# A left side is used where it lies, or from a room that it is first rounded or transposed into. (A kernel cannot return
+# a view of an array, so preparing and taking it are two functions.)
+
+
+def prepare_left(x: Any, room: Any) -> None:
+    """Round a matrix (m, depth) into the room for it, if products of this kind need that; see `left_of`."""
+
+
+@overload(prepare_left, jit_options=OPTIONS, strict=False)
+def _prepare_left(x: Any, room: Any) -> Any:
+    if x.dtype == room.dtype:
+        return lambda x, room: None
+    return bfloat16.round_rows
+
+
+@intrinsic
+def left_of(typing_context: Any, x: Any, room: Any) -> Any:
+    """Return a matrix as a left side.
+
+    Args:
+        typing_context: numba's.
+        x: float32 or bfloat16 (m, depth), its rows contiguous; bfloat16 is filled up.
+        room: bfloat16 (m or more, filled(depth) or more) if products multiply bfloat16; used if x is float32.
+    """
+    rounded, of_bits = room.dtype == types.uint16, x.dtype == types.uint16
+    source = x if of_bits else room
+    result = types.Array(types.uint32, 2, source.layout) if rounded else x
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return bfloat16.as_pairs(context, builder, source, args[0 if of_bits else 1], result) if rounded else args[0]
+
+    return result(x, room), build
+
+
+def prepare_transpose(x: Any, room: Any) -> None:
+    """Write the transpose of a matrix (depth, m) into the room for it; see `transpose_of`."""
+
+
+@overload(prepare_transpose, jit_options=OPTIONS, strict=False)
+def _prepare_transpose(x: Any, room: Any) -> Any:
+    def of_pairs(x: Any, room: Any) -> None:
+        for first in range(0, len(x), bfloat16.TERMS):
+            bfloat16.transpose(x, first, room)
+
+    return of_pairs if room.dtype == types.uint16 else lambda x, room: pack_columns(x, room, 0, len(x))
+
+
+def prepare_transpose_of_lower(x: Any, room: Any) -> None:
+    """Do what prepare_transpose does, for a lower triangle (T, T), zero up to the end of its 32 rows."""
+
+
+@overload(prepare_transpose_of_lower, jit_options=OPTIONS, strict=False)
+def _prepare_transpose_of_lower(x: Any, room: Any) -> Any:
+    def of_pairs(x: Any, room: Any) -> None:
+        for first in range(0, len(x), bfloat16.TERMS):
+            bfloat16.transpose(x[:, : first + bfloat16.TERMS], first, room)
+
+    def of_floats(x: Any, room: Any) -> None:
+        for first in range(0, len(x), bfloat16.TERMS):
+            end = min(first + bfloat16.TERMS, len(x))
+            pack_columns(x[:, :end], room[: (end + LANES - 1) // LANES], first, end)
+
+    return of_pairs if room.dtype == types.uint16 else of_floats
+
+
+@intrinsic
+def transpose_of(typing_context: Any, room: Any) -> Any:
+    """Return the transpose of a matrix (depth, m) as a left side.
+
+    Args:
+        typing_context: numba's.
+        room: where it was prepared: bfloat16.transposed_shape(depth, m) or more, or float32 panels_shape(depth, m).
+    """
+    rounded = room.dtype == types.uint16
+    result = types.Array(types.uint32, 2, room.layout) if rounded else room
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return bfloat16.as_pairs(context, builder, room, args[0], result) if rounded else args[0]
+
+    return result(room), build
+
+
+def terms_of(left: Any, first: int, end: int) -> tuple[int, int]:
+    """Return a range of terms in numbers of this left side; the first must be even."""
+    raise NotImplementedError
+
+
+@overload(terms_of, jit_options=OPTIONS, strict=False)
+def _terms_of(left: Any, first: Any, end: Any) -> Any:
+    if left.dtype == types.uint32:
+        return lambda left, first, end: (first // 2, (end + 1) // 2)
+    return lambda left, first, end: (first, end)
 
 
 @kernel
@@ -128,24 +282,60 @@ def multiply(left: Any, panels: Any, out: Any, add: bool, blocks: Any, block: in
 def multiply_range(left: Any, panels: Any, out: Any, add: bool, rows: Any, columns: Any, terms: Any, edge: Any) -> None:
     """Compute some rows and columns of a product, from some of the terms: each a pair of the first and the end.
 
-    The first row must be a multiple of TILE_ROWS, the first column one of LANES. The other arguments are `multiply`'s.
+    The first row must be a multiple of a tile's, the first column one of LANES, with amx the first pair one of 16. The
+    other arguments are `multiply`'s.
     """
-    for k in range(terms[0], terms[1], DEPTH):
-        k_end = min(k + DEPTH, terms[1])
-        for column in range(columns[0], columns[1], TILE_PANELS * LANES):
-            for row in range(rows[0], rows[1], TILE_ROWS):
-                tile = out[row : min(row + TILE_ROWS, rows[1]), column : min(column + TILE_PANELS * LANES, columns[1])]
+    tile_rows, tile_columns, depth = tile_shape(left)
+    begin(left)
+    for k in range(terms[0], terms[1], depth):
+        k_end = min(k + depth, terms[1])
+        for column in range(columns[0], columns[1], tile_columns):
+            for row in range(rows[0], rows[1], tile_rows):
+                tile = out[row : min(row + tile_rows, rows[1]), column : min(column + tile_columns, columns[1])]
                 compute_tile(left, row, k, k_end, panels, column // LANES, tile, add or k > terms[0], edge)
+    end(left)
+
+
+def tile_shape(left: Any) -> tuple[int, int, int]:
+    """Return rows and columns of a tile, and the numbers summed at a time, for this kind of left side."""
+    raise NotImplementedError
+
+
+@overload(tile_shape, jit_options=OPTIONS, strict=False)
+def _tile_shape(left: Any) -> Any:
+    pairs = PAIR_TILE_ROWS, PAIR_TILE_PANELS * LANES, PAIR_DEPTH
+    floats = TILE_ROWS, TILE_PANELS * LANES, DEPTH
+    shape = pairs if left.dtype == types.uint32 else floats
+    return lambda left: shape
+
+
+def begin(left: Any) -> None:
+    """Set up what products with this kind of left side need."""
+
+
+@overload(begin, jit_options=OPTIONS, strict=False)
+def _begin(left: Any) -> Any:
+    return (lambda left: begin_tiles()) if AMX and left.dtype == types.uint32 else lambda left: None
+
+
+def end(left: Any) -> None:
+    """Undo `begin`."""
+
+
+@overload(end, jit_options=OPTIONS, strict=False)
+def _end(left: Any) -> Any:
+    return (lambda left: end_tiles()) if AMX and left.dtype == types.uint32 else lambda left: None
 
 
 @kernel
 def compute_tile(
     left: Any, row: int, k: int, k_end: int, panels: Any, panel: int, out: Any, add: bool, edge: Any
 ) -> None:
-    """Compute a tile out (up to TILE_ROWS, up to TILE_PANELS * LANES), whose first row and panel are given."""
+    """Compute a tile `out` or what part of it there is; its first row and panel are given."""
     rows, columns = out.shape
-    if rows == TILE_ROWS and columns == TILE_PANELS * LANES:
-        multiply_rows(left, row, rows, k, k_end, panels, panel, TILE_PANELS, out, add)
+    tile_rows, tile_columns, _ = tile_shape(left)
+    if rows == tile_rows and columns == tile_columns:
+        multiply_rows(left, row, rows, k, k_end, panels, panel, tile_columns // LANES, out, add)
         return
     if add:
         copy(out, edge, rows, columns)
@@ -175,6 +365,13 @@ def _multiply_rows(
         lanes = left[row // LANES, k:k_end, lane : lane + count]
         multiply_panels(lanes.T, panels, panel, width, k, out, add)
 
+    def of_pairs(
+        left: Any, row: Any, count: Any, k: Any, k_end: Any, panels: Any, panel: Any, width: Any, out: Any, add: Any
+    ) -> None:
+        multiply_tiles(left, row, count <= 16, k, k_end, panels, panel, width, out, add)
+
+    if AMX and left.dtype == types.uint32:
+        return of_pairs
     return of_matrix if left.ndim == 2 else of_panels
 
 
@@ -206,8 +403,8 @@ def multiply_tile(
 
     Args:
         typing_context: numba's.
-        left: float32 (1 to TILE_ROWS, terms), any strides; the last row stands in for missing ones.
-        panels: float32 (panels, depth, 16), contiguous.
+        left: float32 or pairs (1 to TILE_ROWS, terms), any strides; the last row stands in for missing ones.
+        panels: of the same kind (panels, depth, 16), contiguous.
         numbers: a tuple of panels.
         first: their row for k = 0.
         out: float32 (TILE_ROWS, columns), its rows contiguous.
@@ -215,6 +412,8 @@ def multiply_tile(
         add: whether to add to what is there.
     """
     vector = ir.VectorType(F32, LANES)
+    of_pairs = left.dtype == types.uint32
+    number_type = I32 if of_pairs else F32
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         x, w, y = (
@@ -235,7 +434,7 @@ def multiply_tile(
         x_rows, targets = [], []
         for i in range(TILE_ROWS):
             number = builder.select(builder.icmp_signed("<", last, i64(i)), last, i64(i))
-            x_rows.append(moved(x.data, builder.mul(number, row_bytes), F32))
+            x_rows.append(moved(x.data, builder.mul(number, row_bytes), number_type))
             row = moved(y.data, builder.mul(i64(i), out_bytes), F32)
             targets += [builder.gep(row, [builder.add(args[5], i64(LANES * j))]) for j in range(numbers.count)]
         w_panels = [
@@ -246,12 +445,14 @@ def multiply_tile(
         with cgutils.for_range(builder, depth, intp=I64) as loop:
             k = loop.index
             rows = [
-                llvm.load_vector(builder, builder.gep(p, [builder.mul(k, i64(LANES))]), F32, LANES) for p in w_panels
+                llvm.load_vector(builder, builder.gep(p, [builder.mul(k, i64(LANES))]), number_type, LANES)
+                for p in w_panels
             ]
             offset = builder.mul(k, term_bytes)
             for i, x_row in enumerate(x_rows):
-                number = llvm.splat(builder, builder.load(moved(x_row, offset, F32)), LANES)
-                llvm.add_products(builder, sums[i * len(rows) : (i + 1) * len(rows)], [number], rows)
+                number = llvm.splat(builder, builder.load(moved(x_row, offset, number_type)), LANES)
+                for total, row in zip(sums[i * len(rows) : (i + 1) * len(rows)], rows, strict=True):
+                    (add_pair_products if of_pairs else llvm.add_product)(builder, total, number, row)
         # What is there is added last: sums of few terms each lose less to rounding than one of all terms.
         with builder.if_then(args[6]):
             for total, target in zip(sums, targets, strict=True):

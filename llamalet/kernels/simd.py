@@ -386,37 +386,50 @@ def exp(typing_context: Any, x: Any) -> Any:
     """
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return _exp(builder, args[0])
+        return exp_vector(builder, args[0])
 
     return types.float32(types.float32), build
 
 
-def _exp(builder: ir.IRBuilder, x: Any) -> Any:
+def exp_vector(builder: ir.IRBuilder, x: Any) -> Any:
     """Return e ** x of a float32 or of each lane of a vector."""
-    lanes = getattr(x.type, "count", None)
-    suffix = "" if lanes is None else f"v{lanes}"
-    integer = I32 if lanes is None else ir.VectorType(I32, lanes)
+    power, n = exp_parts(builder, x)
+    integer = I32 if x.type == F32 else ir.VectorType(I32, x.type.count)
 
     def constant(value: float, element: Any = F32) -> Any:
-        value = float(np.float32(value)) if element is F32 else value
-        return ir.Constant(element, value) if lanes is None else llvm.splat_constant(element, value, lanes)
+        return _constant(x.type, value, element)
 
-    def call(name: str, *args: Any) -> Any:
-        return llvm.call(builder, f"llvm.{name}.{suffix}f32", x.type, args)
-
-    n = call("rint", builder.fmul(x, constant(1 / math.log(2))))
-    # ln 2 in two parts: n times the first is exact, so the difference loses no bits.
-    r = call("fma", n, constant(-LN2_HIGH), x)
-    r = call("fma", n, constant(-(math.log(2) - LN2_HIGH)), r)
-    power = constant(1 / math.factorial(7))
-    for degree in range(6, -1, -1):
-        power = call("fma", power, r, constant(1 / math.factorial(degree)))
     # Clamp n to valid exponents. A NaN may become any of them: `power` stays NaN.
-    exponent = call("maxnum", call("minnum", n, constant(127)), constant(-126))
+    at_most = _float_call(builder, "minnum", n, constant(127))
+    exponent = _float_call(builder, "maxnum", at_most, constant(-126))
     bits = builder.shl(builder.add(builder.fptosi(exponent, integer), constant(127, I32)), constant(23, I32))
     result = builder.fmul(power, builder.bitcast(bits, x.type))
     result = builder.select(builder.fcmp_ordered("<", n, constant(-126)), constant(0), result)
     return builder.select(builder.fcmp_ordered(">", n, constant(127)), constant(math.inf), result)
+
+
+def exp_parts(builder: ir.IRBuilder, x: Any) -> tuple[Any, Any]:
+    """Return two float32, or vectors of them: e ** x is the first times 2 to the second, which is whole."""
+    n = _float_call(builder, "rint", builder.fmul(x, _constant(x.type, 1 / math.log(2))))
+    # ln 2 in two parts: n times the first is exact, so the difference loses no bits.
+    r = _float_call(builder, "fma", n, _constant(x.type, -LN2_HIGH), x)
+    r = _float_call(builder, "fma", n, _constant(x.type, -(math.log(2) - LN2_HIGH)), r)
+    power = _constant(x.type, 1 / math.factorial(7))
+    for degree in range(6, -1, -1):
+        power = _float_call(builder, "fma", power, r, _constant(x.type, 1 / math.factorial(degree)))
+    return power, n
+
+
+def _constant(kind: Any, value: float, element: Any = F32) -> Any:
+    """Return a constant of the type float32, or of a vector of it; or of as many integers."""
+    value = float(np.float32(value)) if element is F32 else value
+    return ir.Constant(element, value) if kind == F32 else llvm.splat_constant(element, value, kind.count)
+
+
+def _float_call(builder: ir.IRBuilder, name: str, *args: Any) -> Any:
+    """Call an intrinsic of LLVM on float32, or vectors of it."""
+    kind = args[0].type
+    return llvm.call(builder, f"llvm.{name}.{'f32' if kind == F32 else f'v{kind.count}f32'}", kind, args)
 
 
 @intrinsic
@@ -439,7 +452,7 @@ def softmax_lanes(typing_context: Any, x: Any, length: Any, scale: Any) -> Any:
             builder.store(builder.select(larger, score, builder.load(largest)), largest)
         with cgutils.for_range(builder, args[1], intp=I64) as loop:
             score = builder.fsub(builder.load(row(loop.index), align=4), builder.load(largest))
-            power = _exp(builder, builder.fmul(score, scale))
+            power = exp_vector(builder, builder.fmul(score, scale))
             builder.store(power, row(loop.index), align=4)
             builder.store(builder.fadd(builder.load(total), power), total)
         factor = builder.fdiv(llvm.splat_constant(F32, 1.0, ROW_BLOCK), builder.load(total))
@@ -449,3 +462,33 @@ def softmax_lanes(typing_context: Any, x: Any, length: Any, scale: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(x, types.intp, types.float32), build
+
+
+@intrinsic
+def largest(typing_context: Any, x: Any) -> Any:
+    """Return the largest number of x (n,), float32 and contiguous; NaNs do not count.
+
+    A loop over `max` does not vectorize, because the order matters to it if there are NaNs.
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        array = context.make_array(x)(context, builder, args[0])
+        (width,) = cgutils.unpack_tuple(builder, array.shape)
+        n_whole = builder.mul(builder.udiv(width, i64(FLOAT_LANES)), i64(FLOAT_LANES))
+        lowest = ir.Constant(F32, -math.inf)
+        (lanes,) = llvm.variables(builder, [llvm.splat_constant(F32, -math.inf, FLOAT_LANES)])
+        (found,) = llvm.variables(builder, [lowest])
+
+        def keep_larger(variable: Any, value: Any) -> None:
+            before = builder.load(variable)
+            builder.store(builder.select(builder.fcmp_ordered(">", value, before), value, before), variable)
+
+        with cgutils.for_range_slice(builder, i64(0), n_whole, i64(FLOAT_LANES), I64) as (i, _):
+            keep_larger(lanes, llvm.load_vector(builder, builder.gep(array.data, [i]), F32, FLOAT_LANES))
+        with cgutils.for_range_slice(builder, n_whole, width, i64(1), I64) as (i, _):
+            keep_larger(found, builder.load(builder.gep(array.data, [i])))
+        for lane in range(FLOAT_LANES):
+            keep_larger(found, builder.extract_element(builder.load(lanes), ir.Constant(I32, lane)))
+        return builder.load(found)
+
+    return types.float32(x), build

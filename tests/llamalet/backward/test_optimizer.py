@@ -133,16 +133,16 @@ def test_averages_end_as_zero_and_not_as_tiny_numbers(kind):
     assert all(np.isnan(value).all() for name, value in optimizer.state.items() if not name.endswith("step"))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_memory_is_what_was_foretold(kind):
+@pytest.mark.parametrize(("kind", "rounded"), [("adamw", False), ("muon", False), ("muon", True)])
+def test_the_memory_is_what_was_foretold(kind, rounded):
     shapes = {name: (16 * rows, 1024) for name, rows in (("tok_embeddings", 30), ("layers.0.attention.wq", 60))}
     weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     runner = Runner(2, np.zeros((2, *EDGE_SHAPE), np.float32))
     tracemalloc.start()
-    NumbaOptimizer(runner, weights, kind=kind, betas=BETAS, weight_decay=DECAY)
+    NumbaOptimizer(runner, weights, kind=kind, betas=BETAS, weight_decay=DECAY, rounded=rounded)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak == pytest.approx(n_bytes(shapes, kind, 2), abs=20_000)
+    assert peak == pytest.approx(n_bytes(shapes, kind, 2, rounded=rounded), abs=20_000)
 
 
 def test_groups():
