@@ -51,6 +51,7 @@ from llamalet.checks import not_positive
 from llamalet.command import run
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError, UsageError, note
+from llamalet.kernels import bfloat16
 from llamalet.shards import Meta, Split, TokenBlock
 from training.backend import Arrays
 from training.config import TrainConfig
@@ -172,6 +173,8 @@ def rungs(device: torch.device) -> dict[str, Rung]:
         ladder["compiled, bfloat16"] = Rung(dtype="bf16")
     if device.type == "cpu":
         ladder[WITHOUT_TORCH] = Rung(dtype="f32", compile=False, plain=False, backend="numba")
+        if bfloat16.instructions():
+            ladder[f"{WITHOUT_TORCH}, bfloat16"] = Rung(dtype="bf16", compile=False, plain=False, backend="numba")
     ladder[TRAINED] = Rung(dtype="bf16" if native else "tf32" if cuda else "f32", plain=False)
     return ladder
 
