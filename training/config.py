@@ -137,7 +137,7 @@ class TrainConfig:
     """wandb's name of the run."""
 
     backend: Literal["auto", "torch", "numba"] = field(default="auto", metadata={"heading": "machine"})
-    """What computes: torch; numba, which needs no PyTorch, on one CPU in float32; auto is torch if it is installed."""
+    """What computes: torch; numba, which needs no PyTorch, on one CPU; auto is torch if it is installed."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
