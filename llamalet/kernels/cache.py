@@ -140,7 +140,7 @@ class KernelCache(FunctionCache):
             with contextlib.suppress(OSError):
                 self.flush()
         if found is None:
-            _say_once("compiling the kernels for this processor (10 s, or 30 s to train; later starts find them done)")
+            _say_once("compiling the kernels for this processor (10 s, to train a minute; later starts find them done)")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
