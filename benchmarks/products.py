@@ -22,7 +22,6 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import aligned, machine
+from benchmarks.training import CONFIGS, SHAPES, VOCABULARY
 from configurator import parse
 from llamalet.backward.runner import Runner
 from llamalet.checks import not_positive
@@ -41,10 +41,6 @@ from llamalet.kernels.products import EDGE_SHAPE
 from llamalet.model_file.quantize import to_bfloat16
 from llamalet.model_file.tensors import tensor_specs
 from training.config import TrainConfig
-
-CONFIGS = Path(__file__).parent.parent / "configs"
-SHAPES = ("15M", "42M", "110M")
-VOCABULARY = 32000
 
 TURN_S = 0.4
 """Seconds of a turn."""

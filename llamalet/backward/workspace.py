@@ -151,7 +151,7 @@ def lay_out(
         )
         for _ in range(config.n_layers)
     ]
-    workspace = TrainingWorkspace(
+    return TrainingWorkspace(
         weights=weights,
         gradients=gradients,
         layers=layers,
@@ -193,4 +193,3 @@ def lay_out(
             edges=take(n_threads, *products.EDGE_SHAPE),
         ),
     )
-    return workspace

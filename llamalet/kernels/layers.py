@@ -169,11 +169,18 @@ def floats_at(typing_context: Any, address: Any, rows: Any, cols: Any) -> Any:
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         address, rows, cols = args
-        data, row_bytes = builder.inttoptr(address, F32.as_pointer()), builder.mul(cols, i64(FLOAT_BYTES))
-        strides = (row_bytes, i64(FLOAT_BYTES))
-        return array_at(context, builder, result, data, (rows, cols), strides, i64(FLOAT_BYTES))
+        data = builder.inttoptr(address, F32.as_pointer())
+        return contiguous_at(context, builder, result, data, (rows, cols), FLOAT_BYTES)
 
     return result(types.intp, types.intp, types.intp), build
+
+
+def contiguous_at(context: Any, builder: ir.IRBuilder, result: Any, data: Any, shape: Any, itemsize: int) -> Any:
+    """Return a contiguous array of type `result` without an owner; its items take `itemsize` bytes."""
+    strides = [i64(itemsize)]
+    for length in reversed(shape[1:]):
+        strides.insert(0, builder.mul(length, strides[0]))
+    return array_at(context, builder, result, data, shape, strides, i64(itemsize))
 
 
 def array_at(

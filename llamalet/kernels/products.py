@@ -28,7 +28,7 @@ from numba.extending import intrinsic, overload
 
 from llamalet.kernels import bfloat16, llvm, simd
 from llamalet.kernels.bfloat16 import LANES, add_pair_products, begin_tiles, end_tiles, multiply_tiles
-from llamalet.kernels.layers import FLOAT_BYTES, array_at
+from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I32, I64, i64
 from llamalet.kernels.ops import OPTIONS, kernel
 
@@ -46,6 +46,9 @@ DEPTH = 128
 
 PAIR_DEPTH = 192 if AMX else DEPTH
 """Likewise for pairs."""
+
+TILE, PAIR_TILE = (TILE_ROWS, TILE_PANELS * LANES, DEPTH), (PAIR_TILE_ROWS, PAIR_TILE_PANELS * LANES, PAIR_DEPTH)
+"""Rows and columns of a tile, and the numbers summed at a time."""
 
 LARGEST_BLOCK, SMALLEST_BLOCK = (128, 8 * 3 * LANES), (32, 2 * 3 * LANES)
 """Rows and columns of a block: large enough to read the sides seldom, small enough to stay in a core's second cache."""
@@ -109,9 +112,7 @@ def panels_in(typing_context: Any, memory: Any, depth: Any, n: Any) -> Any:
         _, depth, n = args
         n_rows = bfloat16.filled_pairs(builder, depth) if of_pairs else depth
         n_panels = builder.udiv(builder.add(n, i64(LANES - 1)), i64(LANES))
-        row_bytes = i64(LANES * FLOAT_BYTES)
-        strides = (builder.mul(n_rows, row_bytes), row_bytes, i64(FLOAT_BYTES))
-        return array_at(context, builder, result, data, (n_panels, n_rows, i64(LANES)), strides, i64(FLOAT_BYTES))
+        return contiguous_at(context, builder, result, data, (n_panels, n_rows, i64(LANES)), FLOAT_BYTES)
 
     return result(memory, types.intp, types.intp), build
 
@@ -125,8 +126,7 @@ def matrix_in(typing_context: Any, memory: Any, rows: Any, cols: Any) -> Any:
         data = context.make_array(memory)(context, builder, args[0]).data
         _, rows, cols = args
         width = builder.mul(bfloat16.filled_pairs(builder, cols), i64(2)) if rounded else cols
-        item = i64(2 if rounded else FLOAT_BYTES)
-        return array_at(context, builder, result, data, (rows, width), (builder.mul(width, item), item), item)
+        return contiguous_at(context, builder, result, data, (rows, width), 2 if rounded else FLOAT_BYTES)
 
     return result(memory, types.intp, types.intp), build
 
@@ -248,7 +248,7 @@ def transpose_of(typing_context: Any, room: Any) -> Any:
 
 def terms_of(left: Any, first: int, end: int) -> tuple[int, int]:
     """Return a range of terms in numbers of this left side; the first must be even."""
-    raise NotImplementedError
+    return (first // 2, (end + 1) // 2) if left.dtype == np.uint32 else (first, end)
 
 
 @overload(terms_of, jit_options=OPTIONS, strict=False)
@@ -298,14 +298,12 @@ def multiply_range(left: Any, panels: Any, out: Any, add: bool, rows: Any, colum
 
 def tile_shape(left: Any) -> tuple[int, int, int]:
     """Return rows and columns of a tile, and the numbers summed at a time, for this kind of left side."""
-    raise NotImplementedError
+    return PAIR_TILE if left.dtype == np.uint32 else TILE
 
 
 @overload(tile_shape, jit_options=OPTIONS, strict=False)
 def _tile_shape(left: Any) -> Any:
-    pairs = PAIR_TILE_ROWS, PAIR_TILE_PANELS * LANES, PAIR_DEPTH
-    floats = TILE_ROWS, TILE_PANELS * LANES, DEPTH
-    shape = pairs if left.dtype == types.uint32 else floats
+    shape = PAIR_TILE if left.dtype == types.uint32 else TILE
     return lambda left: shape
 
 

@@ -35,6 +35,15 @@ OPTIONS = [
 ]  # fmt: skip
 NUMBA = "--backend=numba"
 needs_bfloat16 = pytest.mark.skipif(bfloat16.instructions() is None, reason="the processor does not multiply bfloat16")
+each_kind = pytest.mark.parametrize(
+    "more",
+    [
+        ("--optimizer=muon",),
+        ("--optimizer=adamw", "--dropout=0.1"),
+        pytest.param(("--dtype=bfloat16",), marks=needs_bfloat16),
+    ],
+    ids=" ".join,
+)
 
 
 @pytest.fixture
@@ -88,15 +97,7 @@ def test_losses_in_bfloat16_are_nearly_those_of_torch(project, optimizer):
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("--optimizer=muon",),
-        ("--optimizer=adamw", "--dropout=0.1"),
-        pytest.param(("--dtype=bfloat16",), marks=needs_bfloat16),
-    ],
-    ids=" ".join,
-)
+@each_kind
 def test_a_run_that_was_stopped_goes_on_to_the_last_bit(project, more):
     assert train.main([*OPTIONS, *more, NUMBA, "--out_dir=whole"]) == 0
     # Resumed from a checkpoint in its middle, where torch is installed and nobody says which backend.
@@ -186,15 +187,7 @@ def kinds_of_calls(monkeypatch) -> set:
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("--optimizer=muon",),
-        ("--optimizer=adamw", "--dropout=0.1"),
-        pytest.param(("--dtype=bfloat16",), marks=needs_bfloat16),
-    ],
-    ids=" ".join,
-)
+@each_kind
 def test_all_is_compiled_before_the_first_step(project, monkeypatch, more):
     kinds, prepare, prepared = kinds_of_calls(monkeypatch), NumbaBackend.prepare, set()
 
