@@ -21,8 +21,8 @@ from llamalet.backward.memory import Take
 from llamalet.backward.ops import BLOCK_ROWS
 from llamalet.kernels import products, simd
 from llamalet.kernels.bfloat16 import LANES, stored
+from llamalet.kernels.jit import kernel
 from llamalet.kernels.layers import FLOAT_BYTES
-from llamalet.kernels.ops import kernel
 from llamalet.kernels.powers import sum_of_powers, write_powers
 from llamalet.kernels.threads import blocks
 

@@ -17,7 +17,8 @@ from numba import float32, uint64
 from llamalet.backward.dropout import GAMMA, MULTIPLIERS
 from llamalet.kernels import bfloat16, products, simd
 from llamalet.kernels.bfloat16 import stored
-from llamalet.kernels.ops import dot, kernel, summing_kernel
+from llamalet.kernels.jit import kernel, summing_kernel
+from llamalet.kernels.ops import dot
 from llamalet.kernels.powers import sum_of_powers, write_powers
 from llamalet.kernels.threads import blocks
 

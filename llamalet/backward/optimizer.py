@@ -13,8 +13,9 @@ from llamalet.backward.groups import Group, group_of, muon_rate
 from llamalet.backward.memory import Array, Take, allocate, bytes_of
 from llamalet.backward.runner import Runner
 from llamalet.kernels import bfloat16, products
+from llamalet.kernels.jit import kernel
 from llamalet.kernels.layers import address_of, floats_at
-from llamalet.kernels.ops import dot, kernel
+from llamalet.kernels.ops import dot
 from llamalet.kernels.threads import blocks
 
 BLOCK = 1 << 14

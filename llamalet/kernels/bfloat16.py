@@ -31,9 +31,9 @@ from numba.extending import intrinsic, overload
 
 from llamalet.errors import ConfigError
 from llamalet.kernels import llvm, simd
+from llamalet.kernels.jit import OPTIONS
 from llamalet.kernels.layers import array_at
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, i64
-from llamalet.kernels.ops import OPTIONS
 
 LANES = 16
 """Columns of a panel."""
@@ -55,9 +55,13 @@ TILE_CONFIG[0] = 1  # the palette
 TILE_CONFIG[16:32].view(np.uint16)[:] = TILE_BYTES
 TILE_CONFIG[48:56] = TILE_ROWS
 
+# The same, with registers 0 to 4 three numbers wide: for products with the parts of a single vector, see split_rows.py.
+PARTS = 3
+PARTS_CONFIG = TILE_CONFIG.copy()
+PARTS_CONFIG[16:26].view(np.uint16)[:] = 4 * PARTS
 
 # Arguments of LLVM's prefetch.
-FOR_WRITING, INTO_SECOND_CACHE = 1, 2
+FOR_READING, FOR_WRITING, INTO_SECOND_CACHE = 0, 1, 2
 
 
 @functools.cache
@@ -305,23 +309,26 @@ def add_pair_products(builder: ir.IRBuilder, total: Any, left: Any, right: Any) 
     builder.store(llvm.call(builder, name, kind, (builder.load(total), *halves)), total)
 
 
-def _tile_call(builder: ir.IRBuilder, name: str, *args: Any) -> None:
+def tile_call(builder: ir.IRBuilder, name: str, *args: Any) -> None:
     """Call a tile instruction; a Python number is the number of a register."""
     values = [ir.Constant(I8, arg) if isinstance(arg, int) else arg for arg in args]
     llvm.call(builder, f"llvm.x86.{name}", ir.VoidType(), values)
 
 
 @intrinsic
-def begin_tiles(typing_context: Any) -> Any:
-    """Set this thread's tile registers up, 16 rows of 64 bytes each."""
+def begin_tiles(typing_context: Any, of_parts: Any) -> Any:
+    """Set this thread's tile registers up: 16 rows of 64 bytes each, or as PARTS_CONFIG says."""
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        bytes_ = ir.Constant(ir.ArrayType(I8, len(TILE_CONFIG)), bytearray(TILE_CONFIG.tobytes()))
-        config = cgutils.global_constant(builder, "tile_config", bytes_)
-        _tile_call(builder, "ldtilecfg", builder.bitcast(config, I8.as_pointer()))
+        configs = []
+        for name, config in (("parts_config", PARTS_CONFIG), ("tile_config", TILE_CONFIG)):
+            bytes_ = ir.Constant(ir.ArrayType(I8, len(config)), bytearray(config.tobytes()))
+            constant = cgutils.global_constant(builder, name, bytes_)
+            configs.append(builder.bitcast(constant, I8.as_pointer()))
+        tile_call(builder, "ldtilecfg", builder.select(args[0], *configs))
         return context.get_dummy_value()
 
-    return types.none(), build
+    return types.none(types.boolean), build
 
 
 @intrinsic
@@ -329,7 +336,7 @@ def end_tiles(typing_context: Any) -> Any:
     """Give the tile registers back, so that the kernel need not save them."""
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        _tile_call(builder, "tilerelease")
+        tile_call(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.none(), build
@@ -390,21 +397,21 @@ def multiply_tiles(
         with builder.if_else(args[9]) as (adding, fresh):
             with adding:
                 for number, target in enumerate(targets):
-                    _tile_call(builder, "tileloadd64", number, target, out_bytes)
+                    tile_call(builder, "tileloadd64", number, target, out_bytes)
             with fresh:
                 for number in range(4):
-                    _tile_call(builder, "tilezero", number)
+                    tile_call(builder, "tilezero", number)
         steps = builder.udiv(builder.add(builder.sub(k_end, k), i64(PAIRS - 1)), i64(PAIRS))
         with cgutils.for_range(builder, steps, intp=I64) as loop:
             left_step, right_step = builder.mul(loop.index, i64(TILE_BYTES)), builder.mul(loop.index, tile)
             for number, offset in zip((4, 5), lefts, strict=True):
-                _tile_call(builder, "tileloadd64", number, at(a, builder.add(offset, left_step)), left_bytes)
+                tile_call(builder, "tileloadd64", number, at(a, builder.add(offset, left_step)), left_bytes)
             for number, offset in zip((6, 7), rights, strict=True):
-                _tile_call(builder, "tileloadd64", number, at(b, builder.add(offset, right_step)), i64(TILE_BYTES))
+                tile_call(builder, "tileloadd64", number, at(b, builder.add(offset, right_step)), i64(TILE_BYTES))
             for number in range(4):
-                _tile_call(builder, "tdpbf16ps", number, 4 + number // 2, 6 + number % 2)
+                tile_call(builder, "tdpbf16ps", number, 4 + number // 2, 6 + number % 2)
         for number, target in enumerate(targets):
-            _tile_call(builder, "tilestored64", number, target, out_bytes)
+            tile_call(builder, "tilestored64", number, target, out_bytes)
         return context.get_dummy_value()
 
     signature = (

@@ -88,7 +88,13 @@ def load_floats(builder: ir.IRBuilder, pointer: Any, count: int) -> Any:
     """Load `count` float32, or bfloat16 widened to float32: their bits are its upper 16."""
     if pointer.type.pointee == F32:
         return load_vector(builder, pointer, F32, count)
-    bits = builder.zext(load_vector(builder, pointer, I16, count), ir.VectorType(I32, count))
+    return widen(builder, load_vector(builder, pointer, I16, count))
+
+
+def widen(builder: ir.IRBuilder, bits: Any) -> Any:
+    """Return a vector of bfloat16, 16 bits each, as float32."""
+    count = bits.type.count
+    bits = builder.zext(bits, ir.VectorType(I32, count))
     return builder.bitcast(builder.shl(bits, splat_constant(I32, 16, count)), ir.VectorType(F32, count))
 
 
@@ -130,13 +136,13 @@ def add_products(builder: ir.IRBuilder, totals: Any, w: Iterable[Any], x: Iterab
 
 
 class Table:
-    """A contiguous array (n, width): its address, its width as an LLVM value, its numba element type."""
+    """A contiguous array (n, width): its address, its lengths as LLVM values, its numba element type."""
 
     def __init__(self, context: Any, builder: ir.IRBuilder, array_type: Any, value: Any) -> None:
         array = context.make_array(array_type)(context, builder, value)
         self._builder, self._data = builder, array.data
         self.dtype = array_type.dtype
-        _, self.width = cgutils.unpack_tuple(builder, array.shape)
+        self.length, self.width = cgutils.unpack_tuple(builder, array.shape)
 
     def row(self, index: Any) -> Any:
         """Return the address of the first element of a row."""

@@ -1,37 +1,20 @@
 """The functions of reference.py as machine code, under their names there: one step of the forward pass each.
 
 They write their results to memory that the caller provides and check no shapes. Shape letters are those of
-reference.py. Weights differ in kind: numba compiles `embed`, `quantize_activations` and `matmul` for float matrices or
+reference.py. Weights differ in kind: numba compiles `embed`, `prepare_activations` and `matmul` for float matrices or
 for packed ones, and all else once.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import float32, njit, types
+from numba import float32, types
 from numba.extending import overload
 
 from llamalet.kernels import simd
+from llamalet.kernels.jit import OPTIONS, kernel, summing_kernel
+from llamalet.kernels.split_rows import SplitRows, matmul_split, split_rows
 from llamalet.model_file.quantize import CHUNK_COLS, ROW_BLOCK
-
-# What LLVM may do to float arithmetic in a sum: reorder it, fuse multiplications into additions, use approximate
-# functions. It must not assume that there are no NaNs and infinities (fastmath=True does), which would hide a broken
-# model. Elsewhere results are exact: LLVM emits aliasing and non-aliasing versions of a storing loop, and both must
-# give the same bits.
-FAST_MATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
-
-# No reference counting: the kernels own no memory, and counting would make the threads wait for each other at every
-# row. A compiled function inherits its caller's options, so each is set here even where it is the default.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": False,
-    "error_model": "numpy",  # x / 0 is infinite; Python's error would keep loops from being vectorized
-    "no_cfunc_wrapper": True,
-    "_nrt": False,
-}
-kernel = njit(**OPTIONS)
-# For `dot` and `total` alone. Each is compiled and vectorized by itself before LLVM inlines it, which fixes its order.
-summing_kernel = njit(**OPTIONS | {"fastmath": FAST_MATH})
 
 # Queries of a prompt that attend to the keys together, one in each lane.
 QUERY_LANES = 16
@@ -169,18 +152,36 @@ def swiglu(gate: Any, up: Any) -> None:
         gate[i] = gate[i] / (float32(1) + simd.exp(-gate[i])) * up[i]
 
 
-def quantize_activations(x: Any, activations: Any, first: int, last: int) -> None:
-    """Write x[first:last] (T, cols) to activations, the QuantizedRows that packed matrices multiply.
+def prepare_activations(x: Any, activations: Any, first: int, last: int) -> None:
+    """Write x[first:last] (T, cols) to activations as the matrices multiply it.
 
-    Float matrices multiply x itself; then activations is x, and there is nothing to do.
+    Packed matrices multiply QuantizedRows, bfloat16 ones SplitRows where the processor has tile registers. Other
+    matrices of floats multiply x itself; then activations is x, and there is nothing to do.
     """
 
 
-@overload(quantize_activations, jit_options=OPTIONS, strict=False)
-def _quantize_activations(x: Any, activations: Any, first: Any, last: Any) -> Any:
+@overload(prepare_activations, jit_options=OPTIONS, strict=False)
+def _prepare_activations(x: Any, activations: Any, first: Any, last: Any) -> Any:
     if isinstance(activations, types.Array):
         return lambda x, activations, first, last: None
+    if are_split(activations):
+        return lambda x, activations, first, last: split_rows(x, activations, first, last)
     return lambda x, activations, first, last: quantize_rows(x, activations, first, last)
+
+
+def lanes_of(activations: Any) -> int:
+    """Return how many neighbouring vectors prepare_activations must be given together."""
+    return int(activations.parts.shape[3]) if isinstance(activations, SplitRows) else 1
+
+
+@overload(lanes_of, jit_options=OPTIONS, strict=False)
+def _lanes_of(activations: Any) -> Any:
+    return (lambda activations: activations.parts.shape[3]) if are_split(activations) else (lambda activations: 1)
+
+
+def are_split(activations: Any) -> bool:
+    """Return whether numba's type of activations is SplitRows."""
+    return getattr(activations, "instance_class", None) is SplitRows
 
 
 @kernel
@@ -209,30 +210,46 @@ def quantize_rows(x: Any, rows: Any, first: int, last: int) -> None:
             rows.zero_offsets[t, g] = -rows.zero_point * total
 
 
-def matmul(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
+def matmul(
+    matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, one_sequence: int, scratch: Any
+) -> None:
     """Multiply blocks first..last, of 16 rows each, of a matrix with `count` vectors from first_t on.
 
     Args:
         matrix: (rows, cols), float32 or bfloat16, or PackedMatrix.
-        x: the vectors (T, cols), float32, or QuantizedRows for a PackedMatrix.
+        x: the vectors (T, cols): float32, or SplitRows for bfloat16, or QuantizedRows for a PackedMatrix.
         first_t: the first vector.
         count: number of vectors.
         out: (T, rows); its first `count` rows are written.
         first: the first block.
         last: the block after the last; the matrix's last block may have fewer than 16 rows.
-        scratch: float32 (cols or more, 16) for the positions of one sequence, (0, 16) for those of several, whose
-            products are summed in the order of a single vector.
+        one_sequence: whether the vectors are positions of one sequence, which float32 may sum in another order. Those
+            of several sequences get the sums of a single vector.
+        scratch: memory of this thread: float32 (cols or more, 16), or as split_rows.new_scratch makes it.
     """
 
 
 @overload(matmul, jit_options=OPTIONS, strict=False)
-def _matmul(matrix: Any, x: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, scratch: Any) -> Any:
+def _matmul(
+    matrix: Any, x: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, one_sequence: Any, scratch: Any
+) -> Any:
+    if are_split(x):
+        return split_matmul
     return matmul_floats if isinstance(matrix, types.Array) else matmul_blocks
 
 
-def matmul_floats(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
+def split_matmul(
+    matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, one_sequence: int, scratch: Any
+) -> None:
+    """Be `matmul` for a bfloat16 matrix and SplitRows."""
+    matmul_split(matrix, x, first_t, count, out, first, last, scratch)
+
+
+def matmul_floats(
+    matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, one_sequence: int, scratch: Any
+) -> None:
     """Be `matmul` for a matrix of floats."""
-    if count > 1 and len(scratch):
+    if count > 1 and one_sequence:
         matmul_lanes(matrix, x, first_t, count, out, first, last, scratch)
     else:
         matmul_rows(matrix, x, first_t, count, out, first * ROW_BLOCK, min(last * ROW_BLOCK, out.shape[1]))
@@ -272,7 +289,9 @@ def matmul_rows(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: 
                     out[ts[v], rows[r]] = products[4 * r + v]
 
 
-def matmul_blocks(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
+def matmul_blocks(
+    matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, one_sequence: int, scratch: Any
+) -> None:
     """Be `matmul` for a PackedMatrix: one vector is multiplied with 2 blocks at a time, many by tiles of 2 x 4."""
     if count == 1:
         n = (last - first + 1) // 2

@@ -28,9 +28,9 @@ from numba.extending import intrinsic, overload
 
 from llamalet.kernels import bfloat16, llvm, simd
 from llamalet.kernels.bfloat16 import LANES, add_pair_products, begin_tiles, end_tiles, multiply_tiles
+from llamalet.kernels.jit import OPTIONS, kernel
 from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I32, I64, i64
-from llamalet.kernels.ops import OPTIONS, kernel
 
 WIDE = simd.instruction_path() == "avx512vnni"
 """Whether there are 32 registers of 16 numbers. Else 16 registers of 8 are assumed."""
@@ -313,7 +313,7 @@ def begin(left: Any) -> None:
 
 @overload(begin, jit_options=OPTIONS, strict=False)
 def _begin(left: Any) -> Any:
-    return (lambda left: begin_tiles()) if AMX and left.dtype == types.uint32 else lambda left: None
+    return (lambda left: begin_tiles(False)) if AMX and left.dtype == types.uint32 else lambda left: None
 
 
 def end(left: Any) -> None:

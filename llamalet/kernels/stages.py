@@ -6,10 +6,10 @@
         normed = rmsnorm(x, attention_norm)            attention_norm
         q, k, v = matmul(normed, wq | wk | wv)         qkv
         q, k = rope(q), rope(k); cache k, v            rope_and_cache
-        attention(q, k, v)                             attend, quantize_attended
+        attention(q, k, v)                             attend, prepare_attended
         x = x + matmul(.., wo)                         attention_output; ffn_norm adds
         normed = rmsnorm(x, ffn_norm)                  ffn_norm
-        hidden = swiglu(matmul(.., w1), matmul(.., w3))  gate_up, quantize_hidden
+        hidden = swiglu(matmul(.., w1), matmul(.., w3))  gate_up, prepare_hidden
         x = x + matmul(hidden, w2)                     down; the next attention_norm or final_norm adds
     rmsnorm(x, norm)                                   final_norm
     matmul(.., output)                                 logits
@@ -25,8 +25,9 @@ import numpy as np
 from numba import njit
 
 from llamalet.kernels import ops, threads
+from llamalet.kernels.jit import OPTIONS, kernel
 from llamalet.kernels.layers import FLOAT_BYTES, floats_at, layer_of
-from llamalet.kernels.ops import OPTIONS, QUERY_LANES, kernel
+from llamalet.kernels.ops import QUERY_LANES
 from llamalet.model_file.quantize import ROW_BLOCK
 
 # For functions that take all weights or the whole workspace: for a call, numba would copy hundreds of words.
@@ -34,8 +35,8 @@ inlined_kernel = njit(inline="always", **OPTIONS)
 
 # The stages of a layer, in order, and the two after the last layer.
 (
-    ATTENTION_NORM, QKV, ROPE_AND_CACHE, ATTEND, QUANTIZE_ATTENDED, ATTENTION_OUTPUT,
-    FFN_NORM, GATE_UP, QUANTIZE_HIDDEN, DOWN, FINAL_NORM, LOGITS,
+    ATTENTION_NORM, QKV, ROPE_AND_CACHE, ATTEND, PREPARE_ATTENDED, ATTENTION_OUTPUT,
+    FFN_NORM, GATE_UP, PREPARE_HIDDEN, DOWN, FINAL_NORM, LOGITS,
 ) = range(12)  # fmt: skip
 STAGES_PER_LAYER = FINAL_NORM
 
@@ -65,13 +66,13 @@ class Workspace(NamedTuple):
     projected: the result of wo or w2, not yet added to x: (T, C).
     gate: (T, F), and after swiglu the hidden activations.
     up: (T, F).
-    normed_activations: normed as matrices multiply it: itself, or ops.QuantizedRows.
+    normed_activations: normed as matrices multiply it: itself, or SplitRows, or ops.QuantizedRows.
     attended_activations: the same of attended.
     hidden_activations: the same of gate.
     scores: (H, capacity).
     lane_scores: scores of QUERY_LANES queries (H, capacity, QUERY_LANES).
     lane_queries: those queries, then their results (H, D, QUERY_LANES).
-    scratch: for each thread, a block of a matrix of floats (threads, cols, ROW_BLOCK).
+    scratch: for each thread, memory of its products (threads, rows, ROW_BLOCK); `matmul` says what.
     """
 
     job: Any
@@ -137,16 +138,16 @@ def run_block(weights: Any, space: Any, rope_tables: Any, stage: int, block: int
         rope_and_cache(space, rope_tables, layer, block, n_blocks)
     elif kind == ATTEND:
         attend(space, layer, block)
-    elif kind == QUANTIZE_ATTENDED:
-        quantize_share(space, space.attended, space.attended_activations, block, n_blocks)
+    elif kind == PREPARE_ATTENDED:
+        prepare_share(space, space.attended, space.attended_activations, block, n_blocks)
     elif kind == ATTENTION_OUTPUT:
         attention_output(weights, space, layer, block, n_blocks, thread)
     elif kind == FFN_NORM:
         ffn_norm(weights, space, layer, block, n_blocks)
     elif kind == GATE_UP:
         gate_up(weights, space, layer, block, n_blocks, thread)
-    elif kind == QUANTIZE_HIDDEN:
-        quantize_share(space, space.gate, space.hidden_activations, block, n_blocks)
+    elif kind == PREPARE_HIDDEN:
+        prepare_share(space, space.gate, space.hidden_activations, block, n_blocks)
     elif kind == DOWN:
         down(weights, space, layer, block, n_blocks, thread)
     elif kind == FINAL_NORM:
@@ -161,7 +162,7 @@ def run_block(weights: Any, space: Any, rope_tables: Any, stage: int, block: int
 @inlined_kernel
 def attention_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: int) -> None:
     """Embed the tokens, or finish the layer before; then normalise a share of the positions for attention."""
-    first, last = share_of(space.job[0].count, block, n_blocks)
+    first, last = share_of_positions(space, block, n_blocks)
     if layer == 0:
         table = layer_of(weights.tok_embeddings, 0)
         for t in range(first, last):
@@ -231,7 +232,7 @@ def attention_output(weights: Any, space: Any, layer: int, block: int, n_blocks:
 @inlined_kernel
 def ffn_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: int) -> None:
     """Add attention's output and normalise a share of the positions for the feed-forward network."""
-    first, last = share_of(space.job[0].count, block, n_blocks)
+    first, last = share_of_positions(space, block, n_blocks)
     add_rows(space.x, space.projected, first, last)
     norm_rows(space.x, weights.ffn_norm[layer], weights.norm_eps, space.normed, space.normed_activations, first, last)
 
@@ -256,7 +257,7 @@ def down(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread
 @inlined_kernel
 def final_norm(weights: Any, space: Any, block: int, n_blocks: int) -> None:
     """Add the last layer's output and normalise a share of the positions for the logits."""
-    first, last = share_of(space.job[0].count, block, n_blocks)
+    first, last = share_of_positions(space, block, n_blocks)
     add_rows(space.x, space.projected, first, last)
     norm_rows(space.x, weights.norm, weights.norm_eps, space.normed, space.normed_activations, first, last)
 
@@ -279,22 +280,30 @@ def share_of(n: int, block: int, n_blocks: int) -> Any:
 
 
 @inlined_kernel
+def share_of_positions(space: Any, block: int, n_blocks: int) -> Any:
+    """Return a block's share of the positions, as share_of; those that are prepared together stay together."""
+    count, lanes = space.job[0].count, ops.lanes_of(space.normed_activations)
+    first, last = share_of((count + lanes - 1) // lanes, block, n_blocks)
+    return first * lanes, min(last * lanes, count)
+
+
+@inlined_kernel
 def multiply(
     space: Any, matrix: Any, activations: Any, n_vectors: int, out: Any, block: int, n_blocks: int, thread: int
 ) -> Any:
     """Multiply the last n_vectors positions by a block's share of a matrix's rows; return these rows as a slice."""
     job, n_rows = space.job[0], out.shape[1]
     first, last = share_of((n_rows + ROW_BLOCK - 1) // ROW_BLOCK, block, n_blocks)
-    scratch = space.scratch[thread, : space.scratch.shape[1] * job.one_sequence]
-    ops.matmul(matrix, activations, job.count - n_vectors, n_vectors, out, first, last, scratch)
+    scratch = space.scratch[thread]
+    ops.matmul(matrix, activations, job.count - n_vectors, n_vectors, out, first, last, job.one_sequence, scratch)
     return slice(first * ROW_BLOCK, min(last * ROW_BLOCK, n_rows))
 
 
 @inlined_kernel
-def quantize_share(space: Any, x: Any, activations: Any, block: int, n_blocks: int) -> None:
-    """Quantize a share of the positions of x (T, cols) if the next matrix is a packed one."""
-    first, last = share_of(space.job[0].count, block, n_blocks)
-    ops.quantize_activations(x, activations, first, last)
+def prepare_share(space: Any, x: Any, activations: Any, block: int, n_blocks: int) -> None:
+    """Write a share of the positions of x (T, cols) as the next matrix multiplies them."""
+    first, last = share_of_positions(space, block, n_blocks)
+    ops.prepare_activations(x, activations, first, last)
 
 
 @kernel
@@ -307,10 +316,10 @@ def add_rows(x: Any, y: Any, first: int, last: int) -> None:
 
 @kernel
 def norm_rows(x: Any, weight: Any, eps: float, normed: Any, activations: Any, first: int, last: int) -> None:
-    """Normalise x[first:last] (T, C) and quantize the result if the next matrix is a packed one."""
+    """Normalise x[first:last] (T, C), and write the result as the next matrix multiplies it."""
     for t in range(first, last):
         ops.rmsnorm(x[t], weight, eps, normed[t])
-    ops.quantize_activations(normed, activations, first, last)
+    ops.prepare_activations(normed, activations, first, last)
 
 
 @kernel

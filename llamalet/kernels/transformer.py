@@ -14,10 +14,11 @@ from llamalet.checks import token_ids
 from llamalet.config import rope_tables
 from llamalet.cores import thread_count
 from llamalet.errors import UsageError
+from llamalet.kernels import bfloat16, stages
 from llamalet.kernels import cache as kernel_cache
-from llamalet.kernels import stages
 from llamalet.kernels.layers import Weights, address_of, stack_weights
 from llamalet.kernels.ops import QUERY_LANES, new_quantized_rows
+from llamalet.kernels.split_rows import new_scratch, new_split_rows
 from llamalet.kernels.stages import CACHE_SLOT, JOB, RopeTables, Workspace
 from llamalet.kernels.threads import ThreadTeam, new_words
 from llamalet.kv_cache import KVCache
@@ -50,6 +51,7 @@ class Transformer:
         self._tensors = file.tensors  # keeps the memory alive that the stacked weights refer to
         self._weights = stack_weights(file)
         self._bits = bits_of(file.tensors["tok_embeddings"])
+        self._on_tiles = self._bits == 16 and bfloat16.instructions() == "amx"
         self._n_threads = thread_count(threads)
         self._begin()
         self._team = ThreadTeam(compile_work(self._arguments_for(1, 0)), self._n_threads)
@@ -176,10 +178,13 @@ class Transformer:
             return np.zeros(shape, np.float32)
 
         def activations(x: Array) -> Any:
-            return new_quantized_rows(n_positions, x.shape[1], group_size, self._bits) if group_size else x
+            if group_size:
+                return new_quantized_rows(n_positions, x.shape[1], group_size, self._bits)
+            return new_split_rows(n_positions, x.shape[1]) if self._on_tiles else x
 
         normed, attended, gate = (zeros(n_positions, width) for width in (c.dim, q_dim, c.hidden_dim))
         q = zeros(n_positions, q_dim)
+        threads, widest = self._n_threads, max(c.dim, q_dim, c.hidden_dim)
         return Workspace(
             job=np.zeros(1, JOB),
             n_blocks=self._count_blocks(n_positions),
@@ -201,7 +206,7 @@ class Transformer:
             scores=zeros(c.n_heads, capacity),
             lane_scores=zeros(c.n_heads, capacity, QUERY_LANES),
             lane_queries=zeros(c.n_heads, c.head_dim, QUERY_LANES),
-            scratch=zeros(self._n_threads, 0 if group_size else max(c.dim, q_dim, c.hidden_dim), ROW_BLOCK),
+            scratch=new_scratch(threads, widest) if self._on_tiles else zeros(threads, widest, ROW_BLOCK),
         )
 
     def _count_blocks(self, n_positions: int) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from llamalet.backward.runner import Runner
 from llamalet.errors import ConfigError
 from llamalet.kernels import bfloat16
 from llamalet.kernels.bfloat16 import TILE_ROWS, VARIABLE, available_instructions, filled
-from llamalet.kernels.ops import kernel
+from llamalet.kernels.jit import kernel
 from llamalet.kernels.products import EDGE_SHAPE
 from llamalet.model_file.quantize import from_bfloat16, to_bfloat16
 

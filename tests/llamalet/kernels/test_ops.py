@@ -15,9 +15,10 @@ from numba import njit
 
 from llamalet import reference
 from llamalet.errors import ConfigError
-from llamalet.kernels import ops, simd, stages
+from llamalet.kernels import bfloat16, ops, simd, stages
 from llamalet.kernels.layers import as_matrix, layer_of
 from llamalet.kernels.ops import new_quantized_rows
+from llamalet.kernels.split_rows import new_scratch, new_split_rows, split_rows
 from llamalet.kernels.transformer import bits_of
 from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized, pack, pack_q4, pack_q8, quantize, to_bfloat16
 
@@ -55,18 +56,24 @@ def at_the_end_of_memory(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-KINDS = ("float32", "bfloat16", "q8", "q4", "int8 in groups of 16", "int8 in groups of 32")
+KINDS = ["float32", "bfloat16", "q8", "q4", "int8 in groups of 16", "int8 in groups of 32"]
+if bfloat16.instructions() == "amx":
+    KINDS.append("bfloat16 on tiles")
 
 
 def weight_of(weight: np.ndarray, kind: str) -> Any:
     """Return a matrix in one of its forms; int8 needs columns that are whole groups."""
     if kind.startswith("int8"):
         return pack(quantize(weight, int(kind.split()[-1])))
-    return {"float32": np.asarray, "bfloat16": to_bfloat16, "q8": pack_q8, "q4": pack_q4}[kind](weight)
+    return {"float32": np.asarray, "bfloat16": to_bfloat16, "q8": pack_q8, "q4": pack_q4}[kind.split()[0]](weight)
 
 
-def activations_of(x: np.ndarray, weight: Any) -> Any:
-    """Return x (T, cols) as the kernels prepare it for a weight."""
+def activations_of(x: np.ndarray, weight: Any, kind: str) -> Any:
+    """Return x (T, cols) as the kernels prepare it for a weight of this kind."""
+    if kind == "bfloat16 on tiles":
+        rows = new_split_rows(*x.shape)
+        split_rows(x, rows, 0, len(x))
+        return rows
     if not isinstance(weight, Packed):
         return x
     rows = new_quantized_rows(*x.shape, weight.group_size, bits_of(weight))
@@ -75,13 +82,14 @@ def activations_of(x: np.ndarray, weight: Any) -> Any:
 
 
 @njit
-def matmul_of_layer(matrix, activations, first_t, count, out, first, last, scratch):
-    ops.matmul(layer_of(matrix, 0), activations, first_t, count, out, first, last, scratch)
+def matmul_of_layer(matrix, activations, first_t, count, out, first, last, one_sequence, scratch):
+    ops.matmul(layer_of(matrix, 0), activations, first_t, count, out, first, last, one_sequence, scratch)
 
 
-def scratch_for(cols: int, one_sequence: bool) -> np.ndarray:
-    """Return the memory that a matrix of floats needs for the positions of one sequence."""
-    return at_the_end_of_memory(np.full((cols if one_sequence else 0, ROW_BLOCK), np.nan, np.float32))
+def scratch_for(cols: int) -> np.ndarray:
+    """Return the memory that a thread needs for products."""
+    shape = new_scratch(1, cols)[0].shape if bfloat16.instructions() == "amx" else (cols, ROW_BLOCK)
+    return at_the_end_of_memory(np.full(shape, np.nan, np.float32))
 
 
 @pytest.mark.parametrize("group", [8, 16, 64, 128])
@@ -163,8 +171,8 @@ def test_matmul(kind, n_rows, cols, n_vectors, one_sequence, seed, data):
     expected, product, count = out.copy(), reference.matmul(x, weight), n_vectors - first_t
     rows = slice(first * ROW_BLOCK, last * ROW_BLOCK)
     expected[:count, rows] = product[first_t:, rows]
-    scratch = scratch_for(cols, one_sequence)
-    matmul_of_layer(as_matrix([weight]), activations_of(x, weight), first_t, count, out, first, last, scratch)
+    activations, scratch = activations_of(x, weight, kind), scratch_for(cols)
+    matmul_of_layer(as_matrix([weight]), activations, first_t, count, out, first, last, one_sequence, scratch)
     np.testing.assert_allclose(out, expected, rtol=0, atol=SUM_ROUNDINGS * (np.abs(x) @ np.abs(floating).T).max())
 
 
@@ -175,10 +183,11 @@ def test_a_vector_gets_the_same_products_alone_and_in_a_batch(kind, n_rows, n_gr
     """In a batch of sequences."""
     x, weight = floats(seed, n_vectors, 32 * n_groups), weight_of(floats(seed + 1, n_rows, 32 * n_groups), kind)
     together, alone = np.zeros((2, n_vectors, n_rows), np.float32)
-    n_blocks, scratch = -(-n_rows // ROW_BLOCK), scratch_for(0, False)
-    matmul_of_layer(as_matrix([weight]), activations_of(x, weight), 0, n_vectors, together, 0, n_blocks, scratch)
+    n_blocks, scratch = -(-n_rows // ROW_BLOCK), scratch_for(x.shape[1])
+    activations = activations_of(x, weight, kind)
+    matmul_of_layer(as_matrix([weight]), activations, 0, n_vectors, together, 0, n_blocks, False, scratch)
     for t in range(n_vectors):
-        matmul_of_layer(as_matrix([weight]), activations_of(x, weight), t, 1, alone[t:], 0, n_blocks, scratch)
+        matmul_of_layer(as_matrix([weight]), activations, t, 1, alone[t:], 0, n_blocks, False, scratch)
     np.testing.assert_array_equal(together, alone)
 
 
@@ -189,7 +198,7 @@ def test_matmul_reads_nothing_beyond_its_operands(kind, cols):
     if kind.startswith("int8"):
         cols = 192
     x, weight = floats(1, 5, cols), weight_of(floats(0, 23, cols), kind)
-    activations, guarded, guarded_activations = activations_of(x, weight), weight, at_the_end_of_memory(x)
+    activations, guarded, guarded_activations = activations_of(x, weight, kind), weight, at_the_end_of_memory(x)
     if isinstance(weight, Packed):
         guarded = weight._replace(
             values=at_the_end_of_memory(weight.values), scales=at_the_end_of_memory(weight.scales)
@@ -200,11 +209,13 @@ def test_matmul_reads_nothing_beyond_its_operands(kind, cols):
         )  # fmt: skip
     else:
         guarded = at_the_end_of_memory(weight)
+    if kind == "bfloat16 on tiles":
+        guarded_activations = activations._replace(parts=at_the_end_of_memory(activations.parts))
     for count, one_sequence in ((1, False), (5, False), (5, True)):
         expected, out = np.zeros((count, 23), np.float32), at_the_end_of_memory(np.zeros((count, 23), np.float32))
-        scratch = scratch_for(cols, one_sequence)
-        matmul_of_layer(as_matrix([weight]), activations, 0, count, expected, 0, 2, scratch)
-        matmul_of_layer(as_matrix([guarded]), guarded_activations, 0, count, out, 0, 2, scratch)
+        scratch = scratch_for(cols)
+        matmul_of_layer(as_matrix([weight]), activations, 0, count, expected, 0, 2, one_sequence, scratch)
+        matmul_of_layer(as_matrix([guarded]), guarded_activations, 0, count, out, 0, 2, one_sequence, scratch)
         np.testing.assert_array_equal(out, expected)
 
 
@@ -366,5 +377,6 @@ def test_no_kernel_hides_a_nan():
     assert np.isnan(both).all()
     for kind in KINDS:
         weight, result = weight_of(floats(4, 3, 64), kind), np.zeros((1, 3), np.float32)
-        matmul_of_layer(as_matrix([weight]), activations_of(x[None], weight), 0, 1, result, 0, 1, scratch_for(0, False))
+        activations = activations_of(x[None], weight, kind)
+        matmul_of_layer(as_matrix([weight]), activations, 0, 1, result, 0, 1, False, scratch_for(64))
         assert np.isnan(result).all()

@@ -13,7 +13,7 @@ from llamalet import model_file, reference, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.cores import physical_cores, thread_count
 from llamalet.errors import ConfigError, UsageError
-from llamalet.kernels import simd, threads
+from llamalet.kernels import bfloat16, simd, threads
 from llamalet.kernels import transformer as kernels_transformer
 from llamalet.kernels.layers import stack_weights
 from llamalet.kernels.transformer import POSITIONS_PER_PASS, Transformer
@@ -98,6 +98,13 @@ def test_a_sequence_gets_the_same_logits_in_a_batch_as_alone(file):
             assert found.shape == (size, file.config.vocab_size)
             np.testing.assert_array_equal(found, [model.decode(c, i) for c, i in zip(alone, ids, strict=True)])
         assert [cache.length for cache in batch] == [length + n_steps for length in lengths]
+
+
+def test_bfloat16_without_tile_registers(monkeypatch):
+    monkeypatch.setattr(bfloat16, "instructions", lambda: None)
+    file = in_memory(ODD_MODEL, "bf16")
+    test_equals_the_reference(file, "bf16")
+    test_a_sequence_gets_the_same_logits_in_a_batch_as_alone(file)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
