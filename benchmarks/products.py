@@ -37,6 +37,7 @@ from llamalet.command import run
 from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError
 from llamalet.kernels import bfloat16
+from llamalet.kernels.layers import aligned_zeros
 from llamalet.kernels.products import EDGE_SHAPE
 from llamalet.model_file.quantize import to_bfloat16
 from llamalet.model_file.tensors import tensor_specs
@@ -106,14 +107,14 @@ def matrices_of(name: str) -> dict[str, tuple[int, int]]:
 def products(runner: Runner, config: ProductBenchConfig, out_dim: int, in_dim: int) -> Iterator[tuple[str, Work, Work]]:
     """Yield each product's formula, and how it is computed here and by torch."""
     rng, rounded = np.random.default_rng(0), config.dtype == "bfloat16"
-    x, weight, d_y = (
-        rng.standard_normal(shape).astype(np.float32)
-        for shape in ((config.rows, in_dim), (out_dim, in_dim), (config.rows, out_dim))
-    )
-    y, d_x, d_weight = (np.zeros(array.shape, np.float32) for array in (d_y, x, weight))
+    shapes = (config.rows, in_dim), (out_dim, in_dim), (config.rows, out_dim)
+    x, weight, d_y = (aligned_zeros(shape, np.float32) for shape in shapes)
+    for array in (x, weight, d_y):
+        rng.standard_normal(array.shape, np.float32, array)
+    y, d_x, d_weight = (aligned_zeros(array.shape, np.float32) for array in (d_y, x, weight))
     size = 2 * max(x.size, weight.size, d_y.size)
-    right = np.zeros(size, np.uint32 if rounded else np.float32)
-    left = np.zeros(size, np.uint16 if rounded else np.float32)
+    right = aligned_zeros((size,), np.uint32 if rounded else np.float32)
+    left = aligned_zeros((size,), np.uint16 if rounded else np.float32)
     left_x, left_d_y = (as_operand(array) if rounded else array for array in (x, d_y))
     kind = torch.bfloat16 if rounded else torch.float32
     tx, tw, td = (torch.from_numpy(array).to(kind) for array in (x, weight, d_y))
@@ -128,7 +129,7 @@ def products(runner: Runner, config: ProductBenchConfig, out_dim: int, in_dim: i
 
 def as_operand(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Return x as a bfloat16 operand: filled up, with rows after the last that may be read."""
-    memory = np.zeros((len(x) + bfloat16.TILE_ROWS, bfloat16.filled(x.shape[1])), np.uint16)
+    memory = aligned_zeros((len(x) + bfloat16.TILE_ROWS, bfloat16.filled(x.shape[1])), np.uint16)
     memory[: len(x), : x.shape[1]] = to_bfloat16(x)
     return memory[: len(x)]
 

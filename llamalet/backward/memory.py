@@ -16,14 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.kernels.bfloat16 import TILE_ROWS
-from llamalet.kernels.layers import address_of
+from llamalet.kernels.layers import ALIGNMENT, aligned_zeros
 
 Array = NDArray[np.float32]
 Result = TypeVar("Result")
 Take = Callable[..., Any]
-
-ALIGNMENT = 64
-"""Every array begins at a multiple of this many bytes: a cache line, the widest vector."""
 
 
 class Counter:
@@ -44,8 +41,7 @@ class Memory(Counter):
 
     def __init__(self, n_bytes: int) -> None:
         super().__init__()
-        whole = np.zeros(n_bytes + ALIGNMENT, np.uint8)
-        self._bytes = whole[-address_of(whole) % ALIGNMENT :][:n_bytes]
+        self._bytes = aligned_zeros((n_bytes,), np.uint8)
 
     def take(self, *shape: int, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
         """Return an array of this shape and type, all zeros."""

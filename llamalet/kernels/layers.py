@@ -1,5 +1,6 @@
 """The weights as the kernels take them: the layers of each matrix as one LayerStack, where the file is mapped."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from llamalet.model_file.reader import ModelFile
 from llamalet.reference import output_weight
 
 FLOAT_BYTES = 4
+
+ALIGNMENT = 64
+"""Bytes of a cache line, and of the widest vector."""
 
 
 class LayerStack(NamedTuple):
@@ -129,6 +133,14 @@ def address_of(array: NDArray[Any]) -> int:
     """Return the address of an array's first element."""
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Return zeros that begin at a multiple of ALIGNMENT bytes, where the processor loads vectors and tiles fastest."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(n_bytes + ALIGNMENT, np.uint8)
+    first = -address_of(memory) % ALIGNMENT
+    return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
 
 @intrinsic

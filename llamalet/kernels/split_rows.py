@@ -10,7 +10,6 @@ bfloat16.py packs the right side of a product. Each of the three products is a s
 there is one vector or many. So a token has the same products, bit for bit, decoded, in a batch or in a prompt.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -39,7 +38,7 @@ from llamalet.kernels.bfloat16 import (
     tile_call,
 )  # fmt: skip
 from llamalet.kernels.jit import kernel
-from llamalet.kernels.layers import address_of, contiguous_at
+from llamalet.kernels.layers import aligned_zeros, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, Table, i64
 
 N_REGISTERS = 8
@@ -67,14 +66,6 @@ def new_split_rows(n: int, cols: int) -> SplitRows:
 def new_scratch(threads: int, cols: int) -> NDArray[np.float32]:
     """Return scratch of threads that multiply matrices of up to `cols` columns: float32 (threads, n, 16)."""
     return aligned_zeros((threads, SUM_ROWS + COPIES * copy_rows(cols), LANES), np.float32)
-
-
-def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Return zeros that begin at a cache line, where registers are loaded twice as fast."""
-    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.zeros(n_bytes + TILE_BYTES, np.uint8)
-    first = -address_of(memory) % TILE_BYTES
-    return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
 
 @kernel
