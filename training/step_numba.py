@@ -48,7 +48,7 @@ def check_settings(config: TrainConfig) -> None:
         problems.append(f"parallel={config.parallel}: the numba backend has one process")
     if config.dtype == "bfloat16" and bfloat16.instructions() is None:
         problems.append(
-            f"dtype=bfloat16: this processor does not multiply it, or {bfloat16.VARIABLE} forbids it; "
+            f"dtype=bfloat16: float32 is faster on this processor, or {bfloat16.VARIABLE} forbids it; "
             "leave the option out for float32"
         )
     if (config.threads or 1) > MAX_THREADS:

@@ -12,7 +12,8 @@ The pairs of a row are filled up with zeros to a multiple of 16. products.py doe
     amx          tdpbf16ps, 16 rows of 16 pairs with 16 columns of 16 pairs (Intel, since Sapphire Rapids)
     avx512bf16   vdpbf16ps, a pair with 16 pairs (Intel since Cooper Lake, AMD since Zen 4)
 
-LLAMALET_BF16=NAME forces one, LLAMALET_BF16=none float32 instead. The sums of the two differ in their last bits.
+The default is amx, then avx512bf16 on AMD, then float32. LLAMALET_BF16=NAME forces one, LLAMALET_BF16=none float32.
+The sums of the two differ in their last bits.
 """
 
 import ctypes
@@ -66,18 +67,26 @@ FOR_READING, FOR_WRITING, INTO_SECOND_CACHE = 0, 1, 2
 
 @functools.cache
 def instructions() -> str | None:
-    """Return amx or avx512bf16, the faster that this process may use; None if it may use neither.
+    """Return amx or avx512bf16, the faster that this process may use; None if float32 is faster than what there is.
 
     Raises:
         ConfigError: if LLAMALET_BF16 names something else.
     """
     paths = available_instructions()
-    forced = os.environ.get(VARIABLE) or (paths[0] if paths else "none")
+    forced = os.environ.get(VARIABLE) or next((path for path in paths if pays(path)), "none")
     if forced not in (*paths, "none"):
         known = forced in ("amx", "avx512bf16")
         missing = "this processor does not have it" if known else "there are no such instructions"
         raise ConfigError(f"{VARIABLE}={forced}: {missing}; take one of {', '.join((*paths, 'none'))}")
     return None if forced == "none" else forced
+
+
+def pays(path: str) -> bool:
+    """Return whether these instructions are faster than float32 here.
+
+    On Intel, vdpbf16ps is not: a training step of the 15M shape took 1.4 times as long (docs/speed.md).
+    """
+    return path == "amx" or llvmlite.binding.get_host_cpu_name().startswith("znver")
 
 
 def available_instructions() -> list[str]:

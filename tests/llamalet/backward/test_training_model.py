@@ -18,7 +18,7 @@ from llamalet.kernels import bfloat16
 from llamalet.kernels.threads import DONE, TICKET, Team, new_words
 from llamalet.model_file.quantize import from_bfloat16, to_bfloat16
 
-needs_bfloat16 = pytest.mark.skipif(bfloat16.instructions() is None, reason="the processor does not multiply bfloat16")
+needs_bfloat16 = pytest.mark.skipif(bfloat16.instructions() is None, reason="bfloat16 does not pay here")
 NAN_BITS = 0x7FC0
 ROUNDED = [False, pytest.param(True, marks=needs_bfloat16, id="bfloat16")]
 

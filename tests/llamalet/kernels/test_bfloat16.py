@@ -15,7 +15,7 @@ from llamalet.kernels.jit import kernel
 from llamalet.kernels.products import EDGE_SHAPE
 from llamalet.model_file.quantize import from_bfloat16, to_bfloat16
 
-needs_bfloat16 = pytest.mark.skipif(bfloat16.instructions() is None, reason="the processor does not multiply bfloat16")
+needs_bfloat16 = pytest.mark.skipif(bfloat16.instructions() is None, reason="bfloat16 does not pay here")
 NAN_BITS = 0x7FC0
 
 SHAPES = [(1, 1, 1), (8, 32, 48), (9, 17, 49), (33, 40, 900), (130, 500, 70), (300, 1000, 100), (64, 385, 33)]
@@ -89,7 +89,7 @@ def test_rounding_is_to_the_nearest_and_to_even():
     assert not out[:, x.size :].any()
 
 
-@pytest.mark.parametrize("name", available_instructions()[1:])
+@pytest.mark.parametrize("name", [name for name in available_instructions() if name != bfloat16.instructions()])
 def test_every_other_instruction_gives_the_same(name):
     command = [sys.executable, "-m", "pytest", "-q", "-n0", __file__, "-k", "not every_other"]
     found = subprocess.run(command, env=os.environ | {VARIABLE: name}, capture_output=True, text=True)
@@ -102,3 +102,19 @@ def test_instructions_that_the_machine_lacks_are_refused(monkeypatch):
         bfloat16.instructions.__wrapped__()
     monkeypatch.setenv(VARIABLE, "none")
     assert bfloat16.instructions.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("available", "processor", "expected"),
+    [
+        (["amx", "avx512bf16"], "sapphirerapids", "amx"),
+        (["avx512bf16"], "sapphirerapids", None),
+        (["avx512bf16"], "znver5", "avx512bf16"),
+        ([], "znver3", None),
+    ],
+)
+def test_the_default_is_what_pays(monkeypatch, available, processor, expected):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(bfloat16, "available_instructions", lambda: available)
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: processor)
+    assert bfloat16.instructions.__wrapped__() == expected
