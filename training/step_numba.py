@@ -21,6 +21,7 @@ from llamalet.config import IGNORED, ModelConfig
 from llamalet.cores import MAX_THREADS, physical_cores
 from llamalet.errors import CheckpointError, ConfigError, FormatError
 from llamalet.kernels import bfloat16
+from llamalet.kernels.cache import without_collecting
 from llamalet.kernels.simd import instruction_path
 from llamalet.kv_cache import free_memory
 from llamalet.model_file.checkpoint import SUFFIX
@@ -202,11 +203,12 @@ def new_optimizer(config: TrainConfig, model: TrainingModel) -> NumbaOptimizer:
 
 def compile_kernels(config: TrainConfig) -> None:
     """Compile what a step needs, by one with a tiny model."""
-    model = tiny_model(rounded=rounds(config))
-    optimizer = new_optimizer(config, model)
-    model.loss_and_gradients(TINY_BATCH, TINY_BATCH)
-    optimizer.norm(model.gradients)
-    optimizer.step(model.gradients, rate=0.0)
+    with without_collecting():
+        model = tiny_model(rounded=rounds(config))
+        optimizer = new_optimizer(config, model)
+        model.loss_and_gradients(TINY_BATCH, TINY_BATCH)
+        optimizer.norm(model.gradients)
+        optimizer.step(model.gradients, rate=0.0)
 
 
 TINY_BATCH = np.zeros((1, 2), np.int64)
@@ -224,7 +226,7 @@ def tiny_model(*, rounded: bool) -> TrainingModel:
 
 def new_scorer(checkpoint: Checkpoint, threads: int | None) -> Scorer:
     """Return what scores text with a checkpoint's model, row by row."""
-    with nothing_to_lose():
+    with nothing_to_lose(), without_collecting():
         tiny_model(rounded=False).loss(TINY_BATCH, TINY_BATCH)
     context = checkpoint.model_config.max_seq_len
     model = TrainingModel(

@@ -21,7 +21,7 @@ from llamalet.backward.memory import Take
 from llamalet.backward.ops import BLOCK_ROWS
 from llamalet.kernels import products, simd
 from llamalet.kernels.bfloat16 import LANES, stored
-from llamalet.kernels.jit import kernel
+from llamalet.kernels.jit import inlined_kernel, kernel
 from llamalet.kernels.layers import FLOAT_BYTES
 from llamalet.kernels.powers import sum_of_powers, write_powers
 from llamalet.kernels.threads import blocks
@@ -129,7 +129,7 @@ def forward(normed: Any, panels: Any, vocab_size: int, targets: Any, space: Any,
                     space.sum_parts[block, first + t] = sum_of_powers(numbers, largest, float32(1))
 
 
-@kernel
+@inlined_kernel
 def compute_logits(normed: Any, panels: Any, column: int, n: int, logits: Any, space: Any, thread: int) -> None:
     """Write n columns of the logits, from `column` on, to logits (rows, COLUMNS)."""
     left = products.left_of(normed, space.left[thread])

@@ -17,9 +17,10 @@ from numba import float32, uint64
 from llamalet.backward.dropout import GAMMA, MULTIPLIERS
 from llamalet.kernels import bfloat16, products, simd
 from llamalet.kernels.bfloat16 import stored
-from llamalet.kernels.jit import kernel, summing_kernel
+from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel, summing_kernel
 from llamalet.kernels.ops import dot
 from llamalet.kernels.powers import sum_of_powers, write_powers
+from llamalet.kernels.shared import shared
 from llamalet.kernels.threads import blocks
 
 BLOCK_ROWS = 32
@@ -65,7 +66,7 @@ class AttentionSpace(NamedTuple):
 # -- dropout ----------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def scale_of(drop: Any, index: int) -> float:
     """Return what dropout multiplies a value with; see Dropout.scales."""
     z = drop.state + (uint64(index) + uint64(1)) * GAMMA_64
@@ -84,7 +85,7 @@ def apply_dropout(x: Any, drop: Any, out: Any, team: Any) -> None:
             drop_row(x[t], drop, t * x.shape[1], out[t])
 
 
-@kernel
+@inner_kernel
 def drop_row(x: Any, drop: Any, first: int, out: Any) -> None:
     """Write x (n,), whose first value has the index `first`, to out with some values dropped."""
     if drop.rate == 0:
@@ -205,7 +206,7 @@ def dot_of_three(x: Any, y: Any, z: Any) -> float:
     return result
 
 
-@kernel
+@inner_kernel
 def inverse_rms(x: Any, eps: float) -> float:
     """Return what RMSNorm multiplies x (C,) with."""
     return float32(1) / np.sqrt(dot(x, x) / float32(len(x)) + eps)
@@ -254,7 +255,7 @@ def rope_backward(d_heads: Any, cos: Any, sin: Any, d_x: Any, team: Any) -> None
                 turn(d_heads[t // T, h, t % T], cos[t % T], sin[t % T], float32(-1), d_x[t, h * D : (h + 1) * D])
 
 
-@kernel
+@inner_kernel
 def turn(x: Any, cos: Any, sin: Any, sign: float, out: Any) -> None:
     """Turn each pair of x (D,) by its angle (D / 2,), forth or back, into out."""
     for i in range(len(cos)):
@@ -321,7 +322,7 @@ def attention(q: Any, k: Any, v: Any, drop: Any, mixed: Any, space: Any, team: A
                 row[i] = stored(head[t, i], row)
 
 
-@kernel
+@shared
 def attention_weights(q: Any, k: Any, space: Any, thread: int) -> None:
     """Write a head's attention weights (T, T); those of the future are zero up to `end_of_tile`. q and k are (T, D)."""
     weights, by_rows = space.weights[thread], space.by_rows[thread]
@@ -338,13 +339,13 @@ def attention_weights(q: Any, k: Any, space: Any, thread: int) -> None:
             row[s] = float32(0)
 
 
-@kernel
+@inlined_kernel
 def end_of_tile(t: int, T: int) -> int:
     """Return up to where row t of a lower triangle has to be zero: products take some rows, and all their terms."""
     return min((t // LOWER_ROWS + 1) * LOWER_ROWS, T)
 
 
-@kernel
+@inlined_kernel
 def prepare_lower(x: Any, room: Any) -> None:
     """Do what products.prepare_left does, for the lower triangle of x (T, T) alone."""
     T = len(x)
@@ -353,7 +354,7 @@ def prepare_lower(x: Any, room: Any) -> None:
         products.prepare_left(x[first:end, :end], room[first:end])
 
 
-@kernel
+@inlined_kernel
 def scores_of(left: Any, by_rows: Any, scores: Any, edge: Any) -> None:
     """Write left @ right to scores (T, T): at least its lower triangle, tile by tile."""
     T = len(scores)
@@ -363,7 +364,7 @@ def scores_of(left: Any, by_rows: Any, scores: Any, edge: Any) -> None:
         products.multiply_range(left, by_rows, scores, False, (row, end), (0, end), (0, by_rows.shape[1]), edge)
 
 
-@kernel
+@inlined_kernel
 def multiply_lower(left: Any, right: Any, out: Any, add: bool, edge: Any) -> None:
     """Write left @ right to out (T, D), or add it; left is a lower triangle."""
     T, D = out.shape
@@ -374,7 +375,7 @@ def multiply_lower(left: Any, right: Any, out: Any, add: bool, edge: Any) -> Non
         products.multiply_range(left, right, out, add, (row, end), (0, D), terms, edge)
 
 
-@kernel
+@inlined_kernel
 def multiply_upper(left: Any, right: Any, out: Any, add: bool, edge: Any) -> None:
     """Write left @ right to out (T, D), or add it; left is the transpose of a lower triangle."""
     T, D = out.shape
@@ -384,14 +385,14 @@ def multiply_upper(left: Any, right: Any, out: Any, add: bool, edge: Any) -> Non
         products.multiply_range(left, right, out, add, rows, (0, D), terms, edge)
 
 
-@kernel
+@inlined_kernel
 def pack_head(x: Any, panels: Any) -> None:
     """Pack a head (T, D) by rows."""
     for panel in range(len(panels)):
         products.pack_rows(x, panels, panel)
 
 
-@kernel
+@inner_kernel
 def drop_weights(weights: Any, drop: Any, head: int) -> None:
     """Drop some of the weights (T, T) of a head, numbered through all sequences."""
     T = len(weights)
@@ -430,7 +431,7 @@ def attention_backward(
             )  # fmt: skip
 
 
-@kernel
+@inlined_kernel
 def head_backward(
     d_out: Any, q: Any, k: Any, v: Any, drop: Any, head: int, d_q: Any, d_k: Any, d_v: Any, add: bool, space: Any,
     thread: int,

@@ -13,9 +13,10 @@ from llamalet.backward.groups import Group, group_of, muon_rate
 from llamalet.backward.memory import Array, Take, allocate, bytes_of
 from llamalet.backward.runner import Runner
 from llamalet.kernels import bfloat16, products
-from llamalet.kernels.jit import kernel
+from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel
 from llamalet.kernels.layers import address_of, floats_at
 from llamalet.kernels.ops import dot
+from llamalet.kernels.shared import shared
 from llamalet.kernels.threads import blocks
 
 BLOCK = 1 << 14
@@ -263,7 +264,7 @@ def adamw(weight: Any, gradient: Any, mean: Any, mean_square: Any, f: Any, team:
             w[i] = w[i] * f.keep - f.step * m[i] / (np.sqrt(v[i]) * f.root_factor + f.eps)
 
 
-@kernel
+@inner_kernel
 def unless_below(least: float, x: float) -> float:
     """Return x, but zero if it is smaller than `least`; NaN stays."""
     return float32(0) if abs(x) < least else x
@@ -310,7 +311,7 @@ def muon(jobs: Any, scale: float, keep: float, space: Any, team: Any) -> None:
                     row[j] = row[j] * keep - found[j, i] * job.step
 
 
-@kernel
+@inlined_kernel
 def write_transpose(x: Any, out: Any) -> None:
     """Write the transpose of x to out, square by square of 16, so that a line of memory is used while it is near."""
     rows, cols = x.shape
@@ -321,7 +322,7 @@ def write_transpose(x: Any, out: Any) -> None:
                     out[j, i] = x[i, j]
 
 
-@kernel
+@inlined_kernel
 def follow(momentum: Any, gradient: Any, scale: float) -> None:
     """Move the momentum towards the gradient, and replace the gradient by where it will be a step later."""
     beta = float32(MUON_MOMENTUM)
@@ -333,7 +334,7 @@ def follow(momentum: Any, gradient: Any, scale: float) -> None:
             g[j] = slope + (m[j] - slope) * beta
 
 
-@kernel
+@inlined_kernel
 def shrink(x: Any) -> None:
     """Divide a matrix by its norm, so that no singular value is above 1."""
     squares = 0.0
@@ -346,7 +347,7 @@ def shrink(x: Any) -> None:
             row[j] *= factor
 
 
-@kernel
+@inner_kernel
 def orthogonalize(x: Any, out: Any, space: Any, thread: int) -> None:
     """Take all singular values of x (side, long) near 1, into out; x is overwritten."""
     for _ in range(MUON_ITERATIONS // 2):
@@ -355,7 +356,7 @@ def orthogonalize(x: Any, out: Any, space: Any, thread: int) -> None:
     iterate(x, out, space, thread)
 
 
-@kernel
+@shared
 def iterate(x: Any, out: Any, space: Any, thread: int) -> None:
     """Write (a I + b A + c A^2) X to out, where A is X X^T; both are (side, long)."""
     side, long = x.shape
@@ -384,7 +385,7 @@ def iterate(x: Any, out: Any, space: Any, thread: int) -> None:
     multiply(gram, by_columns, out, True, space, thread)
 
 
-@kernel
+@shared
 def multiply(x: Any, right: Any, out: Any, add: bool, space: Any, thread: int) -> None:
     """Compute out = x @ right, or add it to out, where x is a float32 matrix and right is packed."""
     rows, terms = (0, out.shape[0]), (0, right.shape[1])

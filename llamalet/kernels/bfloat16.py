@@ -174,15 +174,33 @@ def as_pairs(context: Any, builder: ir.IRBuilder, kind: Any, value: Any, result:
     return array_at(context, builder, result, builder.bitcast(array.data, I32.as_pointer()), shape, strides, i64(4))
 
 
-def round_rows(x: Any, out: Any) -> None:
-    """Round a float32 matrix (m, depth) into out (m or more, filled(depth) or more), with the zeros that fill it up."""
-    depth = x.shape[1]
-    for t in range(len(x)):
-        row, rounded = x[t], out[t]
-        for i in range(depth):
-            rounded[i] = round_float(row[i])
-        for i in range(depth, (depth + TERMS - 1) // TERMS * TERMS):
-            rounded[i] = np.uint16(0)
+@intrinsic
+def round_rows(typing_context: Any, x: Any, out: Any) -> Any:
+    """Round a float32 matrix (m, depth) into out (m or more, filled(depth) or more), with the zeros that fill it up.
+
+    The rows of both are contiguous.
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        source, target = (context.make_array(array)(context, builder, args[at]) for array, at in ((x, 0), (out, 1)))
+        n_rows, depth = cgutils.unpack_tuple(builder, source.shape)
+        with cgutils.for_range(builder, n_rows, intp=I64) as loop:
+            row, rounded = (row_of(builder, array, loop.index) for array in (source, target))
+            with cgutils.for_range_slice(builder, i64(0), depth, i64(TERMS), I64) as (k, _):
+                numbers = llvm.load_some(builder, builder.gep(row, [k]), builder.sub(depth, k), TERMS)
+                place = builder.gep(rounded, [k])
+                vector = round_vector(builder, numbers)
+                builder.store(vector, builder.bitcast(place, vector.type.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.none(x, out), build
+
+
+def row_of(builder: ir.IRBuilder, matrix: Any, index: Any) -> Any:
+    """Return the address of a row of a matrix."""
+    row_bytes, _ = cgutils.unpack_tuple(builder, matrix.strides)
+    place = builder.gep(builder.bitcast(matrix.data, I8.as_pointer()), [builder.mul(index, row_bytes)])
+    return builder.bitcast(place, matrix.data.type)
 
 
 @intrinsic
@@ -226,14 +244,9 @@ def pack_rows(typing_context: Any, matrix: Any, first: Any, panel: Any) -> Any:
 def _rows_from(builder: ir.IRBuilder, matrix: Any, first: Any, count: int) -> list[tuple[Any, Any]]:
     """Return the addresses and widths of some rows of a matrix; rows that it does not have are 0 wide."""
     n_rows, width = cgutils.unpack_tuple(builder, matrix.shape)
-    row_bytes, _ = cgutils.unpack_tuple(builder, matrix.strides)
-    rows = []
-    for i in range(count):
-        number = builder.add(first, i64(i))
-        place = builder.gep(builder.bitcast(matrix.data, I8.as_pointer()), [builder.mul(number, row_bytes)])
-        there = builder.icmp_signed("<", number, n_rows)
-        rows.append((builder.bitcast(place, matrix.data.type), builder.select(there, width, i64(0))))
-    return rows
+    numbers = [builder.add(first, i64(i)) for i in range(count)]
+    widths = [builder.select(builder.icmp_signed("<", number, n_rows), width, i64(0)) for number in numbers]
+    return [(row_of(builder, matrix, number), own) for number, own in zip(numbers, widths, strict=True)]
 
 
 def _load_pairs(builder: ir.IRBuilder, rows: Any, column: Any) -> Any:

@@ -8,6 +8,7 @@ code without checking it, so the folder must belong to the user and nobody else 
 
 import contextlib
 import functools
+import gc
 import hashlib
 import os
 import shutil
@@ -42,6 +43,18 @@ def enable(kernel: Any) -> None:
     folder = open_folder(roots(), folder_name(SOURCES))
     if folder is not None:
         kernel._cache = KernelCache(kernel.py_func, folder)
+
+
+@contextlib.contextmanager
+def without_collecting() -> Iterator[None]:
+    """Compile without Python's collector of cycles, which would go through numba's many objects again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def roots() -> Iterator[Path]:
@@ -140,7 +153,7 @@ class KernelCache(FunctionCache):
             with contextlib.suppress(OSError):
                 self.flush()
         if found is None:
-            _say_once("compiling the kernels for this processor (10 s, to train a minute; later starts find them done)")
+            _say_once("compiling the kernels for this processor (10 s, to train 20 s; later starts find them done)")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:

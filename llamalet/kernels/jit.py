@@ -20,6 +20,10 @@ OPTIONS: dict[str, Any] = {
     "_nrt": False,
 }
 kernel = njit(**OPTIONS)
+# For functions that only kernels call: Python cannot, and no code is made for that.
+inner_kernel = njit(no_cpython_wrapper=True, **OPTIONS)
+# For functions with few callers, or that take a whole workspace, which numba would copy word by word for a call.
+inlined_kernel = njit(inline="always", **OPTIONS)
 # For sums alone, such as `dot` and `total`. Each is compiled and vectorized by itself before LLVM inlines it, which
 # fixes its order.
 summing_kernel = njit(**OPTIONS | {"fastmath": FAST_MATH})

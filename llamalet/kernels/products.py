@@ -28,9 +28,10 @@ from numba.extending import intrinsic, overload
 
 from llamalet.kernels import bfloat16, llvm, simd
 from llamalet.kernels.bfloat16 import LANES, add_pair_products, begin_tiles, end_tiles, multiply_tiles
-from llamalet.kernels.jit import OPTIONS, kernel
+from llamalet.kernels.jit import OPTIONS, inlined_kernel, inner_kernel
 from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I32, I64, i64
+from llamalet.kernels.shared import shared
 
 WIDE = simd.instruction_path() == "avx512vnni"
 """Whether there are 32 registers of 16 numbers. Else 16 registers of 8 are assumed."""
@@ -176,7 +177,7 @@ def prepare_left(x: Any, room: Any) -> None:
 def _prepare_left(x: Any, room: Any) -> Any:
     if x.dtype == room.dtype:
         return lambda x, room: None
-    return bfloat16.round_rows
+    return lambda x, room: bfloat16.round_rows(x, room)
 
 
 @intrinsic
@@ -258,7 +259,7 @@ def _terms_of(left: Any, first: Any, end: Any) -> Any:
     return lambda left, first, end: (first, end)
 
 
-@kernel
+@inlined_kernel
 def multiply(left: Any, panels: Any, out: Any, add: bool, blocks: Any, block: int, edge: Any) -> None:
     """Compute one block of a product.
 
@@ -278,7 +279,7 @@ def multiply(left: Any, panels: Any, out: Any, add: bool, blocks: Any, block: in
     multiply_range(left, panels, out, add, rows, columns, (0, panels.shape[1]), edge)
 
 
-@kernel
+@shared
 def multiply_range(left: Any, panels: Any, out: Any, add: bool, rows: Any, columns: Any, terms: Any, edge: Any) -> None:
     """Compute some rows and columns of a product, from some of the terms: each a pair of the first and the end.
 
@@ -325,20 +326,20 @@ def _end(left: Any) -> Any:
     return (lambda left: end_tiles()) if AMX and left.dtype == types.uint32 else lambda left: None
 
 
-@kernel
+@inlined_kernel
 def compute_tile(
     left: Any, row: int, k: int, k_end: int, panels: Any, panel: int, out: Any, add: bool, edge: Any
 ) -> None:
     """Compute a tile `out` or what part of it there is; its first row and panel are given."""
     rows, columns = out.shape
     tile_rows, tile_columns, _ = tile_shape(left)
-    if rows == tile_rows and columns == tile_columns:
-        multiply_rows(left, row, rows, k, k_end, panels, panel, tile_columns // LANES, out, add)
-        return
-    if add:
-        copy(out, edge, rows, columns)
-    multiply_rows(left, row, rows, k, k_end, panels, panel, (columns + LANES - 1) // LANES, edge[:, :], add)
-    copy(edge, out, rows, columns)
+    whole = rows == tile_rows and columns == tile_columns
+    tile = out if whole else edge[:, :]
+    if add and not whole:
+        copy(out, tile)
+    multiply_rows(left, row, rows, k, k_end, panels, panel, (columns + LANES - 1) // LANES, tile, add)
+    if not whole:
+        copy(tile, out)
 
 
 def multiply_rows(
@@ -373,7 +374,7 @@ def _multiply_rows(
     return of_matrix if left.ndim == 2 else of_panels
 
 
-@kernel
+@inlined_kernel
 def multiply_panels(left: Any, panels: Any, panel: int, width: int, k: int, out: Any, add: bool) -> None:
     """Multiply TILE_ROWS rows by `width` panels, terms k and after: all at once if there are registers for them."""
     if WIDE and width == 3:
@@ -385,11 +386,11 @@ def multiply_panels(left: Any, panels: Any, panel: int, width: int, k: int, out:
             multiply_tile(left, panels, (panel + i,), k, out, i * LANES, add)
 
 
-@kernel
-def copy(source: Any, target: Any, rows: int, columns: int) -> None:
-    """Copy the first rows and columns of a matrix."""
-    for i in range(rows):
-        for j in range(columns):
+@inner_kernel
+def copy(source: Any, target: Any) -> None:
+    """Copy what both matrices have room for."""
+    for i in range(min(len(source), len(target))):
+        for j in range(min(source.shape[1], target.shape[1])):
             target[i, j] = source[i, j]
 
 

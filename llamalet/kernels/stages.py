@@ -22,16 +22,12 @@ a prompt, or one of each of many sequences. Numba compiles `work` once for each 
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from llamalet.kernels import ops, threads
-from llamalet.kernels.jit import OPTIONS, kernel
+from llamalet.kernels.jit import inlined_kernel, kernel
 from llamalet.kernels.layers import FLOAT_BYTES, floats_at, layer_of
 from llamalet.kernels.ops import QUERY_LANES
 from llamalet.model_file.quantize import ROW_BLOCK
-
-# For functions that take all weights or the whole workspace: for a call, numba would copy hundreds of words.
-inlined_kernel = njit(inline="always", **OPTIONS)
 
 # The stages of a layer, in order, and the two after the last layer.
 (

@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from llamalet.kernels import llvm
+from llamalet.kernels.jit import inner_kernel
+from llamalet.kernels.shared import shared
 
 # Indices into the array that the threads share, each word in a cache line of its own: the ticket, the finished blocks
 # of the stage, the number of the arguments that are in use.
@@ -113,17 +115,14 @@ def _address(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> 
     return builder.gep(array.data, [args[1]])
 
 
-compiled = njit(nogil=True, _nrt=False)
-
-
-@compiled
+@inner_kernel
 def open_job(shared: Any) -> None:
     """Open stage 0 of a new job."""
     job = ((atomic_load(shared, TICKET) >> (STAGE_BITS + BLOCK_BITS)) + 1) & JOB_MASK
     atomic_store(shared, TICKET, job << (STAGE_BITS + BLOCK_BITS))
 
 
-@compiled
+@inner_kernel
 def next_block(shared: Any, n_blocks: Any, generation: int, thread: int, done: int) -> Any:
     """Report a finished block and take another one.
 
@@ -175,15 +174,22 @@ class Team(NamedTuple):
     thread: int
 
 
-@compiled
+@inner_kernel
 def blocks(team: Any) -> Any:
     """Yield the blocks of a job of one stage that fall to this thread; thread 0 opens the job."""
-    if team.thread == 0:
-        open_job(team.shared)
-    stage, block = next_block(team.shared, team.n_blocks, team.generation, team.thread, -1)
-    while stage >= 0:
+    block = block_of_job(team, True)
+    while block >= 0:
         yield block
-        stage, block = next_block(team.shared, team.n_blocks, team.generation, team.thread, stage)
+        block = block_of_job(team, False)
+
+
+@shared
+def block_of_job(team: Any, first: bool) -> Any:
+    """Return the next block of a job of one stage, or -1."""
+    if first and team.thread == 0:
+        open_job(team.shared)
+    stage, block = next_block(team.shared, team.n_blocks, team.generation, team.thread, -1 if first else 0)
+    return block if stage >= 0 else -1
 
 
 def new_words() -> NDArray[np.int64]:

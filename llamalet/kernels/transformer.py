@@ -254,7 +254,8 @@ def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[.
     """
     if not stages.work.signatures:
         kernel_cache.enable(stages.work)
-    return stages.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
+    with kernel_cache.without_collecting():
+        return stages.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
 
 
 def bits_of(weight: Any) -> int:
