@@ -62,9 +62,6 @@ from training.machine.hardware import count_threads
 from training.run import metrics
 
 PEER, OURS = "llama2.c", "ours"
-PEER_RATES = (2e-3, 4e-3, 8e-3)
-PEER_BATCHES = (1, 4)
-"""Its micro-batches per step."""
 WARMUP = 0.03
 """Share of the run in which the learning rate rises; llama2.c's then follows a cosine down to 0."""
 POINTS = 10
@@ -80,6 +77,10 @@ class LearnConfig:
     """Folder of prepared data: both train on its training split and are measured on its validation split."""
     peer_train: str | None = None
     """Folder of llama2.c; without it only ours is trained."""
+    peer_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    """llama2.c's learning rates to try."""
+    peer_batches: tuple[int, ...] = (1, 4)
+    """Its micro-batches per step to try."""
     out: str | None = None
     """File of results; by default out/learning/SOURCE.json."""
     dim: int = 128
@@ -115,6 +116,8 @@ class LearnConfig:
         """Raise one ConfigError that lists every value out of range."""
         problems = not_positive(self, "batch_size", "max_seq_len", "tokens", "seeds", "turns")
         problems += [f"shares={share}: must lie in (0, 1]" for share in self.shares if not 0 < share <= 1]
+        problems += [f"peer_rates={rate}: must be positive" for rate in self.peer_rates if not 0 < rate < math.inf]
+        problems += [f"peer_batches={batch}: must be at least 1" for batch in self.peer_batches if batch < 1]
         if self.peer_train is not None and not (Path(self.peer_train) / "train.py").is_file():
             problems.append(f"peer_train={self.peer_train}: has no train.py")
         if self.time and self.peer_train is None:
@@ -234,8 +237,8 @@ def main(argv: Sequence[str]) -> int:
 
 def train_peers(config: LearnConfig, data: Shards, results: RunsFile) -> None:
     """Sweep llama2.c's learning rate and batch, then repeat the best of them with the other seeds."""
-    for accumulation in PEER_BATCHES:
-        for rate in PEER_RATES:
+    for accumulation in config.peer_batches:
+        for rate in config.peer_rates:
             train_peer(config, data, results, rate, accumulation, seed=0)
     options = peer_options(best(results.runs, PEER)[0])
     for seed in range(1, config.seeds):

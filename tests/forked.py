@@ -283,7 +283,7 @@ class Probe:
         wrap(Trainer, "evaluate", after=lambda t: self.at("evaluated"))
         wrap(checkpoint, "save", before=lambda *a, **k: self.resets_syncs(), after=lambda *a, **k: self.at("saved"))
         wrap(os, "fsync", before=self.synced)
-        wrap(Windows, "order", before=lambda windows, seed, epoch: self.at("epoch", epoch))
+        wrap(Windows, "epoch_starts", before=lambda windows, seed, epoch: self.at("epoch", epoch))
         wrap(TokenArray, "__getitem__", before=self.reads)
         for backend in (TorchBackend, NumbaBackend):
             self.follow(backend)

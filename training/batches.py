@@ -2,6 +2,9 @@
 
 A split is one long stream of tokens, cut into windows of T + 1. Where possible a window begins at a document's BOS, so
 the model sees documents from their start. An epoch visits each window once, in an order drawn from seed and epoch.
+
+A model that has seen only beginnings fails in the middle of a text, so a share of the windows, drawn too, begins at a
+random token instead.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,32 +67,51 @@ class Windows:
         tokens: the split's tokens.
         seq_len: inputs per window (T).
         document_starts: where documents begin, to align windows with them; None for plain chunks.
+        random_starts: share of the training windows that begin at a random token instead, in [0, 1]. Evaluation has
+            none.
 
     Raises:
         DataError: if there are fewer tokens than one window needs.
     """
 
-    def __init__(self, tokens: TokenArray, seq_len: int, document_starts: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        tokens: TokenArray,
+        seq_len: int,
+        document_starts: NDArray[np.int64] | None = None,
+        random_starts: float = 0.0,
+    ) -> None:
         self.tokens = tokens
         self.seq_len = seq_len
+        self.random_starts = random_starts
         self.starts = window_starts(len(tokens), seq_len, document_starts)
         if not len(self.starts):
             raise DataError(
                 f"{len(tokens)} tokens are fewer than the {seq_len + 1} of one window; "
                 f"prepare more data or set --max_seq_len below {len(tokens)}"
             )
-        self._epoch_order: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+        self._epoch: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Return the order in which `epoch` visits the windows: a permutation, int64 (W,)."""
-        known = self._epoch_order  # read once: another thread may replace it
+    def epoch_starts(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return where the windows of `epoch` begin, in the order of training: int64 (W,)."""
+        known = self._epoch  # read once: another thread may replace it
         if known is None or known[0] != (seed, epoch):
-            known = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
-            self._epoch_order = known
+            known = (seed, epoch), self._drawn_starts(seed, epoch)
+            self._epoch = known
         return known[1]
+
+    def _drawn_starts(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Draw `epoch_starts`: a permutation of all windows, then random places for a share of them."""
+        starts = self.starts[np.random.default_rng([seed, epoch]).permutation(len(self))]
+        if not self.random_starts:
+            return starts
+        draws = np.random.default_rng([seed, epoch, 1])  # another generator, so the order is the same with any share
+        chosen = draws.random(len(self)) < self.random_starts
+        anywhere = draws.integers(len(self.tokens) - self.seq_len, size=len(self))
+        return np.where(chosen, anywhere, starts)
 
     def training_batch(self, seed: int, first: int, batch_size: int) -> Batch:
         """Return sequences first, first + 1, ... of the endless training stream of a seed.
@@ -101,8 +123,8 @@ class Windows:
         """
         sequences = np.arange(first, first + batch_size)
         epochs, positions = np.divmod(sequences, len(self))
-        picks = [self.order(seed, int(epoch))[position] for epoch, position in zip(epochs, positions, strict=True)]
-        rows = np.stack([self.tokens[s : s + self.seq_len + 1] for s in self.starts[picks].tolist()])
+        starts = [int(self.epoch_starts(seed, int(e))[position]) for e, position in zip(epochs, positions, strict=True)]
+        rows = np.stack([self.tokens[start : start + self.seq_len + 1] for start in starts])
         return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
     def evaluation_batches(self, batch_size: int, n_batches: int, rank: int = 0, n_ranks: int = 1) -> Iterator[Batch]:

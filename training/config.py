@@ -21,6 +21,9 @@ FURTHER = {"max_iters": 500, "warmup_iters": 50, "learning_rate": 5e-4}
 ALWAYS_SAVED = ("data", "optimizer", "save_every", "seed", "align_documents", "total_batch_tokens")
 """The settings that the oldest checkpoints have too, and that resuming needs."""
 
+BEFORE_THE_OPTION = {"schedule": "cosine", "random_starts": 0.0}
+"""What checkpoints mean that are older than an option whose default is something else."""
+
 _INTERVAL = re.compile(r"(\d+) *(|[smh])")
 
 
@@ -81,6 +84,8 @@ class TrainConfig:
     """Tokens per optimizer step over all processes; by default one micro-step of each process."""
     align_documents: bool = True
     """Begin sequences at the start of a document where possible; false cuts plain chunks."""
+    random_starts: float = 0.0
+    """Share of the training sequences that begin at a random token instead, as in a context that rolls."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the dropout."""
 
@@ -171,8 +176,9 @@ class TrainConfig:
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: must be in [0, 1)")
-        if not 0 <= self.decay_share <= 1:
-            problems.append(f"decay_share={self.decay_share}: must be in [0, 1]")
+        for name in ("random_starts", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"{name}={getattr(self, name)}: must be in [0, 1]")
         if not 0 < self.learning_rate < math.inf:
             problems.append(f"learning_rate={self.learning_rate}: must be positive")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -245,7 +251,7 @@ def with_defaults(saved: dict[str, Any]) -> type[TrainConfig]:
     """
     if missing := [name for name in ALWAYS_SAVED if name not in saved]:
         raise CheckpointError(f"the settings of the saved run lack {', '.join(missing)}")
-    saved = {"schedule": "cosine"} | saved  # the only schedule of old checkpoints, which lack the option
+    saved = BEFORE_THE_OPTION | saved
     if type(steps := saved["save_every"]) is int:  # in the oldest checkpoints
         saved["save_every"] = str(steps)
     strict.build(TrainConfig, saved, "the settings of the saved run", CheckpointError, ignore_unknown=True)

@@ -7,11 +7,11 @@ from typing import Any
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError
 from llamalet.shards import Shards
-from training.config import TrainConfig
+from training.config import BEFORE_THE_OPTION, TrainConfig
 from training.run.checkpoint import Checkpoint
 from training.run.run_state import RunState, backend_of
 
-STREAM = ("total_batch_tokens", "seed", "align_documents", "data")
+STREAM = ("total_batch_tokens", "seed", "align_documents", "random_starts", "data")
 """The settings that decide the stream of training tokens."""
 
 
@@ -33,9 +33,9 @@ def check(resumed: Checkpoint, config: TrainConfig, model_config: ModelConfig, d
 
 def changes(state: RunState, config: TrainConfig, machine: Mapping[str, Any]) -> list[str]:
     """Describe each difference to the run that saved `state` that changes the last bits of what follows."""
-    settings = dataclasses.asdict(config)
+    settings, saved = dataclasses.asdict(config), BEFORE_THE_OPTION | state.train_config
     now = {name: settings[name] for name in STREAM}
-    then = {name: state.train_config[name] or settings[name] for name in STREAM}
+    then = {name: settings[name] if saved[name] is None else saved[name] for name in STREAM}
     if state.step:  # otherwise nothing has been computed yet
         now, then = ({"backend": backend_of(m), **m, **more} for m, more in ((machine, now), (state.machine, then)))
     return [f"{key} {then[key]} before, {now[key]} now" for key in now if key in then and then[key] != now[key]]

@@ -57,4 +57,4 @@ def settle(
 def open_windows(data: Shards, split: str, config: TrainConfig) -> Windows:
     """Cut a split into sequences."""
     starts = data.document_starts(split) if config.align_documents else None
-    return Windows(data.split(split), config.max_seq_len, starts)
+    return Windows(data.split(split), config.max_seq_len, starts, config.random_starts)

@@ -21,7 +21,7 @@ VOCAB = 300
 OPTIONS = [
     "--dim=32", "--n_layers=2", "--n_heads=2", "--max_seq_len=32", "--batch_size=2", "--total_batch_tokens=256",
     "--max_iters=10", "--warmup_iters=2", "--eval_interval=4", "--eval_iters=3", "--save_every=3", "--keep=9",
-    "--log_interval=1", "--learning_rate=1e-2", "--threads=1", "--min_lr=1e-4", "--no-sample",
+    "--log_interval=1", "--learning_rate=1e-2", "--threads=1", "--min_lr=1e-4", "--no-sample", "--random_starts=0.4",
 ]  # fmt: skip
 KINDS = {
     "plain": ["--optimizer=adamw", "--dtype=float32"],

@@ -87,13 +87,14 @@ def run_summary(
     """
     batch, sequences, tokens = config.total_batch_tokens or 0, config.batch_size, n_windows * config.max_seq_len
     micro_steps = config.accumulation(n_processes)
+    anywhere = f", {config.random_starts:.3g} of them from a random token" if config.random_starts else ""
     lines = {
         "data": f"{data.folder}: {data.meta.splits['train'].tokens:,} tokens, vocabulary {model.vocab_size}",
         "model": f"{model.n_params:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads "
         f"({model.n_kv_heads} kv), hidden {model.hidden_dim}, context {model.max_seq_len}",
         "step": f"{batch:,} tokens = {sequences} x {config.max_seq_len} tokens x {micro_steps} "
         f"micro-step{'s' * (micro_steps > 1)} x {n_processes} process{'es' * (n_processes > 1)}",
-        "epoch": f"{tokens // batch:,} steps ({n_windows:,} sequences); "
+        "epoch": f"{tokens // batch:,} steps ({n_windows:,} sequences{anywhere}); "
         f"{config.max_iters:,} steps are {config.max_iters * batch / tokens:.2f} epochs",
         "machine": machine,
     }
