@@ -87,7 +87,7 @@ def run_summary(
     """
     batch, sequences, tokens = config.total_batch_tokens or 0, config.batch_size, n_windows * config.max_seq_len
     micro_steps = config.accumulation(n_processes)
-    anywhere = f", {config.random_starts:.3g} of them from a random token" if config.random_starts else ""
+    anywhere = f", {100 * config.random_starts:.3g} % of them from a random token" if config.random_starts else ""
     lines = {
         "data": f"{data.folder}: {data.meta.splits['train'].tokens:,} tokens, vocabulary {model.vocab_size}",
         "model": f"{model.n_params:,} parameters: dim {model.dim}, {model.n_layers} layers, {model.n_heads} heads "
