@@ -84,8 +84,9 @@ class TrainConfig:
     """Tokens per optimizer step over all processes; by default one micro-step of each process."""
     align_documents: bool = True
     """Begin sequences at the start of a document where possible; false cuts plain chunks."""
-    random_starts: float = 0.0
-    """Share of the training sequences that begin at a random token instead, as in a context that rolls."""
+    random_starts: float = 0.5
+    """Share of the training sequences that begin at a random token instead. With 0 a model fails in the middle of a
+    text, and so where a context rolls."""
     seed: int = 1337
     """Seed of the initial weights, the order of the data and the dropout."""
 
