@@ -97,7 +97,10 @@ class LearnConfig:
     """Training tokens of each run of llama2.c."""
     shares: tuple[float, ...] = (0.25, 0.33, 0.5)
     """Our runs' shares of these tokens."""
-    setting: str = "--optimizer=muon --init=copying --learning_rate=5e-3 --min_lr=0 --schedule=wsd --decay_share=0.5"
+    setting: str = (
+        "--optimizer=muon --init=copying --learning_rate=5e-3 --min_lr=0 "
+        "--schedule=wsd --decay_share=0.5 --random_starts=0.5"
+    )
     """Our options of train.py, apart from shape, data and length of the run."""
     seeds: int = 3
     """Runs of each best setting, with different seeds."""

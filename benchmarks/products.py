@@ -69,7 +69,9 @@ class ProductBenchConfig:
         unknown = [name for name in self.shapes.split(",") if name not in SHAPES]
         problems += [f"shapes={name}: must be one of {', '.join(SHAPES)}" for name in unknown]
         if self.dtype == "bfloat16" and bfloat16.instructions() is None:
-            problems.append("dtype=bfloat16: float32 is faster on this processor; use --dtype=float32")
+            problems.append(
+                "dtype=bfloat16: does not pay on this processor, or LLAMALET_BF16 forbids it; use --dtype=float32"
+            )
         ConfigError.raise_for(problems)
 
 

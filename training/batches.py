@@ -3,8 +3,8 @@
 A split is one long stream of tokens, cut into windows of T + 1. Where possible a window begins at a document's BOS, so
 the model sees documents from their start. An epoch visits each window once, in an order drawn from seed and epoch.
 
-A model that has seen only beginnings fails in the middle of a text, so a share of the windows, drawn too, begins at a
-random token instead.
+A model that has seen only beginnings fails in the middle of a text. So in each epoch a share of the windows, drawn too,
+gives way to windows that begin at a random token.
 """
 
 from collections.abc import Callable, Iterator

@@ -149,8 +149,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the model: ddp gives each a copy, fsdp (FSDP2) a share of every layer."""
     dtype: str = "auto"
-    """Type of the matrix products: float32, bfloat16, or auto (bfloat16 if the hardware has it). Weights are
-    float32."""
+    """Type of the matrix products: float32, bfloat16, or auto (bfloat16 where it is faster). Weights are float32."""
     compile: bool = True
     """Use torch.compile if a compiler works (backend torch only)."""
     threads: int | None = None

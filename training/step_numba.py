@@ -48,9 +48,10 @@ def check_settings(config: TrainConfig) -> None:
     if config.parallel != "ddp":
         problems.append(f"parallel={config.parallel}: the numba backend has one process")
     if config.dtype == "bfloat16" and bfloat16.instructions() is None:
+        names = ", ".join(bfloat16.available_instructions()) or "none on this processor"
         problems.append(
-            f"dtype=bfloat16: float32 is faster on this processor, or {bfloat16.VARIABLE} forbids it; "
-            "leave the option out for float32"
+            f"dtype=bfloat16: this processor does not multiply it faster than float32, or {bfloat16.VARIABLE} forbids "
+            f"it; leave the option out for float32, or set {bfloat16.VARIABLE} to one of: {names}"
         )
     if (config.threads or 1) > MAX_THREADS:
         problems.append(f"threads={config.threads}: must be at most {MAX_THREADS}")

@@ -20,7 +20,7 @@ from llamalet.kernels.bfloat16 import stored
 from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel, summing_kernel
 from llamalet.kernels.ops import dot
 from llamalet.kernels.powers import sum_of_powers, write_powers
-from llamalet.kernels.shared import shared
+from llamalet.kernels.shared import shared_kernel
 from llamalet.kernels.threads import blocks
 
 BLOCK_ROWS = 32
@@ -322,7 +322,7 @@ def attention(q: Any, k: Any, v: Any, drop: Any, mixed: Any, space: Any, team: A
                 row[i] = stored(head[t, i], row)
 
 
-@shared
+@shared_kernel
 def attention_weights(q: Any, k: Any, space: Any, thread: int) -> None:
     """Write a head's attention weights (T, T); those of the future are zero up to `end_of_tile`. q and k are (T, D)."""
     weights, by_rows = space.weights[thread], space.by_rows[thread]

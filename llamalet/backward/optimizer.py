@@ -16,7 +16,7 @@ from llamalet.kernels import bfloat16, products
 from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel
 from llamalet.kernels.layers import address_of, floats_at
 from llamalet.kernels.ops import dot
-from llamalet.kernels.shared import shared
+from llamalet.kernels.shared import shared_kernel
 from llamalet.kernels.threads import blocks
 
 BLOCK = 1 << 14
@@ -356,7 +356,7 @@ def orthogonalize(x: Any, out: Any, space: Any, thread: int) -> None:
     iterate(x, out, space, thread)
 
 
-@shared
+@shared_kernel
 def iterate(x: Any, out: Any, space: Any, thread: int) -> None:
     """Write (a I + b A + c A^2) X to out, where A is X X^T; both are (side, long)."""
     side, long = x.shape
@@ -385,7 +385,7 @@ def iterate(x: Any, out: Any, space: Any, thread: int) -> None:
     multiply(gram, by_columns, out, True, space, thread)
 
 
-@shared
+@shared_kernel
 def multiply(x: Any, right: Any, out: Any, add: bool, space: Any, thread: int) -> None:
     """Compute out = x @ right, or add it to out, where x is a float32 matrix and right is packed."""
     rows, terms = (0, out.shape[0]), (0, right.shape[1])

@@ -56,10 +56,10 @@ TILE_CONFIG[0] = 1  # the palette
 TILE_CONFIG[16:32].view(np.uint16)[:] = TILE_BYTES
 TILE_CONFIG[48:56] = TILE_ROWS
 
-# The same, with registers 0 to 4 three numbers wide: for products with the parts of a single vector, see split_rows.py.
+# The same, with registers 0 and 1 three numbers wide: for the parts of a single vector, see split_rows.py.
 PARTS = 3
 PARTS_CONFIG = TILE_CONFIG.copy()
-PARTS_CONFIG[16:26].view(np.uint16)[:] = 4 * PARTS
+PARTS_CONFIG[16:20].view(np.uint16)[:] = 4 * PARTS
 
 # Arguments of LLVM's prefetch.
 FOR_READING, FOR_WRITING, INTO_SECOND_CACHE = 0, 1, 2
@@ -84,7 +84,7 @@ def instructions() -> str | None:
 def pays(path: str) -> bool:
     """Return whether these instructions are faster than float32 here.
 
-    On Intel, vdpbf16ps is not: a training step of the 15M shape took 1.4 times as long (docs/speed.md).
+    On Intel, vdpbf16ps is not: a training step of the 15M shape took 1.4 times as long (docs/log.md).
     """
     return path == "amx" or llvmlite.binding.get_host_cpu_name().startswith("znver")
 

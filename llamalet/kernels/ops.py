@@ -1,8 +1,8 @@
 """The functions of reference.py as machine code, under their names there: one step of the forward pass each.
 
 They write their results to memory that the caller provides and check no shapes. Shape letters are those of
-reference.py. Weights differ in kind: numba compiles `embed`, `prepare_activations` and `matmul` for float matrices or
-for packed ones, and all else once.
+reference.py. Weights differ in kind: numba compiles `embed`, `prepare_activations` and `matmul` for each kind,
+and all else once.
 """
 
 from typing import Any, NamedTuple
@@ -234,15 +234,10 @@ def _matmul(
     matrix: Any, x: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, one_sequence: Any, scratch: Any
 ) -> Any:
     if are_split(x):
-        return split_matmul
+        return lambda matrix, x, first_t, count, out, first, last, one_sequence, scratch: matmul_split(
+            matrix, x, first_t, count, out, first, last, scratch
+        )
     return matmul_floats if isinstance(matrix, types.Array) else matmul_blocks
-
-
-def split_matmul(
-    matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, one_sequence: int, scratch: Any
-) -> None:
-    """Be `matmul` for a bfloat16 matrix and SplitRows."""
-    matmul_split(matrix, x, first_t, count, out, first, last, scratch)
 
 
 def matmul_floats(

@@ -31,7 +31,7 @@ from llamalet.kernels.bfloat16 import LANES, add_pair_products, begin_tiles, end
 from llamalet.kernels.jit import OPTIONS, inlined_kernel, inner_kernel
 from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I32, I64, i64
-from llamalet.kernels.shared import shared
+from llamalet.kernels.shared import shared_kernel
 
 WIDE = simd.instruction_path() == "avx512vnni"
 """Whether there are 32 registers of 16 numbers. Else 16 registers of 8 are assumed."""
@@ -279,7 +279,7 @@ def multiply(left: Any, panels: Any, out: Any, add: bool, blocks: Any, block: in
     multiply_range(left, panels, out, add, rows, columns, (0, panels.shape[1]), edge)
 
 
-@shared
+@shared_kernel
 def multiply_range(left: Any, panels: Any, out: Any, add: bool, rows: Any, columns: Any, terms: Any, edge: Any) -> None:
     """Compute some rows and columns of a product, from some of the terms: each a pair of the first and the end.
 

@@ -21,7 +21,7 @@ from llamalet.kernels import cache
 from llamalet.kernels.jit import OPTIONS
 
 
-def shared(function: Callable[..., Any]) -> Any:
+def shared_kernel(function: Callable[..., Any]) -> Any:
     """Return what other kernels call this kernel by; Python cannot call it."""
     compiled = njit(no_cpython_wrapper=True, **OPTIONS)(function)
 
@@ -35,7 +35,10 @@ def shared(function: Callable[..., Any]) -> Any:
             context.active_code_library._reload_init.add(reload)
             callee_type = context.call_conv.get_function_type(result, kinds)
             callee = cgutils.get_or_insert_function(builder.module, callee_type, symbol)
-            return context.call_conv.call_function(builder, callee, result, kinds, args)[1]
+            status, value = context.call_conv.call_function(builder, callee, result, kinds, args)
+            with cgutils.if_unlikely(builder, status.is_error):
+                context.call_conv.return_status_propagate(builder, status)
+            return value
 
         return result(*kinds), build
 
@@ -58,10 +61,11 @@ def define(compiled: Any, kinds: tuple[Any, ...]) -> tuple[str, Any]:
         if not compiled.signatures:
             cache.enable(compiled)
         compiled.compile(kinds)
-        code = compiled.overloads[kinds]
+    code = compiled.overloads[kinds]
+    if llvmlite.binding.address_of_symbol(symbol) is None:
         address = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
         llvmlite.binding.add_symbol(symbol, address)
-    return symbol, compiled.overloads[kinds].signature.return_type
+    return symbol, code.signature.return_type
 
 
 def define_named(module: str, name: str, kinds: tuple[Any, ...]) -> None:

@@ -5,6 +5,8 @@ a float32's 24: `high` is the vector rounded, `middle` what that left, rounded t
 
     W x = (W high + W middle) + W low
 
+They are the vector as long as its numbers are below bfloat16's largest, 3.39e38; what is not finite gives NaN.
+
 The matrix stays where it is: 16 of its rows, 32 columns wide, fill a register. The vectors are packed in panels as
 bfloat16.py packs the right side of a product. Each of the three products is a sum of its own in one order, whether
 there is one vector or many. So a token has the same products, bit for bit, decoded, in a batch or in a prompt.
@@ -37,13 +39,14 @@ from llamalet.kernels.bfloat16 import (
     round_vector,
     tile_call,
 )  # fmt: skip
-from llamalet.kernels.jit import kernel
+from llamalet.kernels.jit import inner_kernel, kernel
 from llamalet.kernels.layers import aligned_zeros, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, Table, i64
 
 N_REGISTERS = 8
 
-# A thread's scratch: first the sums of 2 blocks of 16 rows with the 3 parts of a panel, then copies of up to 2 blocks.
+# A thread's scratch: first the sums of 2 blocks of 16 rows with the 3 parts of a panel. Then copies of up to 2 blocks,
+# or of one block and the parts of a vector that is a lane among others.
 SUM_ROWS, COPIES = 2 * PARTS * TILE_ROWS, 2
 
 
@@ -65,13 +68,8 @@ def new_split_rows(n: int, cols: int) -> SplitRows:
 
 def new_scratch(threads: int, cols: int) -> NDArray[np.float32]:
     """Return scratch of threads that multiply matrices of up to `cols` columns: float32 (threads, n, 16)."""
-    return aligned_zeros((threads, SUM_ROWS + COPIES * copy_rows(cols), LANES), np.float32)
-
-
-@kernel
-def copy_rows(cols: int) -> int:
-    """Return the rows of 16 float32 that 16 rows of bfloat16 take, filled up."""
-    return (cols + TERMS - 1) // TERMS * TILE_ROWS
+    rows_of_copy = filled(cols) // TERMS * TILE_ROWS
+    return aligned_zeros((threads, SUM_ROWS + COPIES * rows_of_copy, LANES), np.float32)
 
 
 # -- splitting --------------------------------------------------------------------------------------------------------
@@ -167,6 +165,8 @@ def _parts(builder: ir.IRBuilder, x: Table, row: Any, pair: Any) -> list[Any]:
 @kernel
 def matmul_split(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
     """Be `ops.matmul` for a bfloat16 matrix and SplitRows; scratch is a thread's part of `new_scratch`."""
+    if count == 0:
+        return
     begin, end = first * TILE_ROWS, min(last * TILE_ROWS, len(matrix))
     begin_tiles(count == 1)
     if x.parts.shape[3] == 1:
@@ -181,7 +181,7 @@ def matmul_split(matrix: Any, x: Any, first_t: int, count: int, out: Any, first:
     end_tiles()
 
 
-@kernel
+@inner_kernel
 def copy_lane(panels: Any, t: int, parts: Any) -> None:
     """Copy the parts of vector t (panels, pairs, 3, 16) to those of a single one (1, pairs, 3, 1)."""
     for pair in range(panels.shape[1]):
@@ -189,7 +189,7 @@ def copy_lane(panels: Any, t: int, parts: Any) -> None:
             parts[0, pair, part, 0] = panels[t // LANES, pair, part, t % LANES]
 
 
-@kernel
+@inner_kernel
 def multiply_vector(matrix: Any, parts: Any, out: Any, begin: int, end: int, scratch: Any) -> None:
     """Multiply rows begin..end of a matrix with a vector; its three parts are columns of one register.
 
@@ -206,7 +206,7 @@ def multiply_vector(matrix: Any, parts: Any, out: Any, begin: int, end: int, scr
         add_columns(scratch, out, row, 1, min(TILE_ROWS, end - row))
 
 
-@kernel
+@inner_kernel
 def multiply_panels(
     matrix: Any, parts: Any, first_t: int, count: int, out: Any, row: int, end: int, scratch: Any
 ) -> None:
@@ -230,13 +230,19 @@ def multiply_panels(
                 store_row(scratch, i * PARTS * TILE_ROWS + t - panel * LANES, out, t - first_t, (row, second)[i])
 
 
-@kernel
+@inner_kernel
+def copy_rows(cols: int) -> int:
+    """Return the rows of scratch, 16 float32 each, that 16 rows of bfloat16 take, filled up."""
+    return (cols + TERMS - 1) // TERMS * TILE_ROWS
+
+
+@inner_kernel
 def row_bytes(matrix: Any) -> int:
     """Return the bytes of a row of a bfloat16 matrix, filled up."""
     return (matrix.shape[1] + TERMS - 1) // TERMS * TILE_BYTES
 
 
-@kernel
+@inner_kernel
 def block_at(matrix: Any, first: int, scratch: Any, place: int) -> int:
     """Return the address of 16 rows of a matrix, row_bytes apart.
 
@@ -306,7 +312,7 @@ def multiply_tiles(
     return types.none(blocks, types.intp, parts, types.intp, tiles, scratch, types.intp, types.intp), build
 
 
-@kernel
+@inner_kernel
 def add_columns(scratch: Any, out: Any, row: int, distance: int, n: int) -> None:
     """Add the three sums of each of n rows of a tile; write them to out[0, row + distance * i]."""
     sums = scratch.reshape(scratch.size)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from llamalet.kernels import llvm
 from llamalet.kernels.jit import inner_kernel
-from llamalet.kernels.shared import shared
+from llamalet.kernels.shared import shared_kernel
 
 # Indices into the array that the threads share, each word in a cache line of its own: the ticket, the finished blocks
 # of the stage, the number of the arguments that are in use.
@@ -183,7 +183,7 @@ def blocks(team: Any) -> Any:
         block = block_of_job(team, False)
 
 
-@shared
+@shared_kernel
 def block_of_job(team: Any, first: bool) -> Any:
     """Return the next block of a job of one stage, or -1."""
     if first and team.thread == 0:

@@ -270,7 +270,7 @@ def test_what_it_cannot_do_is_refused_by_name(project, option, words):
 
 def test_bfloat16_needs_a_processor_that_multiplies_it(project, monkeypatch):
     monkeypatch.setattr(bfloat16, "instructions", lambda: None)
-    with pytest.raises(ConfigError, match="dtype=bfloat16: float32 is faster"):
+    with pytest.raises(ConfigError, match="dtype=bfloat16: this processor does not multiply it faster"):
         train.main([*OPTIONS, NUMBA, "--dtype=bfloat16"])
 
 
