@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamalet import shards
@@ -76,6 +76,7 @@ def test_a_range_reads_across_shards(tmp_path, start):
         train[::2]
 
 
+@settings(deadline=None)  # it writes files
 @given(st.lists(st.lists(st.integers(0, 99_999), min_size=1), min_size=1, max_size=5), st.data())
 def test_ids_above_65535_and_any_cut(tmp_path_factory, parts, data):
     folder = tmp_path_factory.mktemp("wide")
