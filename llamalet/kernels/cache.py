@@ -155,7 +155,9 @@ class KernelCache(FunctionCache):
         if found is not None:  # a kernel that calls this one is to be loaded like it, see shared.py
             found.library._reload_init.update(found.reload_init)
         else:
-            _say_once("compiling the kernels for this processor (10 s, to train 20 s; later starts find them done)")
+            _say_once(
+                "compiling the kernels for this processor (10 s, to train half a minute; later starts find them done)"
+            )
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:

@@ -38,7 +38,7 @@ from llamalet.kernels.bfloat16 import (
     filled,
     round_vector,
     tile_call,
-)  # fmt: skip
+)
 from llamalet.kernels.jit import inner_kernel, kernel
 from llamalet.kernels.layers import aligned_zeros, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, Table, i64
@@ -93,7 +93,7 @@ def split_vector(typing_context: Any, x: Any, row: Any, parts: Any) -> Any:
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         with _pairs_of(context, builder, signature, args) as (table, pair, target):
             high, middle, low = _parts(builder, table, args[1], pair)
-            # The three take turns, 16 pairs of each in 3 vectors: vector v has pairs v * 16 / 3 and after.
+            # Pair by pair high, middle, low; the 48 pairs of 32 numbers fill three vectors.
             for number in range(PARTS):
                 pairs, turns = zip(*(divmod(PAIRS * number + lane, PARTS) for lane in range(PAIRS)), strict=True)
                 lanes = [pair + PAIRS * (turn == 1) for pair, turn in zip(pairs, turns, strict=True)]

@@ -46,7 +46,7 @@ print("stayed inside")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_is_read_after_the_end(dtype):
     if dtype == "bfloat16" and bfloat16.instructions() is None:
-        pytest.skip("the processor does not multiply bfloat16")
+        pytest.skip("bfloat16 does not pay here")
     tests = [str(Path(__file__).parents[n]) for n in (0, 2)]
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {tests}\n{SCRIPT}", dtype]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
