@@ -35,8 +35,9 @@ GROUP = 16
 ROWS = 256
 """Rows of a block computed at a time: its logits stay in a core's second cache."""
 
-LOGITS_BYTES = 1 << 25
-"""The logits of so many rows are kept in float32 as fit into this many bytes."""
+LOGITS_BYTES = 1 << 27
+"""The logits of so many rows are kept in float32 as fit into this many bytes. For each such part of the rows, the
+output matrix is packed again, and its gradient read and written again."""
 
 
 class HeadSpace(NamedTuple):

@@ -1,4 +1,4 @@
-"""The functions of backward/reference.py as machine code, under their names there.
+"""The functions of backward/reference.py as machine code, under their names there; attention.py has those of attention.
 
 Each writes to memory that the caller provides, checks no shapes, and shares its blocks with a team of threads. Which
 blocks there are follows from the shapes, and where blocks add up, their parts are added in the order of the blocks. So
@@ -17,10 +17,8 @@ from numba import float32, uint64
 from llamalet.backward.dropout import GAMMA, MULTIPLIERS
 from llamalet.kernels import bfloat16, products, simd
 from llamalet.kernels.bfloat16 import stored
-from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel, summing_kernel
+from llamalet.kernels.jit import inner_kernel, kernel, summing_kernel
 from llamalet.kernels.ops import dot
-from llamalet.kernels.powers import sum_of_powers, write_powers
-from llamalet.kernels.shared import shared_kernel
 from llamalet.kernels.threads import blocks
 
 BLOCK_ROWS = 32
@@ -28,9 +26,6 @@ BLOCK_ROWS = 32
 
 BLOCK_COLUMNS = 32
 """Columns in a block of embed_backward."""
-
-LOWER_ROWS = 32
-"""Rows of a lower triangle that are zero up to the same column: whole tiles of every kind."""
 
 GAMMA_64, FACTOR_1, FACTOR_2 = (np.uint64(value) for value in (GAMMA, *MULTIPLIERS))
 
@@ -40,27 +35,6 @@ class Drop(NamedTuple):
 
     state: Any
     rate: Any
-
-
-class AttentionSpace(NamedTuple):
-    """Memory for attention's heads, for each thread.
-
-    weights: (threads, T, T).
-    d_weights: (threads, T, T).
-    head: (threads, T, D).
-    by_rows: a matrix (T, D) packed by rows, see products.panels_shape.
-    by_columns: one packed by columns, likewise.
-    left: room for products.left_of and products.transpose_of.
-    edges: (threads, *EDGE_SHAPE).
-    """
-
-    weights: Any
-    d_weights: Any
-    head: Any
-    by_rows: Any
-    by_columns: Any
-    left: Any
-    edges: Any
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------
@@ -285,183 +259,3 @@ def join_heads(heads: Any, x: Any, team: Any) -> None:
             for h in range(n):
                 for i in range(D):
                     x[t, h * D + i] = stored(heads[t // T, h, t % T, i], x)
-
-
-# -- attention --------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def attention(q: Any, k: Any, v: Any, drop: Any, mixed: Any, space: Any, team: Any) -> None:
-    """Let each position attend to itself and those before it; a block is a query head of a sequence.
-
-    Args:
-        q: (B, H, T, D), an operand.
-        k: (B, G, T, D), an operand.
-        v: (B, G, T, D), an operand.
-        drop: dropout of the weights.
-        mixed: (N, H * D), the result, an operand.
-        space: AttentionSpace.
-        team: see threads.Team.
-    """
-    _, H, T, _ = q.shape
-    per_group = H // k.shape[1]
-    for block in blocks(team):
-        b, h, thread = block // H, block % H, team.thread
-        weights, head, edge, by_columns = (
-            space.weights[thread], space.head[thread], space.edges[thread], space.by_columns[thread]
-        )  # fmt: skip
-        attention_weights(q[b, h], k[b, h // per_group], space, thread)
-        drop_weights(weights, drop, block)
-        products.pack_columns(v[b, h // per_group], by_columns, 0, T)
-        prepare_lower(weights, space.left[thread])
-        multiply_lower(products.left_of(weights, space.left[thread]), by_columns, head, False, edge)
-        D = head.shape[1]
-        for t in range(T):
-            row = mixed[b * T + t, h * D : (h + 1) * D]
-            for i in range(D):
-                row[i] = stored(head[t, i], row)
-
-
-@shared_kernel
-def attention_weights(q: Any, k: Any, space: Any, thread: int) -> None:
-    """Write a head's attention weights (T, T); those of the future are zero up to `end_of_tile`. q and k are (T, D)."""
-    weights, by_rows = space.weights[thread], space.by_rows[thread]
-    T, D = space.head[thread].shape
-    pack_head(k, by_rows)
-    scores_of(products.left_of(q, space.left[thread]), by_rows, weights, space.edges[thread])
-    scale = float32(1) / np.sqrt(float32(D))
-    for t in range(T):
-        row = weights[t]
-        largest = simd.largest(row[: t + 1])
-        seen = row[: t + 1]
-        write_powers(seen, largest, scale, float32(1) / sum_of_powers(seen, largest, scale), seen)
-        for s in range(t + 1, end_of_tile(t, T)):
-            row[s] = float32(0)
-
-
-@inlined_kernel
-def end_of_tile(t: int, T: int) -> int:
-    """Return up to where row t of a lower triangle has to be zero: products take some rows, and all their terms."""
-    return min((t // LOWER_ROWS + 1) * LOWER_ROWS, T)
-
-
-@inlined_kernel
-def prepare_lower(x: Any, room: Any) -> None:
-    """Do what products.prepare_left does, for the lower triangle of x (T, T) alone."""
-    T = len(x)
-    for first in range(0, T, LOWER_ROWS):
-        end = min(first + LOWER_ROWS, T)
-        products.prepare_left(x[first:end, :end], room[first:end])
-
-
-@inlined_kernel
-def scores_of(left: Any, by_rows: Any, scores: Any, edge: Any) -> None:
-    """Write left @ right to scores (T, T): at least its lower triangle, tile by tile."""
-    T = len(scores)
-    tile_rows, _, _ = products.tile_shape(left)
-    for row in range(0, T, tile_rows):
-        end = min(row + tile_rows, T)
-        products.multiply_range(left, by_rows, scores, False, (row, end), (0, end), (0, by_rows.shape[1]), edge)
-
-
-@inlined_kernel
-def multiply_lower(left: Any, right: Any, out: Any, add: bool, edge: Any) -> None:
-    """Write left @ right to out (T, D), or add it; left is a lower triangle."""
-    T, D = out.shape
-    tile_rows, _, _ = products.tile_shape(left)
-    for row in range(0, T, tile_rows):
-        end = min(row + tile_rows, T)
-        terms = products.terms_of(left, 0, end)
-        products.multiply_range(left, right, out, add, (row, end), (0, D), terms, edge)
-
-
-@inlined_kernel
-def multiply_upper(left: Any, right: Any, out: Any, add: bool, edge: Any) -> None:
-    """Write left @ right to out (T, D), or add it; left is the transpose of a lower triangle."""
-    T, D = out.shape
-    tile_rows, _, _ = products.tile_shape(left)
-    for row in range(0, T, tile_rows):
-        rows, terms = (row, min(row + tile_rows, T)), products.terms_of(left, row, T)
-        products.multiply_range(left, right, out, add, rows, (0, D), terms, edge)
-
-
-@inlined_kernel
-def pack_head(x: Any, panels: Any) -> None:
-    """Pack a head (T, D) by rows."""
-    for panel in range(len(panels)):
-        products.pack_rows(x, panels, panel)
-
-
-@inner_kernel
-def drop_weights(weights: Any, drop: Any, head: int) -> None:
-    """Drop some of the weights (T, T) of a head, numbered through all sequences."""
-    T = len(weights)
-    if drop.rate != 0:
-        for t in range(T):
-            drop_row(weights[t, : t + 1], drop, (head * T + t) * T, weights[t])
-
-
-@kernel
-def attention_backward(
-    d_mixed: Any, q: Any, k: Any, v: Any, drop: Any, d_q: Any, d_k: Any, d_v: Any, space: Any, team: Any
-) -> None:
-    """Write the gradients of q, k and v; a block is a kv head of a sequence, with all its query heads in their order.
-
-    Args:
-        d_mixed: (N, H * D).
-        q: (B, H, T, D), an operand.
-        k: (B, G, T, D), an operand.
-        v: (B, G, T, D), an operand.
-        drop: dropout of the weights.
-        d_q: (B, H, T, D).
-        d_k: (B, G, T, D).
-        d_v: (B, G, T, D).
-        space: AttentionSpace.
-        team: see threads.Team.
-    """
-    _, H, T, D = d_q.shape
-    G = k.shape[1]
-    for block in blocks(team):
-        b, g = block // G, block % G
-        for h in range(g * (H // G), (g + 1) * (H // G)):
-            d_out, add = d_mixed[b * T : (b + 1) * T, h * D : (h + 1) * D], h > g * (H // G)
-            head_backward(
-                d_out, q[b, h], k[b, g], v[b, g], drop, b * H + h, d_q[b, h], d_k[b, g], d_v[b, g], add, space,
-                team.thread,
-            )  # fmt: skip
-
-
-@inlined_kernel
-def head_backward(
-    d_out: Any, q: Any, k: Any, v: Any, drop: Any, head: int, d_q: Any, d_k: Any, d_v: Any, add: bool, space: Any,
-    thread: int,
-) -> None:  # fmt: skip
-    """Write the gradients of one query head, all (T, D), or add to those of k and v."""
-    T = len(d_q)
-    weights, d_weights, edge = space.weights[thread], space.d_weights[thread], space.edges[thread]
-    by_rows, by_columns, room = space.by_rows[thread], space.by_columns[thread], space.left[thread]
-    attention_weights(q, k, space, thread)  # computed again: they would be the largest activations
-
-    pack_head(v, by_rows)
-    products.prepare_left(d_out, room)
-    scores_of(products.left_of(d_out, room), by_rows, d_weights, edge)  # d_weights = d_out @ v.T
-    drop_weights(d_weights, drop, head)
-    scale = float32(1) / np.sqrt(float32(d_q.shape[1]))
-    for t in range(T):  # d_weights becomes the gradient of the scores
-        d_row, row = d_weights[t], weights[t]
-        mean = dot(d_row[: t + 1], row[: t + 1])
-        for s in range(t + 1):
-            d_row[s] = row[s] * (d_row[s] - mean) * scale
-        for s in range(t + 1, end_of_tile(t, T)):
-            d_row[s] = float32(0)
-
-    products.pack_columns(k, by_columns, 0, T)
-    prepare_lower(d_weights, room)
-    multiply_lower(products.left_of(d_weights, room), by_columns, d_q, False, edge)  # d_q = d_scores @ k
-    products.pack_columns(q, by_columns, 0, T)
-    products.prepare_transpose_of_lower(d_weights, room)
-    multiply_upper(products.transpose_of(room), by_columns, d_k, add, edge)  # d_k = d_scores.T @ q
-    drop_weights(weights, drop, head)
-    products.pack_columns(d_out, by_columns, 0, T)
-    products.prepare_transpose_of_lower(weights, room)
-    multiply_upper(products.transpose_of(room), by_columns, d_v, add, edge)  # d_v = weights.T @ d_out

@@ -1,4 +1,4 @@
-"""Runs the functions of ops.py on a team of threads, and makes products with them."""
+"""Runs the functions of ops.py, attention.py and head.py on a team of threads, and makes products with them."""
 
 import math
 import weakref

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.backward import head, ops
+from llamalet.backward import attention, head, ops
 from llamalet.backward.dropout import NO_DROPOUT, Dropout
 from llamalet.backward.memory import Array
 from llamalet.backward.ops import BLOCK_COLUMNS, Drop
@@ -139,7 +139,8 @@ class TrainingModel:
             self._run_by_positions(ops.rope, s.q, self._cos, self._sin, a.q)
             self._run_by_positions(ops.rope, s.k, self._cos, self._sin, a.k)
             self._run_by_positions(ops.split_heads, s.v, a.v)
-            self.runner.run(ops.attention, len(a.q) * a.q.shape[1], a.q, a.k, a.v, at_weights, a.mixed, s.attention)
+            n_heads = len(a.q) * a.q.shape[1]
+            self.runner.run(attention.attention, n_heads, a.q, a.k, a.v, at_weights, a.mixed, s.attention)
             self._multiply(a.mixed, w["attention.wo"], s.projected)
             self._run_by_positions(ops.add_dropped, a.x, s.projected, at_attention, a.middle)
 
@@ -202,8 +203,8 @@ class TrainingModel:
             self._weight_gradients(a.mixed, add, (s.d_projected, d_w["attention.wo"]))
             n_kv_heads = len(a.k) * a.k.shape[1]
             self.runner.run(
-                ops.attention_backward, n_kv_heads, s.d_mixed, a.q, a.k, a.v, at_weights, s.d_q_heads, s.d_k_heads,
-                s.d_v_heads, s.attention,
+                attention.attention_backward, n_kv_heads, s.d_mixed, a.q, a.k, a.v, at_weights,
+                s.d_q_heads, s.d_k_heads, s.d_v_heads, s.attention,
             )  # fmt: skip
             self._run_by_positions(ops.rope_backward, s.d_q_heads, self._cos, self._sin, s.d_q)
             self._run_by_positions(ops.rope_backward, s.d_k_heads, self._cos, self._sin, s.d_k)

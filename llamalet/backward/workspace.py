@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from llamalet.backward import head
+from llamalet.backward import attention, head
+from llamalet.backward.attention import AttentionSpace
 from llamalet.backward.head import HeadSpace
 from llamalet.backward.memory import Take, allocate, bytes_of
-from llamalet.backward.ops import BLOCK_ROWS, AttentionSpace
+from llamalet.backward.ops import BLOCK_ROWS
 from llamalet.backward.reference import LayerActivations
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError
@@ -50,7 +51,7 @@ class TrainingWorkspace:
     output_by_rows: the output matrix packed by rows.
     normed_by_columns: positions of normed, as many as the head takes at a time, packed by columns.
     head: see head.HeadSpace.
-    attention: see ops.AttentionSpace; all products of whole matrices use its edges.
+    attention: see attention.AttentionSpace; all products of whole matrices use its edges.
     """
 
     weights: dict[str, Any]
@@ -183,13 +184,5 @@ def lay_out(
         output_by_rows=flat(panels_shape(C, V)),
         normed_by_columns=flat(panels_shape(head.rows_at_once(N, V, rounded=rounded), widths[0])),
         head=head.lay_out(N, V, n_threads, rounded, take),
-        attention=AttentionSpace(
-            weights=take(n_threads, T, T),
-            d_weights=take(n_threads, T, T),
-            head=take(n_threads, T, D),
-            by_rows=take(n_threads, *panels_shape(D, T), dtype=kind.packed),
-            by_columns=take(n_threads, *panels_shape(T, D), dtype=kind.packed),
-            left=take(n_threads, *left_shape(max(T, D), T), dtype=kind.operand),
-            edges=take(n_threads, *products.EDGE_SHAPE),
-        ),
+        attention=attention.lay_out(T, D, n_threads, rounded, take),
     )

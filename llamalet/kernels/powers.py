@@ -1,7 +1,6 @@
 """Powers of many numbers, for softmax in training: e ** ((x - largest) * scale), where no number is above `largest`.
 
-They are computed twice, once for their sum and once for themselves, which is cheaper than to store and load them. The
-loops are written as vectors: numba would use half the processor's width, and not its instruction for powers of two.
+The loops are written as vectors: numba would use half the processor's width, and not its instruction for powers of two.
 """
 
 import math
@@ -35,18 +34,23 @@ def sum_of_powers(typing_context: Any, x: Any, largest: Any, scale: Any) -> Any:
 
 @intrinsic
 def write_powers(typing_context: Any, x: Any, largest: Any, scale: Any, factor: Any, out: Any) -> Any:
-    """Write the powers of x (n,), times `factor`, to out (n or more,), float32 or bfloat16; both are contiguous."""
+    """Write the powers of x (n,), times `factor`, to out (n or more,), float32 or bfloat16, and return their sum.
+
+    x is float32. Both arrays are contiguous, and may be the same. The sum is one of float32, before any rounding.
+    """
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
         target = context.make_array(out)(context, builder, args[4])
         factors = llvm.splat(builder, args[3], LANES)
+        (total,) = llvm.variables(builder, [llvm.splat_constant(F32, 0.0, LANES)])
         for i, count, power in _powers(context, builder, x, args):
             product = builder.fmul(power, factors)
+            builder.store(builder.fadd(builder.load(total), product), total)
             value = product if out.dtype == types.float32 else bfloat16.round_vector(builder, product)
             llvm.store_lanes(builder, value, builder.gep(target.data, [i]), count)
-        return context.get_dummy_value()
+        return llvm.sum_lanes(builder, builder.load(total))
 
-    return types.none(x, types.float32, types.float32, types.float32, out), build
+    return types.float32(x, types.float32, types.float32, types.float32, out), build
 
 
 def _powers(context: Any, builder: ir.IRBuilder, x: Any, args: Any) -> Any:
@@ -69,12 +73,15 @@ def _powers(context: Any, builder: ir.IRBuilder, x: Any, args: Any) -> Any:
 
 
 def _exp(builder: ir.IRBuilder, x: Any) -> Any:
-    """Return e ** x of each lane, none above 0; where there is an instruction for powers of two, by that."""
+    """Return e ** x of each lane, none above 0; where there is an instruction for powers of two, by that.
+
+    Powers below 2 ** -126 are 0, as in simd.exp. The instruction could compute them, but took 20 times as long.
+    """
     if not SCALEF:
         return simd.exp_vector(builder, x)
-    # Below that the power is 0 anyway, and minus infinity would give NaN.
-    least = llvm.splat_constant(F32, -104.0, LANES)
-    power, n = simd.exp_parts(builder, builder.select(builder.fcmp_ordered("<", x, least), least, x))
-    every_lane, current_rounding = ir.Constant(I16, -1), ir.Constant(I32, 4)
-    scalef = (power, n, power, every_lane, current_rounding)
+    zero, least = (llvm.splat_constant(F32, value, LANES) for value in (0.0, -126 * math.log(2)))
+    too_small = builder.fcmp_ordered("<", x, least)
+    power, n = simd.exp_parts(builder, builder.select(too_small, zero, x))  # minus infinity would give NaN
+    lanes, current_rounding = builder.bitcast(builder.not_(too_small), I16), ir.Constant(I32, 4)
+    scalef = (power, n, zero, lanes, current_rounding)
     return llvm.call(builder, "llvm.x86.avx512.mask.scalef.ps.512", x.type, scalef)
