@@ -1,4 +1,4 @@
-"""The functions of backward/reference.py as machine code, under their names there; attention.py has those of attention.
+"""The functions of backward/reference.py as machine code, under their names there. Attention has its own: attention.py.
 
 Each writes to memory that the caller provides, checks no shapes, and shares its blocks with a team of threads. Which
 blocks there are follows from the shapes, and where blocks add up, their parts are added in the order of the blocks. So

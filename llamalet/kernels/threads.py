@@ -10,8 +10,8 @@ stage, or runs it at once if it has one block only. There are no barriers: the c
 helpers only take blocks from it, so a slow thread delays nothing but the blocks it has taken. A helper that comes late
 finds no block of an old job, because no ticket occurs twice.
 
-stages.py and the ops of llamalet/backward call the compiled functions (`open_job`, `next_block`, `blocks`), transformer.py and
-backward/runner.py the class `ThreadTeam`.
+stages.py and the ops of llamalet/backward call the compiled functions (`open_job`, `next_block`, `blocks`),
+transformer.py and backward/runner.py the class `ThreadTeam`.
 """
 
 import os
