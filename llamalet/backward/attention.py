@@ -1,14 +1,14 @@
 """Attention and its adjoint: `attention` and `attention_backward`, some rows of a head's scores at a time.
 
-A query head has T x T scores, far more than its activations. So they are computed for TILE_ROWS queries at a time, and
+A query head has T x T scores, far more than its activations. So they are computed for QUERIES queries at a time, and
 become weights and gradients while they are in a core's caches. The backward pass computes them again.
 
     forward     some rows of q k^T, and of the weights; mixed = weights v
     backward    the same rows, those of d_weights = d_mixed v^T, and of d_scores; d_q = d_scores k
                 when all rows are there: d_k = d_scores^T q, d_v = weights^T d_mixed
 
-Weights of the future are zero. They are only computed up to the end of a tile: passes over rows of unequal lengths
-would take their last numbers one by one.
+Each row is computed up to the end of its tile, and the weights of the future there are zero: a pass over rows of 1, 2,
+3 ... numbers would take the last ones of each singly.
 
 The shape letters are those of backward/reference.py; arrays are float32, operands as in ops.py.
 """
@@ -27,23 +27,23 @@ from llamalet.kernels.ops import dot
 from llamalet.kernels.powers import write_powers
 from llamalet.kernels.threads import blocks
 
-TILE_ROWS = 32
+QUERIES = 32
 """Queries at a time: whole tiles of products of every kind."""
 
 
 class AttentionSpace(NamedTuple):
     """Memory for a head, for each thread.
 
-    scores: (threads, TILE_ROWS, T), then the weights.
-    d_weights: (threads, TILE_ROWS, T).
-    head: (threads, TILE_ROWS, D), a tile's result.
+    scores: (threads, QUERIES, T), then the weights.
+    d_weights: (threads, QUERIES, T).
+    head: (threads, QUERIES, D), a tile's result.
     weights: (threads, T, T), an operand; some may be dropped.
     d_scores: (threads, T, T), an operand.
     d_mixed: (threads, T, D), an operand.
     keys: (T, D) packed by rows, see products.panels_shape.
     values: likewise.
     columns: a matrix (T, D) packed by columns.
-    transposed: room for products.transpose_of a matrix (T, T).
+    transposed: room for products.transpose_of a matrix (T, T); to left_of it only says the type.
     edges: (threads, *EDGE_SHAPE).
     """
 
@@ -70,9 +70,9 @@ def lay_out(n_positions: int, head_dim: int, n_threads: int, rounded: bool, take
         return take(n_threads, *shape[:-1], filled(shape[-1]) if rounded else shape[-1], dtype=kind.operand)
 
     return AttentionSpace(
-        scores=take(n_threads, TILE_ROWS, T),
-        d_weights=take(n_threads, TILE_ROWS, T),
-        head=take(n_threads, TILE_ROWS, D),
+        scores=take(n_threads, QUERIES, T),
+        d_weights=take(n_threads, QUERIES, T),
+        head=take(n_threads, QUERIES, D),
         weights=operand(T, T),
         d_scores=operand(T, T),
         d_mixed=operand(T, D),
@@ -105,8 +105,8 @@ def attention(q: Any, k: Any, v: Any, drop: Any, mixed: Any, space: Any, team: A
         D = head.shape[1]
         pack_head(k[b, h // group], space.keys[thread])
         products.pack_columns(v[b, h // group], space.columns[thread], 0, T)
-        for first in range(0, T, TILE_ROWS):
-            end = min(first + TILE_ROWS, T)
+        for first in range(0, T, QUERIES):
+            end = min(first + QUERIES, T)
             multiply_keys(q[b, h, first:end], space.keys[thread], scores, end, space, thread)
             hide_future(scores, first, end)
             for t in range(first, end):
@@ -149,7 +149,7 @@ def attention_backward(
             d_out, add, head = d_mixed[b * T : (b + 1) * T, h * D : (h + 1) * D], h > g * group, b * H + h
             store_rows(d_out, space.d_mixed[thread])
             products.pack_columns(k[b, g], space.columns[thread], 0, T)
-            for first in range(0, T, TILE_ROWS):
+            for first in range(0, T, QUERIES):
                 backward_tile(q[b, h], first, drop, head, d_q[b, h], space, thread)
             products.pack_columns(q[b, h], space.columns[thread], 0, T)
             multiply_transpose(space.d_scores[thread], d_k[b, g], add, space, thread)
@@ -161,7 +161,7 @@ def attention_backward(
 def backward_tile(q: Any, first: int, drop: Any, head: int, d_q: Any, space: Any, thread: int) -> None:
     """Write the weights, the gradients of the scores and d_q, of some queries of a head; q and d_q are (T, D)."""
     T, D = d_q.shape
-    end = min(first + TILE_ROWS, T)
+    end = min(first + QUERIES, T)
     scores, d_weights = space.scores[thread], space.d_weights[thread]
     weights, d_scores = space.weights[thread], space.d_scores[thread]
     multiply_keys(q[first:end], space.keys[thread], scores, end, space, thread)
@@ -179,7 +179,7 @@ def backward_tile(q: Any, first: int, drop: Any, head: int, d_q: Any, space: Any
 
 @inner_kernel
 def hide_future(scores: Any, first: int, end: int) -> None:
-    """Make the products q k^T of queries first..end (TILE_ROWS, T) with later keys, up to `end`, minus infinity."""
+    """Make the products q k^T of queries first..end (QUERIES, T) with later keys, up to `end`, minus infinity."""
     for t in range(first, end):
         for s in range(t + 1, end):
             scores[t - first, s] = -np.inf
@@ -222,7 +222,7 @@ def store_rows(x: Any, out: Any) -> None:
 
 @inlined_kernel
 def multiply_keys(left: Any, right: Any, out: Any, end: int, space: Any, thread: int) -> None:
-    """Write left @ right, up to the column `end`, to the first rows of out (TILE_ROWS, T)."""
+    """Write left @ right, up to the column `end`, to the first rows of out (QUERIES, T)."""
     rows = (0, len(left))
     operand = products.left_of(left, space.transposed[thread])
     products.multiply_range(operand, right, out, False, rows, (0, end), (0, right.shape[1]), space.edges[thread])
@@ -230,7 +230,7 @@ def multiply_keys(left: Any, right: Any, out: Any, end: int, space: Any, thread:
 
 @inlined_kernel
 def multiply_lower(left: Any, end: int, out: Any, space: Any, thread: int) -> None:
-    """Write left @ space.columns to out; left is some rows of a lower triangle, zero from the column `end` on."""
+    """Write left @ space.columns to out; left is some rows of a lower triangle: columns after `end` do not count."""
     operand, right = products.left_of(left, space.transposed[thread]), space.columns[thread]
     terms = products.terms_of(operand, 0, end)
     products.multiply_range(operand, right, out, False, (0, len(out)), (0, out.shape[1]), terms, space.edges[thread])
@@ -243,6 +243,6 @@ def multiply_transpose(lower: Any, out: Any, add: bool, space: Any, thread: int)
     room, right = space.transposed[thread], space.columns[thread]
     products.prepare_transpose_of_lower(lower, room)
     left = products.transpose_of(room)
-    for first in range(0, T, TILE_ROWS):
-        rows, terms = (first, min(first + TILE_ROWS, T)), products.terms_of(left, first, T)
+    for first in range(0, T, QUERIES):
+        rows, terms = (first, min(first + QUERIES, T)), products.terms_of(left, first, T)
         products.multiply_range(left, right, out, add, rows, (0, D), terms, space.edges[thread])

@@ -34,9 +34,9 @@ def sum_of_powers(typing_context: Any, x: Any, largest: Any, scale: Any) -> Any:
 
 @intrinsic
 def write_powers(typing_context: Any, x: Any, largest: Any, scale: Any, factor: Any, out: Any) -> Any:
-    """Write the powers of x (n,), times `factor`, to out (n or more,), float32 or bfloat16, and return their sum.
+    """Write the powers of x (n,), times `factor`, to out (n or more,), and return the sum of what it writes.
 
-    x is float32. Both arrays are contiguous, and may be the same. The sum is one of float32, before any rounding.
+    x is float32, out float32 or bfloat16; both are contiguous, and may be the same. The sum is taken before rounding.
     """
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -75,7 +75,7 @@ def _powers(context: Any, builder: ir.IRBuilder, x: Any, args: Any) -> Any:
 def _exp(builder: ir.IRBuilder, x: Any) -> Any:
     """Return e ** x of each lane, none above 0; where there is an instruction for powers of two, by that.
 
-    Powers below 2 ** -126 are 0, as in simd.exp. The instruction could compute them, but took 20 times as long.
+    Powers below about 2 ** -126 are 0, as in simd.exp. The instruction could compute them, but took 20 times as long.
     """
     if not SCALEF:
         return simd.exp_vector(builder, x)
