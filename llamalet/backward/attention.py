@@ -21,14 +21,14 @@ from numba import float32
 from llamalet.backward.memory import Take
 from llamalet.backward.ops import drop_row
 from llamalet.kernels import products, simd
-from llamalet.kernels.bfloat16 import filled, stored
+from llamalet.kernels.bfloat16 import TERMS, stored
 from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel
 from llamalet.kernels.ops import dot
 from llamalet.kernels.powers import write_powers
 from llamalet.kernels.threads import blocks
 
-QUERIES = 32
-"""Queries at a time: whole tiles of products of every kind."""
+QUERIES = TERMS
+"""Queries at a time: the rows that prepare_transpose_of_lower takes, and whole tiles of products of every kind."""
 
 
 class AttentionSpace(NamedTuple):
@@ -36,7 +36,7 @@ class AttentionSpace(NamedTuple):
 
     scores: (threads, QUERIES, T), then the weights.
     d_weights: (threads, QUERIES, T).
-    head: (threads, QUERIES, D), a tile's result.
+    tile: (threads, QUERIES, D), the result of some queries.
     weights: (threads, T, T), an operand; some may be dropped.
     d_scores: (threads, T, T), an operand.
     d_mixed: (threads, T, D), an operand.
@@ -49,7 +49,7 @@ class AttentionSpace(NamedTuple):
 
     scores: Any
     d_weights: Any
-    head: Any
+    tile: Any
     weights: Any
     d_scores: Any
     d_mixed: Any
@@ -65,17 +65,13 @@ def lay_out(n_positions: int, head_dim: int, n_threads: int, rounded: bool, take
     T, D = n_positions, head_dim
     kind = products.PAIRS if rounded else products.FLOATS
 
-    def operand(*shape: int) -> Any:
-        """Take an operand for each thread."""
-        return take(n_threads, *shape[:-1], filled(shape[-1]) if rounded else shape[-1], dtype=kind.operand)
-
     return AttentionSpace(
         scores=take(n_threads, QUERIES, T),
         d_weights=take(n_threads, QUERIES, T),
-        head=take(n_threads, QUERIES, D),
-        weights=operand(T, T),
-        d_scores=operand(T, T),
-        d_mixed=operand(T, D),
+        tile=take(n_threads, QUERIES, D),
+        weights=take(n_threads, T, kind.width(T), dtype=kind.operand),
+        d_scores=take(n_threads, T, kind.width(T), dtype=kind.operand),
+        d_mixed=take(n_threads, T, kind.width(D), dtype=kind.operand),
         keys=take(n_threads, *kind.panels_shape(D, T), dtype=kind.packed),
         values=take(n_threads, *kind.panels_shape(D, T), dtype=kind.packed),
         columns=take(n_threads, *kind.panels_shape(T, D), dtype=kind.packed),
@@ -101,8 +97,9 @@ def attention(q: Any, k: Any, v: Any, drop: Any, mixed: Any, space: Any, team: A
     group = H // k.shape[1]
     for block in blocks(team):
         b, h, thread = block // H, block % H, team.thread
-        scores, head, weights = space.scores[thread], space.head[thread], space.weights[thread]
-        D = head.shape[1]
+        scores, tile, weights = space.scores[thread], space.tile[thread], space.weights[thread]
+        D = tile.shape[1]
+        scale = float32(1) / np.sqrt(float32(D))
         pack_head(k[b, h // group], space.keys[thread])
         products.pack_columns(v[b, h // group], space.columns[thread], 0, T)
         for first in range(0, T, QUERIES):
@@ -111,13 +108,10 @@ def attention(q: Any, k: Any, v: Any, drop: Any, mixed: Any, space: Any, team: A
             hide_future(scores, first, end)
             for t in range(first, end):
                 row = scores[t - first, :end]
-                soften(row, D)
+                soften(row, scale)
                 drop_row(row, drop, (block * T + t) * T, weights[t - first])
-            multiply_lower(weights[: end - first], end, head[: end - first], space, thread)
-            for t in range(first, end):
-                row = mixed[b * T + t, h * D : (h + 1) * D]
-                for i in range(D):
-                    row[i] = stored(head[t - first, i], row)
+            multiply_lower(weights[: end - first], end, tile[: end - first], space, thread)
+            store_rows(tile[: end - first], mixed[b * T + first : b * T + end, h * D : (h + 1) * D])
 
 
 @kernel
@@ -161,7 +155,7 @@ def attention_backward(
 def backward_tile(q: Any, first: int, drop: Any, head: int, d_q: Any, space: Any, thread: int) -> None:
     """Write the weights, the gradients of the scores and d_q, of some queries of a head; q and d_q are (T, D)."""
     T, D = d_q.shape
-    end = min(first + QUERIES, T)
+    end, scale = min(first + QUERIES, T), float32(1) / np.sqrt(float32(D))
     scores, d_weights = space.scores[thread], space.d_weights[thread]
     weights, d_scores = space.weights[thread], space.d_scores[thread]
     multiply_keys(q[first:end], space.keys[thread], scores, end, space, thread)
@@ -169,10 +163,10 @@ def backward_tile(q: Any, first: int, drop: Any, head: int, d_q: Any, space: Any
     hide_future(scores, first, end)
     for t in range(first, end):
         row, d_row, index = scores[t - first, :end], d_weights[t - first, :end], (head * T + t) * T
-        soften(row, D)
+        soften(row, scale)
         if drop.rate != 0:
             drop_row(d_row, drop, index, d_row)
-        write_score_gradients(row, d_row, D, d_scores[t])
+        write_score_gradients(row, d_row, scale, d_scores[t])
         drop_row(row, drop, index, weights[t])
     multiply_lower(d_scores[first:end], end, d_q[first:end], space, thread)
 
@@ -186,21 +180,20 @@ def hide_future(scores: Any, first: int, end: int) -> None:
 
 
 @inner_kernel
-def soften(scores: Any, head_dim: int) -> None:
-    """Replace the products q k^T of a query (n,) by its weights: softmax(q k^T / sqrt(head_dim))."""
-    scale = float32(1) / np.sqrt(float32(head_dim))
+def soften(scores: Any, scale: float) -> None:
+    """Replace the products q k^T of a query (n,) by its weights: softmax(q k^T * scale)."""
     factor = float32(1) / write_powers(scores, simd.largest(scores), scale, float32(1), scores)
     for s in range(len(scores)):
         scores[s] *= factor
 
 
 @inner_kernel
-def write_score_gradients(weights: Any, d_weights: Any, head_dim: int, out: Any) -> None:
+def write_score_gradients(weights: Any, d_weights: Any, scale: float, out: Any) -> None:
     """Write the gradients of the products q k^T of a query to out, from those of its weights (n,).
 
-    The adjoint of `soften`: weights * (d_weights - weights . d_weights) / sqrt(head_dim).
+    The adjoint of `soften`: weights * (d_weights - weights . d_weights) * scale.
     """
-    mean, scale = dot(d_weights, weights), float32(1) / np.sqrt(float32(head_dim))
+    mean = dot(d_weights, weights)
     for s in range(len(weights)):
         out[s] = stored(weights[s] * (d_weights[s] - mean) * scale, out)
 

@@ -19,7 +19,7 @@ from llamalet.backward.ops import BLOCK_ROWS
 from llamalet.backward.reference import LayerActivations
 from llamalet.config import ModelConfig
 from llamalet.errors import ConfigError
-from llamalet.kernels import bfloat16, products
+from llamalet.kernels import products
 from llamalet.kernels.threads import BLOCK_MASK
 from llamalet.model_file.tensors import tensor_specs
 from llamalet.reference import LAYER_TENSORS
@@ -125,7 +125,7 @@ def lay_out(
 
     def operand(*shape: int) -> Any:
         """Take an operand."""
-        return take(*shape[:-1], bfloat16.filled(shape[-1]), dtype=np.uint16) if rounded else take(*shape)
+        return take(*shape[:-1], kind.width(shape[-1]), dtype=kind.operand)
 
     def flat(*shapes: tuple[int, ...], dtype: type[np.generic] = kind.packed) -> Any:
         """Take a flat array, large enough for each shape."""
@@ -134,7 +134,7 @@ def lay_out(
     # A weight is packed by rows in the forward pass and by columns in the backward pass, activations by columns.
     in_layer = [tensors[f"layers.0.{name}"] for name in LAYER_TENSORS if not name.endswith("norm")]
     rights = [panels_shape(*pair) for rows, cols in in_layer for pair in ((cols, rows), (rows, cols))]
-    widths = [bfloat16.filled(width) if rounded else width for width in (C, H * D, F)]
+    widths = [kind.width(width) for width in (C, H * D, F)]
     weights, gradients = ({name: take(*shape) for name, shape in tensors.items()} for _ in range(2))
     layers = [
         LayerActivations(

@@ -69,19 +69,21 @@ class Kind(NamedTuple):
     """How the sides of a product lie in memory: the types of their numbers, and the shapes of packed matrices.
 
     operand: of a left side.
+    width: of a left side's rows with what fills them up, given its columns.
     packed: of a right side.
     panels_shape: (depth, n) to the shape of a right side.
     left_shape: (depth, m) to the shape of a left side that is the transpose of a matrix.
     """
 
     operand: type[np.generic]
+    width: Callable[[int], int]
     packed: type[np.generic]
     panels_shape: Callable[[int, int], tuple[int, ...]]
     left_shape: Callable[[int, int], tuple[int, ...]]
 
 
-FLOATS = Kind(np.float32, np.float32, panels_shape, panels_shape)
-PAIRS = Kind(np.uint16, np.uint32, bfloat16.panels_shape, bfloat16.transposed_shape)
+FLOATS = Kind(np.float32, int, np.float32, panels_shape, panels_shape)
+PAIRS = Kind(np.uint16, bfloat16.filled, np.uint32, bfloat16.panels_shape, bfloat16.transposed_shape)
 
 
 class Blocks(NamedTuple):
