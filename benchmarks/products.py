@@ -31,13 +31,13 @@ from numpy.typing import NDArray
 from benchmarks.harness import aligned, machine
 from benchmarks.training import CONFIGS, SHAPES, VOCABULARY
 from configurator import parse
+from llamalet.aligned import aligned_zeros
 from llamalet.backward.runner import Runner
 from llamalet.checks import not_positive
 from llamalet.command import run
 from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError
 from llamalet.kernels import bfloat16
-from llamalet.kernels.layers import aligned_zeros
 from llamalet.kernels.products import EDGE_SHAPE
 from llamalet.model_file.quantize import to_bfloat16
 from llamalet.model_file.tensors import tensor_specs

@@ -40,6 +40,7 @@ from llamalet.errors import ConfigError, DataError, note
 from llamalet.files import check_writable, write_file
 from llamalet.generate import MAX_BATCH
 from llamalet.kv_cache import KVCache
+from llamalet.kv_kinds import cache_bytes
 from llamalet.runtime import BACKENDS, Model
 from llamalet.sampler import KEEP
 from llamalet.scoring import cut, evaluate_streams, losses
@@ -91,9 +92,10 @@ class CutCache(KVCache):
 
     def roll(self, keep: int, drop: int) -> None:
         """Move the later positions down without rotating the keys."""
-        before = self.keys[:, :, keep + drop : self.length].copy()
+        before = [self.read(layer, keep + drop, self.length)[0] for layer in range(self._config.n_layers)]
         super().roll(keep, drop)
-        self.keys[:, :, keep : self.length] = before
+        for layer, keys in enumerate(before):
+            self.write(layer, keep, keys, self.read(layer, keep, self.length)[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ def ways(model: Model, streams: NDArray[np.int64], keep: int) -> Mapping[str, Ca
         caches = [new_cache(shape) for _ in streams]
         start = time.perf_counter()
         nats = np.array(list(_with_progress(evaluate_streams(model.transformer, streams, caches, keep))))
-        n_bytes = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+        n_bytes = sum(cache_bytes(model.config, cache.capacity) for cache in caches)
         return Curve(nats, n_bytes, nats.size / (time.perf_counter() - start))
 
     def recompute() -> Curve:

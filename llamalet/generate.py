@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from llamalet.checks import checked, elements, token_ids
 from llamalet.config import ModelConfig
 from llamalet.errors import UsageError
-from llamalet.kv_cache import KVCache, cache_bytes, free_memory
+from llamalet.kv_cache import KVCache, free_memory
+from llamalet.kv_kinds import cache_bytes
 from llamalet.sampler import Sampler, SamplingConfig
 from llamalet.tokenizer import StreamDecoder
 

@@ -1,14 +1,20 @@
-"""The keys and values of past positions: with them a new token costs one position instead of all."""
+"""The keys and values of past positions: with them a new token costs one position instead of all.
+
+Everything here is plain numpy, and reference.py uses it. The kernels read and write the same arrays.
+"""
 
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.aligned import aligned_zeros
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import UsageError
+from llamalet.kv_kinds import KINDS, LANES, cache_bytes, decode, encode, shapes, turned
 
 Array = NDArray[np.float32]
 
@@ -24,24 +30,26 @@ class KVCache:
     """The keys and values of the positions so far; it grows with them.
 
     Attributes:
-        keys: (L, G, capacity, D), of which the first `length` positions are in use.
-        values: (L, G, capacity, D).
+        kind: how numbers are kept, a name of KINDS.
+        keys: (L, G, capacity / 16, D, 16), of KINDS[kind].dtype.
+        values: (L, G, capacity, D filled up to a multiple of 16), of the same dtype.
+        key_scales: float32 (L, G, capacity), what each key is to be multiplied by; without scales of no capacity.
+        value_scales: likewise.
         length: number of positions.
         context: the largest number of positions allowed.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int = 0) -> None:
+    def __init__(self, config: ModelConfig, capacity: int = 0, kind: str = "f32") -> None:
         self._config = config
+        self.kind = kind
         self.context = config.max_seq_len
-        shape = (config.n_layers, config.n_kv_heads, min(capacity, config.max_seq_len), config.head_dim)
-        self.keys: Array = np.empty(shape, np.float32)
-        self.values: Array = np.empty(shape, np.float32)
         self.length = 0
+        self._allocate(min(capacity, self.context))
 
     @property
     def capacity(self) -> int:
         """Number of positions that fit into the memory allocated so far."""
-        return self.keys.shape[2]
+        return self.values.shape[2]
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions, at least doubling the capacity if it must grow, so that copies are rare.
@@ -52,14 +60,14 @@ class KVCache:
         if length > self.context:
             raise UsageError(f"{length} positions: the model's context is {self.context}")
         if length > self.capacity:
-            capacity = min(max(length, 2 * self.capacity, 64), self.context)
-            n_bytes, n_free = cache_bytes(self._config, capacity), free_memory()
+            capacity = min(max(length, 2 * self.capacity), self.context)
+            n_bytes, n_free = cache_bytes(self._config, capacity, self.kind), free_memory()
             if n_bytes > n_free:
                 raise UsageError(
                     f"a KV cache of {capacity} positions takes {n_bytes / 1e6:.0f} MB, and {n_free / 1e6:.0f} MB of "
                     "memory are free: use shorter texts or fewer at once"
                 )
-            self.keys, self.values = (self._grown(array, capacity) for array in (self.keys, self.values))
+            self._move_to(capacity)
 
     def truncate(self, length: int) -> None:
         """Drop all positions from `length` on."""
@@ -68,10 +76,27 @@ class KVCache:
         self.length = length
 
     def copy(self) -> "KVCache":
-        """Return an independent copy, with no spare capacity."""
+        """Return an independent copy, with no more spare capacity than it must have."""
         twin = copy.copy(self)
-        twin.keys, twin.values = (self._grown(array, self.length) for array in (self.keys, self.values))
+        twin._move_to(self.length)
         return twin
+
+    def read(self, layer: int, first: int, last: int) -> tuple[Array, Array]:
+        """Return the keys and values of positions first .. last - 1 in a layer, as float32: (G, n, D) each."""
+        keys, values = self._rows(layer, first, last), self.values[layer, :, first:last, : self._config.head_dim]
+        scales = [x[layer, :, first:last] for x in (self.key_scales, self.value_scales)]
+        return decode(keys, scales[0]), decode(values, scales[1])
+
+    def write(self, layer: int, first: int, keys: Array, values: Array) -> None:
+        """Keep keys and values (G, n, D) of a layer for positions from `first` on, for which there must be room."""
+        last = first + keys.shape[1]
+        dtype, scaled, _ = KINDS[self.kind]
+        rows, key_scales = encode(keys, dtype)
+        numbers, value_scales = encode(values, dtype)
+        self._put_rows(layer, first, rows)
+        self.values[layer, :, first:last, : self._config.head_dim] = numbers
+        if scaled:
+            self.key_scales[layer, :, first:last], self.value_scales[layer, :, first:last] = key_scales, value_scales
 
     def roll(self, keep: int, drop: int) -> None:
         """Drop positions keep .. keep + drop - 1; later ones move down by `drop`, and the length shrinks.
@@ -79,7 +104,8 @@ class KVCache:
         RoPE has rotated each pair of a key's components by an angle proportional to its position, so the moved keys are
         rotated back by `drop` positions. A pair is two neighbours, in memory a complex number, and rotating it is one
         product. The angle is computed in float64, so a roll adds an error of at most `ROLL_ERROR` of a pair's length,
-        at any position, and n rolls at most n times as much. The arrays are changed in place.
+        at any position, and that of keeping the result (`Kind.error`); n rolls at most n times as much. Values move as
+        they are. The arrays are changed in place.
 
         Args:
             keep: number of first positions that stay as they are.
@@ -95,23 +121,48 @@ class KVCache:
         turn = np.exp(-1j * drop * rope_frequencies(self._config)).astype(np.complex64)  # (D / 2,)
         old, new = slice(keep + drop, self.length), slice(keep, self.length - drop)
         # Layer by layer, to keep the temporaries small.
-        for keys, values in zip(self.keys, self.values, strict=True):  # (G, capacity, D) each
-            pairs = keys.view(np.complex64)  # (G, capacity, D / 2)
-            pairs[:, new] = pairs[:, old] * turn
-            values[:, new] = values[:, old]
+        for layer in range(self._config.n_layers if drop else 0):
+            keys = np.ascontiguousarray(self.read(layer, old.start, old.stop)[0])  # (G, n, D)
+            pairs = keys.view(np.complex64)  # (G, n, D / 2)
+            pairs *= turn
+            rows, scales = encode(keys, self.keys.dtype)
+            self._put_rows(layer, keep, rows)
+            self.values[layer, :, new] = self.values[layer, :, old]
+            if self.key_scales.size:
+                self.key_scales[layer, :, new] = scales
+                self.value_scales[layer, :, new] = self.value_scales[layer, :, old]
         self.length -= drop
 
-    def _grown(self, array: Array, capacity: int) -> Array:
-        """Return a copy of keys or values with room for `capacity` positions."""
-        n_layers, n_kv_heads, _, head_dim = array.shape
-        grown = np.empty((n_layers, n_kv_heads, capacity, head_dim), np.float32)
-        grown[:, :, : self.length] = array[:, :, : self.length]
-        return grown
+    def _rows(self, layer: int, first: int, last: int) -> NDArray[Any]:
+        """Return a copy of the stored keys of positions first .. last - 1 in a layer, one a row: (G, n, D)."""
+        blocks = slice(first // LANES, -(-last // LANES))
+        rows = turned(self.keys[layer, :, blocks]).reshape(len(self.keys[layer]), -1, self._config.head_dim)
+        return rows[:, first - blocks.start * LANES : last - blocks.start * LANES]
 
+    def _put_rows(self, layer: int, first: int, rows: NDArray[Any]) -> None:
+        """Store keys (G, n, D), one a row, for positions from `first` on in a layer."""
+        last, n_heads = first + rows.shape[1], rows.shape[0]
+        blocks = slice(first // LANES, -(-last // LANES))
+        whole = self._rows(layer, blocks.start * LANES, blocks.stop * LANES)
+        whole[:, first - blocks.start * LANES : last - blocks.start * LANES] = rows
+        self.keys[layer, :, blocks] = turned(whole.reshape(n_heads, -1, LANES, self._config.head_dim))
 
-def cache_bytes(config: ModelConfig, n_positions: int) -> int:
-    """Return the size of a cache with room for this many positions, in bytes."""
-    return 2 * config.n_layers * config.kv_dim * n_positions * np.dtype(np.float32).itemsize
+    def _allocate(self, capacity: int) -> None:
+        """Take new memory for this many positions, filled up to a multiple of STEP."""
+        dtype, scaled, _ = KINDS[self.kind]
+        keys, values, scales = shapes(self._config, capacity)
+        self.keys, self.values = aligned_zeros(keys, dtype), aligned_zeros(values, dtype)
+        scales = scales if scaled else (*scales[:2], 0)
+        self.key_scales, self.value_scales = (aligned_zeros(scales, np.float32) for _ in range(2))
+
+    def _move_to(self, capacity: int) -> None:
+        """Copy the positions in use to new memory for `capacity` positions."""
+        names = ("keys", "values", "key_scales", "value_scales")
+        before = [getattr(self, name) for name in names]
+        self._allocate(capacity)
+        for name, array in zip(names, before, strict=True):
+            n = -(-self.length // LANES) if name == "keys" else self.length
+            getattr(self, name)[:, :, :n] = array[:, :, :n]
 
 
 def free_memory() -> int:

@@ -212,8 +212,8 @@ def hidden_states(
         k = rope(heads(matmul(normed, w["attention.wk"])), cos, sin)  # (B, G, T, D)
         v = heads(matmul(normed, w["attention.wv"]))  # (B, G, T, D)
         if cache is not None:
-            cache.keys[layer, :, start:end], cache.values[layer, :, start:end] = k[0], v[0]
-            k, v = cache.keys[None, layer, :, :end], cache.values[None, layer, :, :end]  # (1, G, S, D)
+            cache.write(layer, start, k[0], v[0])
+            k, v = (x[None] for x in cache.read(layer, 0, end))  # (1, G, S, D)
         x = x + matmul(attention(q, k, v), w["attention.wo"])
 
         normed = rmsnorm(x, w["ffn_norm"], config.norm_eps)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.aligned import ALIGNMENT, aligned_zeros
 from llamalet.kernels.bfloat16 import TILE_ROWS
-from llamalet.kernels.layers import ALIGNMENT, aligned_zeros
 
 Array = NDArray[np.float32]
 Result = TypeVar("Result")

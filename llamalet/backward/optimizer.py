@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import float32
 
+from llamalet.aligned import address_of
 from llamalet.backward.groups import Group, group_of, muon_rate
 from llamalet.backward.memory import Array, Take, allocate, bytes_of
 from llamalet.backward.runner import Runner
 from llamalet.kernels import bfloat16, products
 from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel
-from llamalet.kernels.layers import address_of, floats_at
+from llamalet.kernels.layers import floats_at
 from llamalet.kernels.ops import dot
 from llamalet.kernels.shared import shared_kernel
 from llamalet.kernels.threads import blocks

@@ -61,9 +61,6 @@ PARTS = 3
 PARTS_CONFIG = TILE_CONFIG.copy()
 PARTS_CONFIG[16:20].view(np.uint16)[:] = 4 * PARTS
 
-# Arguments of LLVM's prefetch.
-FOR_READING, FOR_WRITING, INTO_SECOND_CACHE = 0, 1, 2
-
 
 @functools.cache
 def instructions() -> str | None:
@@ -414,8 +411,7 @@ def multiply_tiles(
         for i in range(2 * TILE_ROWS):
             for j in range(2):
                 line = at(c, builder.add(builder.mul(i64(i), out_bytes), i64(TILE_BYTES * j)))
-                fetch = (line, *(ir.Constant(I32, value) for value in (FOR_WRITING, INTO_SECOND_CACHE, 1)))
-                llvm.call(builder, "llvm.prefetch.p0", ir.VoidType(), fetch)
+                llvm.prefetch(builder, line, for_writing=True)
         with builder.if_else(args[9]) as (adding, fresh):
             with adding:
                 for number, target in enumerate(targets):

@@ -1,6 +1,5 @@
 """The weights as the kernels take them: the layers of each matrix as one LayerStack, where the file is mapped."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,15 +10,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from llamalet.aligned import address_of
 from llamalet.kernels.llvm import F32, I8, i64
 from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized, pack
 from llamalet.model_file.reader import ModelFile
 from llamalet.reference import output_weight
 
 FLOAT_BYTES = 4
-
-ALIGNMENT = 64
-"""Bytes of a cache line, and of the widest vector."""
 
 
 class LayerStack(NamedTuple):
@@ -127,20 +124,6 @@ def stack(arrays: Sequence[NDArray[Any]]) -> LayerStack:
     # One numba type wherever the weights come from, so that the kernels are compiled once.
     first.flags.writeable = False
     return LayerStack(first, distance)
-
-
-def address_of(array: NDArray[Any]) -> int:
-    """Return the address of an array's first element."""
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Return zeros that begin at a multiple of ALIGNMENT bytes, where the processor loads vectors and tiles fastest."""
-    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.zeros(n_bytes + ALIGNMENT, np.uint8)
-    first = -address_of(memory) % ALIGNMENT
-    return memory[first : first + n_bytes].view(dtype).reshape(shape)
 
 
 @intrinsic

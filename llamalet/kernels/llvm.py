@@ -68,6 +68,33 @@ def sum_lanes(builder: ir.IRBuilder, vector: Any) -> Any:
     return call(builder, name, F32, (ir.Constant(F32, -0.0), vector), fastmath=("reassoc",))
 
 
+def sums_of_lanes(builder: ir.IRBuilder, vectors: Sequence[Any]) -> list[Any]:
+    """Return the sum of the lanes of each float32 vector: of its halves, then of the halves of that, and so on.
+
+    Two vectors are halved by one addition. There may be any number of them; the order of each sum is the same.
+    """
+    count, n = len(vectors), vectors[0].type.count
+    segments = list(vectors)  # each holds `per_vector` vectors, `length` lanes of each
+    per_vector, length = 1, n
+    while length > 1:
+        half = length // 2
+        starts = [segment * length for segment in range(per_vector)]
+        lower = [start + lane for start in starts for lane in range(half)]
+        upper = [lane + half for lane in lower]
+        if len(segments) > 1:
+            pairs = zip(segments[::2], [*segments[1::2], segments[-1]], strict=False)
+            size = segments[0].type.count
+            both = [([*low, *(size + lane for lane in low)]) for low in (lower, upper)]
+            segments = [
+                builder.fadd(shuffle(builder, a, both[0], b), shuffle(builder, a, both[1], b)) for a, b in pairs
+            ]
+            per_vector *= 2
+        else:
+            segments = [builder.fadd(shuffle(builder, segments[0], lower), shuffle(builder, segments[0], upper))]
+        length = half
+    return [builder.extract_element(segments[i // per_vector], ir.Constant(I32, i % per_vector)) for i in range(count)]
+
+
 def load_vector(builder: ir.IRBuilder, pointer: Any, element: Any, count: int) -> Any:
     """Load `count` elements."""
     return builder.load(builder.bitcast(pointer, ir.VectorType(element, count).as_pointer()), align=1)
@@ -98,6 +125,16 @@ def widen(builder: ir.IRBuilder, bits: Any) -> Any:
     return builder.bitcast(builder.shl(bits, splat_constant(I32, 16, count)), ir.VectorType(F32, count))
 
 
+def round_to_bfloat16(builder: ir.IRBuilder, x: Any) -> Any:
+    """Return the bits of the bfloat16 nearest to a float32, half to even; NaN stays NaN. On any processor."""
+    bits = builder.bitcast(x, I32)
+    upper = builder.lshr(bits, ir.Constant(I32, 16))
+    half = builder.add(ir.Constant(I32, 0x7FFF), builder.and_(upper, ir.Constant(I32, 1)))
+    rounded = builder.lshr(builder.add(bits, half), ir.Constant(I32, 16))
+    quiet = builder.or_(upper, ir.Constant(I32, 0x40))
+    return builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded), I16)
+
+
 def load_float(builder: ir.IRBuilder, pointer: Any) -> Any:
     """Load one float32, or one bfloat16 widened to float32."""
     return builder.extract_element(load_floats(builder, pointer, 1), ir.Constant(I32, 0))
@@ -115,6 +152,13 @@ def store_lanes(builder: ir.IRBuilder, vector: Any, pointer: Any, room: Any) -> 
             mask = builder.icmp_signed("<", numbers, splat(builder, room, lanes))
             name = f"llvm.masked.store.v{lanes}{'f32' if vector.type.element == F32 else 'i16'}.p0"
             call(builder, name, ir.VoidType(), (vector, pointer, ir.Constant(I32, 1), mask))
+
+
+def prefetch(builder: ir.IRBuilder, pointer: Any, *, for_writing: bool = False) -> None:
+    """Begin to load a cache line into the core's second cache."""
+    into_second_cache, of_data = 2, 1
+    options = [ir.Constant(I32, value) for value in (int(for_writing), into_second_cache, of_data)]
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), (builder.bitcast(pointer, I8.as_pointer()), *options))
 
 
 def variables(builder: ir.IRBuilder, values: Iterable[Any]) -> list[Any]:

@@ -16,9 +16,6 @@ from llamalet.kernels.jit import OPTIONS, kernel, summing_kernel
 from llamalet.kernels.split_rows import SplitRows, matmul_split, split_rows
 from llamalet.model_file.quantize import CHUNK_COLS, ROW_BLOCK
 
-# Queries of a prompt that attend to the keys together, one in each lane.
-QUERY_LANES = 16
-
 
 class QuantizedRows(NamedTuple):
     """Quantized vectors (T, cols), group by group.
@@ -58,91 +55,11 @@ def rope(x: Any, cos: Any, sin: Any) -> None:
     """Turn all heads of x (n * D,) in place by the angles (D / 2,) of its position."""
     half = len(cos)
     for start in range(0, len(x), 2 * half):
-        for i in range(half):
+        simd.rotate_eights(x, start, cos, sin)
+        for i in range(half // 8 * 8, half):
             even, odd = x[start + 2 * i], x[start + 2 * i + 1]
             x[start + 2 * i] = even * cos[i] - odd * sin[i]
-            x[start + 2 * i + 1] = even * sin[i] + odd * cos[i]
-
-
-@kernel
-def attention(queries: Any, index: int, keys: Any, values: Any, length: int, scores: Any, out: Any) -> None:
-    """Let one query attend to the first `length` positions of its head's cache.
-
-    Args:
-        queries: all queries (n, D).
-        index: the query's row in them.
-        keys: (capacity, D).
-        values: (capacity, D).
-        length: number of positions.
-        scores: (capacity,), overwritten.
-        out: (D,), the result.
-    """
-    whole = length - length % 4
-    for s in range(0, whole, 4):
-        rows = (s, s + 1, s + 2, s + 3)
-        scores[s], scores[s + 1], scores[s + 2], scores[s + 3] = simd.dot_rows(keys, rows, queries, (index,))
-    for s in range(whole, length):
-        scores[s] = simd.dot_rows(keys, (s,), queries, (index,))[0]
-    softmax(scores[:length], float32(1) / np.sqrt(float32(len(out))))
-    out[:] = float32(0)
-    for s in range(0, whole, 4):
-        a, b, c, d = scores[s], scores[s + 1], scores[s + 2], scores[s + 3]
-        for i in range(len(out)):
-            out[i] += a * values[s, i] + b * values[s + 1, i] + (c * values[s + 2, i] + d * values[s + 3, i])
-    for s in range(whole, length):
-        for i in range(len(out)):
-            out[i] += scores[s] * values[s, i]
-
-
-@kernel
-def attention_of_lanes(
-    queries: Any, first: int, step: int, count: int, start: int, keys: Any, values: Any, scores: Any, lanes: Any,
-    out: Any, column: int,
-) -> None:  # fmt: skip
-    """Let up to QUERY_LANES queries of neighbouring positions attend to their head's cache, each in a lane.
-
-    Args:
-        queries: all queries (n, D).
-        first: the row of the first query in them.
-        step: rows from one query to the next.
-        count: number of queries.
-        start: the position of the first query.
-        keys: (capacity, D).
-        values: (capacity, D).
-        scores: (capacity, QUERY_LANES), overwritten.
-        lanes: (D, QUERY_LANES), overwritten.
-        out: (count, H * D).
-        column: the first column of the results in each row of out.
-    """
-    head_dim, length = keys.shape[1], start + count
-    lanes[:] = float32(0)
-    for t in range(count):
-        for i in range(head_dim):
-            lanes[i, t] = queries[first + t * step, i]
-    for s in range(0, length, 8):
-        simd.combine_lanes(keys, eight(s, length), head_dim, 1, lanes, head_dim, scores, 0)
-    for s in range(start + 1, length):  # a position in the future of a query has no weight
-        for t in range(s - start):
-            scores[s, t] = -np.inf
-    simd.softmax_lanes(scores, length, float32(1) / np.sqrt(float32(head_dim)))
-    for i in range(0, head_dim, 8):
-        simd.combine_lanes(values, eight(i, head_dim), 1, head_dim, scores, length, lanes, 0)
-    for t in range(count):
-        for i in range(head_dim):
-            out[t, column + i] = lanes[i, t]
-
-
-@kernel
-def softmax(x: Any, scale: float) -> None:
-    """Turn scores x (n,), times a positive scale, into weights that sum to one."""
-    largest = x[0]
-    for i in range(len(x)):
-        largest = max(largest, x[i])
-    for i in range(len(x)):
-        x[i] = simd.exp((x[i] - largest) * scale)
-    factor = float32(1) / total(x)
-    for i in range(len(x)):
-        x[i] *= factor
+            x[start + 2 * i + 1] = odd * cos[i] + even * sin[i]
 
 
 @kernel
@@ -210,9 +127,7 @@ def quantize_rows(x: Any, rows: Any, first: int, last: int) -> None:
             rows.zero_offsets[t, g] = -rows.zero_point * total
 
 
-def matmul(
-    matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, one_sequence: int, scratch: Any
-) -> None:
+def matmul(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
     """Multiply blocks first..last, of 16 rows each, of a matrix with `count` vectors from first_t on.
 
     Args:
@@ -223,70 +138,46 @@ def matmul(
         out: (T, rows); its first `count` rows are written.
         first: the first block.
         last: the block after the last; the matrix's last block may have fewer than 16 rows.
-        one_sequence: whether the vectors are positions of one sequence, which float32 may sum in another order. Those
-            of several sequences get the sums of a single vector.
-        scratch: memory of this thread: float32 (cols or more, 16), or as split_rows.new_scratch makes it.
+        scratch: memory of this thread, as split_rows.new_scratch makes it; only SplitRows need it.
     """
 
 
 @overload(matmul, jit_options=OPTIONS, strict=False)
-def _matmul(
-    matrix: Any, x: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, one_sequence: Any, scratch: Any
-) -> Any:
+def _matmul(matrix: Any, x: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, scratch: Any) -> Any:
     if are_split(x):
-        return lambda matrix, x, first_t, count, out, first, last, one_sequence, scratch: matmul_split(
+        return lambda matrix, x, first_t, count, out, first, last, scratch: matmul_split(
             matrix, x, first_t, count, out, first, last, scratch
         )
     return matmul_floats if isinstance(matrix, types.Array) else matmul_blocks
 
 
-def matmul_floats(
-    matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, one_sequence: int, scratch: Any
-) -> None:
-    """Be `matmul` for a matrix of floats."""
-    if count > 1 and one_sequence:
-        matmul_lanes(matrix, x, first_t, count, out, first, last, scratch)
-    else:
-        matmul_rows(matrix, x, first_t, count, out, first * ROW_BLOCK, min(last * ROW_BLOCK, out.shape[1]))
-
-
-@kernel
-def matmul_lanes(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
-    """Multiply blocks of a matrix of floats, transposing each block into scratch so that its rows are lanes."""
-    vectors, cols = x[first_t:], x.shape[1]
-    for block in range(first, last):
-        simd.rows_to_lanes(matrix, block * ROW_BLOCK, out.shape[1] - 1, scratch)
-        for t in range(0, count, 8):
-            simd.combine_lanes(vectors, eight(t, count), cols, 1, scratch, cols, out, block * ROW_BLOCK)
-
-
-@kernel
-def matmul_rows(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int) -> None:
-    """Multiply rows first..last of a matrix of floats.
+def matmul_floats(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
+    """Be `matmul` for a matrix of floats.
 
     One vector is multiplied with four rows at a time, a quarter of all these rows apart: processors prefetch best from
-    a few long sequential streams. Many vectors are multiplied by tiles of 4 rows and 4 vectors.
+    a few long sequential streams. Many vectors meet blocks of 16 rows by tiles of 4 rows and 4 vectors, so that a block
+    and these vectors stay in the core's first cache.
     """
-    vectors = x[first_t:]
+    vectors, begin, end = x[first_t:], first * ROW_BLOCK, min(last * ROW_BLOCK, out.shape[1])
     if count == 1:
-        n = (last - first + 3) // 4
-        for i in range(first, first + n):
-            j, k, m = min(i + n, last - 1), min(i + 2 * n, last - 1), min(i + 3 * n, last - 1)
+        n = (end - begin + 3) // 4
+        for i in range(begin, begin + n):
+            j, k, m = min(i + n, end - 1), min(i + 2 * n, end - 1), min(i + 3 * n, end - 1)
             out[0, i], out[0, j], out[0, k], out[0, m] = simd.dot_rows(matrix, (i, j, k, m), vectors, (0,))
         return
-    for i in range(first, last, 4):
-        rows = four(i, last)
+    for block in range(begin, end, ROW_BLOCK):
+        block_end = min(block + ROW_BLOCK, end)
         for t in range(0, count, 4):
             ts = four(t, count)
-            products = simd.dot_rows(matrix, rows, vectors, ts)
-            for r in range(4):
+            for i in range(block, block_end, 4):
+                rows = four(i, block_end)
+                products = simd.dot_rows(matrix, rows, vectors, ts)
                 for v in range(4):
-                    out[ts[v], rows[r]] = products[4 * r + v]
+                    for r in range(4):
+                        out[ts[v], rows[r]] = products[4 * r + v]
 
 
-def matmul_blocks(
-    matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, one_sequence: int, scratch: Any
-) -> None:
+def matmul_blocks(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
     """Be `matmul` for a PackedMatrix: one vector is multiplied with 2 blocks at a time, many by tiles of 2 x 4."""
     if count == 1:
         n = (last - first + 1) // 2

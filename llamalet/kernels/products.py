@@ -142,7 +142,9 @@ def pack_rows(weight: Any, panels: Any, panel: int) -> None:
 def _pack_rows(weight: Any, panels: Any, panel: Any) -> Any:
     if panels.dtype == types.uint32:
         return lambda weight, panels, panel: bfloat16.pack_rows(weight, panel * LANES, panels[panel])
-    return lambda weight, panels, panel: simd.rows_to_lanes(weight, panel * LANES, len(weight) - 1, panels[panel])
+    return lambda weight, panels, panel: simd.rows_to_lanes(
+        weight, panel * LANES, len(weight) - 1, 0, weight.shape[1], panels[panel]
+    )
 
 
 def pack_columns(x: Any, panels: Any, first: int, last: int) -> None:

@@ -5,6 +5,7 @@ optimises every copy anew. A shared kernel is machine code of its own, and its c
 """
 
 import functools
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -14,7 +15,6 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.core.funcdesc import default_mangler
 from numba.extending import intrinsic
 
 from llamalet.kernels import cache
@@ -56,7 +56,9 @@ def define(compiled: Any, kinds: tuple[Any, ...]) -> tuple[str, Any]:
         The name, and the type of the result.
     """
     function = compiled.py_func
-    symbol = default_mangler(f"{function.__module__}.{function.__name__}", kinds)
+    # Numba's own names number the kinds of records as they occur, so another process has other names.
+    types_hash = hashlib.sha256(str(kinds).encode()).hexdigest()[:16]
+    symbol = f"{function.__module__}.{function.__name__}.{types_hash}"
     if kinds not in compiled.overloads:
         if not compiled.signatures:
             cache.enable(compiled)

@@ -114,7 +114,7 @@ def _dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, width: Any) -> list[A
         addresses = ([builder.gep(row, [col]) for row in rows] for rows in (x_rows, w_rows))
         x, w = ([llvm.load_floats(builder, address, FLOAT_LANES) for address in group] for group in addresses)
         llvm.add_products(builder, totals, w, x)
-    totals = llvm.variables(builder, [llvm.sum_lanes(builder, builder.load(total)) for total in totals])
+    totals = llvm.variables(builder, llvm.sums_of_lanes(builder, [builder.load(total) for total in totals]))
     with cgutils.for_range_slice(builder, n_whole, width, i64(1), I64) as (col, _):
         x, w = ([llvm.load_float(builder, builder.gep(row, [col])) for row in rows] for rows in (x_rows, w_rows))
         # LLVM decides anew in each place whether to fuse scalar operations. The bits must not depend on that.
@@ -123,69 +123,31 @@ def _dots(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, width: Any) -> list[A
 
 
 @intrinsic
-def combine_lanes(
-    typing_context: Any, matrix: Any, rows: Any, row_distance: Any, term_distance: Any,
-    lanes: Any, n_terms: Any, out: Any, column: Any,
-) -> Any:  # fmt: skip
-    """Write to out[row, column:] the sum of m[row, k] * lanes[k] over k < n_terms, for each of `rows`.
-
-    Each lane is a sum of its own, from the first term to the last: one instruction advances 16 queries that attend to
-    a key, or 16 rows of a matrix.
-
-    Args:
-        typing_context: numba's.
-        matrix: float32, contiguous; m[row, k] is its element row * row_distance + k * term_distance.
-        rows: a tuple of row numbers.
-        row_distance: elements from one row to the next.
-        term_distance: elements from one term to the next.
-        lanes: float32 (n, 16).
-        n_terms: number of terms.
-        out: float32 (n, width); where less than 16 columns are left, the other lanes are dropped.
-        column: the first of 16 columns of out.
-    """
-
-    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        data = context.make_array(matrix)(context, builder, args[0]).data
-        lane_table, out_table = (Table(context, builder, *typed) for typed in ((lanes, args[4]), (out, args[6])))
-        numbers = cgutils.unpack_tuple(builder, args[1])
-        first_terms = [builder.gep(data, [builder.mul(number, args[2])]) for number in numbers]
-        totals = llvm.variables(builder, [llvm.splat_constant(F32, 0.0, ROW_BLOCK)] * len(numbers))
-        with cgutils.for_range(builder, args[5], intp=I64) as loop:
-            vector = llvm.load_vector(builder, lane_table.row(loop.index), F32, ROW_BLOCK)
-            offset = builder.mul(loop.index, args[3])
-            for total, first_term in zip(totals, first_terms, strict=True):
-                weight = llvm.splat(builder, builder.load(builder.gep(first_term, [offset])), ROW_BLOCK)
-                llvm.add_product(builder, total, weight, vector)
-        room = builder.sub(out_table.width, args[7])
-        for number, total in zip(numbers, totals, strict=True):
-            address = builder.gep(out_table.row(number), [args[7]])
-            llvm.store_lanes(builder, builder.load(total), address, room)
-        return context.get_dummy_value()
-
-    return types.none(matrix, rows, types.intp, types.intp, lanes, types.intp, out, types.intp), build
-
-
-@intrinsic
-def rows_to_lanes(typing_context: Any, matrix: Any, first: Any, last: Any, out: Any) -> Any:
-    """Write 16 rows of a matrix side by side: out[k, i] = matrix[min(first + i, last), k].
+def rows_to_lanes(
+    typing_context: Any, matrix: Any, first: Any, last: Any, column: Any, n_columns: Any, out: Any
+) -> Any:
+    """Write 16 rows of a matrix side by side: out[k, i] = matrix[min(first + i, last), column + k] for k < n_columns.
 
     Args:
         typing_context: numba's.
         matrix: float32 (rows, cols), or uint16, the bits of bfloat16.
         first: the first row.
         last: the last row of the matrix; it also fills the lanes that have no row.
-        out: float32 (cols or more, 16).
+        column: the first column.
+        n_columns: number of columns.
+        out: float32 (n_columns or more, 16).
     """
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        table, out_table = (Table(context, builder, *typed) for typed in ((matrix, args[0]), (out, args[3])))
+        table, out_table = (Table(context, builder, *typed) for typed in ((matrix, args[0]), (out, args[5])))
         rows = []
         for lane in range(ROW_BLOCK):
             number = builder.add(args[1], i64(lane))
             missing = builder.icmp_signed(">", number, args[2])
-            rows.append(table.row(builder.select(missing, args[2], number)))
+            row = table.row(builder.select(missing, args[2], number))
+            rows.append(builder.gep(row, [args[3]]))
         step = i64(ROW_BLOCK)
-        n_whole = builder.mul(builder.udiv(table.width, step), step)
+        n_whole = builder.mul(builder.udiv(args[4], step), step)
 
         def store(vector: Any, k: Any) -> None:
             llvm.store_lanes(builder, vector, out_table.row(k), step)
@@ -194,7 +156,7 @@ def rows_to_lanes(typing_context: Any, matrix: Any, first: Any, last: Any, out: 
             square = [llvm.load_floats(builder, builder.gep(row, [k]), ROW_BLOCK) for row in rows]
             for column, vector in enumerate(llvm.transpose(builder, square)):
                 store(vector, builder.add(k, i64(column)))
-        with cgutils.for_range_slice(builder, n_whole, table.width, i64(1), I64) as (k, _):
+        with cgutils.for_range_slice(builder, n_whole, args[4], i64(1), I64) as (k, _):
             vector = ir.Constant(ir.VectorType(F32, ROW_BLOCK), ir.Undefined)
             for lane, row in enumerate(rows):
                 value = llvm.load_float(builder, builder.gep(row, [k]))
@@ -202,7 +164,7 @@ def rows_to_lanes(typing_context: Any, matrix: Any, first: Any, last: Any, out: 
             store(vector, k)
         return context.get_dummy_value()
 
-    return types.none(matrix, types.intp, types.intp, out), build
+    return types.none(matrix, types.intp, types.intp, types.intp, types.intp, out), build
 
 
 # -- products of packed matrices --------------------------------------------------------------------------------------
@@ -433,38 +395,6 @@ def _float_call(builder: ir.IRBuilder, name: str, *args: Any) -> Any:
 
 
 @intrinsic
-def softmax_lanes(typing_context: Any, x: Any, length: Any, scale: Any) -> Any:
-    """Turn each lane of scores x[:length] (n, 16), times a positive scale, into weights that sum to one."""
-
-    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        table = Table(context, builder, x, args[0])
-        scale = llvm.splat(builder, args[2], ROW_BLOCK)
-        vector = ir.VectorType(F32, ROW_BLOCK)
-        initial = [llvm.splat_constant(F32, value, ROW_BLOCK) for value in (-math.inf, 0.0)]
-        largest, total = llvm.variables(builder, initial)
-
-        def row(index: Any) -> Any:
-            return builder.bitcast(table.row(index), vector.as_pointer())
-
-        with cgutils.for_range(builder, args[1], intp=I64) as loop:
-            score = builder.load(row(loop.index), align=4)
-            larger = builder.fcmp_ordered(">", score, builder.load(largest))
-            builder.store(builder.select(larger, score, builder.load(largest)), largest)
-        with cgutils.for_range(builder, args[1], intp=I64) as loop:
-            score = builder.fsub(builder.load(row(loop.index), align=4), builder.load(largest))
-            power = exp_vector(builder, builder.fmul(score, scale))
-            builder.store(power, row(loop.index), align=4)
-            builder.store(builder.fadd(builder.load(total), power), total)
-        factor = builder.fdiv(llvm.splat_constant(F32, 1.0, ROW_BLOCK), builder.load(total))
-        with cgutils.for_range(builder, args[1], intp=I64) as loop:
-            weight = builder.fmul(builder.load(row(loop.index), align=4), factor)
-            builder.store(weight, row(loop.index), align=4)
-        return context.get_dummy_value()
-
-    return types.none(x, types.intp, types.float32), build
-
-
-@intrinsic
 def largest(typing_context: Any, x: Any) -> Any:
     """Return the largest number of x (n,), float32 and contiguous; NaNs do not count.
 
@@ -492,3 +422,31 @@ def largest(typing_context: Any, x: Any) -> Any:
         return builder.load(found)
 
     return types.float32(x), build
+
+
+@intrinsic
+def rotate_eights(typing_context: Any, x: Any, start: Any, cos: Any, sin: Any) -> Any:
+    """Turn pairs of neighbours of x from element `start` on in place by the angles (n,); the last n % 8 stay.
+
+    Every product is rounded, as in scalar code without fused operations.
+    """
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        arrays = [context.make_array(kind)(context, builder, args[i]) for i, kind in ((0, x), (2, cos), (3, sin))]
+        (n,) = cgutils.unpack_tuple(builder, arrays[1].shape)
+        first = builder.gep(arrays[0].data, [args[1]])
+        signs = ir.Constant(ir.VectorType(F32, 16), [ir.Constant(F32, float(sign)) for sign in 8 * (-1, 1)])
+        with cgutils.for_range_slice(builder, i64(0), builder.and_(n, i64(-8)), i64(8), I64) as (i, _):
+            place = builder.gep(first, [builder.mul(i, i64(2))])
+            pairs = llvm.load_vector(builder, place, F32, 16)
+            twice = [lane // 2 for lane in range(16)]
+            c, s = (
+                llvm.shuffle(builder, llvm.load_vector(builder, builder.gep(array.data, [i]), F32, 8), twice)
+                for array in arrays[1:]
+            )
+            swapped = llvm.shuffle(builder, pairs, [lane ^ 1 for lane in range(16)])
+            turned = builder.fadd(builder.fmul(pairs, c), builder.fmul(swapped, builder.fmul(s, signs)))
+            builder.store(turned, builder.bitcast(place, turned.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(x, types.intp, cos, sin), build

@@ -23,10 +23,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from llamalet.aligned import aligned_zeros
 from llamalet.kernels import llvm
 from llamalet.kernels.bfloat16 import (
-    FOR_READING,
-    INTO_SECOND_CACHE,
     LANES,
     PAIRS,
     PARTS,
@@ -40,7 +39,7 @@ from llamalet.kernels.bfloat16 import (
     tile_call,
 )
 from llamalet.kernels.jit import inner_kernel, kernel
-from llamalet.kernels.layers import aligned_zeros, contiguous_at
+from llamalet.kernels.layers import contiguous_at
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, Table, i64
 
 N_REGISTERS = 8
@@ -294,9 +293,7 @@ def multiply_tiles(
             with cgutils.for_range(builder, args[7], intp=I64) as line:
                 number = builder.add(builder.mul(loop.index, args[7]), line.index)
                 place = builder.add(args[6], builder.mul(number, i64(TILE_BYTES)))
-                options = [ir.Constant(I32, value) for value in (FOR_READING, INTO_SECOND_CACHE, 1)]
-                place = builder.inttoptr(place, I8.as_pointer())
-                llvm.call(builder, "llvm.prefetch.p0", ir.VoidType(), (place, *options))
+                llvm.prefetch(builder, builder.inttoptr(place, I8.as_pointer()))
             for i, row in enumerate(rows):
                 tile_call(builder, "tileloadd64", block, builder.gep(row, [offset]), args[1])
                 for j in range(tiles.count):

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llamalet.kernels import ops, threads
+from llamalet.kernels import attention, kv_slots, ops, threads
 from llamalet.kernels.jit import inlined_kernel, kernel
-from llamalet.kernels.layers import FLOAT_BYTES, floats_at, layer_of
-from llamalet.kernels.ops import QUERY_LANES
+from llamalet.kernels.layers import floats_at, layer_of
 from llamalet.model_file.quantize import ROW_BLOCK
 
 # The stages of a layer, in order, and the two after the last layer.
@@ -40,10 +39,6 @@ STAGES_PER_LAYER = FINAL_NORM
 # address of these, float32 (N, V).
 JOB = np.dtype([(name, np.int64) for name in ("count", "one_sequence", "n_logits", "logits")])
 
-# Where the keys and values of a new position go: the addresses of its sequence's, the capacity of the sequence's cache,
-# the position.
-CACHE_SLOT = np.dtype([(name, np.int64) for name in ("keys", "values", "capacity", "position")])
-
 
 class Workspace(NamedTuple):
     """The memory of a pass over T new positions; float32 unless said otherwise.
@@ -51,7 +46,7 @@ class Workspace(NamedTuple):
     job: JOB (1,).
     n_blocks: int64 (stages + 1,), the blocks of each stage of all layers; 0 after the last.
     tokens: int64 (T,).
-    cache_slots: CACHE_SLOT (T,).
+    cache_slots: kv_slots.CACHE_SLOT (T,).
     x: the residual stream (T, C).
     normed: (T, C).
     q: (T, H * D).
@@ -65,10 +60,8 @@ class Workspace(NamedTuple):
     normed_activations: normed as matrices multiply it: itself, or SplitRows, or ops.QuantizedRows.
     attended_activations: the same of attended.
     hidden_activations: the same of gate.
-    scores: (H, capacity).
-    lane_scores: scores of QUERY_LANES queries (H, capacity, QUERY_LANES).
-    lane_queries: those queries, then their results (H, D, QUERY_LANES).
-    scratch: for each thread, memory of its products (threads, rows, ROW_BLOCK); `matmul` says what.
+    attention: attention.AttentionSpace.
+    scratch: memory of products for each thread, as split_rows.new_scratch makes it.
     """
 
     job: Any
@@ -88,9 +81,7 @@ class Workspace(NamedTuple):
     normed_activations: Any
     attended_activations: Any
     hidden_activations: Any
-    scores: Any
-    lane_scores: Any
-    lane_queries: Any
+    attention: Any
     scratch: Any
 
 
@@ -133,9 +124,9 @@ def run_block(weights: Any, space: Any, rope_tables: Any, stage: int, block: int
     elif kind == ROPE_AND_CACHE:
         rope_and_cache(space, rope_tables, layer, block, n_blocks)
     elif kind == ATTEND:
-        attend(space, layer, block)
+        attend(space, layer, block, n_blocks, thread)
     elif kind == PREPARE_ATTENDED:
-        prepare_share(space, space.attended, space.attended_activations, block, n_blocks)
+        prepare_attended(space, block, n_blocks)
     elif kind == ATTENTION_OUTPUT:
         attention_output(weights, space, layer, block, n_blocks, thread)
     elif kind == FFN_NORM:
@@ -143,7 +134,7 @@ def run_block(weights: Any, space: Any, rope_tables: Any, stage: int, block: int
     elif kind == GATE_UP:
         gate_up(weights, space, layer, block, n_blocks, thread)
     elif kind == PREPARE_HIDDEN:
-        prepare_share(space, space.gate, space.hidden_activations, block, n_blocks)
+        prepare_hidden(space, block, n_blocks)
     elif kind == DOWN:
         down(weights, space, layer, block, n_blocks, thread)
     elif kind == FINAL_NORM:
@@ -180,42 +171,45 @@ def qkv(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread:
 
 @inlined_kernel
 def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_blocks: int) -> None:
-    """Turn the queries and keys of a share of the positions, and put keys and values into the cache."""
+    """Turn the queries and keys of a share of the key-value heads, and put keys and values into the cache.
+
+    The keys of neighbouring positions share cache lines, so the positions are not cut.
+    """
     head_dim = space.q_heads.shape[1]
-    n_kv_heads = space.k.shape[1] // head_dim
-    first, last = share_of(space.job[0].count, block, n_blocks)
-    for t in range(first, last):
-        slot = space.cache_slots[t]
-        position = slot.position
+    n_heads, n_kv_heads = space.q.shape[1] // head_dim, space.k.shape[1] // head_dim
+    group, (first, last) = n_heads // n_kv_heads, share_of(n_kv_heads, block, n_blocks)
+    columns, q_columns = (
+        slice(first * head_dim, last * head_dim),
+        slice(first * group * head_dim, last * group * head_dim),
+    )
+    job = space.job[0]
+    for t in range(job.count):
+        position = space.cache_slots[t].position
         cos, sin = rope_tables.cos[position], rope_tables.sin[position]
-        ops.rope(space.q[t], cos, sin)
-        ops.rope(space.k[t], cos, sin)
-        for g in range(n_kv_heads):
-            keys, values = cached_head(slot, layer * n_kv_heads + g, head_dim)
-            ops.widen(space.k[t, g * head_dim : (g + 1) * head_dim], keys[position])
-            ops.widen(space.v[t, g * head_dim : (g + 1) * head_dim], values[position])
+        ops.rope(space.q[t, q_columns], cos, sin)
+        ops.rope(space.k[t, columns], cos, sin)
+    if job.one_sequence and job.count > 1:
+        kv_slots.keep_prompt(space.cache_slots, job.count, layer * n_kv_heads, space.k, space.v, first, last, head_dim)
 
 
 @inlined_kernel
-def attend(space: Any, layer: int, head: int) -> None:
-    """Let one head of all new positions attend to its sequence so far; of a prompt, QUERY_LANES positions at once."""
-    count, head_dim, n_heads = space.job[0].count, space.q_heads.shape[1], space.scores.shape[0]
-    n_kv_heads = space.k.shape[1] // head_dim
-    kv_head, column = layer * n_kv_heads + head * n_kv_heads // n_heads, head * head_dim
-    if count > 1 and space.job[0].one_sequence:
-        keys, values = cached_head(space.cache_slots[0], kv_head, head_dim)
-        for t in range(0, count, QUERY_LANES):
-            n, start = min(QUERY_LANES, count - t), space.cache_slots[t].position
-            scores, lanes, out = space.lane_scores[head], space.lane_queries[head], space.attended[t : t + n]
-            ops.attention_of_lanes(
-                space.q_heads, t * n_heads + head, n_heads, n, start, keys, values, scores, lanes, out, column
-            )
-    else:
-        for t in range(count):
-            slot = space.cache_slots[t]
-            keys, values = cached_head(slot, kv_head, head_dim)
-            out = space.attended[t, column : column + head_dim]
-            ops.attention(space.q_heads, t * n_heads + head, keys, values, slot.position + 1, space.scores[head], out)
+def attend(space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
+    """Let the new positions attend to their sequences so far: a share of the heads, positions and pieces of these."""
+    job, head_dim = space.job[0], space.q_heads.shape[1]
+    attention.attend(
+        space.q_heads, space.k, space.v, space.cache_slots, job.count, job.one_sequence, layer,
+        space.q.shape[1] // head_dim, space.attention, block, n_blocks, thread,
+    )  # fmt: skip
+
+
+@inlined_kernel
+def prepare_attended(space: Any, block: int, n_blocks: int) -> None:
+    """Join what was computed for a share of the positions, and write it as wo multiplies it."""
+    first, last = share_of_positions(space, block, n_blocks)
+    head_dim, job = space.q_heads.shape[1], space.job[0]
+    n_heads = space.q.shape[1] // head_dim
+    attention.finish(space.cache_slots, job.count, n_heads, head_dim, space.attention, space.attended, first, last)
+    ops.prepare_activations(space.attended, space.attended_activations, first, last)
 
 
 @inlined_kernel
@@ -241,6 +235,13 @@ def gate_up(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thr
     rows = multiply(space, layer_of(weights.w3, layer), activations, count, space.up, block, n_blocks, thread)
     for t in range(count):
         ops.swiglu(space.gate[t, rows], space.up[t, rows])
+
+
+@inlined_kernel
+def prepare_hidden(space: Any, block: int, n_blocks: int) -> None:
+    """Write a share of the positions' hidden activations as w2 multiplies them."""
+    first, last = share_of_positions(space, block, n_blocks)
+    ops.prepare_activations(space.gate, space.hidden_activations, first, last)
 
 
 @inlined_kernel
@@ -291,15 +292,8 @@ def multiply(
     job, n_rows = space.job[0], out.shape[1]
     first, last = share_of((n_rows + ROW_BLOCK - 1) // ROW_BLOCK, block, n_blocks)
     scratch = space.scratch[thread]
-    ops.matmul(matrix, activations, job.count - n_vectors, n_vectors, out, first, last, job.one_sequence, scratch)
+    ops.matmul(matrix, activations, job.count - n_vectors, n_vectors, out, first, last, scratch)
     return slice(first * ROW_BLOCK, min(last * ROW_BLOCK, n_rows))
-
-
-@inlined_kernel
-def prepare_share(space: Any, x: Any, activations: Any, block: int, n_blocks: int) -> None:
-    """Write a share of the positions of x (T, cols) as the next matrix multiplies them."""
-    first, last = share_of_positions(space, block, n_blocks)
-    ops.prepare_activations(x, activations, first, last)
 
 
 @kernel
@@ -316,11 +310,3 @@ def norm_rows(x: Any, weight: Any, eps: float, normed: Any, activations: Any, fi
     for t in range(first, last):
         ops.rmsnorm(x[t], weight, eps, normed[t])
     ops.prepare_activations(normed, activations, first, last)
-
-
-@kernel
-def cached_head(slot: Any, kv_head: int, head_dim: int) -> Any:
-    """Return the keys and the values (capacity, D) of one head; heads are numbered through all layers."""
-    offset = kv_head * slot.capacity * head_dim * FLOAT_BYTES
-    keys = floats_at(slot.keys + offset, slot.capacity, head_dim)
-    return keys, floats_at(slot.values + offset, slot.capacity, head_dim)

@@ -10,19 +10,22 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.aligned import address_of
 from llamalet.checks import token_ids
 from llamalet.config import rope_tables
 from llamalet.cores import thread_count
 from llamalet.errors import UsageError
 from llamalet.kernels import bfloat16, stages
 from llamalet.kernels import cache as kernel_cache
-from llamalet.kernels.layers import Weights, address_of, stack_weights
-from llamalet.kernels.ops import QUERY_LANES, new_quantized_rows
+from llamalet.kernels.attention import new_attention_space
+from llamalet.kernels.kv_slots import CACHE_SLOT, slot_of
+from llamalet.kernels.layers import Weights, stack_weights
+from llamalet.kernels.ops import new_quantized_rows
 from llamalet.kernels.split_rows import new_scratch, new_split_rows
-from llamalet.kernels.stages import CACHE_SLOT, JOB, RopeTables, Workspace
+from llamalet.kernels.stages import JOB, RopeTables, Workspace
 from llamalet.kernels.threads import ThreadTeam, new_words
 from llamalet.kv_cache import KVCache
-from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized
+from llamalet.model_file.quantize import Packed, Quantized
 from llamalet.model_file.reader import ModelFile
 from llamalet.reference import Array, Tokens
 
@@ -33,6 +36,9 @@ POSITIONS_PER_PASS = 128
 # larger than BLOCK_BYTES. Not many: memory is read fastest in long runs.
 BLOCKS_PER_THREAD = 2
 BLOCK_BYTES = 1 << 20
+
+# Late positions of a prompt attend to more than early ones, so attention needs more blocks.
+ATTEND_BLOCKS_PER_THREAD = 8
 
 
 class Transformer:
@@ -133,7 +139,7 @@ class Transformer:
         """
         c = self.config
         for cache in caches:  # the kernels do not check the memory they are given
-            (n_layers, n_kv_heads, _, head_dim) = cache.keys.shape
+            n_layers, n_kv_heads, _, head_dim, _ = cache.keys.shape
             if (n_layers, n_kv_heads, head_dim) != (c.n_layers, c.n_kv_heads, c.head_dim):
                 raise UsageError(
                     f"a cache of {n_layers} layers, {n_kv_heads} heads of {head_dim} for a model of "
@@ -148,7 +154,7 @@ class Transformer:
             space.job[0] = count, one_sequence, len(logits), address_of(logits)
             space.tokens[:count] = ids
             slots = space.cache_slots[:count]
-            slots[:] = [(address_of(x.keys), address_of(x.values), x.capacity, x.length) for x in caches]
+            slots[:] = [slot_of(cache) for cache in caches]
             if one_sequence:
                 slots["position"] += np.arange(count)
             self._team.run(arguments)
@@ -184,7 +190,7 @@ class Transformer:
 
         normed, attended, gate = (zeros(n_positions, width) for width in (c.dim, q_dim, c.hidden_dim))
         q = zeros(n_positions, q_dim)
-        threads, widest = self._n_threads, max(c.dim, q_dim, c.hidden_dim)
+        threads = self._n_threads
         return Workspace(
             job=np.zeros(1, JOB),
             n_blocks=self._count_blocks(n_positions),
@@ -203,10 +209,8 @@ class Transformer:
             normed_activations=activations(normed),
             attended_activations=activations(attended),
             hidden_activations=activations(gate),
-            scores=zeros(c.n_heads, capacity),
-            lane_scores=zeros(c.n_heads, capacity, QUERY_LANES),
-            lane_queries=zeros(c.n_heads, c.head_dim, QUERY_LANES),
-            scratch=new_scratch(threads, widest) if self._on_tiles else zeros(threads, widest, ROW_BLOCK),
+            attention=new_attention_space(n_positions, c.n_heads, c.head_dim, capacity, threads),
+            scratch=new_scratch(threads, max(c.dim, q_dim, c.hidden_dim) if self._on_tiles else 0),
         )
 
     def _count_blocks(self, n_positions: int) -> NDArray[np.int64]:
@@ -220,7 +224,7 @@ class Transformer:
 
         n_blocks = {
             stages.QKV: 3 * matrix(q_dim, c.dim),
-            stages.ATTEND: c.n_heads,
+            stages.ATTEND: ATTEND_BLOCKS_PER_THREAD * self._n_threads,
             stages.ATTENTION_OUTPUT: matrix(c.dim, q_dim),
             stages.GATE_UP: matrix(2 * c.hidden_dim, c.dim),
             stages.DOWN: matrix(c.dim, c.hidden_dim),

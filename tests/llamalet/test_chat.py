@@ -383,8 +383,9 @@ def assert_cache_is_a_fresh_prefill(talk: Chat, model: Model) -> None:
         model.transformer.decode(fresh, token)
     n = talk._cache.length
     assert n == fresh.length == len(talk._seen)
-    np.testing.assert_allclose(talk._cache.keys[:, :, :n], fresh.keys[:, :, :n], atol=1e-4)
-    np.testing.assert_allclose(talk._cache.values[:, :, :n], fresh.values[:, :, :n], atol=1e-4)
+    for layer in range(model.config.n_layers):
+        for found, expected in zip(talk._cache.read(layer, 0, n), fresh.read(layer, 0, n), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])

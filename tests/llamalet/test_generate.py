@@ -15,7 +15,8 @@ from llamalet import Chat, Model, model_file, reference
 from llamalet.config import ModelConfig
 from llamalet.errors import CheckpointError, ConfigError, FormatError, NonFiniteError, TokenizerError, UsageError
 from llamalet.generate import MAX_BATCH, generate_batch, stream
-from llamalet.kv_cache import KVCache, cache_bytes
+from llamalet.kv_cache import KVCache
+from llamalet.kv_kinds import cache_bytes
 from llamalet.sampler import MASK, Sampler, SamplingConfig
 from llamalet.tokenizer import StreamDecoder, pack
 
@@ -188,9 +189,10 @@ def test_more_texts_than_a_batch_holds_wait():
 
 def test_a_batch_is_no_larger_than_memory_has_room_for(monkeypatch):
     # Two more caches than there are texts: one that grows beside its old memory, one with the prompt that they share.
-    for n_fit, n_new, largest in ((5.5, None, 3), (0.5, None, 1), (4.6, 7, 7), (1e6, None, 9)):
-        monkeypatch.setattr("llamalet.generate.free_memory", lambda n_fit=n_fit: int(n_fit * cache_bytes(CONFIG, 32)))
-        model = Counting(CONFIG)
+    config = dataclasses.replace(CONFIG, max_seq_len=512)
+    for n_fit, n_new, largest in ((5.5, None, 3), (0.5, None, 1), (1.2, 7, 7), (1e6, None, 9)):
+        monkeypatch.setattr("llamalet.generate.free_memory", lambda n_fit=n_fit: int(n_fit * cache_bytes(config, 512)))
+        model = Counting(config)
         collect(generate_batch(model, [[100 + n] for n in range(9)], greedy(9, max_new_tokens=n_new)))
         assert max(map(len, model.steps), default=1) == largest
 
@@ -302,7 +304,7 @@ def test_a_text_that_rolls_needs_no_more_memory(monkeypatch):
     keys, values = cache.keys, cache.values
     for _ in range(1000):
         next(tokens)
-    assert cache.keys is keys and cache.values is values and cache.capacity == 32 and len(caches) == 1
+    assert cache.keys is keys and cache.values is values and cache.length <= 32 and len(caches) == 1
 
 
 def test_stop_tokens_and_a_number_of_tokens_end_a_text_that_rolls():

@@ -26,7 +26,6 @@ from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized, pack, pac
 SUM_ROUNDINGS = 1e-6
 # The kernels' exp is within two units in the last place.
 EXP_ULPS = 2
-EXP_ROUNDINGS = 1e-6
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -82,13 +81,13 @@ def activations_of(x: np.ndarray, weight: Any, kind: str) -> Any:
 
 
 @njit
-def matmul_of_layer(matrix, activations, first_t, count, out, first, last, one_sequence, scratch):
-    ops.matmul(layer_of(matrix, 0), activations, first_t, count, out, first, last, one_sequence, scratch)
+def matmul_of_layer(matrix, activations, first_t, count, out, first, last, scratch):
+    ops.matmul(layer_of(matrix, 0), activations, first_t, count, out, first, last, scratch)
 
 
 def scratch_for(cols: int) -> np.ndarray:
     """Return the memory that a thread needs for products."""
-    shape = new_scratch(1, cols)[0].shape if bfloat16.instructions() == "amx" else (cols, ROW_BLOCK)
+    shape = new_scratch(1, cols)[0].shape if bfloat16.instructions() == "amx" else (0, ROW_BLOCK)
     return at_the_end_of_memory(np.full(shape, np.nan, np.float32))
 
 
@@ -155,11 +154,9 @@ def test_quantize_rows_keeps_what_is_not_finite(bad):
 
 
 @pytest.mark.simd_path
-@given(
-    st.sampled_from(KINDS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), st.booleans(), seeds, st.data()
-)
+@given(st.sampled_from(KINDS), st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), seeds, st.data())
 @settings(deadline=None, max_examples=200)
-def test_matmul(kind, n_rows, cols, n_vectors, one_sequence, seed, data):
+def test_matmul(kind, n_rows, cols, n_vectors, seed, data):
     if kind.startswith("int8"):
         cols = (cols + 31) // 32 * 32
     floating, x = floats(seed, n_rows, cols), floats(seed + 1, n_vectors, cols)
@@ -172,22 +169,23 @@ def test_matmul(kind, n_rows, cols, n_vectors, one_sequence, seed, data):
     rows = slice(first * ROW_BLOCK, last * ROW_BLOCK)
     expected[:count, rows] = product[first_t:, rows]
     activations, scratch = activations_of(x, weight, kind), scratch_for(cols)
-    matmul_of_layer(as_matrix([weight]), activations, first_t, count, out, first, last, one_sequence, scratch)
+    matmul_of_layer(as_matrix([weight]), activations, first_t, count, out, first, last, scratch)
     np.testing.assert_allclose(out, expected, rtol=0, atol=SUM_ROUNDINGS * (np.abs(x) @ np.abs(floating).T).max())
 
 
 @pytest.mark.simd_path
-@given(st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 5), st.integers(2, 12), seeds)
+@given(st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 200), st.integers(2, 12), seeds)
 @settings(deadline=None, max_examples=100)
-def test_a_vector_gets_the_same_products_alone_and_in_a_batch(kind, n_rows, n_groups, n_vectors, seed):
-    """In a batch of sequences."""
-    x, weight = floats(seed, n_vectors, 32 * n_groups), weight_of(floats(seed + 1, n_rows, 32 * n_groups), kind)
+def test_a_vector_gets_the_same_products_alone_and_among_others(kind, n_rows, cols, n_vectors, seed):
+    if kind.startswith("int8"):
+        cols = (cols + 31) // 32 * 32
+    x, weight = floats(seed, n_vectors, cols), weight_of(floats(seed + 1, n_rows, cols), kind)
     together, alone = np.zeros((2, n_vectors, n_rows), np.float32)
     n_blocks, scratch = -(-n_rows // ROW_BLOCK), scratch_for(x.shape[1])
     activations = activations_of(x, weight, kind)
-    matmul_of_layer(as_matrix([weight]), activations, 0, n_vectors, together, 0, n_blocks, False, scratch)
+    matmul_of_layer(as_matrix([weight]), activations, 0, n_vectors, together, 0, n_blocks, scratch)
     for t in range(n_vectors):
-        matmul_of_layer(as_matrix([weight]), activations, t, 1, alone[t:], 0, n_blocks, False, scratch)
+        matmul_of_layer(as_matrix([weight]), activations, t, 1, alone[t:], 0, n_blocks, scratch)
     np.testing.assert_array_equal(together, alone)
 
 
@@ -211,11 +209,11 @@ def test_matmul_reads_nothing_beyond_its_operands(kind, cols):
         guarded = at_the_end_of_memory(weight)
     if kind == "bfloat16 on tiles":
         guarded_activations = activations._replace(parts=at_the_end_of_memory(activations.parts))
-    for count, one_sequence in ((1, False), (5, False), (5, True)):
+    for count in (1, 5):
         expected, out = np.zeros((count, 23), np.float32), at_the_end_of_memory(np.zeros((count, 23), np.float32))
         scratch = scratch_for(cols)
-        matmul_of_layer(as_matrix([weight]), activations, 0, count, expected, 0, 2, one_sequence, scratch)
-        matmul_of_layer(as_matrix([guarded]), guarded_activations, 0, count, out, 0, 2, one_sequence, scratch)
+        matmul_of_layer(as_matrix([weight]), activations, 0, count, expected, 0, 2, scratch)
+        matmul_of_layer(as_matrix([guarded]), guarded_activations, 0, count, out, 0, 2, scratch)
         np.testing.assert_array_equal(out, expected)
 
 
@@ -284,43 +282,6 @@ def test_rope(n_heads, half, seed):
     np.testing.assert_allclose(out, expected.flatten(), atol=1e-6)
 
 
-@given(st.integers(1, 70), st.integers(1, 50), st.floats(0.1, 30), seeds)
-@settings(deadline=None, max_examples=50)
-def test_attention(head_dim, length, spread, seed):
-    q, keys = spread * floats(seed, head_dim), floats(seed + 1, length + 3, head_dim)
-    values, out = floats(seed + 2, length + 3, head_dim), np.empty(head_dim, np.float32)
-    queries = np.stack([np.zeros_like(q), q])
-    ops.attention(queries, 1, keys, values, length, np.empty(length + 3, np.float32), out)
-    expected = reference.attention(q[None, None, None], keys[None, None, :length], values[None, None, :length])
-    scores = np.abs(keys[:length]) @ np.abs(q)
-    # A score's rounding becomes a relative error of its weight.
-    bound = (EXP_ROUNDINGS + SUM_ROUNDINGS * scores.max()) * np.abs(values).max()
-    np.testing.assert_allclose(out, expected[0, 0], rtol=0, atol=bound)
-
-
-@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 16), st.integers(0, 40), st.floats(0.1, 30), seeds)
-@settings(deadline=None, max_examples=50)
-def test_attention_of_lanes(n_heads, head_dim, count, start, spread, seed):
-    """The last of several heads, whose queries alternate with the others'."""
-    length = start + count
-    queries = spread * floats(seed, count, n_heads, head_dim)
-    keys, values = floats(seed + 1, length + 3, head_dim), floats(seed + 2, length + 3, head_dim)
-    keys[length:] = values[length:] = np.nan  # positions that no query may see
-    out = np.full((count, n_heads * head_dim), 7, np.float32)
-    scores, lanes = np.empty((length, 16), np.float32), np.empty((head_dim, 16), np.float32)
-    ops.attention_of_lanes(
-        queries.reshape(-1, head_dim), n_heads - 1, n_heads, count, start, at_the_end_of_memory(keys),
-        at_the_end_of_memory(values), at_the_end_of_memory(scores), at_the_end_of_memory(lanes), out,
-        (n_heads - 1) * head_dim,
-    )  # fmt: skip
-    q = queries[None, :, -1:].swapaxes(1, 2)  # (1, 1, count, D)
-    expected = reference.attention(q, keys[None, None, :length], values[None, None, :length])[0]
-    reach = np.abs(queries[:, -1]) @ np.abs(keys[:length]).T
-    bound = (EXP_ROUNDINGS + SUM_ROUNDINGS * reach.max()) * np.abs(values[:length]).max()
-    np.testing.assert_allclose(out[:, (n_heads - 1) * head_dim :], expected, rtol=0, atol=bound)
-    assert (out[:, : (n_heads - 1) * head_dim] == 7).all()
-
-
 def test_exp():
     @njit
     def exps(x, out):
@@ -336,15 +297,6 @@ def test_exp():
     out = np.empty_like(special)
     exps(special, out)
     np.testing.assert_array_equal(out, [np.inf, np.inf, np.inf, 0, 0, 0, np.nan])
-
-
-@given(st.integers(1, 100), st.floats(0.1, 20), seeds)
-@settings(deadline=None, max_examples=50)
-def test_softmax(n, spread, seed):
-    x = spread * floats(seed, n)
-    expected = reference.softmax(x * np.float32(0.3))
-    ops.softmax(x, np.float32(0.3))
-    np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-30)
 
 
 @given(st.integers(1, 100), st.floats(0.1, 200), seeds)
@@ -367,16 +319,8 @@ def test_no_kernel_hides_a_nan():
     gate = x.copy()
     ops.swiglu(gate, np.ones(64, np.float32))
     assert np.isnan(gate[50]) and np.isfinite(gate[49])
-    keys = floats(1, 5, 64)
-    keys[3, 9] = nan
-    ops.attention(floats(2, 1, 64), 0, keys, floats(3, 5, 64), 5, np.zeros(5, np.float32), out)
-    assert np.isnan(out).all()
-    lanes, scores = np.zeros((64, 16), np.float32), np.zeros((5, 16), np.float32)
-    both = np.zeros((2, 64), np.float32)
-    ops.attention_of_lanes(floats(2, 2, 64), 0, 1, 2, 3, keys, floats(3, 5, 64), scores, lanes, both, 0)
-    assert np.isnan(both).all()
     for kind in KINDS:
         weight, result = weight_of(floats(4, 3, 64), kind), np.zeros((1, 3), np.float32)
         activations = activations_of(x[None], weight, kind)
-        matmul_of_layer(as_matrix([weight]), activations, 0, 1, result, 0, 1, False, scratch_for(64))
+        matmul_of_layer(as_matrix([weight]), activations, 0, 1, result, 0, 1, scratch_for(64))
         assert np.isnan(result).all()

@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import os
 import subprocess
@@ -18,6 +19,7 @@ from llamalet.kernels import transformer as kernels_transformer
 from llamalet.kernels.layers import stack_weights
 from llamalet.kernels.transformer import POSITIONS_PER_PASS, Transformer
 from llamalet.kv_cache import KVCache
+from llamalet.kv_kinds import KINDS
 from llamalet.model_file import quantize
 
 DTYPES = ("f32", "bf16", "q8", "q4", "v2")
@@ -68,16 +70,60 @@ def test_equals_the_reference(file, dtype):
 
 
 def test_a_prompt_in_pieces_equals_the_whole(file):
-    """Bit for bit, as long as no piece is a single token: that one is decoded, with its sums in another order."""
+    """Bit for bit, also where a piece is a single token."""
     tokens = some_tokens(file.config, file.config.max_seq_len)
     model, whole = Transformer(file), KVCache(file.config, len(tokens))
     expected = model.prefill(whole, tokens)
-    for cut in range(2, len(tokens) - 2, 3):
+    for cut in [*range(2, len(tokens) - 2, 3), len(tokens) - 1]:
         pieces = model.new_cache()
         model.prefill(pieces, tokens[:cut])
         np.testing.assert_array_equal(model.prefill(pieces, tokens[cut:]), expected)
-        for name in ("keys", "values"):
-            np.testing.assert_array_equal(getattr(pieces, name)[:, :, : len(tokens)], getattr(whole, name))
+        for layer in range(file.config.n_layers):
+            for found, kept in zip(*(cache.read(layer, 0, len(tokens)) for cache in (pieces, whole)), strict=True):
+                np.testing.assert_array_equal(found, kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_position_has_the_same_logits_however_it_is_read(dtype, kind):
+    """Bit for bit: decoded, in a prompt cut anywhere, in a batch, by one thread and by three, past several pieces."""
+    config = ModelConfig.create(
+        dim=48, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=80, vocab_size=100, max_seq_len=600
+    )
+    file, tokens, rng = in_memory(config, dtype), some_tokens(config, 560), np.random.default_rng(0)
+    models = [Transformer(file, threads=n) for n in (1, 3)]
+
+    def cache_of(n: int) -> KVCache:
+        cache = KVCache(config, kind=kind)
+        if n:
+            models[0].prefill(cache, tokens[:n])
+        return cache
+
+    decoded, cache = [], cache_of(0)
+    for token in tokens:
+        decoded.append(models[1].decode(cache, token))
+    for model in models:
+        for _ in range(4):
+            cache = cache_of(0)
+            for piece in np.split(tokens, np.sort(rng.integers(1, len(tokens), 5))):
+                if len(piece):
+                    found = model._append(cache, piece, all_logits=True)
+                    np.testing.assert_array_equal(found, decoded[cache.length - len(piece) : cache.length])
+        for size in (2, 20):
+            ends = rng.integers(1, len(tokens), size)
+            batch = model.decode_batch([cache_of(end) for end in ends], tokens[ends])
+            np.testing.assert_array_equal(batch, [decoded[end] for end in ends])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_cache_equals_the_reference(kind):
+    config = dataclasses.replace(SMALL_MODELS["gqa-tied"], max_seq_len=600)
+    file, tokens = in_memory(config, "f32"), some_tokens(config, 600)
+    model, numpy_model = Transformer(file), reference.NumpyTransformer(file)
+    caches = [KVCache(config, kind=kind) for _ in range(2)]
+    found, expected = model.prefill(caches[0], tokens), numpy_model.prefill(caches[1], tokens)
+    # A key's last bit may be rounded the other way, which is a whole step of the kind.
+    bound = {"f32": BOUND["f32"], "bf16": 0.01, "q8": 0.01}[kind]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound * np.abs(expected).max())
 
 
 def test_a_sequence_gets_the_same_logits_in_a_batch_as_alone(file):

@@ -1,0 +1,437 @@
+"""Attention over KV caches: queries of one position, of a prompt, or of many sequences, with the same sums for all.
+
+A context is cut into pieces of PIECE positions, always the same ones. For each piece a query gets the largest score,
+the sum of the powers, and the sum of the values times the powers; then pieces are joined from the first to the last,
+as an online softmax does (https://arxiv.org/abs/2205.14135). Every sum runs over the positions, or the components, one
+after the other. So a position has the same result, bit for bit, whether it is decoded or read with a prompt, alone or
+among others, by one thread or many.
+
+Work is cut into items: a key-value head, a run of neighbouring positions of a sequence, and one piece of its context,
+or all of them if there are more than FEW positions. The query heads that share a head's keys read them together.
+
+Keys lie in the cache with 16 positions side by side, values with their components side by side (see kv_kinds.py). So
+both steps are the same loop, `add_combinations`: several rows of numbers meet vectors of 16, which are read once for
+all rows. Bfloat16 and int8 are widened to float32 first, a piece at a time, in memory that stays in the core's cache.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import float32, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from llamalet.aligned import aligned_zeros
+from llamalet.kernels import llvm, simd
+from llamalet.kernels.jit import inner_kernel
+from llamalet.kernels.kv_slots import Q8_KIND, keep_key, keep_value, keys_of, values_of
+from llamalet.kernels.layers import FLOAT_BYTES, floats_at
+from llamalet.kernels.llvm import F32, I64, Table, i64
+from llamalet.kernels.powers import write_powers
+from llamalet.kernels.shared import shared_kernel
+from llamalet.kv_kinds import LANES, STEP
+
+PIECE = 256
+"""Positions of a context whose results are joined as one."""
+RUN = 32
+"""Positions of a sequence that read a piece together."""
+FEW = 16
+"""Up to this many positions a pass cuts its contexts into pieces that different threads may take."""
+SPAN = STEP
+"""Positions that a few queries take at a time."""
+ROWS = 8 if simd.instruction_path() == "avx512vnni" else 4
+"""Queries that meet the same vectors at once, as many as the registers hold."""
+
+
+class AttentionSpace(NamedTuple):
+    """The memory of attention, float32. W is D filled up to a multiple of 16.
+
+    mixed: for each query (position, head) and part of its context, the sum of the values times their powers (n, W).
+    sums: for the same, the largest score, and the sum of the powers (n, 2).
+    components: int64 (ROWS,), D.
+    counts: for each thread, how many positions of a piece each of ROWS queries sees, int64 (threads, ROWS).
+    terms: how many of them are in a span (threads, ROWS).
+    queries: these queries (threads, ROWS, D).
+    keys: a piece (threads, PIECE / 16 * D, 16).
+    values: (threads, PIECE, W).
+    scores: of the queries for the piece, then the powers (threads, ROWS, PIECE).
+    tile: what goes into mixed (threads, ROWS, W).
+    tile_sums: what goes into sums (threads, ROWS, 2).
+    """
+
+    mixed: Any
+    sums: Any
+    components: Any
+    counts: Any
+    terms: Any
+    queries: Any
+    keys: Any
+    values: Any
+    scores: Any
+    tile: Any
+    tile_sums: Any
+
+
+def new_attention_space(n_positions: int, n_heads: int, head_dim: int, capacity: int, threads: int) -> AttentionSpace:
+    """Return memory for passes over up to n_positions new positions, in caches of up to `capacity`."""
+    width = -(-head_dim // LANES) * LANES
+    n = n_heads * max(n_positions, min(n_positions, FEW) * -(-capacity // PIECE))
+
+    def zeros(*shape: int) -> Any:
+        return aligned_zeros(shape, np.float32)
+
+    return AttentionSpace(
+        mixed=zeros(n, width),
+        sums=zeros(n, 2),
+        components=np.full(ROWS, head_dim),
+        counts=np.zeros((threads, ROWS), np.int64),
+        terms=np.zeros((threads, ROWS), np.int64),
+        queries=zeros(threads, ROWS, head_dim),
+        keys=zeros(threads, PIECE // LANES * head_dim, LANES),
+        values=zeros(threads, PIECE, width),
+        scores=zeros(threads, ROWS, PIECE),
+        tile=zeros(threads, ROWS, width),
+        tile_sums=zeros(threads, ROWS, 2),
+    )
+
+
+class Queries(NamedTuple):
+    """Some of the queries of a run of positions that share a key-value head, at most ROWS.
+
+    first: the number of the run's first query among all.
+    group: query heads of a position that share the key-value head.
+    step: queries from a position to the next, H.
+    row: number of the first of these queries in the run, where a position's queries follow each other.
+    size: how many they are.
+    position: the run's first position, counted from the beginning of the piece.
+    """
+
+    first: int
+    group: int
+    step: int
+    row: int
+    size: int
+    position: int
+
+
+# -- a pass -----------------------------------------------------------------------------------------------------------
+
+
+@shared_kernel
+def attend(
+    q_heads: Any, k: Any, v: Any, slots: Any, count: int, one_sequence: int, layer: int, n_heads: int,
+    space: Any, block: int, n_blocks: int, thread: int,
+) -> None:  # fmt: skip
+    """Do a share of a pass's items. `finish` makes results of them when all are done.
+
+    Args:
+        q_heads: all queries (T * H, D).
+        k: the new keys (T, G * D), which are put into the cache here unless `kv_slots.keep_prompt` has done so.
+        v: the new values (T, G * D).
+        slots: CACHE_SLOT (T,).
+        count: number of positions, T.
+        one_sequence: whether they are neighbours in one sequence.
+        layer: number of the layer.
+        n_heads: H.
+        space: AttentionSpace.
+        block: which share.
+        n_blocks: number of shares.
+        thread: number of the thread.
+    """
+    head_dim, n_kv_heads = q_heads.shape[1], k.shape[1] // q_heads.shape[1]
+    n_parts, group, run = count_parts(slots, count), n_heads // n_kv_heads, RUN if one_sequence else 1
+    n_items = (count + run - 1) // run * n_kv_heads * n_parts
+    first_item, last_item = n_items * block // n_blocks, n_items * (block + 1) // n_blocks
+    if count == 1 or not one_sequence:
+        # All of them first: reading what has just been written would wait for it.
+        for item in range(first_item, last_item):
+            part, head, t = item % n_parts, item // n_parts % n_kv_heads, item // n_parts // n_kv_heads
+            if part == min(n_parts - 1, slots[t].position // PIECE):
+                columns = slice(head * head_dim, (head + 1) * head_dim)
+                keep_key(slots[t], layer * n_kv_heads + head, k[t, columns])
+                keep_value(slots[t], layer * n_kv_heads + head, v[t, columns])
+    for item in range(first_item, last_item):
+        part, head, t = item % n_parts, item // n_parts % n_kv_heads, item // n_parts // n_kv_heads * run
+        slot, cached, n = slots[t], layer * n_kv_heads + head, min(run, count - t)
+        n_pieces = slots[t + n - 1].position // PIECE + 1
+        first, last = (part, min(part + 1, n_pieces)) if n_parts > 1 else (0, n_pieces)
+        for piece in range(first, last):
+            start = piece * PIECE
+            length, target = min(PIECE, slots[t + n - 1].position + 1 - start), t * n_heads + head * group
+            # The result of a piece is stored in a row of its own, or joined to those of the pieces before.
+            place = part if n_parts > 1 else -1 if piece else 0
+            attend_piece(q_heads, slot, cached, start, length, n, group, n_heads, target, n_parts, place, space, thread)
+
+
+@shared_kernel
+def finish(slots: Any, count: int, n_heads: int, head_dim: int, space: Any, out: Any, first: int, last: int) -> None:
+    """Join the parts of positions first..last; write the means of the values to out (T, H * D)."""
+    n_parts = count_parts(slots, count)
+    scale = float32(1) / np.sqrt(float32(head_dim))
+    for t in range(first, last):
+        n = slots[t].position // PIECE + 1 if n_parts > 1 else 1
+        for head in range(n_heads):
+            row = (t * n_heads + head) * n_parts
+            for part in range(row + 1, row + n):
+                join(space.mixed, space.sums, row, space.mixed[part], space.sums[part, 0], space.sums[part, 1], scale)
+            factor = float32(1) / space.sums[row, 1]
+            for i in range(head_dim):
+                out[t, head * head_dim + i] = space.mixed[row, i] * factor
+
+
+@inner_kernel
+def count_parts(slots: Any, count: int) -> int:
+    """Return how many results each query has room for: one for each piece of the longest context, or one for all."""
+    n = 1
+    if count <= FEW:
+        for t in range(count):
+            n = max(n, slots[t].position // PIECE + 1)
+    return n
+
+
+# -- a run of positions and a piece -----------------------------------------------------------------------------------
+
+
+@inner_kernel
+def attend_piece(
+    q_heads: Any, slot: Any, cached: int, start: int, length: int, n: int, group: int, n_heads: int, first: int,
+    n_parts: int, part: int, space: Any, thread: int,
+) -> None:  # fmt: skip
+    """Let a run of positions attend to a piece of their context.
+
+    Many queries meet a piece that has been widened as a whole. A few take SPAN positions at a time: what was widened
+    is in the core's first cache when they meet it.
+
+    Args:
+        q_heads: all queries (T * H, D).
+        slot: the CACHE_SLOT of the first position.
+        cached: number of the key-value head in the cache.
+        start: the piece's first position.
+        length: positions of the piece that the last position of the run sees.
+        n: positions of the run.
+        group: query heads that share the key-value head.
+        n_heads: H.
+        first: number of the first position's first query among all.
+        n_parts: rows of space.mixed for each query.
+        part: which of them gets the result; -1: the only one, where the result is joined to what is there.
+        space: AttentionSpace.
+        thread: number of the thread.
+    """
+    head_dim = q_heads.shape[1]
+    scale = float32(1) / np.sqrt(float32(head_dim))
+    many, span = n * group > ROWS, PIECE if n * group > ROWS else SPAN
+    keys, values = space.keys[thread], space.values[thread]
+    if many:
+        keys = keys_of(slot, cached, head_dim, start, length, space.keys[thread])
+        values = values_of(slot, cached, start, length, space.values[thread])
+    # Positions before the piece do not see it.
+    for row in range(max(0, start - slot.position) * group, n * group, ROWS):
+        queries = Queries(first, group, n_heads, row, min(ROWS, n * group - row), slot.position - start)
+        take(q_heads, queries, length, space, thread)
+        for begin in range(0, length, span):
+            if not many:
+                keys = keys_of(slot, cached, head_dim, start + begin, min(span, length - begin), space.keys[thread])
+            score(queries, keys, begin, span, space, thread)
+        soften(queries, slot, cached, start, scale, space, thread)
+        for begin in range(0, length, span):
+            if not many:
+                values = values_of(slot, cached, start + begin, min(span, length - begin), space.values[thread])
+            mix(queries, values, begin, span, space, thread)
+        for r in range(queries.size):
+            deliver(space, thread, r, query_number(queries, r) * n_parts + max(part, 0), part >= 0, scale)
+
+
+@inner_kernel
+def query_number(queries: Any, r: int) -> int:
+    """Return the number of query r of these among all."""
+    row = queries.row + r
+    return queries.first + row // queries.group * queries.step + row % queries.group
+
+
+@inner_kernel
+def take(q_heads: Any, queries: Any, length: int, space: Any, thread: int) -> None:
+    """Copy the queries, count how many positions of a piece each sees, and clear their sums."""
+    for r in range(queries.size):
+        number, seen = query_number(queries, r), queries.position + (queries.row + r) // queries.group + 1
+        space.counts[thread, r] = min(length, seen)
+        for i in range(q_heads.shape[1]):
+            space.queries[thread, r, i] = q_heads[number, i]
+    for r in range(queries.size, ROWS):
+        space.counts[thread, r] = space.counts[thread, queries.size - 1]
+    clear(space.scores[thread], queries.size, (space.counts[thread, ROWS - 1] + LANES - 1) // LANES * LANES)
+    clear(space.tile[thread], queries.size, space.tile.shape[2])
+
+
+@inner_kernel
+def score(queries: Any, keys: Any, begin: int, span: int, space: Any, thread: int) -> None:
+    """Write the products of the queries and the keys of a span, which begins there in the piece, to scores."""
+    head_dim, seen = space.queries.shape[2], min(space.counts[thread, ROWS - 1] - begin, span)
+    n_blocks = (seen + LANES - 1) // LANES  # with some that a query does not see
+    scores, counts = space.scores[thread], space.components
+    combine(queries.size, space.queries[thread], 0, counts, keys, LANES, head_dim * LANES, n_blocks, scores, begin)
+
+
+@inner_kernel
+def soften(queries: Any, slot: Any, cached: int, start: int, scale: float, space: Any, thread: int) -> None:
+    """Turn scores into powers, and keep the largest score and the sum of the powers of each query."""
+    for r in range(queries.size):
+        row = space.scores[thread, r, : space.counts[thread, r]]
+        if slot.kind == Q8_KIND:
+            multiply(row, slot.key_scales + (cached * slot.capacity + start) * FLOAT_BYTES)
+        largest = simd.largest(row)
+        space.tile_sums[thread, r, 0] = largest
+        space.tile_sums[thread, r, 1] = write_powers(row, largest, scale, float32(1), row)
+        if slot.kind == Q8_KIND:
+            multiply(row, slot.value_scales + (cached * slot.capacity + start) * FLOAT_BYTES)
+
+
+@inner_kernel
+def mix(queries: Any, values: Any, begin: int, span: int, space: Any, thread: int) -> None:
+    """Add the sums of a span's values, times the powers of each query, to tile."""
+    width, terms = values.shape[1], space.terms[thread]
+    for r in range(ROWS):
+        terms[r] = max(0, min(space.counts[thread, r] - begin, span))
+    combine(
+        queries.size, space.scores[thread], begin, terms, values, width, LANES, width // LANES, space.tile[thread], 0
+    )
+
+
+@inner_kernel
+def deliver(space: Any, thread: int, r: int, target: int, first: bool, scale: float) -> None:
+    """Store query r's result for a piece in a row of space.mixed, or join it to those of the pieces before."""
+    tile, sums = space.tile[thread, r], space.tile_sums[thread, r]
+    if first:
+        space.sums[target, 0], space.sums[target, 1] = sums[0], sums[1]
+        for i in range(len(tile)):
+            space.mixed[target, i] = tile[i]
+    else:
+        join(space.mixed, space.sums, target, tile, sums[0], sums[1], scale)
+
+
+@inner_kernel
+def join(mixed: Any, sums: Any, row: int, more: Any, largest: float, total: float, scale: float) -> None:
+    """Join the result of the next piece to a row of those before; powers are taken from the largest score of both."""
+    both = max(sums[row, 0], largest)
+    old, new = simd.exp((sums[row, 0] - both) * scale), simd.exp((largest - both) * scale)
+    sums[row, 0], sums[row, 1] = both, sums[row, 1] * old + total * new
+    for i in range(len(more)):
+        mixed[row, i] = mixed[row, i] * old + more[i] * new
+
+
+@inner_kernel
+def clear(table: Any, rows: int, cols: int) -> None:
+    """Set the first columns of the first rows to zero."""
+    for row in range(rows):
+        for i in range(cols):
+            table[row, i] = float32(0)
+
+
+@inner_kernel
+def multiply(x: Any, scales: int) -> None:
+    """Multiply x (n,) by the float32 at an address."""
+    factors = floats_at(scales, 1, len(x))
+    for i in range(len(x)):
+        x[i] *= factors[0, i]
+
+
+# -- the sums ---------------------------------------------------------------------------------------------------------
+
+
+@inner_kernel
+def combine(
+    count: int, weights: Any, first: int, counts: Any, vectors: Any, term_step: int, block_step: int, n_blocks: int,
+    out: Any, column: int,
+) -> None:  # fmt: skip
+    """Do what `add_combinations` does with the first `count` rows, at most ROWS, and the first n_blocks blocks.
+
+    Rows up to the next number for which there is code may be added to, too.
+    """
+    b = 0
+    if count == 1:
+        while b + 4 <= n_blocks:
+            add_combinations(weights, 1, first, counts, vectors, term_step, block_step, b, 4, out, column)
+            b += 4
+        if b + 2 <= n_blocks:
+            add_combinations(weights, 1, first, counts, vectors, term_step, block_step, b, 2, out, column)
+            b += 2
+        if b < n_blocks:
+            add_combinations(weights, 1, first, counts, vectors, term_step, block_step, b, 1, out, column)
+    elif count <= 4:
+        while b + 2 <= n_blocks:
+            add_combinations(weights, 4, first, counts, vectors, term_step, block_step, b, 2, out, column)
+            b += 2
+        if b < n_blocks:
+            add_combinations(weights, 4, first, counts, vectors, term_step, block_step, b, 1, out, column)
+    else:
+        while b + 2 <= n_blocks:
+            add_combinations(weights, ROWS, first, counts, vectors, term_step, block_step, b, 2, out, column)
+            b += 2
+        if b < n_blocks:
+            add_combinations(weights, ROWS, first, counts, vectors, term_step, block_step, b, 1, out, column)
+
+
+@intrinsic(prefer_literal=True)
+def add_combinations(
+    typing_context: Any, weights: Any, rows: Any, first: Any, counts: Any,
+    vectors: Any, term_step: Any, block_step: Any, block: Any, blocks: Any, out: Any, column: Any,
+) -> Any:  # fmt: skip
+    """Add the sum over k < counts[row] of weights[row, first + k] * v(k, block) to out[row, column + 16 * block:].
+
+    A block's vector of a term is the 16 numbers of `vectors` from element k * term_step + block * block_step on. Every
+    lane of every result is a sum of its own, from the first term to the last, whatever else is computed in the call.
+
+    Args:
+        typing_context: numba's.
+        weights: float32 (n, width).
+        rows: how many of its first rows; a constant.
+        first: the column of their first term.
+        counts: int64 (rows or more,), which must not decrease.
+        vectors: float32, contiguous.
+        term_step: elements from a term to the next.
+        block_step: elements from a block to the next.
+        block: the first block.
+        blocks: how many; a constant.
+        out: float32 (n, width).
+        column: the column of block 0.
+    """
+    n_rows, n_blocks = rows.literal_value, blocks.literal_value
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        table, target = Table(context, builder, weights, args[0]), Table(context, builder, out, args[9])
+        data = context.make_array(vectors)(context, builder, args[4]).data
+        count_data = context.make_array(counts)(context, builder, args[3]).data
+        numbers = [builder.add(args[7], i64(i)) for i in range(n_blocks)]
+        bases = [builder.gep(data, [builder.mul(number, args[6])]) for number in numbers]
+        columns = [builder.add(args[10], builder.mul(number, i64(LANES))) for number in numbers]
+        w_rows = [builder.gep(table.row(i64(row)), [args[2]]) for row in range(n_rows)]
+        places = [
+            builder.bitcast(builder.gep(target.row(i64(row)), [column]), ir.VectorType(F32, LANES).as_pointer())
+            for row in range(n_rows)
+            for column in columns
+        ]
+        totals = llvm.variables(builder, [builder.load(place, align=FLOAT_BYTES) for place in places])
+        n_terms = [builder.load(builder.gep(count_data, [i64(row)])) for row in range(n_rows)]
+
+        def add_term(k: Any, *, all_rows: bool) -> None:
+            offset = builder.mul(k, args[5])
+            lanes = [llvm.load_vector(builder, builder.gep(base, [offset]), F32, LANES) for base in bases]
+            before = [builder.load(total) for total in totals]
+            factors = [llvm.splat(builder, builder.load(builder.gep(row, [k])), LANES) for row in w_rows]
+            llvm.add_products(builder, totals, factors, lanes)
+            for i in range(0 if all_rows else len(totals)):
+                has_term = builder.icmp_signed("<", k, n_terms[i // n_blocks])
+                builder.store(builder.select(has_term, builder.load(totals[i]), before[i]), totals[i])
+
+        with cgutils.for_range_slice(builder, i64(0), n_terms[0], i64(1), I64) as (k, _):
+            add_term(k, all_rows=True)
+        if n_rows > 1:
+            with cgutils.for_range_slice(builder, n_terms[0], n_terms[-1], i64(1), I64) as (k, _):
+                add_term(k, all_rows=False)
+        for place, total in zip(places, totals, strict=True):
+            builder.store(builder.load(total), place, align=FLOAT_BYTES)
+        return context.get_dummy_value()
+
+    ints = types.intp
+    arguments = weights, rows, ints, counts, vectors, ints, ints, ints, blocks, out, ints
+    return types.none(*arguments), build

@@ -1,0 +1,192 @@
+"""The numbers of KV caches as kernels read and write them: where they are, and how they are kept (kv_kinds.KINDS)."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import float32, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from llamalet.aligned import address_of
+from llamalet.kernels import llvm, simd
+from llamalet.kernels.jit import inlined_kernel, inner_kernel
+from llamalet.kernels.layers import FLOAT_BYTES, floats_at
+from llamalet.kernels.llvm import F32, I8, I16, I32, I64, i64
+from llamalet.kernels.shared import shared_kernel
+from llamalet.kv_cache import KVCache
+from llamalet.kv_kinds import KINDS, LANES, STEP
+
+AHEAD = 2048
+"""Bytes that are fetched from memory before they are widened."""
+
+F32_KIND, BF16_KIND, Q8_KIND = range(len(KINDS))
+
+# Where the keys and values of a new position go: the addresses of its sequence's and of their scales, the capacity of
+# the sequence's cache, the position, and the number of the cache's kind in KINDS.
+CACHE_SLOT = np.dtype(
+    [(name, np.int64) for name in ("keys", "values", "key_scales", "value_scales", "capacity", "position", "kind")]
+)
+
+
+def slot_of(cache: KVCache) -> tuple[int, ...]:
+    """Return where the next key and value of a cache go, a CACHE_SLOT."""
+    arrays = cache.keys, cache.values, cache.key_scales, cache.value_scales
+    return *map(address_of, arrays), cache.capacity, cache.length, list(KINDS).index(cache.kind)
+
+
+@inlined_kernel
+def keys_of(slot: Any, head: int, head_dim: int, start: int, length: int, room: Any) -> Any:
+    """Return a head's keys from position `start` on as float32 (n, 16): in place, or widened into `room`."""
+    first, n = (head * slot.capacity + start) * head_dim, (length + STEP - 1) // STEP * STEP * head_dim
+    if slot.kind == F32_KIND:
+        return floats_at(slot.keys + first * FLOAT_BYTES, n // LANES, LANES)
+    widen(slot.keys, first, n, slot.kind, room)
+    return room
+
+
+@inlined_kernel
+def values_of(slot: Any, head: int, start: int, length: int, room: Any) -> Any:
+    """Return a head's values from position `start` on as float32 (n, W): in place, or widened into `room`."""
+    width = room.shape[1]
+    first, n = (head * slot.capacity + start) * width, length * width
+    if slot.kind == F32_KIND:
+        return floats_at(slot.values + first * FLOAT_BYTES, length, width)
+    widen(slot.values, first, n, slot.kind, room)
+    return room
+
+
+@inner_kernel
+def widen(address: int, first: int, n: int, kind: int, out: Any) -> None:
+    """Write n numbers of a cache from number `first` on, a multiple of 16, to out as float32."""
+    if kind == BF16_KIND:
+        widen_bfloat16(address + 2 * first, n, out)
+    else:
+        widen_int8(address + first, n, out)
+
+
+@shared_kernel
+def keep_prompt(slots: Any, count: int, first_head: int, k: Any, v: Any, first: int, last: int, head_dim: int) -> None:
+    """Write some heads' keys and values of neighbouring positions to their cache.
+
+    Args:
+        slots: CACHE_SLOT (T,).
+        count: number of positions, T.
+        first_head: the layer's first key-value head in the cache.
+        k: the keys (T, G * D).
+        v: the values (T, G * D).
+        first: the first head in the layer.
+        last: the head after the last.
+        head_dim: D.
+    """
+    for head in range(first, last):
+        columns, t = slice(head * head_dim, (head + 1) * head_dim), 0
+        for i in range(count):
+            keep_value(slots[i], first_head + head, v[i, columns])
+        while t < count:
+            slot = slots[t]
+            if slot.kind == F32_KIND and slot.position % LANES == 0 and t + LANES <= count:
+                place = ((first_head + head) * slot.capacity + slot.position) * head_dim
+                block = floats_at(slot.keys + place * FLOAT_BYTES, head_dim, LANES)
+                simd.rows_to_lanes(k, t, t + LANES - 1, head * head_dim, head_dim, block)
+                t += LANES
+            else:
+                keep_key(slot, first_head + head, k[t, columns])
+                t += 1
+
+
+@inner_kernel
+def keep_key(slot: Any, head: int, key: Any) -> None:
+    """Write the key (D,) of a head at a new position to its cache, as KVCache.write."""
+    position, head_dim = slot.position, len(key)
+    # Its components are 16 numbers apart, with those of its neighbours between them.
+    first = (head * slot.capacity + position - position % LANES) * head_dim + position % LANES
+    if slot.kind == Q8_KIND:
+        scale = slot.key_scales + (head * slot.capacity + position) * FLOAT_BYTES
+        store_int8s(key, slot.keys + first, LANES, floats_at(scale, 1, 1))
+    elif slot.kind == BF16_KIND:
+        for i in range(head_dim):
+            store_bfloat16(slot.keys + 2 * (first + i * LANES), key[i])
+    else:
+        for i in range(head_dim):
+            store_float(slot.keys + FLOAT_BYTES * (first + i * LANES), key[i])
+
+
+@inner_kernel
+def keep_value(slot: Any, head: int, value: Any) -> None:
+    """Write the value (D,) of a head at a new position to its cache, as KVCache.write."""
+    head_dim, place = len(value), head * slot.capacity + slot.position
+    first = place * ((head_dim + LANES - 1) // LANES * LANES)
+    if slot.kind == Q8_KIND:
+        store_int8s(value, slot.values + first, 1, floats_at(slot.value_scales + place * FLOAT_BYTES, 1, 1))
+    elif slot.kind == BF16_KIND:
+        for i in range(head_dim):
+            store_bfloat16(slot.values + 2 * (first + i), value[i])
+    else:
+        kept = floats_at(slot.values + FLOAT_BYTES * first, 1, head_dim)
+        for i in range(head_dim):
+            kept[0, i] = value[i]
+
+
+@inner_kernel
+def store_int8s(x: Any, address: int, step: int, scale: Any) -> None:
+    """Write x (n,) over its scale as int8, `step` bytes apart, and the scale, so that 127 is its largest magnitude."""
+    bits = np.int32(0)
+    for i in range(len(x)):
+        bits = max(bits, simd.magnitude_bits(x[i]))
+    largest = simd.float_of_bits(bits)
+    scale[0, 0] = largest / float32(127)
+    inverse = float32(127) / largest
+    if not inverse < np.inf:  # zeros, or numbers too small to invert, or a NaN, which the scale keeps
+        inverse = float32(0)
+    for i in range(len(x)):
+        store_int8(address + i * step, np.rint(x[i] * inverse))
+
+
+def _widening(element: Any, to_floats: Any) -> Any:
+    """Return an intrinsic that writes n numbers at an address, a multiple of 16, to out, float32 and contiguous."""
+
+    @intrinsic
+    def widening(typing_context: Any, address: Any, n: Any, out: Any) -> Any:
+        def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            source = builder.inttoptr(args[0], element.as_pointer())
+            target = context.make_array(out)(context, builder, args[2]).data
+            with cgutils.for_range_slice(builder, i64(0), args[1], i64(LANES), I64) as (i, _):
+                llvm.prefetch(builder, builder.gep(source, [builder.add(i, i64(8 * AHEAD // element.width))]))
+                numbers = to_floats(builder, llvm.load_vector(builder, builder.gep(source, [i]), element, LANES))
+                place = builder.bitcast(builder.gep(target, [i]), numbers.type.as_pointer())
+                builder.store(numbers, place, align=FLOAT_BYTES)
+            return context.get_dummy_value()
+
+        return types.none(types.intp, types.intp, out), build
+
+    return widening
+
+
+def _int8_to_floats(builder: ir.IRBuilder, numbers: Any) -> Any:
+    count = numbers.type.count
+    return builder.sitofp(builder.sext(numbers, ir.VectorType(I32, count)), ir.VectorType(F32, count))
+
+
+widen_bfloat16 = _widening(I16, llvm.widen)
+widen_int8 = _widening(I8, _int8_to_floats)
+
+
+def _storing(from_float: Any) -> Any:
+    """Return an intrinsic that stores a float32 at an address."""
+
+    @intrinsic
+    def storing(typing_context: Any, address: Any, x: Any) -> Any:
+        def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            value = from_float(builder, args[1])
+            builder.store(value, builder.inttoptr(args[0], value.type.as_pointer()), align=1)
+            return context.get_dummy_value()
+
+        return types.none(types.intp, types.float32), build
+
+    return storing
+
+
+store_float = _storing(lambda builder, x: x)
+store_bfloat16 = _storing(llvm.round_to_bfloat16)
+store_int8 = _storing(lambda builder, x: builder.fptosi(x, I8))
