@@ -70,6 +70,8 @@ class RollingConfig:
     """Number of first tokens that `roll` keeps."""
     backend: str = BACKENDS[0]
     """numba or numpy."""
+    kv: str | None = None
+    """How the caches keep numbers: f32, bf16 or q8; f32 for a float32 model, else bf16, if not given."""
     threads: int | None = None
     """Threads; by default one per physical core."""
     out: str = "out/rolling"
@@ -95,7 +97,8 @@ class CutCache(KVCache):
         before = [self.read(layer, keep + drop, self.length)[0] for layer in range(self._config.n_layers)]
         super().roll(keep, drop)
         for layer, keys in enumerate(before):
-            self.write(layer, keep, keys, self.read(layer, keep, self.length)[1])
+            _, values = self.read(layer, keep, self.length)
+            self.write(layer, keep, keys, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,9 @@ def main(argv: Sequence[str]) -> int:
     )
     out = Path(config.out)
     check_writable(out)
-    model = Model.load(config.model, tokenizer=_tokenizer(config), backend=config.backend, threads=config.threads)
+    model = Model.load(
+        config.model, tokenizer=_tokenizer(config), backend=config.backend, threads=config.threads, kv=config.kv
+    )
     context = model.config.max_seq_len
     if config.tokens <= context:
         raise ConfigError(f"tokens={config.tokens}: must be more than the context of {model.path}, {context}")
@@ -173,11 +178,11 @@ def ways(model: Model, streams: NDArray[np.int64], keep: int) -> Mapping[str, Ca
     config = model.config
     longer = dataclasses.replace(config, max_seq_len=max(config.max_seq_len, streams.shape[1] - 1))
 
-    def through(new_cache: Callable[[ModelConfig], KVCache], shape: ModelConfig, keep: int) -> Curve:
-        caches = [new_cache(shape) for _ in streams]
+    def through(cache_type: type[KVCache], shape: ModelConfig, keep: int) -> Curve:
+        caches = [cache_type(shape, kind=model.transformer.kv) for _ in streams]
         start = time.perf_counter()
         nats = np.array(list(_with_progress(evaluate_streams(model.transformer, streams, caches, keep))))
-        n_bytes = sum(cache_bytes(model.config, cache.capacity) for cache in caches)
+        n_bytes = sum(cache_bytes(model.config, cache.capacity, cache.kind) for cache in caches)
         return Curve(nats, n_bytes, nats.size / (time.perf_counter() - start))
 
     def recompute() -> Curve:

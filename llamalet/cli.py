@@ -72,6 +72,8 @@ class ModelOptions:
     """number of threads; one for each physical core if not given"""
     backend: str = BACKENDS[0]
     """numba, or numpy, which is slow and needs no compiler"""
+    kv: Literal["f32", "bf16", "q8"] | None = None
+    """how the KV cache keeps numbers: f32, bf16 or q8; f32 for a float32 model, else bf16, if not given"""
     verify: bool | None = None
     """verify the checksums of a large .bin or a checkpoint too; --no-verify skips even a small .bin's"""
 
@@ -80,7 +82,7 @@ class ModelOptions:
         with nothing_to_lose():
             return Model.load(
                 path, dtype=self.dtype, tokenizer=self.tokenizer, backend=self.backend, threads=self.threads,
-                verify=self.verify, check=check,
+                kv=self.kv, verify=self.verify, check=check,
             )  # fmt: skip
 
 

@@ -38,6 +38,10 @@ class LogitsOf(Protocol):
 class ForwardPass(LogitsOf, Protocol):
     """What generation needs from a model: llamalet.kernels.transformer and llamalet.reference provide it."""
 
+    @property
+    def kv(self) -> str:
+        """The kind of its KV caches."""
+
     def new_cache(self) -> KVCache:
         """Return an empty KV cache."""
 
@@ -100,7 +104,9 @@ def generate_batch(
     if batch_size is None:
         positions = max((min(context, len(text.prompt) + text.n_left) for text in texts), default=1)
         # A full cache doubles: one at a time, while its old memory is still there. One more holds the shared prompt.
-        n_that_fit = free_memory() // cache_bytes(transformer.config, min(context, 2 * int(positions))) - 2
+        n_that_fit = (
+            free_memory() // cache_bytes(transformer.config, min(context, 2 * int(positions)), transformer.kv) - 2
+        )
         batch_size = max(1, min(n_that_fit, MAX_BATCH))
     return _generate(transformer, texts, batch_size)
 

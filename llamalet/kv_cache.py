@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llamalet.aligned import aligned_zeros
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import UsageError
-from llamalet.kv_kinds import KINDS, LANES, cache_bytes, decode, encode, shapes, turned
+from llamalet.kv_kinds import KINDS, LANES, STEP, cache_bytes, decode, encode, shapes, turned
 
 Array = NDArray[np.float32]
 
@@ -60,7 +60,7 @@ class KVCache:
         if length > self.context:
             raise UsageError(f"{length} positions: the model's context is {self.context}")
         if length > self.capacity:
-            capacity = min(max(length, 2 * self.capacity), self.context)
+            capacity = min(max(length, 2 * self.capacity, STEP), self.context)
             n_bytes, n_free = cache_bytes(self._config, capacity, self.kind), free_memory()
             if n_bytes > n_free:
                 raise UsageError(
@@ -104,8 +104,8 @@ class KVCache:
         RoPE has rotated each pair of a key's components by an angle proportional to its position, so the moved keys are
         rotated back by `drop` positions. A pair is two neighbours, in memory a complex number, and rotating it is one
         product. The angle is computed in float64, so a roll adds an error of at most `ROLL_ERROR` of a pair's length,
-        at any position, and that of keeping the result (`Kind.error`); n rolls at most n times as much. Values move as
-        they are. The arrays are changed in place.
+        at any position, and that of keeping the result (`CacheKind.error`); n rolls at most n times as much. Values
+        move as they are. The arrays are changed in place.
 
         Args:
             keep: number of first positions that stay as they are.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig
-from llamalet.model_file.quantize import from_bfloat16, to_bfloat16
+from llamalet.model_file.quantize import Weight, bits_of, from_bfloat16, to_bfloat16
 
 Array = NDArray[np.float32]
 
@@ -22,7 +22,7 @@ STEP = 64
 """Memory is allocated for a multiple of this many positions."""
 
 
-class Kind(NamedTuple):
+class CacheKind(NamedTuple):
     """How numbers are kept.
 
     dtype: of the arrays; uint16 are the bits of bfloat16.
@@ -36,10 +36,15 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "f32": Kind(np.dtype(np.float32), False, 0.0),
-    "bf16": Kind(np.dtype(np.uint16), False, 2.0**-8),
-    "q8": Kind(np.dtype(np.int8), True, 0.5001 / 127),
+    "f32": CacheKind(np.dtype(np.float32), False, 0.0),
+    "bf16": CacheKind(np.dtype(np.uint16), False, 2.0**-8),
+    "q8": CacheKind(np.dtype(np.int8), True, 0.5001 / 127),
 }
+
+
+def kind_for(weight: Weight, chosen: str | None) -> str:
+    """Return the chosen kind; if there is none, float32 for weights of float32 and bfloat16 for those of fewer bits."""
+    return chosen or ("f32" if bits_of(weight) > 16 else "bf16")
 
 
 def turned(blocks: NDArray[Any]) -> NDArray[Any]:

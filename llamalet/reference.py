@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from llamalet.checks import token_ids
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.kv_cache import KVCache
+from llamalet.kv_kinds import kind_for
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows, unpack
 from llamalet.model_file.reader import ModelFile
 
@@ -244,15 +245,21 @@ def output_weight(weights: Mapping[str, Any]) -> Weight:
 
 
 class NumpyTransformer:
-    """A model file with a KV cache, in numpy alone: slow, but without a compiler."""
+    """A model file with a KV cache, in numpy alone: slow, but without a compiler.
 
-    def __init__(self, file: ModelFile) -> None:
+    Args:
+        file: the model.
+        kv: the kind of its KV caches, a name of KINDS; see `kv_kinds.kind_for`.
+    """
+
+    def __init__(self, file: ModelFile, kv: str | None = None) -> None:
         self.config = file.config
+        self.kv = kind_for(file.tensors["tok_embeddings"], kv)
         self._weights: Mapping[str, Any] = file.tensors
 
     def new_cache(self, capacity: int = 0) -> KVCache:
         """Return an empty KV cache with memory for `capacity` positions; it grows when they are used up."""
-        return KVCache(self.config, capacity)
+        return KVCache(self.config, capacity, self.kv)
 
     def decode(self, cache: KVCache, token: int) -> Array:
         """Append one token to the cache; return the logits after it: float32 (V,)."""

@@ -15,6 +15,7 @@ from llamalet.cores import thread_count
 from llamalet.errors import FormatError, TokenizerError, UsageError, note
 from llamalet.files import stamp
 from llamalet.generate import ForwardPass, Tokens, generate_batch, stream
+from llamalet.kv_kinds import KINDS
 from llamalet.model_file.reader import ModelFile
 from llamalet.sampler import SamplingConfig
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents
@@ -85,6 +86,7 @@ class Model:
         tokenizer: str | os.PathLike[str] | None = None,
         backend: str = "numba",
         threads: int | None = None,
+        kv: str | None = None,
         verify: bool | None = None,
         check: Check | None = None,
     ) -> Self:
@@ -100,6 +102,7 @@ class Model:
             tokenizer: the tokenizer's file; None takes the model's own.
             backend: numba, or numpy, which is slow and needs no compiler.
             threads: number of threads; None leaves it to the backend.
+            kv: how KV caches keep numbers: f32, bf16 or q8. None takes f32 for weights of float32, else bf16.
             verify: whether to verify the checksums of a .bin or a checkpoint; None verifies small .bin files only.
             check: is called before what takes long, with the model's path, its shape, its tokenizer and the chat
                 template inside it, if there is one. What it raises ends the loading, and so does a missing tokenizer.
@@ -109,10 +112,12 @@ class Model:
             CheckpointError: the same for a checkpoint.
             TokenizerError: if the tokenizer is damaged, or another model's. A model without one loads; what needs text
                 says what is missing.
-            ConfigError: on an unknown backend or dtype, or a bad number of threads, here or in the environment.
+            ConfigError: on an unknown backend, dtype or kv, or a bad number of threads, here or in the environment.
             UsageError: if `path` is no path, or a library that the format needs is not installed.
         """
         choice("backend", backend, BACKENDS)
+        if kv is not None:
+            choice("kv", kv, KINDS)
         named = None if tokenizer is None else file_path("tokenizer", tokenizer)
         verify = None if verify is None else checked("verify", verify, bool)
         options: dict[str, Any] = {"dtype": dtype, "tokenizer": named, "verify": verify}
@@ -120,14 +125,14 @@ class Model:
         file = opened.file
         model = cls(
             file.path,
-            open_backend(file, backend, threads),
+            open_backend(file, backend, threads, kv),
             opened.tokenizer,
             dtype=f"{file.dtype} (from {opened.stored})" if opened.stored else file.dtype,
             chat_template=opened.chat_template,
             stop_tokens=opened.stop_ids,
             problem=opened.problem,
         )
-        options |= {"tokenizer": named and named.absolute(), "backend": backend, "threads": threads}
+        options |= {"tokenizer": named and named.absolute(), "backend": backend, "threads": threads, "kv": kv}
         model._origin = Origin(path=file.path.absolute(), options=options, stamp=stamp(file.path))
         return model
 
@@ -243,8 +248,10 @@ class Model:
         return stream(events, decoders)
 
 
-def open_backend(file: ModelFile, backend: str, threads: int | None) -> ForwardPass:
+def open_backend(file: ModelFile, backend: str, threads: int | None, kv: str | None) -> ForwardPass:
     """Return the forward pass of a model file on one of the BACKENDS; numpy where numba is told not to compile.
+
+    `kv` is the kind of its caches, as for Model.load.
 
     Raises:
         ConfigError: if the number of threads is out of range, here or in the environment.
@@ -256,10 +263,10 @@ def open_backend(file: ModelFile, backend: str, threads: int | None) -> ForwardP
     if usable_backend(backend) == "numba":
         from llamalet.kernels.transformer import Transformer
 
-        return Transformer(file, threads=threads)
+        return Transformer(file, threads, kv)
     from llamalet.reference import NumpyTransformer
 
-    return NumpyTransformer(file)
+    return NumpyTransformer(file, kv)
 
 
 def usable_backend(backend: str) -> str:

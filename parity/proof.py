@@ -126,7 +126,7 @@ def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shar
     proof = Proof(path=path, version=file.version, dtype=file.dtype)
     large = config.n_params > LARGE_PARAMS
     from_file = _in_second_program(tensors_of(file), config)
-    runtime = open_backend(file, "numba", None)
+    runtime = open_backend(file, "numba", None, "f32")
     if originals is not None:
         _compare_weights(proof, file, originals)
     tokens = _some_tokens(config, data, LARGE_TOKENS if large else LOGIT_TOKENS)

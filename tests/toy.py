@@ -147,6 +147,8 @@ class ListCache(list):
 class Counting:
     """A forward pass that predicts token t + 1 after t and checks how it is called."""
 
+    kv = "f32"
+
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.passes = 0

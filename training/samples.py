@@ -63,7 +63,7 @@ class SamplePrinter:
             from llamalet.runtime import Model, open_backend
 
             file = ModelFile(Path("memory"), Header(1, self.config), dict(tensors))
-            model = Model(file.path, open_backend(file, self.backend, self.threads), self.tokenizer)
+            model = Model(file.path, open_backend(file, self.backend, self.threads, None), self.tokenizer)
             pieces = model.generate(max_new_tokens=MAX_TOKENS, temperature=1.0, top_p=0.9, seed=self.seed)
             text = "".join(takewhile(lambda _: not interrupts.requested, pieces))
         except Exception as error:

@@ -44,7 +44,7 @@ ROWS = 8 if simd.instruction_path() == "avx512vnni" else 4
 """Queries that meet the same vectors at once, as many as the registers hold."""
 
 
-class AttentionSpace(NamedTuple):
+class ContextSpace(NamedTuple):
     """The memory of attention, float32. W is D filled up to a multiple of 16.
 
     mixed: for each query (position, head) and part of its context, the sum of the values times their powers (n, W).
@@ -73,7 +73,7 @@ class AttentionSpace(NamedTuple):
     tile_sums: Any
 
 
-def new_attention_space(n_positions: int, n_heads: int, head_dim: int, capacity: int, threads: int) -> AttentionSpace:
+def new_context_space(n_positions: int, n_heads: int, head_dim: int, capacity: int, threads: int) -> ContextSpace:
     """Return memory for passes over up to n_positions new positions, in caches of up to `capacity`."""
     width = -(-head_dim // LANES) * LANES
     n = n_heads * max(n_positions, min(n_positions, FEW) * -(-capacity // PIECE))
@@ -81,7 +81,7 @@ def new_attention_space(n_positions: int, n_heads: int, head_dim: int, capacity:
     def zeros(*shape: int) -> Any:
         return aligned_zeros(shape, np.float32)
 
-    return AttentionSpace(
+    return ContextSpace(
         mixed=zeros(n, width),
         sums=zeros(n, 2),
         components=np.full(ROWS, head_dim),
@@ -134,7 +134,7 @@ def attend(
         one_sequence: whether they are neighbours in one sequence.
         layer: number of the layer.
         n_heads: H.
-        space: AttentionSpace.
+        space: ContextSpace.
         block: which share.
         n_blocks: number of shares.
         thread: number of the thread.
@@ -215,7 +215,7 @@ def attend_piece(
         first: number of the first position's first query among all.
         n_parts: rows of space.mixed for each query.
         part: which of them gets the result; -1: the only one, where the result is joined to what is there.
-        space: AttentionSpace.
+        space: ContextSpace.
         thread: number of the thread.
     """
     head_dim = q_heads.shape[1]

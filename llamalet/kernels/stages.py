@@ -60,7 +60,7 @@ class Workspace(NamedTuple):
     normed_activations: normed as matrices multiply it: itself, or SplitRows, or ops.QuantizedRows.
     attended_activations: the same of attended.
     hidden_activations: the same of gate.
-    attention: attention.AttentionSpace.
+    context: attention.ContextSpace.
     scratch: memory of products for each thread, as split_rows.new_scratch makes it.
     """
 
@@ -81,7 +81,7 @@ class Workspace(NamedTuple):
     normed_activations: Any
     attended_activations: Any
     hidden_activations: Any
-    attention: Any
+    context: Any
     scratch: Any
 
 
@@ -198,7 +198,7 @@ def attend(space: Any, layer: int, block: int, n_blocks: int, thread: int) -> No
     job, head_dim = space.job[0], space.q_heads.shape[1]
     attention.attend(
         space.q_heads, space.k, space.v, space.cache_slots, job.count, job.one_sequence, layer,
-        space.q.shape[1] // head_dim, space.attention, block, n_blocks, thread,
+        space.q.shape[1] // head_dim, space.context, block, n_blocks, thread,
     )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def prepare_attended(space: Any, block: int, n_blocks: int) -> None:
     first, last = share_of_positions(space, block, n_blocks)
     head_dim, job = space.q_heads.shape[1], space.job[0]
     n_heads = space.q.shape[1] // head_dim
-    attention.finish(space.cache_slots, job.count, n_heads, head_dim, space.attention, space.attended, first, last)
+    attention.finish(space.cache_slots, job.count, n_heads, head_dim, space.context, space.attended, first, last)
     ops.prepare_activations(space.attended, space.attended_activations, first, last)
 
 

@@ -17,7 +17,7 @@ from llamalet.cores import thread_count
 from llamalet.errors import UsageError
 from llamalet.kernels import bfloat16, stages
 from llamalet.kernels import cache as kernel_cache
-from llamalet.kernels.attention import new_attention_space
+from llamalet.kernels.attention import new_context_space
 from llamalet.kernels.kv_slots import CACHE_SLOT, slot_of
 from llamalet.kernels.layers import Weights, stack_weights
 from llamalet.kernels.ops import new_quantized_rows
@@ -25,7 +25,8 @@ from llamalet.kernels.split_rows import new_scratch, new_split_rows
 from llamalet.kernels.stages import JOB, RopeTables, Workspace
 from llamalet.kernels.threads import ThreadTeam, new_words
 from llamalet.kv_cache import KVCache
-from llamalet.model_file.quantize import Packed, Quantized
+from llamalet.kv_kinds import kind_for
+from llamalet.model_file.quantize import bits_of
 from llamalet.model_file.reader import ModelFile
 from llamalet.reference import Array, Tokens
 
@@ -47,13 +48,15 @@ class Transformer:
     Args:
         file: the model; its weights are used where they are mapped, not copied.
         threads: number of threads; None takes one for each physical core, see `cores.thread_count`.
+        kv: the kind of its KV caches, a name of KINDS; see `kv_kinds.kind_for`.
 
     Raises:
         ConfigError: if the number of threads is not positive.
     """
 
-    def __init__(self, file: ModelFile, threads: int | None = None) -> None:
+    def __init__(self, file: ModelFile, threads: int | None = None, kv: str | None = None) -> None:
         self.config = file.config
+        self.kv = kind_for(file.tensors["tok_embeddings"], kv)
         self._tensors = file.tensors  # keeps the memory alive that the stacked weights refer to
         self._weights = stack_weights(file)
         self._bits = bits_of(file.tensors["tok_embeddings"])
@@ -72,7 +75,7 @@ class Transformer:
 
     def new_cache(self, capacity: int = 0) -> KVCache:
         """Return an empty KV cache with memory for `capacity` positions; it grows when they are used up."""
-        return KVCache(self.config, capacity)
+        return KVCache(self.config, capacity, self.kv)
 
     def decode(self, cache: KVCache, token: int) -> Array:
         """Append one token to the cache; return the logits after it: float32 (V,).
@@ -209,7 +212,7 @@ class Transformer:
             normed_activations=activations(normed),
             attended_activations=activations(attended),
             hidden_activations=activations(gate),
-            attention=new_attention_space(n_positions, c.n_heads, c.head_dim, capacity, threads),
+            context=new_context_space(n_positions, c.n_heads, c.head_dim, capacity, threads),
             scratch=new_scratch(threads, max(c.dim, q_dim, c.hidden_dim) if self._on_tiles else 0),
         )
 
@@ -260,10 +263,3 @@ def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[.
         kernel_cache.enable(stages.work)
     with kernel_cache.without_collecting():
         return stages.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
-
-
-def bits_of(weight: Any) -> int:
-    """Return the bits of a matrix's number, scales not counted."""
-    if isinstance(weight, Packed):
-        return weight.bits
-    return 8 if isinstance(weight, Quantized) else 8 * weight.itemsize

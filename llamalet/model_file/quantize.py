@@ -82,6 +82,13 @@ class Packed(NamedTuple):
 Weight = Floats | NDArray[np.uint16] | Quantized | Packed
 
 
+def bits_of(weight: Weight) -> int:
+    """Return the bits of a matrix's number, scales not counted."""
+    if isinstance(weight, Packed):
+        return weight.bits
+    return 8 if isinstance(weight, Quantized) else 8 * weight.itemsize
+
+
 def dequantize(weight: Weight) -> Floats:
     """Return weights as float32 (rows, cols); float32 weights are returned unchanged."""
     if isinstance(weight, Packed):

@@ -108,7 +108,7 @@ def calls(model: Model, path: Path, value: object):
         yield lambda: model.generate_batch(["a"], batch_size=value)
         yield lambda: Chat(model, template=value)
         yield lambda: Chat(model, system=value)
-        for option in ("tokenizer", "dtype", "threads", "verify"):
+        for option in ("tokenizer", "dtype", "threads", "kv", "verify"):
             yield lambda option=option: Model.load(path, backend="numpy", **{option: value})
 
 

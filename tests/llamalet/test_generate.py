@@ -420,6 +420,8 @@ def test_wrong_settings_are_refused_at_once(model):
         model.generate("a", overflow="spill")
     with pytest.raises(ConfigError, match="backend='gpu'"):
         Model.load(model.path, backend="gpu")
+    with pytest.raises(ConfigError, match="kv=.f16.: must be one of f32, bf16, q8"):
+        Model.load(model.path, kv="f16")
 
 
 # --- the tokenizer must be the model's ---

@@ -59,9 +59,9 @@ def test_torch_numpy_and_kernels_agree(tmp_path, name, version, dtype):
     with torch.inference_mode():
         model = weights.load_model(config, weights.to_state_dict(tensors_of(file)))
         expected = model(torch.from_numpy(tokens)[None])[0].numpy()
-    in_numpy = NumpyTransformer(file).logits(tokens)
-    in_kernels = Transformer(file).logits(tokens)
-    one_by_one = Transformer(file)
+    in_numpy = NumpyTransformer(file, kv="f32").logits(tokens)
+    in_kernels = Transformer(file, kv="f32").logits(tokens)
+    one_by_one = Transformer(file, kv="f32")
     cache = one_by_one.new_cache()
     decoded = np.stack([one_by_one.decode(cache, int(token)).copy() for token in tokens])
 

@@ -134,7 +134,7 @@ def test_a_model_of_transformers_gives_its_logits_here_and_goes_back(tmp_path, k
     assert "is proved" in capsys.readouterr().out
     file = model_file.read(tmp_path / "m.bin")
     assert file.config.max_seq_len == LIKE[kind]["max_position_embeddings"]
-    np.testing.assert_allclose(Transformer(file).logits(ids()), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(Transformer(file, kv="f32").logits(ids()), expected, atol=TOLERANCE)
     np.testing.assert_allclose(
         in_torch.TorchLogits(bin_file.tensors_of(file), file.config).logits(ids()), expected, atol=TOLERANCE
     )

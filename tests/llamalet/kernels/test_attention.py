@@ -41,7 +41,7 @@ def attend(caches, layer, q, k, v, n_blocks=3):
     slots[:] = [kv_slots.slot_of(cache) for cache in caches]
     if len(caches) == 1:
         slots["position"] += np.arange(T)
-    space, out = attention.new_attention_space(T, H, D, longest, 1), np.full((T, H * D), 7, np.float32)
+    space, out = attention.new_context_space(T, H, D, longest, 1), np.full((T, H * D), 7, np.float32)
     for array in (space.mixed, space.sums, space.keys, space.values, space.scores, space.tile):
         array[:] = np.nan  # nothing may be read that was not written
     rows = [x.reshape(T, -1) for x in (k, v)]

@@ -19,8 +19,17 @@ from llamalet.kernels import bfloat16, ops, simd, stages
 from llamalet.kernels.layers import as_matrix, layer_of
 from llamalet.kernels.ops import new_quantized_rows
 from llamalet.kernels.split_rows import new_scratch, new_split_rows, split_rows
-from llamalet.kernels.transformer import bits_of
-from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized, pack, pack_q4, pack_q8, quantize, to_bfloat16
+from llamalet.model_file.quantize import (
+    ROW_BLOCK,
+    Packed,
+    Quantized,
+    bits_of,
+    pack,
+    pack_q4,
+    pack_q8,
+    quantize,
+    to_bfloat16,
+)  # fmt: skip
 
 # Two orders of summing n float32 products differ by a few roundings of the sum of their absolute values.
 SUM_ROUNDINGS = 1e-6

@@ -62,7 +62,7 @@ def test_equals_the_reference(file, dtype):
     tokens = some_tokens(file.config, file.config.max_seq_len)
     expected = reference.forward(file.tensors, file.config, tokens[None])[0]
     bound = BOUND[dtype] * np.abs(expected).max()
-    model = Transformer(file)
+    model = Transformer(file, kv="f32")
     np.testing.assert_allclose(model.logits(tokens), expected, rtol=0, atol=bound)
     cache = model.new_cache()
     decoded = [model.decode(cache, token) for token in tokens]
@@ -72,7 +72,7 @@ def test_equals_the_reference(file, dtype):
 def test_a_prompt_in_pieces_equals_the_whole(file):
     """Bit for bit, also where a piece is a single token."""
     tokens = some_tokens(file.config, file.config.max_seq_len)
-    model, whole = Transformer(file), KVCache(file.config, len(tokens))
+    model, whole = Transformer(file, kv="f32"), KVCache(file.config, len(tokens))
     expected = model.prefill(whole, tokens)
     for cut in [*range(2, len(tokens) - 2, 3), len(tokens) - 1]:
         pieces = model.new_cache()
@@ -112,6 +112,13 @@ def test_a_position_has_the_same_logits_however_it_is_read(dtype, kind):
             ends = rng.integers(1, len(tokens), size)
             batch = model.decode_batch([cache_of(end) for end in ends], tokens[ends])
             np.testing.assert_array_equal(batch, [decoded[end] for end in ends])
+
+
+def test_caches_are_of_the_kind_that_suits_the_weights_or_the_one_that_is_chosen(dtype):
+    file = in_memory(SMALL_MODELS["gqa-untied"], dtype)
+    for backend in (Transformer, reference.NumpyTransformer):
+        assert backend(file).new_cache().kind == ("f32" if dtype == "f32" else "bf16")
+        assert backend(file, kv="q8").new_cache(3).kind == "q8"
 
 
 @pytest.mark.parametrize("kind", KINDS)
