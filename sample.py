@@ -5,6 +5,7 @@ Usage:
     python sample.py out/model.bin -i "Once upon a time" -t 0.8 -s 7
     python sample.py stories15M.bin -z tokenizer.bin -n 256
     python sample.py out/model.bin --num-samples=64     many stories at once: several times as fast as one by one
+    python sample.py out/model.bin --draft=lookup       the same story, faster if it repeats itself
     python sample.py out/model.bin -n 0 --overflow=roll --ignore-eos       without end, until Ctrl-C
     python sample.py Llama-3.2-1B-Instruct.bin -m chat -y "You are a pirate."       a conversation, until Ctrl-D
 
@@ -38,12 +39,15 @@ def main(argv: Sequence[str]) -> int:
     model = cli.load(options)  # the weights, the functions that compute with them, and the vocabulary
     ids = model.tokenizer.encode(options.prompt, bos=True)  # text -> token ids
     configs = cli.story_configs(options, ids, model.config.max_seq_len)
-    if len(configs) == 1:
+    draft = cli.load_draft(options, model)
+    if len(configs) == 1 and draft is None:
         events = tell(model, ids, configs[0])
-    else:  # the same loop for many stories at once, each of them as it would be alone
-        prompts, stop_tokens = [ids] * len(configs), model.stop_tokens
-        events = generate_batch(model.transformer, prompts, configs, stop_tokens=stop_tokens, undrawn=model.undrawn)
-    console.print_stories(model.tokenizer, ids, [config.seed for config in configs], events)  # token ids -> text
+    else:  # the same loop for many stories at once, each of them as it would be alone, or for one with a draft
+        events = generate_batch(
+            model.transformer, [ids] * len(configs), configs, stop_tokens=model.stop_tokens, undrawn=model.undrawn,
+            draft=draft,
+        )  # fmt: skip
+    console.print_stories(model.tokenizer, ids, [config.seed for config in configs], events, draft)  # ids -> text
     return 0
 
 

@@ -46,6 +46,7 @@ from llamalet.cores import thread_count
 from llamalet.errors import ConfigError, UsageError, note
 from llamalet.kernels.transformer import Transformer
 from llamalet.kv_cache import KVCache
+from llamalet.kv_kinds import cache_bytes
 from llamalet.model_file.header import DTYPES
 
 CONTEXT = 1024
@@ -311,8 +312,10 @@ def measure_decode(contest: Contest, transformer: Transformer) -> Iterator[tuple
 def measure_positions(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
     """Yield the tokens/s of decoding at each of POSITIONS; the cache's content does not matter."""
     cache = transformer.new_cache(CONTEXT)
-    cache.keys.fill(0.01)
-    cache.values.fill(0.01)
+    c = transformer.config
+    numbers = np.full((c.n_kv_heads, CONTEXT, c.head_dim), 0.01, np.float32)
+    for layer in range(c.n_layers):
+        cache.write(layer, 0, numbers, numbers)
 
     for position in POSITIONS:
 
@@ -372,7 +375,7 @@ def measure_start(contest: Contest, transformer: Transformer) -> Iterator[tuple[
     cache.reserve(START_POSITIONS)
     if resident:
         yield "resident", resident
-        yield "cache", cache.keys.nbytes + cache.values.nbytes
+        yield "cache", cache_bytes(transformer.config, cache.capacity, cache.kind)
 
 
 # -- instruments ------------------------------------------------------------------------------------------------------

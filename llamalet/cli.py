@@ -22,6 +22,7 @@ from llamalet.checks import not_positive
 from llamalet.command import nothing_to_lose
 from llamalet.config import ModelConfig
 from llamalet.convert.formats import Check
+from llamalet.drafting import LOOKUP, Draft
 from llamalet.errors import ConfigError, DataError, FormatError, UsageError, note
 from llamalet.generate import check_prompt, generate_batch
 from llamalet.options import read_options
@@ -56,7 +57,7 @@ ALIASES = {
     "model": "--checkpoint", "prompt": "-i", "tokenizer": "-z", "temperature": "-t", "top_p": "-p", "seed": "-s",
     "steps": "-n", "mode": "-m", "system_prompt": "-y", "source_format": "--from",
 }  # fmt: skip
-STORY_OPTIONS: dict[str, Any] = {"steps": None, "num_samples": 1, "ignore_eos": False}  # and their defaults
+STORY_OPTIONS: dict[str, Any] = {"steps": None, "draft": None, "num_samples": 1, "ignore_eos": False}  # and defaults
 CHAT_OPTIONS: dict[str, Any] = {"system_prompt": None, "chat_template": None}
 
 
@@ -98,6 +99,9 @@ class SampleOptions(SamplingConfig, ModelOptions):
     steps: int | None = None
     """end at this many positions, prompt included (256, unless there is --max-new-tokens); 0 ends where the context
     does, or never if that rolls"""
+    draft: str | None = None
+    """propose tokens for more speed, the same text: a smaller model of the same vocabulary, or lookup, which proposes
+    what followed the newest tokens before"""
     num_samples: int = 1
     """number of stories, up to 64 at once; each has its own seed, one more than the last"""
     mode: Literal["generate", "chat"] = "generate"
@@ -125,6 +129,8 @@ class SampleOptions(SamplingConfig, ModelOptions):
         else:
             others, why = CHAT_OPTIONS, "is for chats; use llamalet chat, or add -m chat to sample.py"
         problems += [f"{name}: {why}" for name, default in others.items() if getattr(self, name) != default]
+        if self.draft is not None and self.num_samples > 1:
+            problems.append(f"num_samples={self.num_samples}: a draft is for a single story")
         if self.num_samples > MAX_STORIES:
             problems.append(f"num_samples={self.num_samples}: must be at most {MAX_STORIES}")
         if self.num_samples > 1 and self.steps == 0 and self.overflow == "roll" and self.ignore_eos:
@@ -246,6 +252,15 @@ def load(options: SampleOptions, check: Check | None = None) -> Model:
     return model
 
 
+def load_draft(options: SampleOptions, model: Model) -> Draft | None:
+    """Return what proposes tokens to the model, as the options say; say which model that is."""
+    if options.draft in (None, LOOKUP):
+        return model.new_draft(options.draft)
+    small = options.load(options.draft)
+    note(f"draft {small.path}: {small.config.n_params / 1e6:.2f}M parameters, {small.dtype}")
+    return model.new_draft(small)
+
+
 def _choose_model() -> Path:
     """Return the newest .bin under out/, or the demo model if there is none."""
     found = [path for path in OUT.rglob("*.bin") if not path.name.endswith(".tokenizer.bin")]
@@ -307,11 +322,12 @@ def generate(argv: Sequence[str]) -> int:
     options = read_sample_options(argv, "llamalet generate", "Tell a story, or many at once.", mode="generate")
     model = load(options)
     ids = model.tokenizer.encode(options.prompt, bos=True)
-    configs = story_configs(options, ids, model.config.max_seq_len)
+    configs, draft = story_configs(options, ids, model.config.max_seq_len), load_draft(options, model)
     events = generate_batch(
-        model.transformer, [ids] * len(configs), configs, stop_tokens=model.stop_tokens, undrawn=model.undrawn
-    )
-    console.print_stories(model.tokenizer, ids, [config.seed for config in configs], events)
+        model.transformer, [ids] * len(configs), configs, stop_tokens=model.stop_tokens, undrawn=model.undrawn,
+        draft=draft,
+    )  # fmt: skip
+    console.print_stories(model.tokenizer, ids, [config.seed for config in configs], events, draft)
     return 0
 
 

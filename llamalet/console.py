@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from llamalet.chat import Chat
+from llamalet.drafting import Draft
 from llamalet.errors import LlamaletError, UsageError, fail, note
 from llamalet.tokenizer import StreamDecoder, Tokenizer
 
 
 def print_stories(
-    tokenizer: Tokenizer, prompt: Sequence[int], seeds: Sequence[int], events: Iterable[tuple[int, int | None]]
-) -> None:
+    tokenizer: Tokenizer, prompt: Sequence[int], seeds: Sequence[int], events: Iterable[tuple[int, int | None]],
+    draft: Draft | None = None,
+) -> None:  # fmt: skip
     """Print the stories that continue a prompt, one after the other although they come together; then their speed.
 
     Args:
@@ -21,6 +23,7 @@ def print_stories(
         seeds: each story's, printed above it.
         events: (number of the story, token), and (number, None) at its end. After an error or Ctrl-C in them, the
             stories that have begun are printed as far as they go.
+        draft: what proposes the tokens of a single story, to say how many were kept.
     """
     clock, page = Clock(), Page(tokenizer, prompt, seeds)
     try:
@@ -32,7 +35,8 @@ def print_stories(
         page.close()
         raise
     finally:
-        note(speed(len(prompt), clock, len(seeds)))
+        kept = f"; {draft.kept} of {draft.proposed} drafted tokens kept" if draft is not None else ""
+        note(speed(len(prompt), clock, len(seeds)) + kept)
 
 
 class Page:

@@ -4,55 +4,18 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from llamalet.checks import checked, elements, token_ids
-from llamalet.config import ModelConfig
+from llamalet.drafting import Draft
 from llamalet.errors import UsageError
+from llamalet.forward_pass import ForwardPass, Logits, Tokens
 from llamalet.kv_cache import KVCache, free_memory
 from llamalet.kv_kinds import cache_bytes
 from llamalet.sampler import Sampler, SamplingConfig
 from llamalet.tokenizer import StreamDecoder
 
-Tokens = Sequence[int] | NDArray[np.integer[Any]]
-Logits = NDArray[np.float32]
-
 # Number of texts that advance by one token in one pass through the model.
 MAX_BATCH = 64
-
-
-class LogitsOf(Protocol):
-    """What evaluation needs from a model: the logits of a whole sequence."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's shape."""
-
-    def logits(self, tokens: Tokens) -> Logits:
-        """Return the logits after each of the tokens (T,), at most the context, on their own: float32 (T, V)."""
-
-
-class ForwardPass(LogitsOf, Protocol):
-    """What generation needs from a model: llamalet.kernels.transformer and llamalet.reference provide it."""
-
-    @property
-    def kv(self) -> str:
-        """The kind of its KV caches."""
-
-    def new_cache(self) -> KVCache:
-        """Return an empty KV cache."""
-
-    def prefill(self, cache: KVCache, tokens: Tokens) -> Logits:
-        """Append tokens to the cache; return the logits after the last one: float32 (V,)."""
-
-    def decode(self, cache: KVCache, token: int) -> Logits:
-        """Append one token to the cache; return the logits after it: float32 (V,)."""
-
-    def decode_batch(self, caches: Sequence[KVCache], tokens: Sequence[int]) -> Logits:
-        """Append one token to each of at most MAX_BATCH caches; return what `decode` would for each: float32 (B, V)."""
 
 
 def generate_batch(
@@ -63,6 +26,7 @@ def generate_batch(
     stop_tokens: Collection[int] = (),
     undrawn: Collection[int] = (),
     batch_size: int | None = None,
+    draft: Draft | None = None,
 ) -> Iterator[tuple[int, int | None]]:
     """Return the tokens that continue each of several prompts, as (number of the prompt, token).
 
@@ -80,10 +44,11 @@ def generate_batch(
         undrawn: the ids that no text may get.
         batch_size: number of texts in progress at once, 1 .. MAX_BATCH; None: as many as have room for their KV caches
             in the machine's memory.
+        draft: what proposes tokens of a single text, for more speed.
 
     Raises:
         UsageError: if a prompt is empty, has other ids than the model, or is longer than a context that does not roll;
-            or if `keep` leaves a rolling context nothing to forget.
+            or if `keep` leaves a rolling context nothing to forget; or if there is a draft and not one prompt.
         ConfigError: if the batch size is no whole number.
         NonFiniteError: with a token, if the model's logits are NaN or infinite.
     """
@@ -101,6 +66,10 @@ def generate_batch(
         stops = frozenset[int]() if config.ignore_eos else frozenset(stop_tokens)
         sampler = Sampler(transformer.config.vocab_size, config, undrawn)
         texts.append(_Text(number, prompt, sampler, stops, config.keep, n_left))
+    if draft is not None:
+        if len(texts) != 1:
+            raise UsageError(f"draft: is for a single text, not for {len(texts)}")
+        return _generate_drafted(transformer, texts[0], draft)
     if batch_size is None:
         positions = max((min(context, len(text.prompt) + text.n_left) for text in texts), default=1)
         # A full cache doubles: one at a time, while its old memory is still there. One more holds the shared prompt.
@@ -174,6 +143,43 @@ def _generate(transformer: ForwardPass, waiting: deque[_Text], batch_size: int) 
             if ended or not text.n_left:
                 running.remove(text)
                 yield text.number, None
+
+
+def _generate_drafted(transformer: ForwardPass, text: _Text, draft: Draft) -> Iterator[tuple[int, int | None]]:
+    """Yield what `_generate` yields for a single text, several tokens a pass; see drafting.py."""
+    if text.n_left <= 0:
+        yield text.number, None
+        return
+    tokens, proposed = list(text.prompt), list[int]()
+    text.cache = transformer.new_cache()
+    rows = read_tokens(transformer, text.cache, text.prompt, text.keep)[None]
+    n_before = text.cache.length
+    while True:
+        kept = 0
+        while True:
+            token = text.sampler.sample(rows[kept])
+            if token in text.stop_tokens:
+                break
+            yield text.number, token
+            tokens.append(token)
+            text.n_left -= 1
+            if not text.n_left or kept == len(proposed) or token != proposed[kept]:
+                break
+            kept += 1
+        draft.settle(len(proposed), kept)
+        if token in text.stop_tokens or not text.n_left:
+            break
+        text.cache.truncate(n_before + kept)  # what follows was computed from a token that is not in the text
+        make_room(text.cache, text.keep)
+        # Not past the end of the context: it rolls, if it may, before the token that it would roll before without.
+        n = int(min(draft.size, text.n_left - 1, text.cache.context - text.cache.length - 1))
+        proposed = draft.propose(tokens, n, text.sampler) if n > 0 else []
+        n_before = text.cache.length + 1
+        if proposed:
+            rows = transformer.extend(text.cache, [token, *proposed])
+        else:
+            rows = transformer.decode(text.cache, token)[None]
+    yield text.number, None
 
 
 def make_room(cache: KVCache, keep: int) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llamalet.aligned import aligned_zeros
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import UsageError
-from llamalet.kv_kinds import KINDS, LANES, STEP, cache_bytes, decode, encode, shapes, turned
+from llamalet.kv_kinds import KINDS, LANES, STEP, cache_bytes, decode, encode, shapes, swapped
 
 Array = NDArray[np.float32]
 
@@ -33,7 +33,7 @@ class KVCache:
         kind: how numbers are kept, a name of KINDS.
         keys: (L, G, capacity / 16, D, 16), of KINDS[kind].dtype.
         values: (L, G, capacity, D filled up to a multiple of 16), of the same dtype.
-        key_scales: float32 (L, G, capacity), what each key is to be multiplied by; without scales of no capacity.
+        key_scales: float32 (L, G, capacity), what each key is to be multiplied by; (L, G, 0) if the kind has no scales.
         value_scales: likewise.
         length: number of positions.
         context: the largest number of positions allowed.
@@ -82,7 +82,7 @@ class KVCache:
         return twin
 
     def read(self, layer: int, first: int, last: int) -> tuple[Array, Array]:
-        """Return the keys and values of positions first .. last - 1 in a layer, as float32: (G, n, D) each."""
+        """Return the keys and values of positions first .. last - 1 in a layer: float32 (G, n, D), only to be read."""
         keys, values = self._rows(layer, first, last), self.values[layer, :, first:last, : self._config.head_dim]
         scales = [x[layer, :, first:last] for x in (self.key_scales, self.value_scales)]
         return decode(keys, scales[0]), decode(values, scales[1])
@@ -136,7 +136,7 @@ class KVCache:
     def _rows(self, layer: int, first: int, last: int) -> NDArray[Any]:
         """Return a copy of the stored keys of positions first .. last - 1 in a layer, one a row: (G, n, D)."""
         blocks = slice(first // LANES, -(-last // LANES))
-        rows = turned(self.keys[layer, :, blocks]).reshape(len(self.keys[layer]), -1, self._config.head_dim)
+        rows = swapped(self.keys[layer, :, blocks]).reshape(len(self.keys[layer]), -1, self._config.head_dim)
         return rows[:, first - blocks.start * LANES : last - blocks.start * LANES]
 
     def _put_rows(self, layer: int, first: int, rows: NDArray[Any]) -> None:
@@ -145,7 +145,7 @@ class KVCache:
         blocks = slice(first // LANES, -(-last // LANES))
         whole = self._rows(layer, blocks.start * LANES, blocks.stop * LANES)
         whole[:, first - blocks.start * LANES : last - blocks.start * LANES] = rows
-        self.keys[layer, :, blocks] = turned(whole.reshape(n_heads, -1, LANES, self._config.head_dim))
+        self.keys[layer, :, blocks] = swapped(whole.reshape(n_heads, -1, LANES, self._config.head_dim))
 
     def _allocate(self, capacity: int) -> None:
         """Take new memory for this many positions, filled up to a multiple of STEP."""

@@ -47,7 +47,7 @@ def kind_for(weight: Weight, chosen: str | None) -> str:
     return chosen or ("f32" if bits_of(weight) > 16 else "bf16")
 
 
-def turned(blocks: NDArray[Any]) -> NDArray[Any]:
+def swapped(blocks: NDArray[Any]) -> NDArray[Any]:
     """Swap the positions and the components of blocks of 16 positions."""
     return np.ascontiguousarray(blocks.swapaxes(2, 3))
 

@@ -284,8 +284,15 @@ class NumpyTransformer:
             UsageError: as prefill.
         """
         ids = token_ids(tokens, self.config.vocab_size)
-        states = self._hidden_states(self.new_cache(len(ids)), ids)
-        return matmul(states, output_weight(self._weights))
+        return self.extend(self.new_cache(len(ids)), ids)
+
+    def extend(self, cache: KVCache, tokens: Tokens) -> Array:
+        """Append tokens (T,), at least one, to the cache; return the logits after each: float32 (T, V).
+
+        Raises:
+            UsageError: as prefill.
+        """
+        return matmul(self._hidden_states(cache, tokens), output_weight(self._weights))
 
     def _hidden_states(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens to the cache, a chunk at a time; return their hidden states (T, C)."""

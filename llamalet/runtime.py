@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from llamalet.checks import checked, choice, elements, file_path
 from llamalet.convert.formats import Check, open_model
 from llamalet.cores import thread_count
+from llamalet.drafting import LOOKUP, Draft, Lookup, SmallModel, check_vocabulary
 from llamalet.errors import FormatError, TokenizerError, UsageError, note
 from llamalet.files import stamp
-from llamalet.generate import ForwardPass, Tokens, generate_batch, stream
+from llamalet.forward_pass import ForwardPass, Tokens
+from llamalet.generate import generate_batch, stream
 from llamalet.kv_kinds import KINDS
 from llamalet.model_file.reader import ModelFile
 from llamalet.sampler import SamplingConfig
@@ -192,7 +194,14 @@ class Model:
         ids = np.array(self.tokenizer.encode(text, bos=True))
         return sum(evaluate_documents(self.transformer, self.tokenizer, [ids]), NOTHING)
 
-    def generate(self, prompt: str = "", sampling: SamplingConfig | None = None, **options: Any) -> Iterator[str]:
+    def generate(
+        self,
+        prompt: str = "",
+        sampling: SamplingConfig | None = None,
+        *,
+        draft: "Model | str | os.PathLike[str] | Draft | None" = None,
+        **options: Any,
+    ) -> Iterator[str]:
         """Return the text that continues a prompt, piece by piece as it is generated.
 
         The same seed and settings always give the same text:
@@ -202,13 +211,27 @@ class Model:
         Args:
             prompt: the beginning; if it is empty, the model begins.
             sampling: how tokens are chosen and when the text ends.
+            draft: what proposes tokens, for more speed and the same text: a smaller Model of the same vocabulary, the
+                path of one, or "lookup", which proposes what followed the newest tokens before.
             options: fields of SamplingConfig, which replace those of `sampling`.
 
         Raises:
             ConfigError: on an unknown option, or listing every value out of range.
-            UsageError: if the prompt is longer than a context that does not roll.
+            UsageError: if the prompt is longer than a context that does not roll, or the draft has another vocabulary.
+            LlamaletError: if there is no model at the draft's path; see load.
         """
-        return (text for _, text in self.generate_batch([prompt], sampling, **options))
+        texts = self.generate_batch([prompt], sampling, draft=self.new_draft(draft), **options)
+        return (text for _, text in texts)
+
+    def new_draft(self, draft: "Model | str | os.PathLike[str] | Draft | None") -> Draft | None:
+        """Return what `generate` takes as a draft for one text, ready to propose; see there."""
+        if draft is None or isinstance(draft, Draft):
+            return draft
+        if draft == LOOKUP:
+            return Lookup()
+        small = draft if isinstance(draft, Model) else Model.load(file_path("draft", draft))
+        check_vocabulary(small.tokenizer, self.tokenizer)
+        return SmallModel(small.transformer)
 
     def generate_batch(
         self,
@@ -216,6 +239,7 @@ class Model:
         sampling: SamplingConfig | None = None,
         *,
         batch_size: int | None = None,
+        draft: Draft | None = None,
         **options: Any,
     ) -> Iterator[tuple[int, str]]:
         """Return the texts that continue several prompts, generated together, as (number of the prompt, piece).
@@ -230,6 +254,7 @@ class Model:
             prompts: any number of beginnings.
             sampling: see generate. Its seed is that of the first text; each has one more than the last.
             batch_size: number of texts in progress at once, at most 64; None: as many as memory has room for.
+            draft: for a single prompt, what `new_draft` returns.
             options: see generate.
 
         Raises:
@@ -243,8 +268,9 @@ class Model:
             for token in prompt_ids:
                 decoder.push(token)
         events = generate_batch(
-            self.transformer, ids, configs, stop_tokens=self.stop_tokens, undrawn=self.undrawn, batch_size=batch_size
-        )
+            self.transformer, ids, configs, stop_tokens=self.stop_tokens, undrawn=self.undrawn, batch_size=batch_size,
+            draft=draft,
+        )  # fmt: skip
         return stream(events, decoders)
 
 

@@ -5,6 +5,7 @@ one coin per token, then all tokens or the nucleus) and its float32 sums from le
 agrees. Top-k and min-p, which run.c lacks, shorten the same sorted list.
 """
 
+import copy
 import dataclasses
 import difflib
 import secrets
@@ -143,6 +144,12 @@ class Sampler:
         self._top_k = config.top_k if config.top_k < self._n_drawn else 0
         self._min_p = np.float32(config.min_p)
         self._generator = Generator(random_seed() if config.seed == -1 else config.seed)
+
+    def fork(self) -> "Sampler":
+        """Return a sampler that will draw what this one would; what it draws does not advance this one."""
+        twin = copy.copy(self)
+        twin._generator = copy.copy(self._generator)
+        return twin
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Return the next token.

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamalet.errors import NonFiniteError, UsageError
-from llamalet.generate import ForwardPass, LogitsOf, make_room
+from llamalet.forward_pass import ForwardPass, LogitsOf
+from llamalet.generate import make_room
 from llamalet.kv_cache import KVCache
 from llamalet.sampler import KEEP
 from llamalet.shards import TokenArray

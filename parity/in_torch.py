@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from llamalet.config import ModelConfig, rope_tables
-from llamalet.generate import Tokens
+from llamalet.forward_pass import Tokens
 from llamalet.model_file.tensors import Rows, row_blocks
 from model import Block
 from training import weights

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llamalet import model_file, reference, shards, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert.bin_file import tensors_of
-from llamalet.generate import ForwardPass, Tokens
+from llamalet.forward_pass import ForwardPass, Tokens
 from llamalet.model_file.quantize import Packed, Quantized, to_bfloat16, unpack
 from llamalet.model_file.tensors import Rows, row_blocks
 from llamalet.runtime import open_backend

@@ -1,10 +1,14 @@
 """Small vocabularies, models and data for many tests, and a forward pass that counts."""
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from llamalet import model_file, shards
 from llamalet.config import ModelConfig
@@ -140,6 +144,9 @@ class ListCache(list):
     def roll(self, keep: int, drop: int) -> None:
         del self[keep : keep + drop]
 
+    def truncate(self, length: int) -> None:
+        del self[length:]
+
     def copy(self) -> "ListCache":
         return ListCache(self.context, self)
 
@@ -190,3 +197,18 @@ def in_memory(config: ModelConfig, dtype: str, **changes: np.ndarray) -> model_f
     tensors = random_tensors(config) | changes
     weights = {name: convert(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
     return model_file.ModelFile(Path("memory"), model_file.Header(1, config), weights)
+
+
+def at_the_end_of_memory(array: np.ndarray) -> np.ndarray:
+    """Return a copy that ends where the next page must not be touched."""
+    if sys.platform == "win32":
+        pytest.skip("needs mprotect")
+    page, size = mmap.PAGESIZE, array.nbytes
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + pages), ctypes.c_size_t(page), 0) == 0
+    copy = np.frombuffer(memory, array.dtype, array.size, pages - size).reshape(array.shape)
+    copy[...] = array
+    return copy

@@ -40,8 +40,12 @@ FEW = 16
 """Up to this many positions a pass cuts its contexts into pieces that different threads may take."""
 SPAN = STEP
 """Positions that a few queries take at a time."""
-ROWS = 8 if simd.instruction_path() == "avx512vnni" else 4
-"""Queries that meet the same vectors at once, as many as the registers hold."""
+ROWS, BLOCKS = (8, 2) if simd.instruction_path() == "avx512vnni" else (4, 1)
+"""Queries that meet the same vectors at once, and these vectors: as many as the registers hold sums."""
+
+
+LINE = 8
+"""At least ROWS, so that each thread has cache lines of its own for them."""
 
 
 class ContextSpace(NamedTuple):
@@ -50,14 +54,14 @@ class ContextSpace(NamedTuple):
     mixed: for each query (position, head) and part of its context, the sum of the values times their powers (n, W).
     sums: for the same, the largest score, and the sum of the powers (n, 2).
     components: int64 (ROWS,), D.
-    counts: for each thread, how many positions of a piece each of ROWS queries sees, int64 (threads, ROWS).
-    terms: how many of them are in a span (threads, ROWS).
+    counts: for each thread, how many positions of a piece each of ROWS queries sees, int64 (threads, LINE).
+    terms: how many of them are in a span (threads, LINE).
     queries: these queries (threads, ROWS, D).
     keys: a piece (threads, PIECE / 16 * D, 16).
     values: (threads, PIECE, W).
     scores: of the queries for the piece, then the powers (threads, ROWS, PIECE).
     tile: what goes into mixed (threads, ROWS, W).
-    tile_sums: what goes into sums (threads, ROWS, 2).
+    tile_sums: what goes into sums (threads, LINE, 2).
     """
 
     mixed: Any
@@ -85,14 +89,14 @@ def new_context_space(n_positions: int, n_heads: int, head_dim: int, capacity: i
         mixed=zeros(n, width),
         sums=zeros(n, 2),
         components=np.full(ROWS, head_dim),
-        counts=np.zeros((threads, ROWS), np.int64),
-        terms=np.zeros((threads, ROWS), np.int64),
+        counts=aligned_zeros((threads, LINE), np.int64),
+        terms=aligned_zeros((threads, LINE), np.int64),
         queries=zeros(threads, ROWS, head_dim),
         keys=zeros(threads, PIECE // LANES * head_dim, LANES),
         values=zeros(threads, PIECE, width),
         scores=zeros(threads, ROWS, PIECE),
         tile=zeros(threads, ROWS, width),
-        tile_sums=zeros(threads, ROWS, 2),
+        tile_sums=zeros(threads, LINE, 2),
     )
 
 
@@ -146,22 +150,30 @@ def attend(
     if count == 1 or not one_sequence:
         # All of them first: reading what has just been written would wait for it.
         for item in range(first_item, last_item):
-            part, head, t = item % n_parts, item // n_parts % n_kv_heads, item // n_parts // n_kv_heads
+            part, head, t = parts_of_item(item, n_parts, n_kv_heads, 1)
             if part == min(n_parts - 1, slots[t].position // PIECE):
                 columns = slice(head * head_dim, (head + 1) * head_dim)
                 keep_key(slots[t], layer * n_kv_heads + head, k[t, columns])
                 keep_value(slots[t], layer * n_kv_heads + head, v[t, columns])
     for item in range(first_item, last_item):
-        part, head, t = item % n_parts, item // n_parts % n_kv_heads, item // n_parts // n_kv_heads * run
+        part, head, t = parts_of_item(item, n_parts, n_kv_heads, run)
         slot, cached, n = slots[t], layer * n_kv_heads + head, min(run, count - t)
         n_pieces = slots[t + n - 1].position // PIECE + 1
         first, last = (part, min(part + 1, n_pieces)) if n_parts > 1 else (0, n_pieces)
         for piece in range(first, last):
             start = piece * PIECE
-            length, target = min(PIECE, slots[t + n - 1].position + 1 - start), t * n_heads + head * group
-            # The result of a piece is stored in a row of its own, or joined to those of the pieces before.
-            place = part if n_parts > 1 else -1 if piece else 0
-            attend_piece(q_heads, slot, cached, start, length, n, group, n_heads, target, n_parts, place, space, thread)
+            length = min(PIECE, slots[t + n - 1].position + 1 - start)
+            join_it = n_parts == 1 and piece > 0  # to the pieces before; otherwise it has a row of its own
+            attend_piece(
+                q_heads, slot, cached, start, length, n, group, n_heads, t * n_heads + head * group, n_parts, part,
+                join_it, space, thread,
+            )  # fmt: skip
+
+
+@inner_kernel
+def parts_of_item(item: int, n_parts: int, n_kv_heads: int, run: int) -> Any:
+    """Return an item's part of the context, key-value head and first position; the parts of a head are neighbours."""
+    return item % n_parts, item // n_parts % n_kv_heads, item // n_parts // n_kv_heads * run
 
 
 @shared_kernel
@@ -196,7 +208,7 @@ def count_parts(slots: Any, count: int) -> int:
 @inner_kernel
 def attend_piece(
     q_heads: Any, slot: Any, cached: int, start: int, length: int, n: int, group: int, n_heads: int, first: int,
-    n_parts: int, part: int, space: Any, thread: int,
+    n_parts: int, part: int, join_it: bool, space: Any, thread: int,
 ) -> None:  # fmt: skip
     """Let a run of positions attend to a piece of their context.
 
@@ -214,13 +226,15 @@ def attend_piece(
         n_heads: H.
         first: number of the first position's first query among all.
         n_parts: rows of space.mixed for each query.
-        part: which of them gets the result; -1: the only one, where the result is joined to what is there.
+        part: which of them gets the result.
+        join_it: whether the result is to be joined to what is there.
         space: ContextSpace.
         thread: number of the thread.
     """
     head_dim = q_heads.shape[1]
     scale = float32(1) / np.sqrt(float32(head_dim))
-    many, span = n * group > ROWS, PIECE if n * group > ROWS else SPAN
+    many = n * group > ROWS
+    span = PIECE if many else SPAN
     keys, values = space.keys[thread], space.values[thread]
     if many:
         keys = keys_of(slot, cached, head_dim, start, length, space.keys[thread])
@@ -228,7 +242,7 @@ def attend_piece(
     # Positions before the piece do not see it.
     for row in range(max(0, start - slot.position) * group, n * group, ROWS):
         queries = Queries(first, group, n_heads, row, min(ROWS, n * group - row), slot.position - start)
-        take(q_heads, queries, length, space, thread)
+        load_queries(q_heads, queries, length, space, thread)
         for begin in range(0, length, span):
             if not many:
                 keys = keys_of(slot, cached, head_dim, start + begin, min(span, length - begin), space.keys[thread])
@@ -239,7 +253,7 @@ def attend_piece(
                 values = values_of(slot, cached, start + begin, min(span, length - begin), space.values[thread])
             mix(queries, values, begin, span, space, thread)
         for r in range(queries.size):
-            deliver(space, thread, r, query_number(queries, r) * n_parts + max(part, 0), part >= 0, scale)
+            deliver(space, thread, r, query_number(queries, r) * n_parts + part, join_it, scale)
 
 
 @inner_kernel
@@ -250,7 +264,7 @@ def query_number(queries: Any, r: int) -> int:
 
 
 @inner_kernel
-def take(q_heads: Any, queries: Any, length: int, space: Any, thread: int) -> None:
+def load_queries(q_heads: Any, queries: Any, length: int, space: Any, thread: int) -> None:
     """Copy the queries, count how many positions of a piece each sees, and clear their sums."""
     for r in range(queries.size):
         number, seen = query_number(queries, r), queries.position + (queries.row + r) // queries.group + 1
@@ -268,8 +282,11 @@ def score(queries: Any, keys: Any, begin: int, span: int, space: Any, thread: in
     """Write the products of the queries and the keys of a span, which begins there in the piece, to scores."""
     head_dim, seen = space.queries.shape[2], min(space.counts[thread, ROWS - 1] - begin, span)
     n_blocks = (seen + LANES - 1) // LANES  # with some that a query does not see
-    scores, counts = space.scores[thread], space.components
-    combine(queries.size, space.queries[thread], 0, counts, keys, LANES, head_dim * LANES, n_blocks, scores, begin)
+    components = space.components  # all of each query
+    combine(
+        queries.size, space.queries[thread], 0, components, keys, LANES, head_dim * LANES, n_blocks,
+        space.scores[thread], begin,
+    )  # fmt: skip
 
 
 @inner_kernel
@@ -281,6 +298,8 @@ def soften(queries: Any, slot: Any, cached: int, start: int, scale: float, space
             multiply(row, slot.key_scales + (cached * slot.capacity + start) * FLOAT_BYTES)
         largest = simd.largest(row)
         space.tile_sums[thread, r, 0] = largest
+        if largest == -np.inf:  # all are: their powers are zero, and not NaN
+            largest = float32(0)
         space.tile_sums[thread, r, 1] = write_powers(row, largest, scale, float32(1), row)
         if slot.kind == Q8_KIND:
             multiply(row, slot.value_scales + (cached * slot.capacity + start) * FLOAT_BYTES)
@@ -298,20 +317,23 @@ def mix(queries: Any, values: Any, begin: int, span: int, space: Any, thread: in
 
 
 @inner_kernel
-def deliver(space: Any, thread: int, r: int, target: int, first: bool, scale: float) -> None:
+def deliver(space: Any, thread: int, r: int, row: int, join_it: bool, scale: float) -> None:
     """Store query r's result for a piece in a row of space.mixed, or join it to those of the pieces before."""
     tile, sums = space.tile[thread, r], space.tile_sums[thread, r]
-    if first:
-        space.sums[target, 0], space.sums[target, 1] = sums[0], sums[1]
-        for i in range(len(tile)):
-            space.mixed[target, i] = tile[i]
+    if join_it:
+        join(space.mixed, space.sums, row, tile, sums[0], sums[1], scale)
     else:
-        join(space.mixed, space.sums, target, tile, sums[0], sums[1], scale)
+        space.sums[row, 0], space.sums[row, 1] = sums[0], sums[1]
+        for i in range(len(tile)):
+            space.mixed[row, i] = tile[i]
 
 
 @inner_kernel
 def join(mixed: Any, sums: Any, row: int, more: Any, largest: float, total: float, scale: float) -> None:
     """Join the result of the next piece to a row of those before; powers are taken from the largest score of both."""
+    if largest == -np.inf:  # all powers are zero, or NaN
+        sums[row, 1] += total
+        return
     both = max(sums[row, 0], largest)
     old, new = simd.exp((sums[row, 0] - both) * scale), simd.exp((largest - both) * scale)
     sums[row, 0], sums[row, 1] = both, sums[row, 1] * old + total * new
@@ -358,15 +380,15 @@ def combine(
         if b < n_blocks:
             add_combinations(weights, 1, first, counts, vectors, term_step, block_step, b, 1, out, column)
     elif count <= 4:
-        while b + 2 <= n_blocks:
-            add_combinations(weights, 4, first, counts, vectors, term_step, block_step, b, 2, out, column)
-            b += 2
+        while b + BLOCKS <= n_blocks:
+            add_combinations(weights, 4, first, counts, vectors, term_step, block_step, b, BLOCKS, out, column)
+            b += BLOCKS
         if b < n_blocks:
             add_combinations(weights, 4, first, counts, vectors, term_step, block_step, b, 1, out, column)
     else:
-        while b + 2 <= n_blocks:
-            add_combinations(weights, ROWS, first, counts, vectors, term_step, block_step, b, 2, out, column)
-            b += 2
+        while b + BLOCKS <= n_blocks:
+            add_combinations(weights, ROWS, first, counts, vectors, term_step, block_step, b, BLOCKS, out, column)
+            b += BLOCKS
         if b < n_blocks:
             add_combinations(weights, ROWS, first, counts, vectors, term_step, block_step, b, 1, out, column)
 

@@ -23,14 +23,20 @@ import llvmlite
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
+from llamalet import kv_kinds
 from llamalet.errors import note
 from llamalet.files import home_folder
 from llamalet.kernels import bfloat16, simd
 from llamalet.model_file import quantize
 
-# The files that machine code is made from: this folder, that of training, and the size of a packed matrix's tiles.
+# The files that machine code is made from: this folder, that of training, and the layouts of packed matrices and of KV
+# caches.
 FOLDERS = Path(__file__).parent, Path(__file__).parents[1] / "backward"
-SOURCES = (*(source for folder in FOLDERS for source in sorted(folder.glob("*.py"))), Path(quantize.__file__))
+SOURCES = (
+    *(source for folder in FOLDERS for source in sorted(folder.glob("*.py"))),
+    Path(quantize.__file__),
+    Path(kv_kinds.__file__),
+)
 
 PRIVATE = 0o700
 

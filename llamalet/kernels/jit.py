@@ -24,6 +24,5 @@ kernel = njit(**OPTIONS)
 inner_kernel = njit(no_cpython_wrapper=True, **OPTIONS)
 # For functions with few callers, or that take a whole workspace, which numba would copy word by word for a call.
 inlined_kernel = njit(inline="always", **OPTIONS)
-# For sums alone, such as `dot` and `total`. Each is compiled and vectorized by itself before LLVM inlines it, which
-# fixes its order.
+# For sums alone, such as `dot`: compiled and vectorized by itself before LLVM inlines it, which fixes its order.
 summing_kernel = njit(**OPTIONS | {"fastmath": FAST_MATH})

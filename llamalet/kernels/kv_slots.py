@@ -18,7 +18,7 @@ from llamalet.kv_cache import KVCache
 from llamalet.kv_kinds import KINDS, LANES, STEP
 
 AHEAD = 2048
-"""Bytes that are fetched from memory before they are widened."""
+"""How many bytes ahead of the numbers that are widened memory is fetched."""
 
 F32_KIND, BF16_KIND, Q8_KIND = range(len(KINDS))
 
@@ -37,7 +37,11 @@ def slot_of(cache: KVCache) -> tuple[int, ...]:
 
 @inlined_kernel
 def keys_of(slot: Any, head: int, head_dim: int, start: int, length: int, room: Any) -> Any:
-    """Return a head's keys from position `start` on as float32 (n, 16): in place, or widened into `room`."""
+    """Return a head's keys from position `start` on, in place or widened into `room`.
+
+    float32 (n, 16): the keys of 16 positions side by side in D rows, then those of the next 16. Their number is filled
+    up to a multiple of STEP, for which there is memory, as a capacity is one too.
+    """
     first, n = (head * slot.capacity + start) * head_dim, (length + STEP - 1) // STEP * STEP * head_dim
     if slot.kind == F32_KIND:
         return floats_at(slot.keys + first * FLOAT_BYTES, n // LANES, LANES)
@@ -47,7 +51,7 @@ def keys_of(slot: Any, head: int, head_dim: int, start: int, length: int, room: 
 
 @inlined_kernel
 def values_of(slot: Any, head: int, start: int, length: int, room: Any) -> Any:
-    """Return a head's values from position `start` on as float32 (n, W): in place, or widened into `room`."""
+    """Return a head's values from position `start` on, in place or widened into `room`: float32 (length, W)."""
     width = room.shape[1]
     first, n = (head * slot.capacity + start) * width, length * width
     if slot.kind == F32_KIND:
@@ -135,7 +139,7 @@ def store_int8s(x: Any, address: int, step: int, scale: Any) -> None:
     for i in range(len(x)):
         bits = max(bits, simd.magnitude_bits(x[i]))
     largest = simd.float_of_bits(bits)
-    scale[0, 0] = largest / float32(127)
+    scale[0, 0] = (largest + float32(0) * largest) / float32(127)  # NaN if any is infinite
     inverse = float32(127) / largest
     if not inverse < np.inf:  # zeros, or numbers too small to invert, or a NaN, which the scale keeps
         inverse = float32(0)
@@ -189,4 +193,4 @@ def _storing(from_float: Any) -> Any:
 
 store_float = _storing(lambda builder, x: x)
 store_bfloat16 = _storing(llvm.round_to_bfloat16)
-store_int8 = _storing(lambda builder, x: builder.fptosi(x, I8))
+store_int8 = _storing(lambda builder, x: llvm.call(builder, "llvm.fptosi.sat.i8.f32", I8, (x,)))  # NaN becomes 0

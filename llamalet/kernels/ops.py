@@ -1,5 +1,7 @@
 """The functions of reference.py as machine code, under their names there: one step of the forward pass each.
 
+Attention has a file of its own, attention.py.
+
 They write their results to memory that the caller provides and check no shapes. Shape letters are those of
 reference.py. Weights differ in kind: numba compiles `embed`, `prepare_activations` and `matmul` for each kind,
 and all else once.
@@ -256,25 +258,10 @@ def four(first: int, end: int) -> Any:
     return first, min(first + 1, end - 1), min(first + 2, end - 1), min(first + 3, end - 1)
 
 
-@kernel
-def eight(first: int, end: int) -> Any:
-    """Return 8 numbers from `first` on, as `four`."""
-    return four(first, end) + four(min(first + 4, end - 1), end)
-
-
 @summing_kernel
 def dot(x: Any, y: Any) -> float:
     """Return the dot product of x (n,) and y (n,)."""
     result = float32(0)
     for i in range(len(x)):
         result += x[i] * y[i]
-    return result
-
-
-@summing_kernel
-def total(x: Any) -> float:
-    """Return the sum of x (n,)."""
-    result = float32(0)
-    for i in range(len(x)):
-        result += x[i]
     return result

@@ -1,4 +1,4 @@
-"""Powers of many numbers, for softmax in training: e ** ((x - largest) * scale), where no number is above `largest`.
+"""Powers of many numbers, for softmax: e ** ((x - largest) * scale), where no number is above `largest`.
 
 The loops are written as vectors: numba would use half the processor's width, and not its instruction for powers of two.
 """

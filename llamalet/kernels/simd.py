@@ -20,11 +20,8 @@ The intrinsics do not check indices. Each sums in one fixed order, whatever else
 import itertools
 import math
 import os
-import re
 from typing import Any
 
-import llvmlite.binding
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -65,14 +62,9 @@ def instruction_path() -> str:
 
 def available_paths() -> list[str]:
     """Return the paths whose instructions numba compiles for and the processor has, the best first."""
-    target, host = numba.config.CPU_NAME, llvmlite.binding.get_host_cpu_name()
-    features = llvmlite.binding.get_host_cpu_features()
-    if numba.config.CPU_FEATURES is not None:
-        features = dict.fromkeys(re.findall(r"\+([\w.-]+)", numba.config.CPU_FEATURES), True)
-    elif target not in (None, host):
-        features = {}
-    wide = features.get("avx512vnni") and features.get("avx512vl")
-    has = {"avx512vnni": wide, "avxvnni": wide or features.get("avxvnni"), "portable": True}
+    features = llvm.target_features()
+    wide = {"avx512vnni", "avx512vl"} <= features
+    has = {"avx512vnni": wide, "avxvnni": wide or "avxvnni" in features, "portable": True}
     return [path for path in PATHS if has[path]]
 
 
@@ -311,7 +303,7 @@ def _last_sums(builder: ir.IRBuilder, sums: Any) -> Any:
     return builder.add(even, odd)
 
 
-# -- single numbers and softmax ---------------------------------------------------------------------------------------
+# -- single numbers and pairs ---------------------------------------------------------------------------------------
 
 
 @intrinsic

@@ -171,9 +171,10 @@ def qkv(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread:
 
 @inlined_kernel
 def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_blocks: int) -> None:
-    """Turn the queries and keys of a share of the key-value heads, and put keys and values into the cache.
+    """Turn the queries and keys of a share of the key-value heads, and put a prompt's keys and values into the cache.
 
-    The keys of neighbouring positions share cache lines, so the positions are not cut.
+    The keys of neighbouring positions share cache lines, so the positions are not cut. Where each sequence has one new
+    position, `attend` puts them there.
     """
     head_dim = space.q_heads.shape[1]
     n_heads, n_kv_heads = space.q.shape[1] // head_dim, space.k.shape[1] // head_dim

@@ -111,6 +111,14 @@ class Transformer:
         """
         return self._append(cache, tokens, all_logits=False)[0]
 
+    def extend(self, cache: KVCache, tokens: Tokens) -> Array:
+        """Append tokens (T,), at least one; return the logits after each, those that `decode` gives: float32 (T, V).
+
+        Raises:
+            UsageError: as prefill.
+        """
+        return self._append(cache, tokens, all_logits=True)
+
     def logits(self, tokens: Tokens) -> Array:
         """Return the logits after each of the tokens (T,), computed from an empty cache: float32 (T, V).
 

@@ -66,13 +66,13 @@ def test_the_command_writes_a_table_a_picture_and_figures(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("a band and a ban. " * 30)
     model = toy_model(tmp_path, CONFIG)
     words = [str(model), f"--text={tmp_path / 'text.txt'}", "--backend=numpy", f"--out={tmp_path / 'out'}"]
-    assert rolling.main([*words, "--tokens=64", "--streams=3"]) == 0
+    assert rolling.main([*words, "--tokens=128", "--streams=3"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[1].split() == ["positions", *WAYS]
     found = json.loads((tmp_path / "out" / "rolling.json").read_bytes())
     assert list(found["curves"]) == WAYS and found["context"] == 32
-    assert all(len(curve["nats_by_position"]) == 64 for curve in found["curves"].values())
-    assert found["curves"]["grow"]["cache_bytes"] == found["curves"]["roll"]["cache_bytes"]  # both below 64 positions
+    assert all(len(curve["nats_by_position"]) == 128 for curve in found["curves"].values())
+    assert found["curves"]["grow"]["cache_bytes"] == 2 * found["curves"]["roll"]["cache_bytes"]  # 128 positions, 64
     assert (tmp_path / "out" / "rolling.png").read_bytes().startswith(b"\x89PNG")
     for wrong, message in (("--tokens=32", "tokens=32"), ("--keep=32", "keep=32"), ("--streams=65", "streams=65")):
         with pytest.raises(ConfigError, match=message):

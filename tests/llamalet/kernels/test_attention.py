@@ -1,11 +1,17 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import at_the_end_of_memory
 
 from llamalet import reference
 from llamalet.config import ModelConfig
-from llamalet.kernels import attention, kv_slots
+from llamalet.kernels import attention, kv_slots, llvm, simd
 from llamalet.kernels.jit import kernel
 from llamalet.kv_cache import KVCache
 from llamalet.kv_kinds import KINDS
@@ -34,8 +40,11 @@ def work(q_heads, k, v, slots, one_sequence, layer, n_heads, space, n_blocks, ou
     attention.finish(slots, count, n_heads, head_dim, space, out, 0, count)
 
 
-def attend(caches, layer, q, k, v, n_blocks=3):
-    """Let queries (T, H, D) of one cache, or of one position each of several, attend; return (T, H * D)."""
+def attend(caches, layer, q, k, v, n_blocks=3, place=np.asarray):
+    """Let queries (T, H, D) of one cache, or of one position each of several, attend; return (T, H * D).
+
+    `place` puts the arrays elsewhere.
+    """
     (T, H, D), longest = q.shape, max(cache.capacity for cache in caches)
     slots = np.zeros(T, kv_slots.CACHE_SLOT)
     slots[:] = [kv_slots.slot_of(cache) for cache in caches]
@@ -44,8 +53,9 @@ def attend(caches, layer, q, k, v, n_blocks=3):
     space, out = attention.new_context_space(T, H, D, longest, 1), np.full((T, H * D), 7, np.float32)
     for array in (space.mixed, space.sums, space.keys, space.values, space.scores, space.tile):
         array[:] = np.nan  # nothing may be read that was not written
-    rows = [x.reshape(T, -1) for x in (k, v)]
-    work(q.reshape(-1, D), *rows, slots, len(caches) == 1, layer, H, space, n_blocks, out)
+    space = attention.ContextSpace(*map(place, space))
+    rows = [place(x.reshape(T, -1)) for x in (k, v)]
+    work(place(q.reshape(-1, D)), *rows, place(slots), len(caches) == 1, layer, H, space, n_blocks, out)
     return out
 
 
@@ -91,6 +101,7 @@ class Sequence:
         return reference.attention(q, keys[None], values[None])[0]
 
 
+bads = st.sampled_from([None, None, np.nan, np.inf, -np.inf])
 shapes = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 9]), st.integers(1, 40))
 
 
@@ -122,10 +133,67 @@ def test_a_position_has_the_same_bits_however_it_is_read(shape, kind, data, seed
     np.testing.assert_array_equal(batch[-1], alone[0])
 
 
-@given(shapes, st.sampled_from(list(KINDS)), st.integers(0, FULL - 40), st.integers(1, 40), seeds)
-@settings(deadline=None, max_examples=40)
-def test_the_cache_gets_what_numpy_writes(shape, kind, first, n, seed):
+@pytest.mark.simd_path
+@pytest.mark.parametrize("head_dim", [4, 9, 24])
+@pytest.mark.parametrize("n", [1, 7, 40])
+def test_nothing_beyond_the_arrays_is_touched(head_dim, n):
+    """Caches end where a page must not be touched, and so does the memory of the pass."""
+    sequences = [Sequence(config_of(2, 3, head_dim), kind, 0) for kind in KINDS]
+    for sequence in sequences:
+        # `reserve` gave room for FULL positions; now for as many as these need, a multiple of 64.
+        small = sequence.cache(500)
+        small._move_to(500 + n)
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            setattr(small, name, at_the_end_of_memory(getattr(small, name)))
+        part = slice(500, 500 + n)
+        q, k, v = sequence.q[part], sequence.k[part], sequence.v[part]
+        found = attend([small], 1, q, k, v, place=at_the_end_of_memory)
+        np.testing.assert_array_equal(found, sequence.read(500, 500 + n))
+
+
+def test_caches_of_several_kinds_and_capacities_in_a_batch():
+    sequences = [Sequence(config_of(2, 3, 12), kind, seed) for seed, kind in enumerate([*KINDS] * 3)]
+    lengths = [0, 3, 63, 64, 255, 256, 300, 511, 600]
+    caches = [sequence.cache(n) for sequence, n in zip(sequences, lengths, strict=True)]
+    for cache, n in zip(caches[::2], lengths[::2], strict=True):
+        cache._move_to(n + 1)
+    new = [[getattr(s, name)[n] for s, n in zip(sequences, lengths, strict=True)] for name in ("q", "k", "v")]
+    found = attend(caches, 1, *map(np.stack, new))
+    for row, sequence, n in zip(found, sequences, lengths, strict=True):
+        np.testing.assert_array_equal(row, sequence.read(n, n + 1)[0])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in matmul")
+def test_a_piece_whose_scores_are_all_minus_infinity_weighs_nothing():
+    sequence = Sequence(config_of(1, 1, 8), "f32", 0)
+    sequence.q[:] = np.abs(sequence.q)
+    sequence.k[:256] = -3e38  # the first piece; below the second
+    found = sequence.read(600, 601)
+    np.testing.assert_allclose(found, sequence.expected(600, 601), rtol=1e-5, atol=1e-6)
+    assert np.isfinite(found).all()
+    sequence.k[:256], sequence.k[256:512] = 1, -3e38
+    np.testing.assert_allclose(sequence.read(600, 601), sequence.expected(600, 601), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif("avx2" not in llvm.target_features(), reason="needs a processor with AVX2")
+def test_the_bits_are_as_equal_on_a_processor_without_avx512(tmp_path):
+    """LLVM, if only allowed to fuse, fused the sums of a decoded position there, and not those of a prompt."""
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt,+lzcnt",
+        "XDG_CACHE_HOME": str(tmp_path), simd.PATH_VARIABLE: "portable",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "same_bits or finite"]
+    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert result.returncode == 0 and "[100%]" in result.stdout, result.stdout
+
+
+@given(shapes, st.sampled_from(list(KINDS)), st.integers(0, FULL - 40), st.integers(1, 40), bads, seeds)
+@settings(deadline=None, max_examples=60)
+def test_the_cache_gets_what_numpy_writes(shape, kind, first, n, bad, seed):
     sequence = Sequence(config_of(*shape), kind, seed)
+    if bad is not None:
+        sequence.k[first, 0, 0] = sequence.v[first + n - 1, 0, -1] = bad
     found, expected = sequence.cache(first), sequence.cache(first + n)
     sequence.read(first, first + n, cache=found)
     for name in ("keys", "values", "key_scales", "value_scales"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llamalet import kv_kinds
 from llamalet.kernels import cache
 from llamalet.model_file import quantize
 
@@ -99,7 +100,7 @@ def test_the_name_depends_on_every_file_of_the_kernels(package):
         file.write_text(file.read_text() + "# edited\n")
         names.append(copied.folder_name(copied.SOURCES))
     assert len(set(names)) == 1 + len(files)
-    assert Path(quantize.__file__) in cache.SOURCES  # which defines the tile's size
+    assert {Path(quantize.__file__), Path(kv_kinds.__file__)} < set(cache.SOURCES)  # which define layouts
 
 
 def test_the_name_depends_on_where_one_file_ends(tmp_path):

@@ -1,5 +1,3 @@
-import ctypes
-import mmap
 import os
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
+from toy import at_the_end_of_memory
 
 from llamalet import reference
 from llamalet.errors import ConfigError
@@ -47,21 +46,6 @@ def floats(seed: int, *shape: int) -> np.ndarray:
 def path(request, monkeypatch):
     monkeypatch.setenv(simd.PATH_VARIABLE, request.param)
     return request.param
-
-
-def at_the_end_of_memory(array: np.ndarray) -> np.ndarray:
-    """Return a copy that ends where the next page must not be touched."""
-    if sys.platform == "win32":
-        pytest.skip("needs mprotect")
-    page, size = mmap.PAGESIZE, array.nbytes
-    pages = -(-size // page) * page
-    memory = mmap.mmap(-1, pages + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(address + pages), ctypes.c_size_t(page), 0) == 0
-    copy = np.frombuffer(memory, array.dtype, array.size, pages - size).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 KINDS = ["float32", "bfloat16", "q8", "q4", "int8 in groups of 16", "int8 in groups of 32"]
