@@ -229,7 +229,8 @@ class Model:
             return draft
         if draft == LOOKUP:
             return Lookup()
-        small = draft if isinstance(draft, Model) else Model.load(file_path("draft", draft))
+        options = {} if self._origin is None else {name: self._origin.options[name] for name in ("backend", "threads")}
+        small = draft if isinstance(draft, Model) else Model.load(file_path("draft", draft), **options)
         check_vocabulary(small.tokenizer, self.tokenizer)
         return SmallModel(small.transformer)
 

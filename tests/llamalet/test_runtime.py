@@ -1,5 +1,6 @@
 """What other people's programs import."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from toy import random_tensors, toy_llama3, toy_model
 import llamalet
 from llamalet import Model, Tokenizer, errors, model_file
 from llamalet.config import ModelConfig
+from llamalet.errors import FormatError, UsageError
 from llamalet.tokenizer import pack, parse
 
 CONFIG = ModelConfig.create(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=300, max_seq_len=16)
@@ -32,6 +34,19 @@ def nats(model: Model, ids: list[int], first: int) -> float:
     logits = model.logits(ids[:-1])[first - 1 :].astype(np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return -log_probs[np.arange(len(ids) - first), ids[first:]].sum()
+
+
+def test_a_draft_is_a_model_a_path_or_a_word(model, tmp_path):
+    plain = "".join(model.generate("a band", seed=3, max_new_tokens=9))
+    for draft in ("lookup", model, model.path):
+        assert "".join(model.generate("a band", seed=3, max_new_tokens=9, draft=draft)) == plain
+    folder = tmp_path / "other"
+    folder.mkdir()
+    other = Model.load(toy_model(folder, dataclasses.replace(CONFIG, vocab_size=301)), backend="numpy")
+    with pytest.raises(UsageError, match="draft: has another vocabulary"):
+        model.generate("a", draft=other)
+    with pytest.raises(FormatError, match="nothing"):
+        model.generate("a", draft=tmp_path / "nothing.bin")
 
 
 def test_the_score_of_a_text(model):

@@ -81,6 +81,17 @@ def test_the_text_is_all_that_goes_to_stdout(model, capsys):
     assert re.search(r"prompt: 4 tokens, [\d.]+ tokens/s; story: 16 tokens, [\d.]+ tokens/s", err)
 
 
+def test_a_draft_tells_the_same_story(model, capsys):
+    words = (model, "-s", 5, "-n", 30, "-i", "a band")
+    plain = tell(capsys, *words)[0]
+    for draft in ("lookup", model):
+        out, err = tell(capsys, *words, f"--draft={draft}")
+        assert out == plain and re.search(r"; \d+ of \d+ drafted tokens kept", err)
+    assert "draft is for a single story" in refuse(capsys, model, "--draft=lookup", "--num-samples=2")
+    assert "nowhere.bin" in refuse(capsys, model, "--draft=nowhere.bin")
+    assert "draft" in refuse(capsys, model, "--draft=lookup", "-m", "chat")
+
+
 def test_short_and_long_flags_are_the_same(model, capsys):
     short = tell(capsys, model, "-t", 0.7, "-p", 0.8, "-s", 9, "-n", 12, "-i", "and", "-m", "generate")[0]
     long = ["--temperature=0.7", "--top-p", 0.8, "--seed=9", "--steps=12", "--prompt=and"]
