@@ -11,7 +11,7 @@ the sampler will use next: two similar distributions then mostly agree on the to
 
 from collections.abc import Sequence
 
-from llamalet.errors import UsageError
+from llamalet.errors import NonFiniteError, UsageError
 from llamalet.forward_pass import ForwardPass
 from llamalet.sampler import Sampler
 from llamalet.tokenizer import Tokenizer
@@ -94,7 +94,10 @@ class SmallModel(Draft):
         self._read = list(tokens[self._start :])
         drawn, fork = [], sampler.fork()
         while True:
-            drawn.append(fork.sample(logits))
+            try:
+                drawn.append(fork.sample(logits))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"draft: {error}") from None
             if len(drawn) == n:
                 return drawn
             logits = self._transformer.decode(self._cache, drawn[-1])

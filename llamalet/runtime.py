@@ -231,6 +231,9 @@ class Model:
             return Lookup()
         options = {} if self._origin is None else {name: self._origin.options[name] for name in ("backend", "threads")}
         small = draft if isinstance(draft, Model) else Model.load(file_path("draft", draft), **options)
+        if small.config.vocab_size != self.config.vocab_size:
+            mine, its = self.config.vocab_size, small.config.vocab_size
+            raise UsageError(f"draft: has {its} tokens, the model {mine}: they must be the same")
         check_vocabulary(small.tokenizer, self.tokenizer)
         return SmallModel(small.transformer)
 

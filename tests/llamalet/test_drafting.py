@@ -132,6 +132,17 @@ def test_what_follows_a_wrong_token_may_even_be_broken(models):
         text_of(Broken(), [1, 5], Scripted([1, 5, *plain], [(2, 0)]), temperature=0)
 
 
+def test_a_broken_draft_is_named(models):
+    class Broken:
+        config, new_cache = CONFIG, models["f32"].new_cache
+
+        def prefill(self, cache, tokens):
+            return np.full(CONFIG.vocab_size, np.nan, np.float32)
+
+    with pytest.raises(NonFiniteError, match="draft: 300 of 300 logits are NaN"):
+        text_of(models["f32"], [1, 5], SmallModel(Broken()))
+
+
 def test_a_draft_is_for_one_text(models):
     with pytest.raises(UsageError, match="draft: is for a single text, not for 2"):
         generate_batch(models["q8"], [[1], [1]], [SamplingConfig()] * 2, draft=Lookup())

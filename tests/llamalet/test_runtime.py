@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import vocabularies
-from toy import random_tensors, toy_llama3, toy_model
+from toy import random_tensors, toy_llama3, toy_model, toy_tokenizer
 
 import llamalet
 from llamalet import Model, Tokenizer, errors, model_file
 from llamalet.config import ModelConfig
 from llamalet.errors import FormatError, UsageError
-from llamalet.tokenizer import pack, parse
+from llamalet.tokenizer import BinTokenizer, pack, parse
 
 CONFIG = ModelConfig.create(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=300, max_seq_len=16)
 
@@ -43,8 +43,16 @@ def test_a_draft_is_a_model_a_path_or_a_word(model, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
     other = Model.load(toy_model(folder, dataclasses.replace(CONFIG, vocab_size=301)), backend="numpy")
-    with pytest.raises(UsageError, match="draft: has another vocabulary"):
+    with pytest.raises(UsageError, match="draft: has 301 tokens, the model"):
         model.generate("a", draft=other)
+    rows = toy_tokenizer()._rows
+    swapped = BinTokenizer(
+        [*rows[:270], (rows[271][0], rows[270][1]), (rows[270][0], rows[271][1]), *rows[272:]], "toy"
+    )
+    other = Model.load(toy_model(folder, CONFIG, tokenizer=swapped), backend="numpy")
+    if model.config.vocab_size == CONFIG.vocab_size:
+        with pytest.raises(UsageError, match="draft: has another vocabulary"):
+            model.generate("a", draft=other)
     with pytest.raises(FormatError, match="nothing"):
         model.generate("a", draft=tmp_path / "nothing.bin")
 
