@@ -101,7 +101,7 @@ class SampleOptions(SamplingConfig, ModelOptions):
     does, or never if that rolls"""
     draft: str | None = None
     """propose tokens for more speed, the same text: a smaller model of the same vocabulary, or lookup, which proposes
-    what followed the newest tokens before"""
+    what followed when the text had its newest tokens before"""
     num_samples: int = 1
     """number of stories, up to 64 at once; each has its own seed, one more than the last"""
     mode: Literal["generate", "chat"] = "generate"
@@ -256,7 +256,8 @@ def load_draft(options: SampleOptions, model: Model) -> Draft | None:
     """Return what proposes tokens to the model, as the options say; say which model that is."""
     if options.draft in (None, LOOKUP):
         return model.new_draft(options.draft)
-    small = options.load(options.draft)
+    with nothing_to_lose():
+        small = model.open_draft(options.draft)
     note(f"draft {small.path}: {small.config.n_params / 1e6:.2f}M parameters, {small.dtype}")
     return model.new_draft(small)
 

@@ -150,10 +150,11 @@ def _generate_drafted(transformer: ForwardPass, text: _Text, draft: Draft) -> It
     if text.n_left <= 0:
         yield text.number, None
         return
+    draft.begin()
     tokens, proposed = list(text.prompt), list[int]()
     text.cache = transformer.new_cache()
     rows = read_tokens(transformer, text.cache, text.prompt, text.keep)[None]
-    n_before = text.cache.length
+    n_before = text.cache.length  # positions before those of the proposals
     while True:
         kept = 0
         while True:

@@ -284,15 +284,19 @@ class NumpyTransformer:
             UsageError: as prefill.
         """
         ids = token_ids(tokens, self.config.vocab_size)
-        return self.extend(self.new_cache(len(ids)), ids)
+        return matmul(self._hidden_states(self.new_cache(len(ids)), ids), output_weight(self._weights))
 
     def extend(self, cache: KVCache, tokens: Tokens) -> Array:
-        """Append tokens (T,), at least one, to the cache; return the logits after each: float32 (T, V).
+        """Append tokens (T,), at least one; return the logits after each, those that `decode` gives: float32 (T, V).
+
+        numpy's products of many vectors round otherwise than those of one, so the tokens are decoded one by one.
 
         Raises:
             UsageError: as prefill.
         """
-        return matmul(self._hidden_states(cache, tokens), output_weight(self._weights))
+        ids = token_ids(tokens, self.config.vocab_size)
+        cache.reserve(cache.length + len(ids))
+        return np.stack([self.decode(cache, token) for token in ids.tolist()])
 
     def _hidden_states(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens to the cache, a chunk at a time; return their hidden states (T, C)."""

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llamalet.checks import checked, choice, elements, file_path
 from llamalet.convert.formats import Check, open_model
 from llamalet.cores import thread_count
-from llamalet.drafting import LOOKUP, Draft, Lookup, SmallModel, check_vocabulary
+from llamalet.drafting import LOOKUP, Draft, Lookup, SmallModel
 from llamalet.errors import FormatError, TokenizerError, UsageError, note
 from llamalet.files import stamp
 from llamalet.forward_pass import ForwardPass, Tokens
@@ -39,6 +39,10 @@ class Origin:
     path: Path
     options: dict[str, Any]
     stamp: object
+
+
+AnyDraft = Union["Model", str, os.PathLike[str], Draft, None]
+"""What Model.generate takes as a draft."""
 
 
 class Model:
@@ -199,7 +203,7 @@ class Model:
         prompt: str = "",
         sampling: SamplingConfig | None = None,
         *,
-        draft: "Model | str | os.PathLike[str] | Draft | None" = None,
+        draft: AnyDraft = None,
         **options: Any,
     ) -> Iterator[str]:
         """Return the text that continues a prompt, piece by piece as it is generated.
@@ -212,30 +216,41 @@ class Model:
             prompt: the beginning; if it is empty, the model begins.
             sampling: how tokens are chosen and when the text ends.
             draft: what proposes tokens, for more speed and the same text: a smaller Model of the same vocabulary, the
-                path of one, or "lookup", which proposes what followed the newest tokens before.
+                path of one, which is opened each time, or "lookup", which proposes what followed the newest tokens
+                before.
             options: fields of SamplingConfig, which replace those of `sampling`.
 
         Raises:
             ConfigError: on an unknown option, or listing every value out of range.
             UsageError: if the prompt is longer than a context that does not roll, or the draft has another vocabulary.
             LlamaletError: if there is no model at the draft's path; see load.
+            NonFiniteError: with a token, if the logits of the model or of the draft are NaN or infinite.
         """
-        texts = self.generate_batch([prompt], sampling, draft=self.new_draft(draft), **options)
-        return (text for _, text in texts)
+        return (text for _, text in self.generate_batch([prompt], sampling, draft=draft, **options))
 
-    def new_draft(self, draft: "Model | str | os.PathLike[str] | Draft | None") -> Draft | None:
-        """Return what `generate` takes as a draft for one text, ready to propose; see there."""
+    def new_draft(self, draft: AnyDraft) -> Draft | None:
+        """Return what `generate` takes as a draft, ready to propose; see there."""
         if draft is None or isinstance(draft, Draft):
             return draft
-        if draft == LOOKUP:
+        if isinstance(draft, str) and draft == LOOKUP:
             return Lookup()
-        options = {} if self._origin is None else {name: self._origin.options[name] for name in ("backend", "threads")}
-        small = draft if isinstance(draft, Model) else Model.load(file_path("draft", draft), **options)
+        small = draft if isinstance(draft, Model) else self.open_draft(draft)
         if small.config.vocab_size != self.config.vocab_size:
             mine, its = self.config.vocab_size, small.config.vocab_size
             raise UsageError(f"draft: has {its} tokens, the model {mine}: they must be the same")
-        check_vocabulary(small.tokenizer, self.tokenizer)
+        if not small.tokenizer.has_same_tokens(self.tokenizer):
+            raise UsageError("draft: has another vocabulary than the model, so it cannot propose tokens to it")
         return SmallModel(small.transformer)
+
+    def open_draft(self, path: str | os.PathLike[str]) -> "Model":
+        """Open a model as a draft, with this one's backend, threads, kind of cache and, if named, tokenizer file.
+
+        Raises:
+            LlamaletError: see load.
+        """
+        options: dict[str, Any] = {} if self._origin is None else self._origin.options
+        same = {name: options[name] for name in ("tokenizer", "backend", "threads", "kv") if name in options}
+        return type(self).load(file_path("draft", path), **same)
 
     def generate_batch(
         self,
@@ -243,7 +258,7 @@ class Model:
         sampling: SamplingConfig | None = None,
         *,
         batch_size: int | None = None,
-        draft: Draft | None = None,
+        draft: AnyDraft = None,
         **options: Any,
     ) -> Iterator[tuple[int, str]]:
         """Return the texts that continue several prompts, generated together, as (number of the prompt, piece).
@@ -258,7 +273,7 @@ class Model:
             prompts: any number of beginnings.
             sampling: see generate. Its seed is that of the first text; each has one more than the last.
             batch_size: number of texts in progress at once, at most 64; None: as many as memory has room for.
-            draft: for a single prompt, what `new_draft` returns.
+            draft: see generate; for a single prompt.
             options: see generate.
 
         Raises:
@@ -273,7 +288,7 @@ class Model:
                 decoder.push(token)
         events = generate_batch(
             self.transformer, ids, configs, stop_tokens=self.stop_tokens, undrawn=self.undrawn, batch_size=batch_size,
-            draft=draft,
+            draft=self.new_draft(draft),
         )  # fmt: skip
         return stream(events, decoders)
 

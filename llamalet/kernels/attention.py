@@ -11,7 +11,7 @@ or all of them if there are more than FEW positions. The query heads that share 
 
 Keys lie in the cache with 16 positions side by side, values with their components side by side (see kv_kinds.py). So
 both steps are the same loop, `add_combinations`: several rows of numbers meet vectors of 16, which are read once for
-all rows. Bfloat16 and int8 are widened to float32 first, a piece at a time, in memory that stays in the core's cache.
+all rows. Bfloat16 and int8 are widened to float32 in registers for a few queries, in memory for many.
 """
 
 from typing import Any, NamedTuple
@@ -25,12 +25,25 @@ from numba.extending import intrinsic
 from llamalet.aligned import aligned_zeros
 from llamalet.kernels import llvm, simd
 from llamalet.kernels.jit import inner_kernel
-from llamalet.kernels.kv_slots import Q8_KIND, keep_key, keep_value, keys_of, values_of
+from llamalet.kernels.kv_slots import (
+    AHEAD,
+    BF16_KIND,
+    F32_KIND,
+    Q8_KIND,
+    bfloat16s_at,
+    float_keys,
+    float_values,
+    int8s_at,
+    keep_key,
+    keep_value,
+    place_of_keys,
+    place_of_values,
+)
 from llamalet.kernels.layers import FLOAT_BYTES, floats_at
 from llamalet.kernels.llvm import F32, I64, Table, i64
 from llamalet.kernels.powers import write_powers
 from llamalet.kernels.shared import shared_kernel
-from llamalet.kv_kinds import LANES, STEP
+from llamalet.kv_kinds import LANES
 
 PIECE = 256
 """Positions of a context whose results are joined as one."""
@@ -38,8 +51,6 @@ RUN = 32
 """Positions of a sequence that read a piece together."""
 FEW = 16
 """Up to this many positions a pass cuts its contexts into pieces that different threads may take."""
-SPAN = STEP
-"""Positions that a few queries take at a time."""
 ROWS, BLOCKS = (8, 2) if simd.instruction_path() == "avx512vnni" else (4, 1)
 """Queries that meet the same vectors at once, and these vectors: as many as the registers hold sums."""
 
@@ -55,7 +66,6 @@ class ContextSpace(NamedTuple):
     sums: for the same, the largest score, and the sum of the powers (n, 2).
     components: int64 (ROWS,), D.
     counts: for each thread, how many positions of a piece each of ROWS queries sees, int64 (threads, LINE).
-    terms: how many of them are in a span (threads, LINE).
     queries: these queries (threads, ROWS, D).
     keys: a piece (threads, PIECE / 16 * D, 16).
     values: (threads, PIECE, W).
@@ -68,7 +78,6 @@ class ContextSpace(NamedTuple):
     sums: Any
     components: Any
     counts: Any
-    terms: Any
     queries: Any
     keys: Any
     values: Any
@@ -90,7 +99,6 @@ def new_context_space(n_positions: int, n_heads: int, head_dim: int, capacity: i
         sums=zeros(n, 2),
         components=np.full(ROWS, head_dim),
         counts=aligned_zeros((threads, LINE), np.int64),
-        terms=aligned_zeros((threads, LINE), np.int64),
         queries=zeros(threads, ROWS, head_dim),
         keys=zeros(threads, PIECE // LANES * head_dim, LANES),
         values=zeros(threads, PIECE, width),
@@ -100,23 +108,25 @@ def new_context_space(n_positions: int, n_heads: int, head_dim: int, capacity: i
     )
 
 
-class Queries(NamedTuple):
-    """Some of the queries of a run of positions that share a key-value head, at most ROWS.
+class Run(NamedTuple):
+    """The queries of neighbouring positions that share a key-value head, a position's after each other.
 
-    first: the number of the run's first query among all.
-    group: query heads of a position that share the key-value head.
-    step: queries from a position to the next, H.
-    row: number of the first of these queries in the run, where a position's queries follow each other.
+    first: the number of the first among all queries.
     size: how many they are.
-    position: the run's first position, counted from the beginning of the piece.
+    group: how many of a position.
+    step: queries from a position to the next, H.
+    n_parts: rows of space.mixed for each query.
+    part: which of them gets a piece's result.
+    join_it: whether the result is to be joined to what is there.
     """
 
     first: int
+    size: int
     group: int
     step: int
-    row: int
-    size: int
-    position: int
+    n_parts: int
+    part: int
+    join_it: bool
 
 
 # -- a pass -----------------------------------------------------------------------------------------------------------
@@ -164,10 +174,8 @@ def attend(
             start = piece * PIECE
             length = min(PIECE, slots[t + n - 1].position + 1 - start)
             join_it = n_parts == 1 and piece > 0  # to the pieces before; otherwise it has a row of its own
-            attend_piece(
-                q_heads, slot, cached, start, length, n, group, n_heads, t * n_heads + head * group, n_parts, part,
-                join_it, space, thread,
-            )  # fmt: skip
+            queries = Run(t * n_heads + head * group, n * group, group, n_heads, n_parts, part, join_it)
+            attend_piece(q_heads, queries, slot, cached, start, length, space, thread)
 
 
 @inner_kernel
@@ -207,92 +215,97 @@ def count_parts(slots: Any, count: int) -> int:
 
 @inner_kernel
 def attend_piece(
-    q_heads: Any, slot: Any, cached: int, start: int, length: int, n: int, group: int, n_heads: int, first: int,
-    n_parts: int, part: int, join_it: bool, space: Any, thread: int,
-) -> None:  # fmt: skip
+    q_heads: Any, run: Any, slot: Any, cached: int, start: int, length: int, space: Any, thread: int
+) -> None:
     """Let a run of positions attend to a piece of their context.
 
-    Many queries meet a piece that has been widened as a whole. A few take SPAN positions at a time: what was widened
-    is in the core's first cache when they meet it.
+    Many queries meet a piece that has been widened to float32 as a whole. A few widen each vector as they meet it.
 
     Args:
         q_heads: all queries (T * H, D).
-        slot: the CACHE_SLOT of the first position.
+        run: Run.
+        slot: the CACHE_SLOT of its first position.
         cached: number of the key-value head in the cache.
         start: the piece's first position.
         length: positions of the piece that the last position of the run sees.
-        n: positions of the run.
-        group: query heads that share the key-value head.
-        n_heads: H.
-        first: number of the first position's first query among all.
-        n_parts: rows of space.mixed for each query.
-        part: which of them gets the result.
-        join_it: whether the result is to be joined to what is there.
         space: ContextSpace.
         thread: number of the thread.
     """
-    head_dim = q_heads.shape[1]
-    scale = float32(1) / np.sqrt(float32(head_dim))
-    many = n * group > ROWS
-    span = PIECE if many else SPAN
-    keys, values = space.keys[thread], space.values[thread]
-    if many:
-        keys = keys_of(slot, cached, head_dim, start, length, space.keys[thread])
-        values = values_of(slot, cached, start, length, space.values[thread])
+    head_dim, width = q_heads.shape[1], space.values.shape[2]
+    key, n_key_rows = place_of_keys(slot, cached, head_dim, start), (length + LANES - 1) // LANES * head_dim
+    value = place_of_values(slot, cached, width, start)
+    if slot.kind == F32_KIND or run.size > ROWS:
+        keys = float_keys(slot, key, n_key_rows, space.keys[thread])
+        values = float_values(slot, value, length, space.values[thread])
+        meet(q_heads, run, slot, cached, start, length, keys, values, space, thread)
+    elif slot.kind == BF16_KIND:
+        keys_16 = bfloat16s_at(slot.keys + 2 * key, n_key_rows, LANES)
+        values_16 = bfloat16s_at(slot.values + 2 * value, length, width)
+        meet(q_heads, run, slot, cached, start, length, keys_16, values_16, space, thread)
+    else:
+        keys_8, values_8 = int8s_at(slot.keys + key, n_key_rows, LANES), int8s_at(slot.values + value, length, width)
+        meet(q_heads, run, slot, cached, start, length, keys_8, values_8, space, thread)
+
+
+@inner_kernel
+def meet(
+    q_heads: Any, run: Any, slot: Any, cached: int, start: int, length: int, keys: Any, values: Any, space: Any,
+    thread: int,
+) -> None:  # fmt: skip
+    """Let the queries of a run meet a piece's keys (n, 16) and values (length, W) of any kind, ROWS at a time."""
+    scale = float32(1) / np.sqrt(float32(q_heads.shape[1]))
     # Positions before the piece do not see it.
-    for row in range(max(0, start - slot.position) * group, n * group, ROWS):
-        queries = Queries(first, group, n_heads, row, min(ROWS, n * group - row), slot.position - start)
-        load_queries(q_heads, queries, length, space, thread)
-        for begin in range(0, length, span):
-            if not many:
-                keys = keys_of(slot, cached, head_dim, start + begin, min(span, length - begin), space.keys[thread])
-            score(queries, keys, begin, span, space, thread)
-        soften(queries, slot, cached, start, scale, space, thread)
-        for begin in range(0, length, span):
-            if not many:
-                values = values_of(slot, cached, start + begin, min(span, length - begin), space.values[thread])
-            mix(queries, values, begin, span, space, thread)
-        for r in range(queries.size):
-            deliver(space, thread, r, query_number(queries, r) * n_parts + part, join_it, scale)
+    for row in range(max(0, start - slot.position) * run.group, run.size, ROWS):
+        n_rows, position = min(ROWS, run.size - row), slot.position - start
+        load_queries(q_heads, run, row, n_rows, position, length, space, thread)
+        score(n_rows, keys, space, thread)
+        soften(n_rows, slot, cached, start, scale, space, thread)
+        combine(
+            n_rows, space.scores[thread], space.counts[thread], values, values.shape[1], LANES,
+            values.shape[1] // LANES, space.tile[thread],
+        )  # fmt: skip
+        for r in range(n_rows):
+            deliver(run, row + r, space.tile[thread, r], space.tile_sums[thread, r], space, scale)
 
 
 @inner_kernel
-def query_number(queries: Any, r: int) -> int:
-    """Return the number of query r of these among all."""
-    row = queries.row + r
-    return queries.first + row // queries.group * queries.step + row % queries.group
+def query_number(run: Any, row: int) -> int:
+    """Return the number among all queries of query `row` of a run."""
+    return run.first + row // run.group * run.step + row % run.group
 
 
 @inner_kernel
-def load_queries(q_heads: Any, queries: Any, length: int, space: Any, thread: int) -> None:
-    """Copy the queries, count how many positions of a piece each sees, and clear their sums."""
-    for r in range(queries.size):
-        number, seen = query_number(queries, r), queries.position + (queries.row + r) // queries.group + 1
+def load_queries(
+    q_heads: Any, run: Any, row: int, n_rows: int, position: int, length: int, space: Any, thread: int
+) -> None:
+    """Copy some queries, count how many positions of a piece each sees, and clear their sums.
+
+    `position` is that of the run, counted from the beginning of the piece.
+    """
+    for r in range(n_rows):
+        number, seen = query_number(run, row + r), position + (row + r) // run.group + 1
         space.counts[thread, r] = min(length, seen)
         for i in range(q_heads.shape[1]):
             space.queries[thread, r, i] = q_heads[number, i]
-    for r in range(queries.size, ROWS):
-        space.counts[thread, r] = space.counts[thread, queries.size - 1]
-    clear(space.scores[thread], queries.size, (space.counts[thread, ROWS - 1] + LANES - 1) // LANES * LANES)
-    clear(space.tile[thread], queries.size, space.tile.shape[2])
+    for r in range(n_rows, ROWS):
+        space.counts[thread, r] = space.counts[thread, n_rows - 1]
+    clear(space.scores[thread], n_rows, (space.counts[thread, ROWS - 1] + LANES - 1) // LANES * LANES)
+    clear(space.tile[thread], n_rows, space.tile.shape[2])
 
 
 @inner_kernel
-def score(queries: Any, keys: Any, begin: int, span: int, space: Any, thread: int) -> None:
-    """Write the products of the queries and the keys of a span, which begins there in the piece, to scores."""
-    head_dim, seen = space.queries.shape[2], min(space.counts[thread, ROWS - 1] - begin, span)
-    n_blocks = (seen + LANES - 1) // LANES  # with some that a query does not see
+def score(n_rows: int, keys: Any, space: Any, thread: int) -> None:
+    """Write the products of the queries and a piece's keys to scores, with some of keys that a query does not see."""
+    head_dim, n_blocks = space.queries.shape[2], (space.counts[thread, ROWS - 1] + LANES - 1) // LANES
     components = space.components  # all of each query
-    combine(
-        queries.size, space.queries[thread], 0, components, keys, LANES, head_dim * LANES, n_blocks,
-        space.scores[thread], begin,
-    )  # fmt: skip
+    queries, scores = space.queries[thread], space.scores[thread]
+    combine(n_rows, queries, components, keys, LANES, head_dim * LANES, n_blocks, scores)
 
 
 @inner_kernel
-def soften(queries: Any, slot: Any, cached: int, start: int, scale: float, space: Any, thread: int) -> None:
+def soften(n_rows: int, slot: Any, cached: int, start: int, scale: float, space: Any, thread: int) -> None:
     """Turn scores into powers, and keep the largest score and the sum of the powers of each query."""
-    for r in range(queries.size):
+    for r in range(n_rows):
         row = space.scores[thread, r, : space.counts[thread, r]]
         if slot.kind == Q8_KIND:
             multiply(row, slot.key_scales + (cached * slot.capacity + start) * FLOAT_BYTES)
@@ -306,26 +319,15 @@ def soften(queries: Any, slot: Any, cached: int, start: int, scale: float, space
 
 
 @inner_kernel
-def mix(queries: Any, values: Any, begin: int, span: int, space: Any, thread: int) -> None:
-    """Add the sums of a span's values, times the powers of each query, to tile."""
-    width, terms = values.shape[1], space.terms[thread]
-    for r in range(ROWS):
-        terms[r] = max(0, min(space.counts[thread, r] - begin, span))
-    combine(
-        queries.size, space.scores[thread], begin, terms, values, width, LANES, width // LANES, space.tile[thread], 0
-    )
-
-
-@inner_kernel
-def deliver(space: Any, thread: int, r: int, row: int, join_it: bool, scale: float) -> None:
-    """Store query r's result for a piece in a row of space.mixed, or join it to those of the pieces before."""
-    tile, sums = space.tile[thread, r], space.tile_sums[thread, r]
-    if join_it:
-        join(space.mixed, space.sums, row, tile, sums[0], sums[1], scale)
+def deliver(run: Any, row: int, tile: Any, sums: Any, space: Any, scale: float) -> None:
+    """Store a query's result for a piece in a row of space.mixed, or join it to those of the pieces before."""
+    target = query_number(run, row) * run.n_parts + run.part
+    if run.join_it:
+        join(space.mixed, space.sums, target, tile, sums[0], sums[1], scale)
     else:
-        space.sums[row, 0], space.sums[row, 1] = sums[0], sums[1]
+        space.sums[target, 0], space.sums[target, 1] = sums[0], sums[1]
         for i in range(len(tile)):
-            space.mixed[row, i] = tile[i]
+            space.mixed[target, i] = tile[i]
 
 
 @inner_kernel
@@ -362,43 +364,42 @@ def multiply(x: Any, scales: int) -> None:
 
 @inner_kernel
 def combine(
-    count: int, weights: Any, first: int, counts: Any, vectors: Any, term_step: int, block_step: int, n_blocks: int,
-    out: Any, column: int,
-) -> None:  # fmt: skip
-    """Do what `add_combinations` does with the first `count` rows, at most ROWS, and the first n_blocks blocks.
+    n_rows: int, weights: Any, counts: Any, vectors: Any, term_step: int, block_step: int, n_blocks: int, out: Any
+) -> None:
+    """Do what `add_combinations` does with the first rows, at most ROWS, and the first n_blocks blocks.
 
     Rows up to the next number for which there is code may be added to, too.
     """
     b = 0
-    if count == 1:
+    if n_rows == 1:
         while b + 4 <= n_blocks:
-            add_combinations(weights, 1, first, counts, vectors, term_step, block_step, b, 4, out, column)
+            add_combinations(weights, 1, counts, vectors, term_step, block_step, b, 4, out)
             b += 4
         if b + 2 <= n_blocks:
-            add_combinations(weights, 1, first, counts, vectors, term_step, block_step, b, 2, out, column)
+            add_combinations(weights, 1, counts, vectors, term_step, block_step, b, 2, out)
             b += 2
         if b < n_blocks:
-            add_combinations(weights, 1, first, counts, vectors, term_step, block_step, b, 1, out, column)
-    elif count <= 4:
+            add_combinations(weights, 1, counts, vectors, term_step, block_step, b, 1, out)
+    elif n_rows <= 4:
         while b + BLOCKS <= n_blocks:
-            add_combinations(weights, 4, first, counts, vectors, term_step, block_step, b, BLOCKS, out, column)
+            add_combinations(weights, 4, counts, vectors, term_step, block_step, b, BLOCKS, out)
             b += BLOCKS
         if b < n_blocks:
-            add_combinations(weights, 4, first, counts, vectors, term_step, block_step, b, 1, out, column)
+            add_combinations(weights, 4, counts, vectors, term_step, block_step, b, 1, out)
     else:
         while b + BLOCKS <= n_blocks:
-            add_combinations(weights, ROWS, first, counts, vectors, term_step, block_step, b, BLOCKS, out, column)
+            add_combinations(weights, ROWS, counts, vectors, term_step, block_step, b, BLOCKS, out)
             b += BLOCKS
         if b < n_blocks:
-            add_combinations(weights, ROWS, first, counts, vectors, term_step, block_step, b, 1, out, column)
+            add_combinations(weights, ROWS, counts, vectors, term_step, block_step, b, 1, out)
 
 
 @intrinsic(prefer_literal=True)
 def add_combinations(
-    typing_context: Any, weights: Any, rows: Any, first: Any, counts: Any,
-    vectors: Any, term_step: Any, block_step: Any, block: Any, blocks: Any, out: Any, column: Any,
+    typing_context: Any, weights: Any, rows: Any, counts: Any,
+    vectors: Any, term_step: Any, block_step: Any, block: Any, blocks: Any, out: Any,
 ) -> Any:  # fmt: skip
-    """Add the sum over k < counts[row] of weights[row, first + k] * v(k, block) to out[row, column + 16 * block:].
+    """Add the sum over k < counts[row] of weights[row, k] * v(k, block) to out[row, 16 * block:], for the first rows.
 
     A block's vector of a term is the 16 numbers of `vectors` from element k * term_step + block * block_step on. Every
     lane of every result is a sum of its own, from the first term to the last, whatever else is computed in the call.
@@ -407,37 +408,42 @@ def add_combinations(
         typing_context: numba's.
         weights: float32 (n, width).
         rows: how many of its first rows; a constant.
-        first: the column of their first term.
         counts: int64 (rows or more,), which must not decrease.
-        vectors: float32, contiguous.
+        vectors: contiguous; float32, or int8, or uint16, the bits of bfloat16.
         term_step: elements from a term to the next.
         block_step: elements from a block to the next.
         block: the first block.
         blocks: how many; a constant.
         out: float32 (n, width).
-        column: the column of block 0.
     """
     n_rows, n_blocks = rows.literal_value, blocks.literal_value
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        table, target = Table(context, builder, weights, args[0]), Table(context, builder, out, args[9])
-        data = context.make_array(vectors)(context, builder, args[4]).data
-        count_data = context.make_array(counts)(context, builder, args[3]).data
-        numbers = [builder.add(args[7], i64(i)) for i in range(n_blocks)]
-        bases = [builder.gep(data, [builder.mul(number, args[6])]) for number in numbers]
-        columns = [builder.add(args[10], builder.mul(number, i64(LANES))) for number in numbers]
-        w_rows = [builder.gep(table.row(i64(row)), [args[2]]) for row in range(n_rows)]
+        table, target = Table(context, builder, weights, args[0]), Table(context, builder, out, args[8])
+        data = context.make_array(vectors)(context, builder, args[3]).data
+        count_data = context.make_array(counts)(context, builder, args[2]).data
+        numbers = [builder.add(args[6], i64(i)) for i in range(n_blocks)]
+        bases = [builder.gep(data, [builder.mul(number, args[5])]) for number in numbers]
+        columns = [builder.mul(number, i64(LANES)) for number in numbers]
+        w_rows = [table.row(i64(row)) for row in range(n_rows)]
         places = [
             builder.bitcast(builder.gep(target.row(i64(row)), [column]), ir.VectorType(F32, LANES).as_pointer())
             for row in range(n_rows)
             for column in columns
         ]
         totals = llvm.variables(builder, [builder.load(place, align=FLOAT_BYTES) for place in places])
+        # Memory is fetched that the next blocks, or the next terms, will read.
+        narrow, next_blocks = vectors.dtype != types.float32, builder.mul(args[5], i64(n_blocks))
+        terms_ahead = i64(8 * AHEAD // vectors.dtype.bitwidth)
+        ahead = builder.select(builder.icmp_signed(">", next_blocks, terms_ahead), next_blocks, terms_ahead)
         n_terms = [builder.load(builder.gep(count_data, [i64(row)])) for row in range(n_rows)]
 
         def add_term(k: Any, *, all_rows: bool) -> None:
-            offset = builder.mul(k, args[5])
-            lanes = [llvm.load_vector(builder, builder.gep(base, [offset]), F32, LANES) for base in bases]
+            offset = builder.mul(k, args[4])
+            places_of_term = [builder.gep(base, [offset]) for base in bases]
+            for place in places_of_term if narrow else ():
+                llvm.prefetch(builder, builder.gep(place, [ahead]))
+            lanes = [llvm.load_floats(builder, place, LANES) for place in places_of_term]
             before = [builder.load(total) for total in totals]
             factors = [llvm.splat(builder, builder.load(builder.gep(row, [k])), LANES) for row in w_rows]
             llvm.add_products(builder, totals, factors, lanes)
@@ -455,5 +461,5 @@ def add_combinations(
         return context.get_dummy_value()
 
     ints = types.intp
-    arguments = weights, rows, ints, counts, vectors, ints, ints, ints, blocks, out, ints
+    arguments = weights, rows, counts, vectors, ints, ints, ints, blocks, out
     return types.none(*arguments), build

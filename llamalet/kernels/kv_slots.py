@@ -11,11 +11,11 @@ from numba.extending import intrinsic
 from llamalet.aligned import address_of
 from llamalet.kernels import llvm, simd
 from llamalet.kernels.jit import inlined_kernel, inner_kernel
-from llamalet.kernels.layers import FLOAT_BYTES, floats_at
-from llamalet.kernels.llvm import F32, I8, I16, I32, I64, i64
+from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at, floats_at
+from llamalet.kernels.llvm import I8, I16, I64, i64
 from llamalet.kernels.shared import shared_kernel
 from llamalet.kv_cache import KVCache
-from llamalet.kv_kinds import KINDS, LANES, STEP
+from llamalet.kv_kinds import KINDS, LANES
 
 AHEAD = 2048
 """How many bytes ahead of the numbers that are widened memory is fetched."""
@@ -35,28 +35,36 @@ def slot_of(cache: KVCache) -> tuple[int, ...]:
     return *map(address_of, arrays), cache.capacity, cache.length, list(KINDS).index(cache.kind)
 
 
-@inlined_kernel
-def keys_of(slot: Any, head: int, head_dim: int, start: int, length: int, room: Any) -> Any:
-    """Return a head's keys from position `start` on, in place or widened into `room`.
+@inner_kernel
+def place_of_keys(slot: Any, head: int, head_dim: int, start: int) -> int:
+    """Return the number of the first number of a head's keys from position `start` on, a multiple of 16."""
+    return (head * slot.capacity + start) * head_dim
 
-    float32 (n, 16): the keys of 16 positions side by side in D rows, then those of the next 16. Their number is filled
-    up to a multiple of STEP, for which there is memory, as a capacity is one too.
+
+@inner_kernel
+def place_of_values(slot: Any, head: int, width: int, start: int) -> int:
+    """Return the number of the first number of a head's values from position `start` on."""
+    return (head * slot.capacity + start) * width
+
+
+@inlined_kernel
+def float_keys(slot: Any, place: int, n_rows: int, room: Any) -> Any:
+    """Return keys from number `place` on, in place or widened into `room`: float32 (n_rows, 16).
+
+    D rows hold the keys of 16 positions side by side, the next D rows those of the next 16.
     """
-    first, n = (head * slot.capacity + start) * head_dim, (length + STEP - 1) // STEP * STEP * head_dim
     if slot.kind == F32_KIND:
-        return floats_at(slot.keys + first * FLOAT_BYTES, n // LANES, LANES)
-    widen(slot.keys, first, n, slot.kind, room)
+        return floats_at(slot.keys + place * FLOAT_BYTES, n_rows, LANES)
+    widen(slot.keys, place, n_rows * LANES, slot.kind, room)
     return room
 
 
 @inlined_kernel
-def values_of(slot: Any, head: int, start: int, length: int, room: Any) -> Any:
-    """Return a head's values from position `start` on, in place or widened into `room`: float32 (length, W)."""
-    width = room.shape[1]
-    first, n = (head * slot.capacity + start) * width, length * width
+def float_values(slot: Any, place: int, length: int, room: Any) -> Any:
+    """Return values from number `place` on, in place or widened into `room`: float32 (length, W)."""
     if slot.kind == F32_KIND:
-        return floats_at(slot.values + first * FLOAT_BYTES, length, width)
-    widen(slot.values, first, n, slot.kind, room)
+        return floats_at(slot.values + place * FLOAT_BYTES, length, room.shape[1])
+    widen(slot.values, place, length * room.shape[1], slot.kind, room)
     return room
 
 
@@ -147,7 +155,7 @@ def store_int8s(x: Any, address: int, step: int, scale: Any) -> None:
         store_int8(address + i * step, np.rint(x[i] * inverse))
 
 
-def _widening(element: Any, to_floats: Any) -> Any:
+def _widening(element: Any) -> Any:
     """Return an intrinsic that writes n numbers at an address, a multiple of 16, to out, float32 and contiguous."""
 
     @intrinsic
@@ -157,7 +165,7 @@ def _widening(element: Any, to_floats: Any) -> Any:
             target = context.make_array(out)(context, builder, args[2]).data
             with cgutils.for_range_slice(builder, i64(0), args[1], i64(LANES), I64) as (i, _):
                 llvm.prefetch(builder, builder.gep(source, [builder.add(i, i64(8 * AHEAD // element.width))]))
-                numbers = to_floats(builder, llvm.load_vector(builder, builder.gep(source, [i]), element, LANES))
+                numbers = llvm.load_floats(builder, builder.gep(source, [i]), LANES)
                 place = builder.bitcast(builder.gep(target, [i]), numbers.type.as_pointer())
                 builder.store(numbers, place, align=FLOAT_BYTES)
             return context.get_dummy_value()
@@ -167,13 +175,25 @@ def _widening(element: Any, to_floats: Any) -> Any:
     return widening
 
 
-def _int8_to_floats(builder: ir.IRBuilder, numbers: Any) -> Any:
-    count = numbers.type.count
-    return builder.sitofp(builder.sext(numbers, ir.VectorType(I32, count)), ir.VectorType(F32, count))
+widen_bfloat16, widen_int8 = _widening(I16), _widening(I8)
 
 
-widen_bfloat16 = _widening(I16, llvm.widen)
-widen_int8 = _widening(I8, _int8_to_floats)
+def _array_at(dtype: Any) -> Any:
+    """Return an intrinsic that returns the contiguous array (rows, cols) at an address."""
+    result, itemsize = types.Array(dtype, 2, "C"), dtype.bitwidth // 8
+
+    @intrinsic
+    def array_there(typing_context: Any, address: Any, rows: Any, cols: Any) -> Any:
+        def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            data = builder.inttoptr(args[0], ir.IntType(dtype.bitwidth).as_pointer())
+            return contiguous_at(context, builder, result, data, (args[1], args[2]), itemsize)
+
+        return result(types.intp, types.intp, types.intp), build
+
+    return array_there
+
+
+bfloat16s_at, int8s_at = _array_at(types.uint16), _array_at(types.int8)
 
 
 def _storing(from_float: Any) -> Any:

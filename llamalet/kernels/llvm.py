@@ -116,9 +116,12 @@ def load_some(builder: ir.IRBuilder, pointer: Any, room: Any, count: int, missin
 
 
 def load_floats(builder: ir.IRBuilder, pointer: Any, count: int) -> Any:
-    """Load `count` float32, or bfloat16 widened to float32: their bits are its upper 16."""
+    """Load `count` float32, or int8 as float32, or bfloat16 widened to float32: their bits are its upper 16."""
     if pointer.type.pointee == F32:
         return load_vector(builder, pointer, F32, count)
+    if pointer.type.pointee == I8:
+        integers = builder.sext(load_vector(builder, pointer, I8, count), ir.VectorType(I32, count))
+        return builder.sitofp(integers, ir.VectorType(F32, count))
     return widen(builder, load_vector(builder, pointer, I16, count))
 
 

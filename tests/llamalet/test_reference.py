@@ -169,6 +169,19 @@ def test_long_prompts_are_taken_in_chunks(monkeypatch):
     np.testing.assert_allclose(model.logits(tokens), expected, atol=SUM_ROUNDINGS * np.abs(expected).max())
 
 
+def test_tokens_that_extend_a_cache_get_the_logits_of_decoding():
+    """Bit for bit; and a broken token leaves those before it as they are."""
+    config = SMALL_MODELS["gqa-untied"]
+    file = file_in_memory(config)
+    file.tensors["tok_embeddings"][77] = np.nan
+    model = NumpyTransformer(file)
+    one_by_one, together = model.new_cache(), model.new_cache()
+    expected = [model.decode(one_by_one, token) for token in (1, 5, 9, 77)]
+    found = model.extend(together, [1, 5, 9, 77])
+    np.testing.assert_array_equal(found, expected)
+    assert np.isfinite(found[:3]).all() and not np.isfinite(found[3]).any()
+
+
 def test_cache_grows_with_use_and_keeps_what_it_holds():
     config = dataclasses.replace(SMALL_MODELS["gqa-tied"], max_seq_len=100)
     cache = KVCache(config)

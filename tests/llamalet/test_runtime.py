@@ -38,8 +38,10 @@ def nats(model: Model, ids: list[int], first: int) -> float:
 
 def test_a_draft_is_a_model_a_path_or_a_word(model, tmp_path):
     plain = "".join(model.generate("a band", seed=3, max_new_tokens=9))
-    for draft in ("lookup", model, model.path):
+    for draft in ("lookup", model, model.path, model.new_draft("lookup")):
         assert "".join(model.generate("a band", seed=3, max_new_tokens=9, draft=draft)) == plain
+        texts = model.generate_batch(["a band"], seed=3, max_new_tokens=9, draft=draft)
+        assert "".join(text for _, text in texts) == plain
     folder = tmp_path / "other"
     folder.mkdir()
     other = Model.load(toy_model(folder, dataclasses.replace(CONFIG, vocab_size=301)), backend="numpy")
