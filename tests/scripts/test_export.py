@@ -156,10 +156,10 @@ def test_another_runtime_is_not_proved(project, capsys, monkeypatch):
     """The proof must see an error of one percent in one matrix of one layer."""
     export.main(["--version=1", "--no-check"])
 
-    def wrong(file: model_file.ModelFile, backend: str, threads: int | None) -> Transformer:
+    def wrong(file: model_file.ModelFile, backend: str, threads: int | None, kv: str | None) -> Transformer:
         tensors = dict(file.tensors)
         tensors["layers.1.attention.wo"] = tensors["layers.1.attention.wo"] * np.float32(1.01)
-        return Transformer(dataclasses.replace(file, tensors=tensors))
+        return Transformer(dataclasses.replace(file, tensors=tensors), threads, kv)
 
     monkeypatch.setattr(proof, "open_backend", wrong)
     assert export.main(["--verify", "out/model.bin"]) == FormatError.exit_code
