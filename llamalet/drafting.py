@@ -9,6 +9,7 @@ The published rule keeps a proposal with a probability that preserves the distri
 the sampler will use next: two similar distributions then mostly agree on the token.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from llamalet.errors import NonFiniteError
@@ -24,7 +25,7 @@ LONGEST_WAIT = 64
 """Tokens without a proposal, at most, after proposals of which none was kept."""
 
 
-class Draft:
+class Draft(ABC):
     """What all drafts have in common: how many tokens they propose, and how many of them were kept.
 
     Attributes:
@@ -43,6 +44,7 @@ class Draft:
         self.size = MAX_PROPOSED // 2
         self._misses = self._wait = 0
 
+    @abstractmethod
     def propose(self, tokens: Sequence[int], n: int, sampler: Sampler) -> list[int]:
         """Return at most n tokens that may follow all tokens so far.
 
@@ -51,7 +53,6 @@ class Draft:
             n: 1 to MAX_PROPOSED.
             sampler: what will draw the text's next tokens; it must not be advanced.
         """
-        raise NotImplementedError
 
     def settle(self, proposed: int, kept: int) -> None:
         """Take note of how many tokens of a proposal were kept, or that there was none."""

@@ -98,7 +98,7 @@ def keep_prompt(slots: Any, count: int, first_head: int, k: Any, v: Any, first: 
         while t < count:
             slot = slots[t]
             if slot.kind == F32_KIND and slot.position % LANES == 0 and t + LANES <= count:
-                place = ((first_head + head) * slot.capacity + slot.position) * head_dim
+                place = place_of_keys(slot, first_head + head, head_dim, slot.position)
                 block = floats_at(slot.keys + place * FLOAT_BYTES, head_dim, LANES)
                 simd.rows_to_lanes(k, t, t + LANES - 1, head * head_dim, head_dim, block)
                 t += LANES
@@ -112,7 +112,7 @@ def keep_key(slot: Any, head: int, key: Any) -> None:
     """Write the key (D,) of a head at a new position to its cache, as KVCache.write."""
     position, head_dim = slot.position, len(key)
     # Its components are 16 numbers apart, with those of its neighbours between them.
-    first = (head * slot.capacity + position - position % LANES) * head_dim + position % LANES
+    first = place_of_keys(slot, head, head_dim, position - position % LANES) + position % LANES
     if slot.kind == Q8_KIND:
         scale = slot.key_scales + (head * slot.capacity + position) * FLOAT_BYTES
         store_int8s(key, slot.keys + first, LANES, floats_at(scale, 1, 1))
