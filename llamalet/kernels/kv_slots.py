@@ -78,7 +78,9 @@ def widen(address: int, first: int, n: int, kind: int, out: Any) -> None:
 
 
 @shared_kernel
-def keep_prompt(slots: Any, count: int, first_head: int, k: Any, v: Any, first: int, last: int, head_dim: int) -> None:
+def keep_prompt(
+    slots: Any, count: int, first_head: int, k: Any, v: Any, first: int, last: int, head_dim: int, room: Any
+) -> None:
     """Write some heads' keys and values of neighbouring positions to their cache.
 
     Args:
@@ -90,17 +92,26 @@ def keep_prompt(slots: Any, count: int, first_head: int, k: Any, v: Any, first: 
         first: the first head in the layer.
         last: the head after the last.
         head_dim: D.
+        room: float32 (D or more, 16), overwritten.
     """
     for head in range(first, last):
         columns, t = slice(head * head_dim, (head + 1) * head_dim), 0
         for i in range(count):
-            keep_value(slots[i], first_head + head, v[i, columns])
+            if slots[i].kind == BF16_KIND and head_dim % LANES == 0:
+                place = place_of_values(slots[i], first_head + head, head_dim, slots[i].position)
+                store_bfloat16s(v[i, columns], head_dim, slots[i].values + 2 * place)
+            else:
+                keep_value(slots[i], first_head + head, v[i, columns])
         while t < count:
             slot = slots[t]
-            if slot.kind == F32_KIND and slot.position % LANES == 0 and t + LANES <= count:
+            if slot.kind != Q8_KIND and slot.position % LANES == 0 and t + LANES <= count:
                 place = place_of_keys(slot, first_head + head, head_dim, slot.position)
-                block = floats_at(slot.keys + place * FLOAT_BYTES, head_dim, LANES)
-                simd.rows_to_lanes(k, t, t + LANES - 1, head * head_dim, head_dim, block)
+                if slot.kind == F32_KIND:
+                    block = floats_at(slot.keys + place * FLOAT_BYTES, head_dim, LANES)
+                    simd.rows_to_lanes(k, t, t + LANES - 1, head * head_dim, head_dim, block)
+                else:
+                    simd.rows_to_lanes(k, t, t + LANES - 1, head * head_dim, head_dim, room)
+                    store_bfloat16s(room, head_dim * LANES, slot.keys + 2 * place)
                 t += LANES
             else:
                 keep_key(slot, first_head + head, k[t, columns])
@@ -194,6 +205,21 @@ def _array_at(dtype: Any) -> Any:
 
 
 bfloat16s_at, int8s_at = _array_at(types.uint16), _array_at(types.int8)
+
+
+@intrinsic
+def store_bfloat16s(typing_context: Any, x: Any, n: Any, address: Any) -> Any:
+    """Write the first n numbers of x, float32 and contiguous, to an address as bfloat16; n is a multiple of 16."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        source = context.make_array(x)(context, builder, args[0]).data
+        target = builder.inttoptr(args[2], I16.as_pointer())
+        with cgutils.for_range_slice(builder, i64(0), args[1], i64(LANES), I64) as (i, _):
+            bits = llvm.round_to_bfloat16(builder, llvm.load_floats(builder, builder.gep(source, [i]), LANES))
+            builder.store(bits, builder.bitcast(builder.gep(target, [i]), bits.type.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.none(x, types.intp, types.intp), build
 
 
 def _storing(from_float: Any) -> Any:

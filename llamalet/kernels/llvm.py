@@ -133,13 +133,21 @@ def widen(builder: ir.IRBuilder, bits: Any) -> Any:
 
 
 def round_to_bfloat16(builder: ir.IRBuilder, x: Any) -> Any:
-    """Return the bits of the bfloat16 nearest to a float32, half to even; NaN stays NaN. On any processor."""
-    bits = builder.bitcast(x, I32)
-    upper = builder.lshr(bits, ir.Constant(I32, 16))
-    half = builder.add(ir.Constant(I32, 0x7FFF), builder.and_(upper, ir.Constant(I32, 1)))
-    rounded = builder.lshr(builder.add(bits, half), ir.Constant(I32, 16))
-    quiet = builder.or_(upper, ir.Constant(I32, 0x40))
-    return builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded), I16)
+    """Return the bits of the bfloat16 nearest to a float32, or to each of a vector, half to even; NaN stays NaN.
+
+    On any processor.
+    """
+    count = x.type.count if isinstance(x.type, ir.VectorType) else 0
+
+    def constant(value: int) -> Any:
+        return splat_constant(I32, value, count) if count else ir.Constant(I32, value)
+
+    bits = builder.bitcast(x, ir.VectorType(I32, count) if count else I32)
+    upper = builder.lshr(bits, constant(16))
+    half = builder.add(constant(0x7FFF), builder.and_(upper, constant(1)))
+    rounded = builder.lshr(builder.add(bits, half), constant(16))
+    result = builder.select(builder.fcmp_unordered("uno", x, x), builder.or_(upper, constant(0x40)), rounded)
+    return builder.trunc(result, ir.VectorType(I16, count) if count else I16)
 
 
 def load_float(builder: ir.IRBuilder, pointer: Any) -> Any:

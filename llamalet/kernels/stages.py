@@ -122,7 +122,7 @@ def run_block(weights: Any, space: Any, rope_tables: Any, stage: int, block: int
     elif kind == QKV:
         qkv(weights, space, layer, block, n_blocks, thread)
     elif kind == ROPE_AND_CACHE:
-        rope_and_cache(space, rope_tables, layer, block, n_blocks)
+        rope_and_cache(space, rope_tables, layer, block, n_blocks, thread)
     elif kind == ATTEND:
         attend(space, layer, block, n_blocks, thread)
     elif kind == PREPARE_ATTENDED:
@@ -170,7 +170,7 @@ def qkv(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread:
 
 
 @inlined_kernel
-def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_blocks: int) -> None:
+def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
     """Turn the queries and keys of a share of the key-value heads, and put a prompt's keys and values into the cache.
 
     The keys of neighbouring positions share cache lines, so the positions are not cut. Where each sequence has one new
@@ -190,7 +190,10 @@ def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_block
         ops.rope(space.q[t, q_columns], cos, sin)
         ops.rope(space.k[t, columns], cos, sin)
     if job.one_sequence and job.count > 1:
-        kv_slots.keep_prompt(space.cache_slots, job.count, layer * n_kv_heads, space.k, space.v, first, last, head_dim)
+        kv_slots.keep_prompt(
+            space.cache_slots, job.count, layer * n_kv_heads, space.k, space.v, first, last, head_dim,
+            space.context.keys[thread],
+        )  # fmt: skip
 
 
 @inlined_kernel

@@ -34,7 +34,7 @@ def work(q_heads, k, v, slots, one_sequence, layer, n_heads, space, n_blocks, ou
     count, head_dim = len(slots), q_heads.shape[1]
     if one_sequence and count > 1:
         n_kv_heads = k.shape[1] // head_dim
-        kv_slots.keep_prompt(slots, count, layer * n_kv_heads, k, v, 0, n_kv_heads, head_dim)
+        kv_slots.keep_prompt(slots, count, layer * n_kv_heads, k, v, 0, n_kv_heads, head_dim, space.keys[0])
     for block in range(n_blocks - 1, -1, -1):
         attention.attend(q_heads, k, v, slots, count, one_sequence, layer, n_heads, space, block, n_blocks, 0)
     attention.finish(slots, count, n_heads, head_dim, space, out, 0, count)
