@@ -73,7 +73,7 @@ class Chat:
             else find_template(model.path, model.tokenizer, template, model.chat_template, context=context)
         )
         self._sampling = config
-        self._sampler = Sampler(model.config.vocab_size, config, model.undrawn)
+        self._sampler = Sampler(model.config.vocab_size, config, model.undrawn, model.transformer.choose)
         self._cache = model.transformer.new_cache()
         self._seen: list[int] = []  # all tokens that the cache was given, even those it forgot when it rolled
 

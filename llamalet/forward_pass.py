@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig
 from llamalet.kv_cache import KVCache
+from llamalet.sampler import Choose
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 Logits = NDArray[np.float32]
@@ -30,6 +31,10 @@ class ForwardPass(LogitsOf, Protocol):
     @property
     def kv(self) -> str:
         """The kind of its KV caches."""
+
+    @property
+    def choose(self) -> Choose:
+        """What chooses tokens from its logits: `sampler.choose_token`, or the same compiled."""
 
     def new_cache(self) -> KVCache:
         """Return an empty KV cache."""

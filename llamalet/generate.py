@@ -64,7 +64,7 @@ def generate_batch(
         room = context - len(prompt) + 1 if config.overflow == "stop" else math.inf
         n_left = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
         stops = frozenset[int]() if config.ignore_eos else frozenset(stop_tokens)
-        sampler = Sampler(transformer.config.vocab_size, config, undrawn)
+        sampler = Sampler(transformer.config.vocab_size, config, undrawn, transformer.choose)
         texts.append(_Text(number, prompt, sampler, stops, config.keep, n_left))
     if draft is not None:
         if len(texts) != 1:

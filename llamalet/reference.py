@@ -22,6 +22,7 @@ from llamalet.kv_cache import KVCache
 from llamalet.kv_kinds import kind_for
 from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows, unpack
 from llamalet.model_file.reader import ModelFile
+from llamalet.sampler import choose_token
 
 Array = NDArray[np.float32]
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
@@ -255,6 +256,7 @@ class NumpyTransformer:
     def __init__(self, file: ModelFile, kv: str | None = None) -> None:
         self.config = file.config
         self.kv = kind_for(file.tensors["tok_embeddings"], kv)
+        self.choose = choose_token
         self._weights: Mapping[str, Any] = file.tensors
 
     def new_cache(self, capacity: int = 0) -> KVCache:

@@ -9,9 +9,9 @@ import copy
 import dataclasses
 import difflib
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,21 +128,54 @@ class Generator:
         return np.float32((state * 0x2545F4914F6CDD1D & MASK) >> 40) / np.float32(1 << 24)
 
 
+class Rule(NamedTuple):
+    """How a token is drawn from logits, in numbers that a kernel can take."""
+
+    n_drawn: int
+    """No token from here on is drawn."""
+    left_out: NDArray[np.int64]
+    """Nor one of these below it (n,)."""
+    temperature: np.float32
+    top_p: np.float32
+    """0 is off."""
+    top_k: int
+    min_p: np.float32
+
+    @classmethod
+    def create(cls, config: SamplingConfig, vocab_size: int, undrawn: Collection[int] = ()) -> Self:
+        """Return the rule of these settings for vocab_size tokens, of which those in `undrawn` are never drawn."""
+        n_drawn, left_out = vocab_size, np.array([], np.int64)
+        if undrawn:
+            drawn = np.setdiff1d(np.arange(vocab_size), np.fromiter(undrawn, np.int64))
+            n_drawn = int(drawn[-1]) + 1
+            left_out = np.setdiff1d(np.arange(n_drawn), drawn)
+        return cls(
+            n_drawn=n_drawn,
+            left_out=left_out,
+            temperature=np.float32(config.temperature),
+            top_p=np.float32(config.top_p) % np.float32(1),
+            top_k=config.top_k if config.top_k < n_drawn else 0,
+            min_p=np.float32(config.min_p),
+        )
+
+
+Choose = Callable[[NDArray[np.float32], Rule, np.float32], int]
+"""From logits (V,), all finite or not, a rule and a coin in [0, 1) to a token, or NOT_FINITE."""
+NOT_FINITE = -1
+
+
 class Sampler:
     """Chooses the tokens of one text: its generator advances with every token."""
 
-    def __init__(self, vocab_size: int, config: SamplingConfig, undrawn: Collection[int] = ()) -> None:
-        """Prepare to draw from vocab_size (V) logits, never an id in `undrawn`; a seed of -1 becomes a random one."""
-        self._vocab_size = vocab_size
-        self._n_drawn, self._gaps = vocab_size, np.array([], np.int64)
-        if undrawn:
-            drawn = np.setdiff1d(np.arange(vocab_size), np.fromiter(undrawn, np.int64))
-            self._n_drawn = int(drawn[-1]) + 1
-            self._gaps = np.setdiff1d(np.arange(self._n_drawn), drawn)
-        self._temperature = np.float32(config.temperature)
-        self._top_p = np.float32(config.top_p) % np.float32(1)
-        self._top_k = config.top_k if config.top_k < self._n_drawn else 0
-        self._min_p = np.float32(config.min_p)
+    def __init__(
+        self, vocab_size: int, config: SamplingConfig, undrawn: Collection[int] = (), choose: Choose | None = None
+    ) -> None:
+        """Prepare to draw from vocab_size (V) logits, never an id in `undrawn`; a seed of -1 becomes a random one.
+
+        `choose` may be another `choose_token`, a compiled one.
+        """
+        self._vocab_size, self._choose = vocab_size, choose or choose_token
+        self._rule = Rule.create(config, vocab_size, undrawn)
         self._generator = Generator(random_seed() if config.seed == -1 else config.seed)
 
     def fork(self) -> "Sampler":
@@ -162,53 +195,66 @@ class Sampler:
         """
         if logits.shape != (self._vocab_size,):
             raise ValueError(f"logits of shape {logits.shape}, but the sampler was made for ({self._vocab_size},)")
-        if not np.isfinite(logits).all():
+        coin = self._generator.next_float() if self._rule.temperature else np.float32(0)
+        token = self._choose(logits, self._rule, coin)
+        if token == NOT_FINITE:
             raise NonFiniteError(
                 f"{np.count_nonzero(~np.isfinite(logits))} of {len(logits)} logits are NaN or infinite: "
                 "the model's weights are damaged, or its training diverged"
             )
-        logits = logits[: self._n_drawn]
-        if len(self._gaps):
-            logits = logits.copy()
-            logits[self._gaps] = -np.inf
-        if self._temperature == 0:
-            return int(np.argmax(logits))
-        with np.errstate(over="ignore"):
-            scaled = logits / self._temperature
-        peak = scaled.max()
-        if not np.isfinite(peak):  # a temperature so small that the division overflows
-            return int(np.argmax(logits))
-        weights = np.exp(scaled - peak)
-        probabilities = weights / _running_sum(weights)[-1]
-        coin = self._generator.next_float()
-        if self._top_p or self._top_k or self._min_p:
-            return self._draw_filtered(probabilities, coin)
+        return token
+
+
+def choose_token(logits: NDArray[np.float32], rule: Rule, coin: np.float32) -> int:
+    """Return the token that a coin in [0, 1) falls on, or NOT_FINITE if a logit of (V,) is NaN or infinite.
+
+    kernels.sampling does the same, faster.
+    """
+    if not np.isfinite(logits).all():
+        return NOT_FINITE
+    logits = logits[: rule.n_drawn]
+    if len(rule.left_out):
+        logits = logits.copy()
+        logits[rule.left_out] = -np.inf
+    if rule.temperature == 0:
+        return int(np.argmax(logits))
+    with np.errstate(over="ignore"):
+        scaled = logits / rule.temperature
+    peak = scaled.max()
+    if not np.isfinite(peak):  # a temperature so small that the division overflows
+        return int(np.argmax(logits))
+    return choose_by_weight(np.exp(scaled - peak), rule, coin)
+
+
+def choose_by_weight(weights: NDArray[np.float32], rule: Rule, coin: np.float32) -> int:
+    """Return the token that a coin falls on if each has a weight (n_drawn,), the largest of which is 1."""
+    probabilities = weights / _running_sum(weights)[-1]
+    if not (rule.top_p or rule.top_k or rule.min_p):
         return _first_above(_running_sum(probabilities), coin)
+    # What the filters keep is a prefix of the tokens sorted by probability.
+    tokens = _sort_descending(probabilities, _floor(probabilities, rule))
+    if not len(tokens):  # a tiny top-p over equal probabilities: none reaches the floor
+        return int(np.argmax(probabilities))
+    if rule.top_k:
+        tokens = tokens[: rule.top_k]
+    ranked = probabilities[tokens]
+    sums = _running_sum(ranked)
+    last = len(tokens) - 1
+    if rule.top_p:
+        last = _first_above(sums, rule.top_p * sums[-1] if rule.top_k else rule.top_p)
+    if rule.min_p:
+        last = min(last, int(np.count_nonzero(ranked >= rule.min_p * ranked[0])) - 1)
+    return int(tokens[_first_above(sums[: last + 1], coin * sums[last])])
 
-    def _draw_filtered(self, probabilities: NDArray[np.float32], coin: np.float32) -> int:
-        """Draw from the tokens that all filters keep: a prefix of the tokens sorted by probability."""
-        tokens = _sort_descending(probabilities, self._floor(probabilities))
-        if not len(tokens):  # a tiny top-p over equal probabilities: none reaches the floor
-            return int(np.argmax(probabilities))
-        if self._top_k:
-            tokens = tokens[: self._top_k]
-        ranked = probabilities[tokens]
-        sums = _running_sum(ranked)
-        last = len(tokens) - 1
-        if self._top_p:
-            last = _first_above(sums, self._top_p * sums[-1] if self._top_k else self._top_p)
-        if self._min_p:
-            last = min(last, int(np.count_nonzero(ranked >= self._min_p * ranked[0])) - 1)
-        return int(tokens[_first_above(sums[: last + 1], coin * sums[last])])
 
-    def _floor(self, probabilities: NDArray[np.float32]) -> np.float32:
-        """Return a probability below which some filter drops every token, so that few need sorting."""
-        if self._top_k:
-            return np.float32(np.partition(probabilities, -self._top_k)[-self._top_k])
-        if self._top_p and self._n_drawn > 1:
-            # run.c drops these before it sorts: even V - 1 of them do not make up the 1 - top_p outside the nucleus.
-            return (np.float32(1) - self._top_p) / np.float32(self._n_drawn - 1)
-        return self._min_p * probabilities.max()
+def _floor(probabilities: NDArray[np.float32], rule: Rule) -> np.float32:
+    """Return a probability below which some filter drops every token, so that few need sorting."""
+    if rule.top_k:
+        return np.float32(np.partition(probabilities, -rule.top_k)[-rule.top_k])
+    if rule.top_p and rule.n_drawn > 1:
+        # run.c drops these before it sorts: even V - 1 of them do not make up the 1 - top_p outside the nucleus.
+        return (np.float32(1) - rule.top_p) / np.float32(rule.n_drawn - 1)
+    return rule.min_p * probabilities.max()
 
 
 def _running_sum(values: NDArray[np.float32]) -> NDArray[np.float32]:

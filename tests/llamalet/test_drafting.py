@@ -10,7 +10,7 @@ from llamalet.drafting import MATCH, MAX_PROPOSED, Draft, Lookup, SmallModel
 from llamalet.errors import NonFiniteError, UsageError
 from llamalet.generate import generate_batch
 from llamalet.kernels.transformer import Transformer
-from llamalet.sampler import Sampler, SamplingConfig
+from llamalet.sampler import Sampler, SamplingConfig, choose_token
 
 CONFIG = SMALL_MODELS["gqa-tied"]  # 300 tokens, context 32
 
@@ -145,7 +145,7 @@ def test_what_follows_a_wrong_token_may_even_be_broken(models):
     plain = text_of(model, [1, 5], temperature=0)
 
     class Broken:
-        config, kv = CONFIG, "f32"
+        config, kv, choose = CONFIG, "f32", staticmethod(choose_token)
         new_cache, prefill, decode = model.new_cache, model.prefill, model.decode
 
         def extend(self, cache, tokens):
