@@ -204,7 +204,7 @@ def _recomputed(model: Model, stream: NDArray[np.int64]) -> Losses:
     nats = []
     for window, first in cut(stream, model.config.max_seq_len):
         logits = model.transformer.logits(window[:-1])
-        nats.append(losses(logits[first - 1 :], window[first:]))
+        nats.append(losses(model.transformer, logits[first - 1 :], window[first:]))
     return np.concatenate(nats)
 
 

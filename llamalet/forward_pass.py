@@ -1,6 +1,6 @@
 """What generation and evaluation need from a model: llamalet.kernels.transformer and llamalet.reference provide it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from llamalet.sampler import Choose
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 Logits = NDArray[np.float32]
+Losses = Callable[[Logits, NDArray[np.integer[Any]]], NDArray[np.float64]]
 
 
 class LogitsOf(Protocol):
@@ -23,6 +24,10 @@ class LogitsOf(Protocol):
 
     def logits(self, tokens: Tokens) -> Logits:
         """Return the logits after each of the tokens (T,), at most the context, on their own: float32 (T, V)."""
+
+    @property
+    def losses(self) -> Losses:
+        """What computes losses from its logits: `reference.losses`, or the same compiled."""
 
 
 class ForwardPass(LogitsOf, Protocol):

@@ -101,6 +101,15 @@ def softmax(x: Array) -> Array:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
+def losses(logits: Array, targets: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """Return -log softmax(logits)[target] for each row of (n, V), in nats: (n,); NaN if a logit is NaN or infinite."""
+    with np.errstate(invalid="ignore"):  # infinite less infinite
+        peaks = logits.max(axis=1)
+        sums = np.exp(logits - peaks[:, None]).sum(axis=1, dtype=np.float64)
+        nats = np.log(sums) + peaks - logits[np.arange(len(targets)), targets]
+    return np.where(np.isfinite(logits).all(axis=1), nats, np.nan)
+
+
 def swiglu(gate: Array, up: Array) -> Array:
     """Return silu(gate) * up, where silu(x) = x / (1 + exp(-x)).
 
@@ -256,7 +265,7 @@ class NumpyTransformer:
     def __init__(self, file: ModelFile, kv: str | None = None) -> None:
         self.config = file.config
         self.kv = kind_for(file.tensors["tok_embeddings"], kv)
-        self.choose = choose_token
+        self.choose, self.losses = choose_token, losses
         self._weights: Mapping[str, Any] = file.tensors
 
     def new_cache(self, capacity: int = 0) -> KVCache:

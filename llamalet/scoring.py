@@ -116,7 +116,7 @@ class Scorer:
                 "there is no text to score: in this vocabulary it has no tokens, or one that nothing predicts"
             )
         logits = self._transformer.logits(tokens[:-1])[first - 1 :]  # (n, V)
-        return self._tally.of(tokens, first, float(losses(logits, tokens[first:]).sum()))
+        return self._tally.of(tokens, first, float(losses(self._transformer, logits, tokens[first:]).sum()))
 
 
 def evaluate_windows(
@@ -175,20 +175,17 @@ def evaluate_streams(
         for cache in caches:
             make_room(cache, keep)
         logits = transformer.decode_batch(caches, streams[:, position].tolist())
-        yield losses(logits, streams[:, position + 1])
+        yield losses(transformer, logits, streams[:, position + 1])
 
 
-def losses(logits: NDArray[np.float32], targets: Ids) -> NDArray[np.float64]:
+def losses(transformer: LogitsOf, logits: NDArray[np.float32], targets: Ids) -> NDArray[np.float64]:
     """Return -log softmax(logits)[target] for each row of (n, V), in nats: (n,).
 
     Raises:
-        NonFiniteError: if a loss or a logit is NaN or infinite.
+        NonFiniteError: if a logit is NaN or infinite.
     """
-    with np.errstate(invalid="ignore"):  # infinite less infinite: refused below
-        peaks = logits.max(axis=1)
-        sums = np.exp(logits - peaks[:, None]).sum(axis=1, dtype=np.float64)
-        nats = np.log(sums) + peaks - logits[np.arange(len(targets)), targets]
-    if not (np.isfinite(nats).all() and np.isfinite(logits.min())):
+    nats = transformer.losses(logits, targets)
+    if not np.isfinite(nats).all():
         raise NonFiniteError("the logits are NaN or infinite: the weights are damaged, or the training diverged")
     return nats
 

@@ -10,12 +10,15 @@ from torch.nn import functional as F
 from llamalet.config import ModelConfig, rope_tables
 from llamalet.forward_pass import Tokens
 from llamalet.model_file.tensors import Rows, row_blocks
+from llamalet.reference import losses
 from model import Block
 from training import weights
 
 
 class TorchLogits:
     """The training model with the runtime's interface, so that both are evaluated by the same code."""
+
+    losses = staticmethod(losses)
 
     def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
         self.model = weights.load_model(config, weights.to_state_dict(tensors))
@@ -29,6 +32,8 @@ class TorchLogits:
 
 class LayeredLogits:
     """The same for a large model: one layer is in memory at a time."""
+
+    losses = staticmethod(losses)
 
     def __init__(self, tensors: Mapping[str, Rows], config: ModelConfig) -> None:
         self.tensors = tensors

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from llamalet import model_file, reference, shards, tokenizer
 from llamalet.config import ModelConfig
 from llamalet.convert.bin_file import tensors_of
-from llamalet.forward_pass import ForwardPass, Tokens
+from llamalet.forward_pass import ForwardPass, LogitsOf, Tokens
 from llamalet.model_file.quantize import Packed, Quantized, to_bfloat16, unpack
 from llamalet.model_file.tensors import Rows, row_blocks
 from llamalet.runtime import open_backend
@@ -84,17 +83,10 @@ class Proof:
         ]
 
 
-class Logits(Protocol):
-    """A model in another program than the runtime."""
-
-    config: ModelConfig
-
-    def logits(self, tokens: Tokens) -> NDArray[np.float32]:
-        """Return float32 (T, V) logits of int64 (T,) ids."""
-
-
 class NumpyLogits:
     """The reference in plain numpy with the runtime's interface: the second program where PyTorch is not installed."""
+
+    losses = staticmethod(reference.losses)
 
     def __init__(self, weights: Mapping[str, Rows], config: ModelConfig) -> None:
         self.weights = {name: np.asarray(tensor[0 : tensor.shape[0]], np.float32) for name, tensor in weights.items()}
@@ -146,7 +138,7 @@ def second_program() -> str:
     return "PyTorch" if has_torch() else "numpy"
 
 
-def _in_second_program(tensors: Mapping[str, Rows], config: ModelConfig) -> Logits:
+def _in_second_program(tensors: Mapping[str, Rows], config: ModelConfig) -> LogitsOf:
     """Return a model with these weights in the second program; PyTorch computes a large one a layer at a time."""
     if second_program() == "numpy":
         return NumpyLogits(tensors, config)
@@ -214,7 +206,7 @@ def _compare_logits(proof: Proof, expected: NDArray[np.float32], found: NDArray[
         )
 
 
-def _compare_text(proof: Proof, expected: Logits, runtime: ForwardPass, data: shards.Shards | None, n: int) -> None:
+def _compare_text(proof: Proof, expected: LogitsOf, runtime: ForwardPass, data: shards.Shards | None, n: int) -> None:
     """Check that the other program too finds each token of the runtime's most likely text the most likely.
 
     At the first token where they differ, the two logits must be closer than the programs' difference there: a tie that
@@ -244,7 +236,7 @@ def _compare_text(proof: Proof, expected: Logits, runtime: ForwardPass, data: sh
         proof.problems.append(f"the texts part at token {at + 1} by more than rounding explains")
 
 
-def _compare_bits(proof: Proof, original: Logits, runtime: ForwardPass, data: shards.Shards) -> None:
+def _compare_bits(proof: Proof, original: LogitsOf, runtime: ForwardPass, data: shards.Shards) -> None:
     """Check that both programs have the same bits per byte on the same validation tokens."""
     vocabulary = tokenizer.load(data.tokenizer_path, data.meta.vocab_size)
     tokens = data.split("val")[: EVALUATION_TOKENS + 1]

@@ -14,6 +14,7 @@ from llamalet import model_file, shards
 from llamalet.config import ModelConfig
 from llamalet.model_file import quantize
 from llamalet.model_file.tensors import tensor_specs
+from llamalet.reference import losses
 from llamalet.sampler import choose_token
 from llamalet.tokenizer import BOS_ID, BinTokenizer, Llama3Tokenizer, Tokenizer, write_bin
 from llamalet.tokenizer.llama3 import special_names
@@ -156,7 +157,7 @@ class Counting:
     """A forward pass that predicts token t + 1 after t and checks how it is called."""
 
     kv = "f32"
-    choose = staticmethod(choose_token)
+    choose, losses = staticmethod(choose_token), staticmethod(losses)
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config

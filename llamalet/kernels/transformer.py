@@ -20,6 +20,7 @@ from llamalet.kernels import cache as kernel_cache
 from llamalet.kernels.attention import new_context_space
 from llamalet.kernels.kv_slots import CACHE_SLOT, slot_of
 from llamalet.kernels.layers import Weights, stack_weights
+from llamalet.kernels.losses import Losses
 from llamalet.kernels.ops import new_quantized_rows
 from llamalet.kernels.sampling import TokenChooser
 from llamalet.kernels.split_rows import new_scratch, new_split_rows
@@ -71,7 +72,7 @@ class Transformer:
     def _begin(self) -> None:
         """Create the memory of the kernels, for one caller at a time."""
         self._lock = threading.Lock()
-        self.choose = TokenChooser(self.config.vocab_size)
+        self.choose, self.losses = TokenChooser(self.config.vocab_size), Losses()
         self._rope_tables = RopeTables(*rope_tables(self.config, 0))
         self._arguments: dict[int, tuple[Weights, Workspace, RopeTables]] = {}
 

@@ -39,7 +39,7 @@ def test_recomputing_scores_every_token_once_with_half_a_context_before_it(tmp_p
             if position < n:
                 begin = 0 if position < 32 else (position - 16) // 16 * 16
                 logits = model.logits(stream[begin : position + 1])[-1:]
-                expected = rolling.losses(logits, stream[[position + 1]])[0]
+                expected = rolling.losses(model.transformer, logits, stream[[position + 1]])[0]
                 assert found[position] == pytest.approx(expected, abs=1e-4)
 
 

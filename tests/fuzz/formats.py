@@ -91,7 +91,7 @@ def use_model(path: Path, verify: bool | None = None) -> None:
     logits = model.logits(ids)
     assert logits.shape == (len(ids), model.config.vocab_size) and logits.dtype == np.float32
     if not np.isfinite(logits).all():
-        scoring.losses(logits, np.array(ids))
+        scoring.losses(model.transformer, logits, np.array(ids))
         raise AssertionError("logits that are not finite gave a loss")
     text = "".join(model.generate("a", max_new_tokens=2, seed=1, overflow="roll", keep=0))
     text.encode()

@@ -87,7 +87,7 @@ def test_streams_are_scored_with_what_a_rolling_cache_has_left(keep):
                 del left[keep : keep + max(1, (32 - keep) // 2)]
             left.append(stream[position])
             logits = model.logits(left)[-1:]
-            assert score == pytest.approx(float(scoring.losses(logits, stream[[position + 1]])[0]), abs=1e-3)
+            assert score == pytest.approx(float(scoring.losses(model, logits, stream[[position + 1]])[0]), abs=1e-3)
 
 
 def test_a_uniform_model_costs_the_logarithm_of_its_vocabulary(monkeypatch):

@@ -1,0 +1,50 @@
+"""Negative log-probabilities, compiled: `reference.losses`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import float32, float64
+from numpy.typing import NDArray
+
+from llamalet.kernels import cache, simd
+from llamalet.kernels.jit import kernel
+from llamalet.kernels.powers import sum_of_powers
+from llamalet.kernels.sampling import sum_times_zero
+
+BLOCK = 1024
+"""Powers that are added in float32; the sums of blocks are added in float64."""
+
+
+class Losses:
+    """A compiled `reference.losses`."""
+
+    def __init__(self) -> None:
+        self._write: Callable[..., None] | None = None
+
+    def __call__(self, logits: NDArray[np.float32], targets: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+        """See reference.losses."""
+        nats = np.empty(len(targets))
+        arguments = np.ascontiguousarray(logits), targets.astype(np.int64), nats
+        if self._write is None:
+            if not write_losses.signatures:
+                cache.enable(write_losses)
+            with cache.without_collecting():
+                self._write = write_losses.compile(tuple(numba.typeof(argument) for argument in arguments))
+        self._write(*arguments)
+        return nats
+
+
+@kernel
+def write_losses(logits: Any, targets: Any, out: Any) -> None:
+    """Write -log softmax(logits)[target] for each row of (n, V) to out (n,), or NaN if a logit is not finite."""
+    for t in range(len(targets)):
+        row = logits[t]
+        if sum_times_zero(row, float32(0)) != 0:  # NaN
+            out[t] = np.nan
+            continue
+        peak, total = simd.largest(row), float64(0)
+        for first in range(0, len(row), BLOCK):
+            total += sum_of_powers(row[first : first + BLOCK], peak, float32(1))
+        out[t] = np.log(total) + peak - row[targets[t]]
