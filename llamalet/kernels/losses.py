@@ -8,10 +8,10 @@ import numpy as np
 from numba import float32, float64
 from numpy.typing import NDArray
 
-from llamalet.kernels import cache, simd
+from llamalet.kernels import cache
 from llamalet.kernels.jit import kernel
 from llamalet.kernels.powers import sum_of_powers
-from llamalet.kernels.sampling import sum_times_zero
+from llamalet.kernels.sampling import largest_if_finite
 
 BLOCK = 1024
 """Powers that are added in float32; the sums of blocks are added in float64."""
@@ -41,10 +41,7 @@ def write_losses(logits: Any, targets: Any, out: Any) -> None:
     """Write -log softmax(logits)[target] for each row of (n, V) to out (n,), or NaN if a logit is not finite."""
     for t in range(len(targets)):
         row = logits[t]
-        if sum_times_zero(row, float32(0)) != 0:  # NaN
-            out[t] = np.nan
-            continue
-        peak, total = simd.largest(row), float64(0)
+        peak, total = largest_if_finite(row), float64(0)  # NaN makes the loss NaN, too
         for first in range(0, len(row), BLOCK):
             total += sum_of_powers(row[first : first + BLOCK], peak, float32(1))
         out[t] = np.log(total) + peak - row[targets[t]]

@@ -7,6 +7,7 @@ The sums have to be those of a loop in C, which waits four cycles for each addit
 from whole vectors.
 """
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,8 +33,8 @@ WHOLE = 1 << 24
 """A float32 has 24 bits, so a sum is a whole number of units below this."""
 DIGITS = 4
 """Of 8 bits: what the bits of a float32 are sorted by, one after the other."""
-NEAR = float32(1 / 256)
-"""The tokens above this share of the largest probability are tried first."""
+NEAR_EXPONENT = -8
+"""The tokens above 2 to this, as a share of the largest probability, are tried first."""
 
 
 class Room(NamedTuple):
@@ -90,9 +91,9 @@ def compile_choose(arguments: tuple[Any, ...]) -> Callable[..., int]:
 @kernel
 def choose(logits: Any, rule: Any, coin: float, room: Any) -> int:
     """Return the token that a coin falls on, or NOT_FINITE; see sampler.choose_token."""
-    if sum_times_zero(logits, float32(0)) != 0:  # NaN
+    largest, n = largest_if_finite(logits), rule.n_drawn
+    if np.isnan(largest):
         return NOT_FINITE
-    n = rule.n_drawn
     scaled, room_for_scaled = logits[:n], room.scaled[:n]
     if len(rule.left_out):
         for i in range(n):
@@ -100,7 +101,8 @@ def choose(logits: Any, rule: Any, coin: float, room: Any) -> int:
         for token in rule.left_out:
             room_for_scaled[token] = -np.inf
         scaled = room_for_scaled
-    largest = simd.largest(scaled)
+    if n < len(logits) or len(rule.left_out):
+        largest = simd.largest(scaled)
     peak = largest / rule.temperature
     if not np.isfinite(peak):  # the temperature is 0, or so small that the division overflows
         return first_from(scaled, largest)
@@ -176,8 +178,9 @@ def pick_all_kept(weights: Any, total: float, rule: Any, room: Any) -> int:
             floor = (float32(1) - rule.top_p) / float32(n - 1)
     else:
         return pick(weights, total, floor, n, room)
-    if most * NEAR > floor:
-        found = pick(weights, total, most * NEAR, n, room)
+    near = most * float32(2.0**NEAR_EXPONENT)
+    if near > floor:
+        found = pick(weights, total, near, n, room)
         if holds_all_kept(rule, found, room):
             return found
         bound = likely_bound(weights, total, rule)
@@ -202,7 +205,7 @@ def likely_bound(weights: Any, total: float, rule: Any) -> float:
 
     It is a power of two over the total, found by halving an interval of exponents; by rounding it may be too high.
     """
-    low, high = -32, 0
+    low, high = -32, NEAR_EXPONENT
     while high - low > 1:
         middle = (low + high) // 2
         weight = float32(2) ** float32(middle)
@@ -402,11 +405,46 @@ def _if_from(builder: ir.IRBuilder, numbers: Any, bounds: Any, values: Any) -> A
     return builder.select(builder.fcmp_ordered(">=", numbers, bounds), values, zero)
 
 
-# The sum of the numbers times 0, which is NaN if any is NaN or infinite; of those that are at least the bound; and how
-# many these are.
-sum_times_zero = _sum_of(lambda builder, x, _: builder.fmul(x, llvm.splat_constant(F32, 0.0, LANES)))
+# The sum of the numbers that are at least the bound, and how many these are.
 sum_from = _sum_of(lambda builder, x, bounds: _if_from(builder, x, bounds, x))
 count_from = _sum_of(lambda builder, x, bounds: _if_from(builder, x, bounds, llvm.splat_constant(F32, 1.0, LANES)))
+
+
+@intrinsic
+def largest_if_finite(typing_context: Any, x: Any) -> Any:
+    """Return the largest number of x (n,), float32 and contiguous, or NaN if any is NaN or infinite."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        array = context.make_array(x)(context, builder, args[0])
+        (n,) = cgutils.unpack_tuple(builder, array.shape)
+        step, zero = 4 * LANES, llvm.splat_constant(F32, 0.0, LANES)
+        n_whole = builder.mul(builder.udiv(n, i64(step)), i64(step))
+        largest = llvm.variables(builder, [llvm.splat_constant(F32, -math.inf, LANES)] * 4)
+        # Times 0, which makes 0, or NaN of what is not finite.
+        zeros = llvm.variables(builder, [zero] * 4)
+
+        def take(most: Any, null: Any, numbers: Any, times: Any) -> None:
+            before = builder.load(most)
+            builder.store(builder.select(builder.fcmp_ordered(">", numbers, before), numbers, before), most)
+            builder.store(builder.fadd(builder.load(null), builder.fmul(numbers, times)), null)
+
+        with cgutils.for_range_slice(builder, i64(0), n_whole, i64(step), I64) as (i, _):
+            for number, variables in enumerate(zip(largest, zeros, strict=True)):
+                place = builder.gep(array.data, [builder.add(i, i64(number * LANES))])
+                take(*variables, llvm.load_vector(builder, place, F32, LANES), zero)
+        name = f"llvm.vector.reduce.fmax.v{LANES}f32"
+        (most,) = llvm.variables(builder, [ir.Constant(F32, -math.inf)])
+        (null,) = llvm.variables(builder, [ir.Constant(F32, 0.0)])
+        for vectors in zip(largest, zeros, strict=True):
+            lanes, sums = (builder.load(variable) for variable in vectors)
+            before, value = builder.load(most), llvm.call(builder, name, F32, (lanes,))
+            builder.store(builder.select(builder.fcmp_ordered(">", value, before), value, before), most)
+            builder.store(builder.fadd(builder.load(null), llvm.sum_lanes(builder, sums)), null)
+        with cgutils.for_range_slice(builder, n_whole, n, i64(1), I64) as (i, _):
+            take(most, null, builder.load(builder.gep(array.data, [i])), ir.Constant(F32, 0.0))
+        return builder.fadd(builder.load(most), builder.load(null))
+
+    return types.float32(x), build
 
 
 @intrinsic
