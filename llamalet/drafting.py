@@ -9,16 +9,21 @@ The published rule keeps a proposal with a probability that preserves the distri
 the sampler will use next: two similar distributions then mostly agree on the token.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+
+import numpy as np
 
 from llamalet.errors import NonFiniteError
 from llamalet.forward_pass import ForwardPass
 from llamalet.sampler import Sampler
 
 LOOKUP = "lookup"
-MAX_PROPOSED = 8
-"""Tokens proposed at once, at most: a pass over more costs the processor time that memory no longer hides."""
+MAX_PROPOSED = 7
+"""Tokens proposed at once, at most: a pass over these and the newest token costs less than two of a single token."""
+LEAST_CHANCE = 0.4
+"""A model proposes no more tokens once its probability of all that it has proposed is lower."""
 MATCH = 3
 """Newest tokens that must have occurred before for `Lookup` to propose what followed. Stories repeat two by chance."""
 LONGEST_WAIT = 64
@@ -31,9 +36,11 @@ class Draft(ABC):
     Attributes:
         proposed: tokens proposed in this text.
         kept: how many of them were kept.
-        size: tokens to propose next: twice as many if all were kept, else one more than were kept; none for a while if
-            none was kept twice in a row.
+        size: tokens to propose next, at most: twice as many if all were kept, else one more than were kept; none for a
+            while if none was kept `patience` times in a row.
     """
+
+    patience = 2
 
     def __init__(self) -> None:
         self.begin()
@@ -63,8 +70,8 @@ class Draft(ABC):
             self.size = min(2 * self.size, MAX_PROPOSED) if kept == proposed else kept + 1
         elif proposed:
             self._misses += 1
-            self.size = 1 if self._misses == 1 else 0
-            self._wait = min(2**self._misses, LONGEST_WAIT)
+            self.size = 1 if self._misses < self.patience else 0
+            self._wait = min(2 ** (self._misses - self.patience + 2), LONGEST_WAIT)
         elif self.size == 0:
             self._wait -= 1
             self.size = int(self._wait == 0)
@@ -89,7 +96,13 @@ class Lookup(Draft):
 
 
 class SmallModel(Draft):
-    """Proposes what a smaller model of the same vocabulary draws with the sampler's next random numbers."""
+    """Proposes what a smaller model of the same vocabulary draws with the sampler's next random numbers.
+
+    It knows how sure it is, so it stops by itself: it proposes long runs where there is little to choose, and one token
+    where there is much.
+    """
+
+    patience = 8
 
     def __init__(self, transformer: ForwardPass) -> None:
         self._transformer = transformer
@@ -102,6 +115,12 @@ class SmallModel(Draft):
         self._start = 0  # the number of the first token in the cache
         self._read: list[int] = []  # the tokens in the cache; those of the last proposal may not have been kept
 
+    def settle(self, proposed: int, kept: int) -> None:
+        """See Draft; the number of tokens does not depend on how many were kept."""
+        super().settle(proposed, kept)
+        if self.size:
+            self.size = MAX_PROPOSED
+
     def propose(self, tokens: Sequence[int], n: int, sampler: Sampler) -> list[int]:
         """Return at most n tokens; see Draft."""
         context = self._transformer.config.max_seq_len
@@ -112,13 +131,14 @@ class SmallModel(Draft):
         new = tokens[self._start + len(self._read) :]
         logits = self._transformer.prefill(self._cache, new)
         self._read += new
-        drawn, fork = [], sampler.fork()
+        drawn, fork, chance = [], sampler.fork(), 1.0
         while True:
             try:
                 drawn.append(fork.sample(logits))
             except NonFiniteError as error:
                 raise NonFiniteError(f"draft: {error}") from None
-            if len(drawn) == n:
+            chance *= math.exp(-self._transformer.losses(logits[None], np.array(drawn[-1:]))[0])
+            if len(drawn) == n or chance < LEAST_CHANCE:
                 return drawn
             logits = self._transformer.decode(self._cache, drawn[-1])
             self._read.append(drawn[-1])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamalet.aligned import aligned_zeros
+from llamalet.aligned import address_of, aligned_zeros
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import UsageError
 from llamalet.kv_kinds import KINDS, LANES, STEP, cache_bytes, decode, encode, shapes, swapped
@@ -35,6 +35,7 @@ class KVCache:
         values: (L, G, capacity, D filled up to a multiple of 16), of the same dtype.
         key_scales: float32 (L, G, capacity), what each key is to be multiplied by; (L, G, 0) if the kind has no scales.
         value_scales: likewise.
+        addresses: of these four arrays, for the kernels.
         length: number of positions.
         context: the largest number of positions allowed.
     """
@@ -154,6 +155,8 @@ class KVCache:
         self.keys, self.values = aligned_zeros(keys, dtype), aligned_zeros(values, dtype)
         scales = scales if scaled else (*scales[:2], 0)
         self.key_scales, self.value_scales = (aligned_zeros(scales, np.float32) for _ in range(2))
+        arrays = self.keys, self.values, self.key_scales, self.value_scales
+        self.addresses = tuple(map(address_of, arrays))
 
     def _move_to(self, capacity: int) -> None:
         """Copy the positions in use to new memory for `capacity` positions."""

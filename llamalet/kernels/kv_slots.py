@@ -8,7 +8,6 @@ from numba import float32, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llamalet.aligned import address_of
 from llamalet.kernels import llvm, simd
 from llamalet.kernels.jit import inlined_kernel, inner_kernel
 from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at, floats_at
@@ -20,7 +19,8 @@ from llamalet.kv_kinds import KINDS, LANES
 AHEAD = 2048
 """How many bytes ahead of the numbers that are widened memory is fetched."""
 
-F32_KIND, BF16_KIND, Q8_KIND = range(len(KINDS))
+KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+F32_KIND, BF16_KIND, Q8_KIND = KIND_NUMBERS.values()
 
 # Where the keys and values of a new position go: the addresses of its sequence's and of their scales, the capacity of
 # the sequence's cache, the position, and the number of the cache's kind in KINDS.
@@ -31,8 +31,7 @@ CACHE_SLOT = np.dtype(
 
 def slot_of(cache: KVCache) -> tuple[int, ...]:
     """Return where the next key and value of a cache go, a CACHE_SLOT."""
-    arrays = cache.keys, cache.values, cache.key_scales, cache.value_scales
-    return *map(address_of, arrays), cache.capacity, cache.length, list(KINDS).index(cache.kind)
+    return *cache.addresses, cache.capacity, cache.length, KIND_NUMBERS[cache.kind]
 
 
 @inner_kernel

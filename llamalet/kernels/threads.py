@@ -38,8 +38,9 @@ BLOCK_BITS, STAGE_BITS, JOB_BITS = 16, 16, 31
 BLOCK_MASK, STAGE_MASK, JOB_MASK = (1 << BLOCK_BITS) - 1, (1 << STAGE_BITS) - 1, (1 << JOB_BITS) - 1
 
 # A thread that finds no block polls the ticket this often, then lets other threads run between polls. After the job a
-# helper goes to sleep once it has polled IDLE_POLLS times, about a millisecond on an idle machine.
-SPINS, IDLE_POLLS = 2000, 4000
+# helper goes to sleep once it has polled IDLE_POLLS times, some milliseconds on an idle machine: less would cost each
+# pass over a draft's tokens a thread's waking up.
+SPINS, IDLE_POLLS = 2000, 20000
 
 WORD_BYTES = 8
 

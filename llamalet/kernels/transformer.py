@@ -135,6 +135,8 @@ class Transformer:
         """Append tokens to the cache, some at a time; return the logits after each of them, or after the last one."""
         ids = token_ids(tokens, self.config.vocab_size)
         cache.reserve(cache.length + len(ids))
+        if len(ids) <= POSITIONS_PER_PASS:
+            return self._run([cache], ids, len(ids) if all_logits else 1)
         *chunks, last = np.split(ids, range(POSITIONS_PER_PASS, len(ids), POSITIONS_PER_PASS))
         logits = [self._run([cache], chunk, len(chunk) if all_logits else 0) for chunk in chunks]
         logits.append(self._run([cache], last, len(last) if all_logits else 1))

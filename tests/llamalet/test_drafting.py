@@ -93,7 +93,7 @@ def test_the_same_model_is_always_kept(models):
     """Its draws are the sampler's, with the same random numbers. That is why a similar model's often are."""
     draft = SmallModel(models["q8"])
     text_of(models["q8"], [1, 5], draft, overflow="roll", max_new_tokens=25, ignore_eos=True)
-    assert draft.kept == draft.proposed > 15
+    assert draft.kept == draft.proposed > 10
 
 
 def test_lookup_proposes_what_followed_the_newest_tokens_the_last_time():
