@@ -1,6 +1,7 @@
-"""Model files with random weights, ours and the peers', and the programs that the runtime is compared with.
+"""The programs that the runtime is compared with: what they are told, what they print, how they were built.
 
-llama.cpp's llama-bench and llama-batched-bench read GGUF files; llama2.c's run and runq read versions 0 and 2.
+llama.cpp's llama-bench and llama-batched-bench, ik_llama.cpp's llama-bench, llama2.c's run and runq. Their model files
+come from random_models.py.
 """
 
 import json
@@ -8,27 +9,12 @@ import os
 import re
 import shutil
 import subprocess
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from benchmarks.report import LLAMA_CPP, LLAMA_CPP_FLASH
-from llamalet import model_file, tokenizer
-from llamalet.config import ModelConfig
-from llamalet.convert import gguf_file
-from llamalet.convert.imported_model import expand
-from llamalet.errors import ConfigError, UsageError
-from llamalet.model_file.header import HEADER_BYTES, Header, pack_header
-from llamalet.model_file.quantize import ENCODINGS, to_bfloat16
-
-GGUF_TYPES = {"f32": "F32", "bf16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}
-
-# The versions of llama2.c's files, by type.
-LLAMA2C_VERSIONS = {"f32": 0, "q8": 2}
+from benchmarks.report import IK_LLAMA_CPP, LLAMA2C, LLAMA_CPP, LLAMA_CPP_FLASH, LLAMA_CPP_Q8_CACHE, after
+from llamalet.errors import UsageError
 
 # Prompt tokens of each sequence in a batch.
 BATCH_PROMPT = 8
@@ -36,96 +22,9 @@ BATCH_PROMPT = 8
 # The build settings that determine llama.cpp's speed.
 CMAKE_SWITCHES = ("GGML_NATIVE", "GGML_OPENMP", "GGML_CPU_REPACK", "GGML_LLAMAFILE", "GGML_BLAS", "GGML_LTO")
 
-# Tokens/s by (contender, figure).
+# Tokens/s by (contender, figure), and what yields them from a program's output.
 Rates = dict[tuple[str, str], float]
-
-
-def random_weights(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return a norm of ones, or a matrix of float32 weights of either sign between 2 ** -7 and 2 ** -5.
-
-    These are random bits with the high bits of the exponent fixed.
-    """
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    bits = rng.integers(0, 1 << 32, shape, np.uint32)
-    return ((bits & np.uint32(0x80FFFFFF)) | np.uint32(0x3C000000)).view(np.float32)
-
-
-def write_llamalet(path: Path, config: ModelConfig, dtype: str, rng: np.random.Generator) -> None:
-    """Write a file of version 3 with random weights, an array at a time.
-
-    Quantized weights are random bytes with one scale: they cost as much as rounded ones and are made much faster.
-
-    Args:
-        path: the file to create.
-        config: the model's shape; its matrices need rows in multiples of 16 and columns in multiples of 8, because
-            packed ones would otherwise be padded with zeros.
-        dtype: one of DTYPES.
-        rng: the source of the weights.
-    """
-    group_size, crc = ENCODINGS[dtype].group_size, 0
-    with open(path, "wb") as file:
-        file.write(bytes(HEADER_BYTES))
-        for spec in model_file.tensor_specs(3, config, dtype, group_size):
-            for part in spec.parts:
-                if part.dtype == "u1":  # 0 would be -128, which q8 does not use
-                    array: NDArray[Any] = rng.integers(1, 256, part.shape, np.uint8)
-                elif len(spec.parts) > 1:  # makes the weights as large as those of random_weights
-                    array = to_bfloat16(np.full(part.shape, 0.07 / (256 if dtype == "q8" else 16), np.float32))
-                else:
-                    weights = random_weights(rng, part.shape)
-                    array = to_bfloat16(weights) if part.dtype == "<u2" else weights
-                content = array.tobytes() + bytes(spec.padding(part))
-                crc = zlib.crc32(content, crc)
-                file.write(content)
-        file.seek(0)
-        file.write(pack_header(Header(3, config, dtype, group_size, payload_crc32=crc)))
-
-
-def write_llama2c(path: Path, config: ModelConfig, dtype: str, rng: np.random.Generator) -> None:
-    """Write a file for llama2.c's run (f32) or runq (q8), with random weights."""
-    tensors = {spec.name: random_weights(rng, spec.shape) for spec in model_file.tensor_specs(1, config)}
-    model_file.write(path, LLAMA2C_VERSIONS[dtype], config, tensors)
-
-
-# -- GGUF -------------------------------------------------------------------------------------------------------------
-
-
-def write_gguf(path: Path, config: ModelConfig, dtype: str, rng: np.random.Generator) -> None:
-    """Write a GGUF file of a Llama model with random weights, a tensor at a time.
-
-    Args:
-        path: the file to create.
-        config: the model's shape; quantized rows must be multiples of 32.
-        dtype: one of DTYPES, for the matrices; norms are float32.
-        rng: the source of the weights.
-
-    Raises:
-        ConfigError: if the gguf package is missing.
-
-    Source: the gguf package's constants; llama.cpp keeps RoPE's pairs adjacent as we do, so no row moves.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError("llama.cpp's files need the gguf package: pip install gguf") from None
-    writer = gguf.GGUFWriter(None, "llama")
-    gguf_file.add_shape(writer, config)
-    writer.add_tokenizer_model("no_vocab")
-    types = {1: gguf.GGMLQuantizationType.F32, 2: gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]}
-    names = expand(gguf_file.NAMES, config.n_layers)
-    shapes = {names[spec.name]: spec.shape for spec in model_file.tensor_specs(1, config)}
-    if (divisors := gguf_file.rope_factors(config)) is not None:
-        shapes[gguf_file.ROPE_FACTORS] = divisors.shape
-    for name, shape in shapes.items():
-        gguf_file.add_tensor_info(writer, name, shape, types[len(shape)])
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, shape in shapes.items():
-        weights = random_weights(rng, shape) if divisors is None or name != gguf_file.ROPE_FACTORS else divisors
-        writer.write_tensor_data(gguf.quants.quantize(weights, types[len(shape)]))
-    writer.close()
+Parser = Callable[[str], Iterator[tuple[tuple[str, str], float]]]
 
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
@@ -142,12 +41,62 @@ def llama_bench(program: str, model: Path, threads: int, *, prompts: Sequence[in
         tokens: number of tokens to decode; 0 for none.
         repeats: measurements of each, after a warm-up; the mean counts.
     """
-    options = ["-p", ",".join(map(str, prompts)) or "0", "-n", str(tokens), "-r", str(repeats)]
-    output = _run([program, "-m", str(model), "-t", str(threads), "-fa", "off,on", "-o", "jsonl", *options])
-    return _parsed(program, parse_llama_bench, output)
+    options = [*_lengths(prompts, tokens), "-r", str(repeats), "-fa", "off,on"]
+    return _llama_bench(program, model, threads, options, parse_llama_bench)
 
 
-def _parsed(program: str, parse: Callable[[str], Iterator[tuple[tuple[str, str], float]]], output: str) -> Rates:
+def llama_bench_after(
+    program: str, model: Path, threads: int, *, depth: int, prompt: int, tokens: int, q8: bool
+) -> Rates:
+    """Let llama-bench take one turn after so many positions, with caches of float16 and, if possible, of 8 bits.
+
+    It computes these positions, which takes much longer than what it measures then, so it measures once.
+
+    Args:
+        program: the path of llama-bench.
+        model: a GGUF file.
+        threads: number of compute threads.
+        depth: number of positions in the cache before what is measured.
+        prompt: length of a prompt to process there; 0 for none.
+        tokens: number of tokens to decode there; 0 for none.
+        q8: whether to measure caches of Q8_0 too. They need heads of a multiple of 32 components, and values in Q8_0
+            need flash attention.
+    """
+    lengths = [*_lengths([prompt] if prompt else [], tokens), "-d", str(depth), "-r", "1"]
+    found = _llama_bench(program, model, threads, [*lengths, "-fa", "off,on"], parse_llama_bench_after)
+    if q8:
+        options = [*lengths, "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"]
+        found |= _llama_bench(program, model, threads, options, parse_llama_bench_after)
+    return found
+
+
+def ik_llama_bench(
+    program: str, model: Path, threads: int, *, prompts: Sequence[int], tokens: int, repeats: int
+) -> Rates:
+    """Let ik_llama.cpp's llama-bench take one turn; see llama_bench.
+
+    The fastest of its four settings counts: flash attention off or on, weights as stored or repacked.
+    """
+    found: Rates = {}
+    for repack in ("0", "1"):
+        options = [*_lengths(prompts, tokens), "-r", str(repeats), "-fa", "0,1", "-rtr", repack, "-o", "json"]
+        output = _run([program, "-m", str(model), "-t", str(threads), *options])
+        for key, rate in _parsed(program, parse_ik_llama_bench, output).items():
+            found[key] = max(rate, found.get(key, 0.0))
+    return found
+
+
+def _lengths(prompts: Sequence[int], tokens: int) -> list[str]:
+    """Return llama-bench's options for prompts and for decoding."""
+    return ["-p", ",".join(map(str, prompts)) or "0", "-n", str(tokens)]
+
+
+def _llama_bench(program: str, model: Path, threads: int, options: Sequence[str], parse: Parser) -> Rates:
+    """Run llama.cpp's llama-bench and return its rates."""
+    return _parsed(program, parse, _run([program, "-m", str(model), "-t", str(threads), "-o", "jsonl", *options]))
+
+
+def _parsed(program: str, parse: Parser, output: str) -> Rates:
     """Return what a program measured; raise a UsageError if its output is something else."""
     try:
         return dict(parse(output))
@@ -158,8 +107,29 @@ def _parsed(program: str, parse: Callable[[str], Iterator[tuple[tuple[str, str],
 def parse_llama_bench(output: str) -> Iterator[tuple[tuple[str, str], float]]:
     """Yield (contender, figure) and tokens/s for each line of llama-bench's JSON."""
     for row in _json_lines(output):
-        figure = f"prefill {row['n_prompt']}" if row["n_prompt"] else "decode"
-        yield (_contender(row["flash_attn"]), figure), float(row["avg_ts"])
+        yield (_contender(row["flash_attn"]), _figure(row)), float(row["avg_ts"])
+
+
+def parse_llama_bench_after(output: str) -> Iterator[tuple[tuple[str, str], float]]:
+    """Yield the same of what was measured after so many positions."""
+    for row in _json_lines(output):
+        contender = _contender(row["flash_attn"]) if row["type_k"] == "f16" else LLAMA_CPP_Q8_CACHE
+        yield (contender, after(_figure(row), row["n_depth"])), float(row["avg_ts"])
+
+
+def parse_ik_llama_bench(output: str) -> Iterator[tuple[tuple[str, str], float]]:
+    """Yield (contender, figure) and tokens/s, the faster of the settings in ik_llama.cpp's JSON: one array."""
+    rows, _ = json.JSONDecoder().raw_decode(output, output.index("["))
+    found: Rates = {}
+    for row in rows:
+        key = IK_LLAMA_CPP, _figure(row)
+        found[key] = max(float(row["avg_ts"]), found.get(key, 0.0))
+    yield from found.items()
+
+
+def _figure(row: Mapping[str, Any]) -> str:
+    """Return the name of what llama-bench measured."""
+    return f"prefill {row['n_prompt']}" if row["n_prompt"] else "decode"
 
 
 def batched_bench(program: str, model: Path, threads: int, *, batches: Sequence[int], tokens: int) -> Rates:
@@ -220,22 +190,13 @@ def cmake_flags(cache: str) -> str:
 # -- llama2.c ---------------------------------------------------------------------------------------------------------
 
 
-def write_vocabulary(path: Path, vocab_size: int) -> None:
-    """Write a tokenizer.bin with made-up words."""
-    controls = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
-    byte_pieces = [f"<0x{byte:02X}>".encode() for byte in range(256)]
-    words = [b" "] + [f" w{number}".encode() for number in range(vocab_size - len(controls) - len(byte_pieces) - 1)]
-    pieces = [(piece, -float(rank)) for rank, piece in enumerate(controls + byte_pieces + words)]
-    path.write_bytes(tokenizer.pack(pieces))
-
-
-def llama2c_decode(program: str, model: Path, vocabulary: Path, threads: int, tokens: int) -> float:
-    """Return the tokens/s that llama2.c's run or runq reports for a story of `tokens` tokens."""
+def llama2c_decode(program: str, model: Path, vocabulary: Path, threads: int, tokens: int) -> Rates:
+    """Let llama2.c's run or runq take one turn at a story of `tokens` tokens; the rate is the one that it reports."""
     command = [program, str(model), "-z", str(vocabulary), "-t", "0", "-n", str(tokens), "-i", ""]
     found = re.search(r"achieved tok/s: ([0-9.]+)", _run(command, OMP_NUM_THREADS=str(threads)))
     if found is None:
         raise UsageError(f"{program}: reports no tok/s for {model}; is it llama2.c's?")
-    return float(found[1])
+    return {(LLAMA2C, "decode"): float(found[1])}
 
 
 def llama2c_build(program: str) -> str:

@@ -2,11 +2,26 @@
 
 make bench
 make bench ARGS="--peer-llama-bench=PATH/llama-bench --peer-run=PATH/run --peer-runq=PATH/runq"
-python -m benchmarks.runtime --shapes=15M --dtypes=q8 --figures=decode --turns=3
+python -m benchmarks.runtime --shapes=110M --dtypes=q8 --figures=decode,depths --turns=3
+python -m benchmarks.runtime --figures=drafts --draft-target=PATH/large.bin --draft=PATH/small.bin
+
+The figures:
+
+decode     from the start of a story, beside the speed of memory
+positions  time per token at several positions
+depths     decoding after up to 8192 positions with each kind of cache, and a prompt of 512 after 4096
+passes     time of a pass over 4 and 8 positions of one text, which drafts need, relative to a decode
+prefill    prompts of 128 and 512 tokens
+batch      1, 16 and 64 texts at once
+start      sample.py's time to its first word, and its memory
+sampling   choosing a token, compiled and in numpy
+caches     bytes of each kind of cache
+drafts     stories with and without drafts, from trained models; left out without --draft-target
 
 The models have random weights, which cost as much as trained ones, and only as much context as the figures need.
-Machines are noisy, so all contenders take turns, and every figure is the median over the turns. Build llama.cpp as
-Release with GGML_NATIVE, llama2.c with `make runomp`.
+Machines are noisy, so all contenders take turns, and every figure is the median over the turns; drafts and plain
+generation take turns text by text, once. Build llama.cpp and ik_llama.cpp as Release with GGML_NATIVE, llama2.c with
+`make runomp`.
 """
 
 if __name__ == "__main__":
@@ -20,89 +35,36 @@ if __name__ == "__main__":
 
 import dataclasses
 import os
-import subprocess
-import sys
-import time
-import timeit
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 
-from benchmarks import peers, report
-from benchmarks.harness import OUT, kind_and_message, load_average, machine, peak_resident_bytes, run_benchmark
-from benchmarks.report import LLAMA2C, POSITION_PREFIX, Key, Results
+from benchmarks import drafts, figures, peers, random_models, report
+from benchmarks.figures import BATCHES, PROMPT_DEPTH, PROMPTS, Contest, Found, late_prompt
+from benchmarks.harness import OUT, kind_and_message, load_average, machine, run_benchmark
+from benchmarks.report import ANY_DTYPE, DRAFTS, IK_LLAMA_CPP, LLAMA2C, Key, Results
+from benchmarks.shapes import CONTEXT, SHAPES, Shape
 from configurator import parse
 from llamalet import model_file, tokenizer
 from llamalet.checks import not_positive
 from llamalet.command import run
-from llamalet.config import Llama3Scaling, ModelConfig
 from llamalet.cores import thread_count
-from llamalet.errors import ConfigError, UsageError, note
+from llamalet.errors import ConfigError, note
 from llamalet.kernels.transformer import Transformer
-from llamalet.kv_cache import KVCache
-from llamalet.kv_kinds import cache_bytes
 from llamalet.model_file.header import DTYPES
 
-CONTEXT = 1024
-FIGURES = ("decode", "positions", "prefill", "batch", "start")
-POSITIONS = (1, 128, 256, 512, 1024)
-PROMPTS = (128, 512)
-BATCHES = (1, 16, 64)
-
-# Length of the story with which sample.py's start is measured.
-START_POSITIONS = 16
+FIGURES = (*figures.OF_MODEL, *figures.OF_SHAPE, DRAFTS)
 
 # Above this load at the start, the comparison with the peers is not reliable.
 BUSY = 0.5
 
-SAMPLE = Path(__file__).parent.parent / "sample.py"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """A model's shape, and the amount of work per turn, the same for us and the peers."""
-
-    config: ModelConfig
-    dtypes: tuple[str, ...] = DTYPES
-    tokens: int = 128
-    batch_tokens: int = 16
-    repeats: int = 1
-
-
-SHAPES = {
-    "15M": Shape(
-        config=ModelConfig.create(
-            dim=288, n_layers=6, n_heads=6, hidden_dim=768, vocab_size=32000, max_seq_len=CONTEXT
-        ),
-        batch_tokens=32,
-        repeats=5,
-    ),
-    "110M": Shape(
-        config=ModelConfig.create(
-            dim=768, n_layers=12, n_heads=12, hidden_dim=2048, vocab_size=32000, max_seq_len=CONTEXT
-        ),
-        repeats=2,
-    ),
-    # Llama 3.2 1B. Its float32 file has 5 GB, so it is only written on request.
-    "1B": Shape(
-        config=ModelConfig.create(
-            dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, vocab_size=128256, max_seq_len=CONTEXT,
-            rope_theta=500000.0,
-            rope_scaling=Llama3Scaling(
-                factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
-            ),
-        ),
-        dtypes=("q8", "q4"),
-        tokens=32,
-        batch_tokens=8,
-    ),
-}  # fmt: skip
+# The options that name a peer's program.
+PROGRAMS = ("peer_llama_bench", "peer_batched_bench", "peer_ik_bench", "peer_run", "peer_runq")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +76,7 @@ class RuntimeBenchConfig:
     dtypes: str | None = None
     """The weights' types: f32, bf16, q8, q4. By default all, and q8 and q4 for 1B."""
     figures: str = ",".join(FIGURES)
-    """What to measure; start is the time to the first word, and resident memory."""
+    """What to measure; see above."""
     turns: int = 5
     """Turns of each contender."""
     tokens: int | None = None
@@ -127,10 +89,19 @@ class RuntimeBenchConfig:
     """llama.cpp's llama-bench, on GGUF files of the same shapes."""
     peer_batched_bench: str | None = None
     """llama.cpp's llama-batched-bench; by default the one next to llama-bench."""
+    peer_ik_bench: str | None = None
+    """ik_llama.cpp's llama-bench, on the same files."""
     peer_run: str | None = None
     """llama2.c's run, on float32 files of the same shapes."""
     peer_runq: str | None = None
     """llama2.c's runq, on int8 files of the same shapes."""
+    draft_target: str | None = None
+    """The trained model whose texts are drafted, in any format."""
+    draft: str | None = None
+    """A smaller trained model of the same vocabulary; without it only lookup drafts."""
+    draft_data: str | None = None
+    """Folder of prepared data with the same vocabulary, whose validation stories begin the texts; by default these
+    begin with fixed sentences."""
 
     def __post_init__(self) -> None:
         """Raise one ConfigError that lists every value out of range."""
@@ -140,10 +111,13 @@ class RuntimeBenchConfig:
             problems += [f"{option}={name}: must be one of {', '.join(known)}" for name in unknown]
         if self.tokens is not None and not 2 <= self.tokens <= CONTEXT:
             problems.append(f"tokens={self.tokens}: must lie between 2 and {CONTEXT}")
-        for option in ("peer_llama_bench", "peer_batched_bench", "peer_run", "peer_runq"):
+        for option in PROGRAMS:
             path = getattr(self, option)
             if path is not None and not os.access(path, os.X_OK):
                 problems.append(f"{option}={path}: not an executable program")
+        for option in ("draft", "draft_data"):
+            if getattr(self, option) is not None and self.draft_target is None:
+                problems.append(f"{option}={getattr(self, option)}: needs draft_target, the model that it is for")
         ConfigError.raise_for(problems)
 
     def names(self, option: str) -> list[str]:
@@ -169,23 +143,6 @@ class RuntimeBenchConfig:
         return {"f32": self.peer_run, "q8": self.peer_runq}.get(dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Contest:
-    """A shape and a dtype: the paths of the files, and our model, None if it failed."""
-
-    name: str
-    shape: Shape
-    dtype: str
-    files: Path
-    vocabulary: Path
-    threads: int
-    transformer: Transformer | None
-
-    def file(self, program: str) -> Path:
-        """Return the model's path for llamalet (bin), llama.cpp (gguf) or llama2.c (llama2c)."""
-        return self.files / f"{self.name}-{self.dtype}.{program}"
-
-
 def main(argv: Sequence[str]) -> int:
     """Measure and print; return 0."""
     config = parse(RuntimeBenchConfig, argv, program="python -m benchmarks.runtime", description=__doc__)
@@ -194,12 +151,23 @@ def main(argv: Sequence[str]) -> int:
         note(f"warning: load {busy:.1f}: other programs are running, which slows the peers more than us")
 
     def measure(name: str, folder: Path, results: Results) -> Iterator[str]:
+        if name == DRAFTS:
+            drafts.measure(config.draft_target, config.draft, config.draft_data, threads, results)
+            return report.draft_lines(results)
         measure_shape(config, name, folder, threads, results)
         return report.shape_lines(results, name, SHAPES[name].config, config.turns)
 
+    def draw(figure: Any, results: Results, names: Sequence[str]) -> None:
+        if shapes := [name for name in names if name != DRAFTS]:
+            report.draw_runtime(figure, results, shapes)
+
     facts = {"builds": machine(threads) | peer_builds(config), "options": config}
-    shapes = {name: config.shape(name) for name in config.names("shapes")}
-    results = run_benchmark("runtime", facts, shapes, measure, report.draw_runtime, Path(config.out))
+    asked, measured = config.names("figures"), dict[str, Any]()
+    if asked != [DRAFTS]:
+        measured |= {name: config.shape(name) for name in config.names("shapes")}
+    if DRAFTS in asked:
+        measured[DRAFTS] = drafts.SETTINGS
+    results = run_benchmark("runtime", facts, measured, measure, draw, Path(config.out))
     for check in results.checks():
         print(check)
     return 0
@@ -207,7 +175,11 @@ def main(argv: Sequence[str]) -> int:
 
 def peer_builds(config: RuntimeBenchConfig) -> dict[str, str]:
     """Return the peers' versions and build flags."""
-    llama_cpp = {"llama-bench": config.peer_llama_bench, "llama-batched-bench": config.batched_bench}
+    llama_cpp = {
+        "llama-bench": config.peer_llama_bench,
+        "llama-batched-bench": config.batched_bench,
+        f"{IK_LLAMA_CPP}'s llama-bench": config.peer_ik_bench,
+    }
     llama2c = {"run": config.peer_run, "runq": config.peer_runq}
     builds = {name: peers.llama_cpp_build(program) for name, program in llama_cpp.items() if program is not None}
     return builds | {name: peers.llama2c_build(program) for name, program in llama2c.items() if program is not None}
@@ -215,14 +187,24 @@ def peer_builds(config: RuntimeBenchConfig) -> dict[str, str]:
 
 def measure_shape(config: RuntimeBenchConfig, name: str, folder: Path, threads: int, results: Results) -> None:
     """Write the files of a shape and let all contenders take their turns."""
-    contests = [make_contest(config, name, dtype, folder, threads, results) for dtype in config.shape(name).dtypes]
+    of_model = [group for group in config.names("figures") if group in figures.OF_MODEL]
+    dtypes = config.shape(name).dtypes if of_model else ()
+    contests = [make_contest(config, name, dtype, folder, threads, results) for dtype in dtypes]
     for turn in range(config.turns):
+        add_turn(results, name, f"turn {turn + 1} of {config.turns}", shape_turn(config, name, results))
         for contest in contests:
-            found = [*our_turn(config, contest, results), *peer_turns(config, contest)]
-            for key, value in found:
-                results.add(key, value)
-            rates = ", ".join(f"{key.contender} {key.figure} {value:.4g}" for key, value in found)
-            note(f"{name} {contest.dtype} turn {turn + 1} of {config.turns}: {rates}")
+            found = chain(our_turn(config, contest, results), peer_turns(config, contest, results))
+            add_turn(results, name, f"{contest.dtype} turn {turn + 1} of {config.turns}", found)
+
+
+def add_turn(results: Results, name: str, turn: str, found: Found) -> None:
+    """Record and print what was measured in a turn, if anything was."""
+    words = []
+    for key, value in found:
+        results.add(key, value)
+        words.append(f"{key.contender} {key.figure} {value:.4g}")
+    if words:
+        note(f"{name} {turn}: {', '.join(words)}")
 
 
 def make_contest(
@@ -233,182 +215,93 @@ def make_contest(
     note(f"{name} {dtype}: writing files")
     vocabulary = folder / "tokenizer.bin"
     contest = Contest(name, shape, dtype, files=folder, vocabulary=vocabulary, threads=threads, transformer=None)
-    peers.write_vocabulary(vocabulary, shape.config.vocab_size)
-    if config.peer_llama_bench or config.batched_bench:
-        peers.write_gguf(contest.file("gguf"), shape.config, dtype, rng)
+    random_models.write_vocabulary(vocabulary, shape.config.vocab_size)
+    if config.peer_llama_bench or config.batched_bench or config.peer_ik_bench:
+        random_models.write_gguf(contest.file("gguf"), shape.config, dtype, rng)
     if config.llama2c(dtype) and shape.config.rope_scaling is None:
-        peers.write_llama2c(contest.file("llama2c"), shape.config, dtype, rng)
+        random_models.write_llama2c(contest.file("llama2c"), shape.config, dtype, rng)
     try:
-        peers.write_llamalet(contest.file("bin"), shape.config, dtype, rng)
+        random_models.write_llamalet(contest.file("bin"), shape.config, dtype, rng)
         transformer = Transformer(model_file.read(contest.file("bin")), threads=threads)
         # One warm-up of everything that is compiled or allocated at first use.
         transformer.decode(transformer.new_cache(), tokenizer.BOS_ID)
         transformer.prefill(transformer.new_cache(), range(1, PROMPTS[0] + 1))
     except Exception as error:  # the other models are measured even if this one fails
-        results.missing[Key(name, dtype, "decode")] = kind_and_message(error)
+        results.missing[contest.key("decode")] = kind_and_message(error)
         return contest
-    results.add(Key(name, dtype, "file"), contest.file("bin").stat().st_size)
+    results.add(contest.key("file"), contest.file("bin").stat().st_size)
     return dataclasses.replace(contest, transformer=transformer)
 
 
 # -- turns ------------------------------------------------------------------------------------------------------------
 
 
-def our_turn(config: RuntimeBenchConfig, contest: Contest, results: Results) -> Iterator[tuple[Key, float]]:
-    """Measure each of our figures once; record why any is missing."""
-    if contest.transformer is None:
-        return
-    measures: Mapping[str, Callable[[Contest, Transformer], Iterator[tuple[str, float]]]] = {
-        "decode": measure_decode,
-        "positions": measure_positions,
-        "prefill": measure_prefill,
-        "batch": measure_batches,
-        "start": measure_start,
-    }
+def shape_turn(config: RuntimeBenchConfig, name: str, results: Results) -> Found:
+    """Measure each of the figures that depend on the shape alone once."""
     for group in config.names("figures"):
-        try:
-            for figure, value in measures[group](contest, contest.transformer):
-                yield Key(contest.name, contest.dtype, figure), value
-        except Exception as error:  # as in make_contest
-            results.missing[Key(contest.name, contest.dtype, group)] = f"{group}: {kind_and_message(error)}"
+        if group in figures.OF_SHAPE:
+            measure = partial(figures.OF_SHAPE[group], name, SHAPES[name])
+            yield from attempt(measure, Key(name, ANY_DTYPE, group), results)
 
 
-def peer_turns(config: RuntimeBenchConfig, contest: Contest) -> Iterator[tuple[Key, float]]:
+def our_turn(config: RuntimeBenchConfig, contest: Contest, results: Results) -> Found:
+    """Measure each of our figures once."""
+    for group in config.names("figures"):
+        if group in figures.OF_MODEL and contest.transformer is not None:
+            measure = partial(figures.OF_MODEL[group], contest, contest.transformer)
+            yield from attempt(measure, contest.key(group), results)
+
+
+def peer_turns(config: RuntimeBenchConfig, contest: Contest, results: Results) -> Found:
     """Let each peer take its turn at the figures that it can measure."""
-    figures, shape = config.names("figures"), contest.shape
-    rates: peers.Rates = {}
-    prompts, tokens = PROMPTS if "prefill" in figures else (), shape.tokens if "decode" in figures else 0
+    for name, measure in peer_measures(config, contest).items():
+        yield from attempt(measure, contest.key(name, name), results)
+
+
+def attempt(measure: Callable[[], Found], key: Key, results: Results) -> Found:
+    """Yield what is measured; if that fails, record why, as the key's: the other figures are measured all the same."""
+    try:
+        yield from measure()
+    except Exception as error:
+        results.missing[key] = f"{key.figure}: {kind_and_message(error)}"
+
+
+def peer_measures(config: RuntimeBenchConfig, contest: Contest) -> dict[str, Callable[[], Found]]:
+    """Return what measures the peers' figures, by the programs' names."""
+    asked, shape = config.names("figures"), contest.shape
+    prompts, tokens = PROMPTS if "prefill" in asked else (), shape.tokens if "decode" in asked else 0
+    gguf, threads = contest.file("gguf"), contest.threads
+    rates: dict[str, Callable[[], peers.Rates]] = {}
     if config.peer_llama_bench and (prompts or tokens):
-        rates |= peers.llama_bench(
-            config.peer_llama_bench, contest.file("gguf"), contest.threads,
+        rates["llama-bench"] = partial(
+            peers.llama_bench, config.peer_llama_bench, gguf, threads,
             prompts=prompts, tokens=tokens, repeats=shape.repeats,
         )  # fmt: skip
-    if config.batched_bench and "batch" in figures:
-        rates |= peers.batched_bench(
-            config.batched_bench, contest.file("gguf"), contest.threads, batches=BATCHES, tokens=shape.batch_tokens
+    if config.peer_llama_bench and "depths" in asked:
+        for depth in shape.depths:
+            rates[f"llama-bench after {depth}"] = partial(
+                peers.llama_bench_after, config.peer_llama_bench, gguf, threads,
+                depth=depth, prompt=late_prompt(shape) if depth == PROMPT_DEPTH else 0, tokens=shape.depth_tokens,
+                q8=shape.config.head_dim % 32 == 0,
+            )  # fmt: skip
+    if config.peer_ik_bench and (prompts or tokens):
+        rates[IK_LLAMA_CPP] = partial(
+            peers.ik_llama_bench, config.peer_ik_bench, gguf, threads,
+            prompts=prompts, tokens=tokens, repeats=shape.repeats,
+        )  # fmt: skip
+    if config.batched_bench and "batch" in asked:
+        rates["llama-batched-bench"] = partial(
+            peers.batched_bench, config.batched_bench, gguf, threads, batches=BATCHES, tokens=shape.batch_tokens
         )
     program, file = config.llama2c(contest.dtype), contest.file("llama2c")
     if program and tokens and file.exists():
-        rate = peers.llama2c_decode(program, file, contest.vocabulary, contest.threads, tokens)
-        rates[LLAMA2C, "decode"] = rate
-    for (contender, figure), rate in rates.items():
-        yield Key(contest.name, contest.dtype, figure, contender), rate
+        rates[LLAMA2C] = partial(peers.llama2c_decode, program, file, contest.vocabulary, threads, tokens)
 
+    def found(measure: Callable[[], peers.Rates]) -> Found:
+        for (contender, figure), rate in measure().items():
+            yield contest.key(figure, contender), rate
 
-def measure_decode(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the tokens/s of greedy decoding from the start of a story, and the memory's bytes/s."""
-    cache = transformer.new_cache(contest.shape.tokens)
-
-    def story() -> None:
-        cache.truncate(0)
-        token = tokenizer.BOS_ID
-        for _ in range(contest.shape.tokens):
-            token = int(transformer.decode(cache, token).argmax())
-
-    yield "decode", contest.shape.tokens / seconds(story, contest.shape.repeats)
-    yield "read", read_bandwidth(contest.file("bin").stat().st_size, contest.threads)
-
-
-def measure_positions(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the tokens/s of decoding at each of POSITIONS; the cache's content does not matter."""
-    cache = transformer.new_cache(CONTEXT)
-    c = transformer.config
-    numbers = np.full((c.n_kv_heads, CONTEXT, c.head_dim), 0.01, np.float32)
-    for layer in range(c.n_layers):
-        cache.write(layer, 0, numbers, numbers)
-
-    for position in POSITIONS:
-
-        def token(position: int = position) -> None:
-            cache.length = position - 1
-            transformer.decode(cache, tokenizer.BOS_ID)
-
-        token()
-        yield f"{POSITION_PREFIX}{position}", 1 / seconds(token, 4 * contest.shape.repeats)
-
-
-def measure_prefill(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the tokens/s of prompts."""
-    cache = transformer.new_cache(max(PROMPTS))
-    for length in PROMPTS:
-        tokens = np.arange(1, length + 1) % contest.shape.config.vocab_size
-
-        def prompt(tokens: Any = tokens) -> None:
-            cache.truncate(0)
-            transformer.prefill(cache, tokens)
-
-        yield f"prefill {length}", length / seconds(prompt, contest.shape.repeats)
-
-
-def measure_batches(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the tokens/s of sequences decoded together, each after a short prompt."""
-    n_tokens = contest.shape.batch_tokens
-    for size in BATCHES:
-        caches = [transformer.new_cache(peers.BATCH_PROMPT + n_tokens) for _ in range(size)]
-        for cache in caches:
-            transformer.prefill(cache, range(1, peers.BATCH_PROMPT + 1))
-        ids = [(1 + 7 * number) % contest.shape.config.vocab_size for number in range(size)]
-
-        def together(n_tokens: int, caches: list[KVCache] = caches, ids: list[int] = ids) -> None:
-            for cache in caches:
-                cache.truncate(peers.BATCH_PROMPT)
-            for _ in range(n_tokens):
-                transformer.decode_batch(caches, ids)
-
-        together(1)
-        yield f"batch {size}", size * n_tokens / seconds(partial(together, n_tokens))
-
-
-def measure_start(contest: Contest, transformer: Transformer) -> Iterator[tuple[str, float]]:
-    """Yield the seconds from starting sample.py to its first word, its resident bytes, and its KV cache's bytes."""
-    options = ["-t", "0", "-n", str(START_POSITIONS), "--ignore-eos", f"--threads={contest.threads}"]
-    command = [sys.executable, str(SAMPLE), str(contest.file("bin")), "-z", str(contest.vocabulary), *options]
-    resident, start = 0, time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        if not os.read(process.stdout.fileno(), 1):
-            raise UsageError(f"{' '.join(command)}: printed nothing")
-        yield "start", time.perf_counter() - start
-        while os.read(process.stdout.fileno(), 4096):
-            resident = peak_resident_bytes(process.pid) or resident
-    cache = transformer.new_cache()
-    cache.reserve(START_POSITIONS)
-    if resident:
-        yield "resident", resident
-        yield "cache", cache_bytes(transformer.config, cache.capacity, cache.kind)
-
-
-# -- instruments ------------------------------------------------------------------------------------------------------
-
-
-def seconds(work: Callable[[], None], repeats: int = 1) -> float:
-    """Return the mean duration of `work`."""
-    return timeit.timeit(work, number=repeats) / repeats
-
-
-def read_bandwidth(n_bytes: int, threads: int) -> float:
-    """Return the bytes/s at which all threads together read memory of this size, repeatedly."""
-    memory = np.ones(n_bytes // 4, np.float32)
-    shares = np.array_split(memory, threads)
-    passes = max(2, int(4e9 / n_bytes))
-    with ThreadPoolExecutor(threads) as pool:
-
-        def read_all(n_passes: int) -> None:
-            list(pool.map(lambda share: _sum(share, n_passes), shares))
-
-        read_all(1)
-        return passes * memory.nbytes / seconds(lambda: read_all(passes))
-
-
-@numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _sum(memory: Any, passes: int) -> float:
-    """Sum an array several times; each pass starts elsewhere, or the compiler would compute only one."""
-    total = np.float32(0)
-    for number in range(passes):
-        rest = memory[number % 64 :]  # with a slice the compiler knows that no index is negative
-        for index in range(len(rest)):
-            total += rest[index]
-    return float(total)
+    return {name: partial(found, measure) for name, measure in rates.items()}
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 import model as plain
-from benchmarks import llama2c, peers
+from benchmarks import llama2c, random_models
 from benchmarks.harness import OUT, aligned, kind_and_message, machine, peak_resident_bytes, run_benchmark
 from benchmarks.report import Key, Results
 from configurator import parse
@@ -256,7 +256,7 @@ def write_data(folder: Path, tokens: np.ndarray) -> None:
     """Write prepared data whose training and validation split are these tokens."""
     folder.mkdir()
     vocabulary = folder / "tokenizer.bin"
-    peers.write_vocabulary(vocabulary, VOCABULARY)
+    random_models.write_vocabulary(vocabulary, VOCABULARY)
     block = TokenBlock(tokens, documents=1, text_bytes=len(tokens))
     splits = {
         name: Split((shards.write_shard(folder / f"{name}_00000.bin", [block], VOCABULARY),)) for name in shards.SPLITS

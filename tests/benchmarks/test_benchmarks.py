@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import peers, report, runtime, training
+from benchmarks import figures, peers, random_models, report, runtime, training
 from benchmarks.report import LLAMA2C, LLAMA_CPP, LLAMA_CPP_FLASH, OURS, Key, Results
+from benchmarks.shapes import CONTEXT, Shape
 from llamalet import model_file
 from llamalet.config import Llama3Scaling, ModelConfig, rope_frequencies
 from llamalet.errors import ConfigError, UsageError
@@ -18,15 +19,15 @@ from llamalet.model_file.quantize import dequantize
 from llamalet.reference import NumpyTransformer
 
 CONFIG = ModelConfig.create(
-    dim=96, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=320, max_seq_len=runtime.CONTEXT
+    dim=96, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=160, vocab_size=320, max_seq_len=CONTEXT
 )
 STRETCHED = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=512)
 
 LLAMA_BENCH_LINES = """warning: something
-{"build_commit": "0c1e570", "flash_attn": 0, "n_prompt": 128, "n_gen": 0, "avg_ts": 9558.887226}
-{"build_commit": "0c1e570", "flash_attn": false, "n_prompt": 0, "n_gen": 64, "avg_ts": 1501.592321}
-{"build_commit": "0c1e570", "flash_attn": 1, "n_prompt": 512, "n_gen": 0, "avg_ts": 12271.469055}
-{"build_commit": "0c1e570", "flash_attn": true, "n_prompt": 0, "n_gen": 64, "avg_ts": 1984.008089}
+{"type_k": "f16", "flash_attn": 0, "n_depth": 0, "n_prompt": 128, "n_gen": 0, "avg_ts": 9558.887226}
+{"type_k": "f16", "flash_attn": false, "n_depth": 0, "n_prompt": 0, "n_gen": 64, "avg_ts": 1501.592321}
+{"type_k": "f16", "flash_attn": 1, "n_depth": 0, "n_prompt": 512, "n_gen": 0, "avg_ts": 12271.469055}
+{"type_k": "f16", "flash_attn": true, "n_depth": 0, "n_prompt": 0, "n_gen": 64, "avg_ts": 1984.008089}
 """
 BATCHED_BENCH_LINES = """0.00.004.194 W llama_context: n_ctx is not divisible by n_seq_max
 {"flash_attn": 1, "pp": 8, "tg": 32, "pl": 1, "speed_pp": 2791.3, "speed_tg": 1957.306152, "speed": 2081.7}
@@ -89,7 +90,7 @@ def test_llama_cpp_build_finds_the_build_folder(tmp_path: Path) -> None:
 
 def test_llama2c_rate_and_build(tmp_path: Path) -> None:
     run = program(tmp_path / "run", out="Once", err="achieved tok/s: 812.500000")
-    assert peers.llama2c_decode(run, tmp_path, tmp_path, 2, 8) == 812.5
+    assert peers.llama2c_decode(run, tmp_path, tmp_path, 2, 8) == {(LLAMA2C, "decode"): 812.5}
     assert "without OpenMP" in peers.llama2c_build(run)
     (tmp_path / "runomp").write_bytes(b"\x7fELF\0libgomp.so.1\0GCC: (Debian 12.2.0-14) 12.2.0\0")
     assert peers.llama2c_build(str(tmp_path / "runomp")).endswith("GCC: (Debian 12.2.0-14) 12.2.0, with OpenMP")
@@ -124,7 +125,7 @@ def test_a_peer_that_is_another_program_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_our_files_are_sound(tmp_path: Path, rng: np.random.Generator, dtype: str) -> None:
     path = tmp_path / "model.bin"
-    peers.write_llamalet(path, CONFIG, dtype, rng)
+    random_models.write_llamalet(path, CONFIG, dtype, rng)
     file = model_file.read(path, verify=True)
     assert (file.version, file.dtype, file.config) == (3, dtype, CONFIG)
     weights = dequantize(file.tensors["layers.1.feed_forward.w2"])
@@ -135,21 +136,24 @@ def test_our_files_are_sound(tmp_path: Path, rng: np.random.Generator, dtype: st
 
 @pytest.mark.parametrize("dtype", ["f32", "q8"])
 def test_llama2c_files_have_its_versions(tmp_path: Path, rng: np.random.Generator, dtype: str) -> None:
-    peers.write_llama2c(tmp_path / "model.bin", CONFIG, dtype, rng)
+    random_models.write_llama2c(tmp_path / "model.bin", CONFIG, dtype, rng)
     file = model_file.read(tmp_path / "model.bin")
-    assert (file.version, file.config) == (peers.LLAMA2C_VERSIONS[dtype], CONFIG)
+    assert (file.version, file.config) == (random_models.LLAMA2C_VERSIONS[dtype], CONFIG)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gguf_files_hold_the_same_tensors(tmp_path: Path, rng: np.random.Generator, dtype: str) -> None:
     gguf = pytest.importorskip("gguf")
-    peers.write_gguf(tmp_path / "model.gguf", CONFIG, dtype, rng)
+    random_models.write_gguf(tmp_path / "model.gguf", CONFIG, dtype, rng)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert reader.get_field("llama.attention.head_count_kv").contents() == CONFIG.n_kv_heads
     found = {tensor.name: tensor for tensor in reader.tensors}
     assert len(found) == len(list(model_file.tensor_specs(1, CONFIG)))
     w2 = found["blk.1.ffn_down.weight"]
-    assert (list(w2.shape), w2.tensor_type.name) == ([160, 96], peers.GGUF_TYPES[dtype])  # the row's length first
+    assert (list(w2.shape), w2.tensor_type.name) == (
+        [160, 96],
+        random_models.GGUF_TYPES[dtype],
+    )  # the row's length first
     assert found["blk.1.ffn_norm.weight"].tensor_type.name == "F32"
     weights = gguf.quants.dequantize(w2.data, w2.tensor_type)
     assert 0.01 < weights.std() < 0.03 and abs(weights).max() < 0.05
@@ -160,7 +164,7 @@ def test_gguf_carries_rope_scaling(tmp_path: Path, rng: np.random.Generator) -> 
     config = ModelConfig.create(
         dim=64, n_layers=1, n_heads=1, hidden_dim=64, vocab_size=64, max_seq_len=64, rope_scaling=STRETCHED
     )
-    peers.write_gguf(tmp_path / "model.gguf", config, "q4", rng)
+    random_models.write_gguf(tmp_path / "model.gguf", config, "q4", rng)
     factors = next(t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "rope_freqs.weight").data
     plain = config.rope_theta ** (-np.arange(0, 64, 2) / 64)
     assert factors.max() == STRETCHED.factor and factors.min() == 1
@@ -225,20 +229,24 @@ def test_the_lines_say_what_is_missing() -> None:
 @pytest.mark.slow
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
-    monkeypatch.setattr(runtime, "SHAPES", {"15M": runtime.Shape(config=CONFIG, tokens=8, batch_tokens=2)})
+    monkeypatch.setattr(figures, "PASS_REPEATS", 2)
+    shape = Shape(config=CONFIG, tokens=8, batch_tokens=2, depths=(0,), depth_tokens=2)
+    monkeypatch.setattr(runtime, "SHAPES", {"15M": shape})
     bench = program(tmp_path / "llama-bench", out=LLAMA_BENCH_LINES)
     program(tmp_path / "llama-batched-bench", out=BATCHED_BENCH_LINES)
     run = program(tmp_path / "run", err="achieved tok/s: 0.5")
     options = ["--dtypes=f32", "--turns=2", "--shapes=15M", "--threads=1", f"--out={tmp_path}/out"]
     assert runtime.main([*options, f"--peer-llama-bench={bench}", f"--peer-run={run}"]) == 0
     found = json.loads((tmp_path / "out" / "runtime.json").read_bytes())
-    figures = {(row["figure"], row["contender"]): row["turns"] for row in found["figures"]}
-    assert figures["decode", LLAMA2C] == [0.5, 0.5] and figures["batch 16", LLAMA_CPP_FLASH] == [3467.519287] * 2
-    ours = {figure for figure, contender in figures if contender == OURS}
+    turns = {(row["figure"], row["contender"]): row["turns"] for row in found["figures"]}
+    assert turns["decode", LLAMA2C] == [0.5, 0.5] and turns["batch 16", LLAMA_CPP_FLASH] == [3467.519287] * 2
+    ours = {figure for figure, contender in turns if contender == OURS}
     assert ours >= {"decode", "read", "decode at 1", "decode at 1024", "prefill 128", "prefill 512", "start", "file"}
-    assert all(turn > 0 for turns in figures.values() for turn in turns)
+    assert all(value > 0 for values in turns.values() for value in values)
+    assert turns["decode after 0", LLAMA_CPP_FLASH] == [1984.008089] * 2
     assert found["bars"][0]["what"] == "f32 decode / llama.cpp fa"
-    assert "sample.py's first word after" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "sample.py's first word after" in text and "drafts need trained models" in text
 
 
 PEER_TRAIN = """
@@ -326,6 +334,6 @@ def test_large_shapes_leave_out_float32_unless_asked() -> None:
 
 def test_bandwidth_reads_everything_each_time() -> None:
     memory = np.arange(1000, dtype=np.float32)
-    assert runtime._sum(memory, 1) == memory.sum()
-    assert runtime._sum(memory, 3) == memory.sum() + memory[1:].sum() + memory[2:].sum()
-    assert runtime.read_bandwidth(1 << 16, 2) > 0
+    assert figures._sum(memory, 1) == memory.sum()
+    assert figures._sum(memory, 3) == memory.sum() + memory[1:].sum() + memory[2:].sum()
+    assert figures.read_bandwidth(1 << 16, 2) > 0
