@@ -78,8 +78,8 @@ def measure_texts(
 ) -> Iterator[tuple[str, float, float]]:
     """Yield (contender, tokens/s, share of proposals kept) over all prompts, plain generation first."""
     contenders: dict[str, Draft | None] = {PLAIN: None, **drafts}
-    seconds, proposed, kept = Counter[str](), Counter[str](), Counter[str]()
-    n_tokens = 0
+    proposed, kept = Counter[str](), Counter[str]()
+    seconds, n_tokens = dict.fromkeys(contenders, 0.0), 0
     for draft in contenders.values():  # what is compiled or allocated at first use
         generate(model, prompts[0], draft, temperature, 1)
     for number, prompt in enumerate(prompts):

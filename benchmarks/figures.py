@@ -227,7 +227,7 @@ OF_MODEL: Mapping[str, Callable[[Contest, Transformer], Found]] = {
 
 
 def measure_sampling(name: str, shape: Shape) -> Found:
-    """Yield the seconds of choosing a token at temperature 1 and top-p 0.9, compiled and in numpy."""
+    """Yield the seconds of choosing a token at temperature 1 and top-p 0.9, compiled and in numpy: medians of draws."""
     vocab_size, rng = shape.config.vocab_size, np.random.default_rng(0)
     rule = Rule.create(SamplingConfig(temperature=1.0, top_p=0.9), vocab_size)
     coins = rng.random(SAMPLES, np.float32)
@@ -235,13 +235,11 @@ def measure_sampling(name: str, shape: Shape) -> Found:
     for kind, deviation in LOGITS.items():
         rows = rng.normal(0, deviation, (SAMPLED_ROWS, vocab_size)).astype(np.float32)
         for contender, choose in ((OURS, compiled), (NUMPY, choose_token)):
-
-            def sample(choose: Any = choose, rows: Any = rows) -> None:
-                for number, coin in enumerate(coins):
-                    choose(rows[number % SAMPLED_ROWS], rule, coin)
-
             choose(rows[0], rule, coins[0])
-            yield Key(name, ANY_DTYPE, f"sampling {kind}", contender), seconds(sample) / SAMPLES
+            times = [
+                seconds(partial(choose, rows[number % SAMPLED_ROWS], rule, coin)) for number, coin in enumerate(coins)
+            ]
+            yield Key(name, ANY_DTYPE, f"sampling {kind}", contender), statistics.median(times)
 
 
 def count_cache_bytes(name: str, shape: Shape) -> Found:
@@ -256,7 +254,7 @@ OF_SHAPE: Mapping[str, Callable[[str, Shape], Found]] = {"sampling": measure_sam
 # -- instruments ------------------------------------------------------------------------------------------------------
 
 
-def seconds(work: Callable[[], None], repeats: int = 1) -> float:
+def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
     """Return the mean duration of `work`."""
     return timeit.timeit(work, number=repeats) / repeats
 
