@@ -275,7 +275,8 @@ def shape_lines(results: Results, shape: str, config: ModelConfig, turns: int) -
         f"{config.n_heads} heads, hidden_dim {config.hidden_dim}, vocabulary {config.vocab_size}"
     )
     rates = [Key(shape, dtype, figure) for dtype in results.dtypes(shape) for figure in results.rates(shape, dtype)]
-    shown = [name for name in CONTENDERS if any(key._replace(contender=name) in results.turns for key in rates)]
+    known = {**results.turns, **results.missing}
+    shown = [name for name in CONTENDERS if any(key._replace(contender=name) in known for key in rates)]
     with_ik = IK_LLAMA_CPP in shown
     if rates:
         head = "".join(f"{name:>{_width(name)}}" for name in shown)

@@ -118,7 +118,7 @@ PROGRAM = re.compile(rf"(torchrun .*)?(python -m [bt]|(python )?\w+\.py|make [a-
 COMMANDS = [f"{script}.py" for script in ("train", "export", "sample")]
 COMMANDS += [f"tinystories.py {command}" for command in ("download", "synthesize", "train-vocab", "pretokenize")]
 COMMANDS += [f"llamalet {command}" for command in LLAMALET]
-COMMANDS += ["-m benchmarks.learning", "-m benchmarks.training"]
+COMMANDS += ["-m benchmarks.learning", "-m benchmarks.training", "-m benchmarks.runtime"]
 
 
 def commands(page):
