@@ -147,7 +147,8 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes share the model: ddp gives each a copy, fsdp (FSDP2) a share of every layer."""
+    """How several processes share the model: ddp gives each a copy, fsdp (FSDP2) a share of every layer. fsdp
+    also works in one process, if torchrun starts it."""
     dtype: str = "auto"
     """Type of the matrix products: float32, bfloat16, or auto (bfloat16 where it is faster). Weights are float32."""
     compile: bool = True

@@ -72,6 +72,7 @@ class TorchBackend:
         self.facts, self.threads = machine.facts, torch.get_num_threads()
         compiled = "compiled" if machine.not_compiled is None else f"not compiled: {machine.not_compiled}"
         dtype = str(machine.dtype).removeprefix("torch.")
+        compiled += ", FSDP2" if isinstance(self.model, FSDPModule) else ""
         self.description = f"{group.device}, {self.threads} thread{'s' * (self.threads > 1)}, {dtype}, {compiled}"
         self.peak_tflops = hardware.peak_tflops(group.device, machine.dtype)
 

@@ -123,10 +123,9 @@ def process_group() -> Iterator[Processes]:
     rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         store, group = _meet()
-        if group.count > 1:
-            # Tensors on the CPU go through gloo, so that flags and names need not wait for a GPU.
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.count)
+        # Tensors on the CPU go through gloo, so that flags and names need not wait for a GPU.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.count)
         yield group
     except RuntimeError as error:  # gloo raises plain RuntimeErrors
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -214,11 +213,11 @@ def parallelize(model: Llama, kind: str, group: Processes, *, compiled: bool) ->
 
     Args:
         model: on the process's device, with the same weights in every process.
-        kind: ddp or fsdp; ignored for a single process.
+        kind: ddp or fsdp; ignored for a single process, unless torchrun started it with fsdp.
         group: the processes.
         compiled: whether to use torch.compile.
     """
-    if kind == "ddp" or group.count == 1:
+    if kind == "ddp" or not dist.is_initialized():
         if compiled:
             model.compile()
         if group.count == 1:

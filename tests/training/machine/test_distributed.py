@@ -129,6 +129,20 @@ def test_each_process_holds_its_share(project):
     assert held and max(held) < 0.52 * whole
 
 
+def test_one_process_of_torchrun_can_be_sharded_too(project):
+    """So that FSDP2 can be tried where there is one GPU; torchrun's variables are set without torchrun, for speed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    alone = address | {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, variables in (("one-plain", {}), ("one-sharded", alone)):
+        options = [*SMALL, FSDP, "--optimizer=muon", "--grad_clip=0", "--spike_factor=0", f"--out_dir={name}"]
+        ended = forked.run(project, options, environment=variables)
+        assert ended.codes == [0], ended.err
+        assert ("FSDP2" in ended.out) == bool(variables)
+    for step in (0, 2, 4):
+        assert distance(project / "one-plain", project / "one-sharded", step) == 0.0
+
+
 def count_and_gather(model):
     from training.machine import distributed
 
