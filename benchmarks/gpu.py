@@ -125,7 +125,7 @@ Work = Callable[[Path], Figures]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class GpuPart:
     """A part of the run.
 
     Attributes:
@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
 
 def plan(
     config: GpuConfig, device: torch.device, shapes: Mapping[str, Mapping[str, int]], scratch: Path
-) -> Iterator[Part]:
+) -> Iterator[GpuPart]:
     """Yield all parts, those first that matter most.
 
     Args:
@@ -189,24 +189,24 @@ def plan(
         scratch: a folder for the demo's text.
     """
 
-    def contender(name: str, title: str, rung: speed.Rung, optimizer: str) -> Part:
+    def contender(name: str, title: str, rung: speed.Rung, optimizer: str) -> GpuPart:
         """Return the part that times the trainer at a shape."""
         rung = dataclasses.replace(rung, compile=rung.compile and not config.dry_run)
         work = partial(time_ours, config, {**shapes[name], "optimizer": optimizer}, rung, device)
-        return Part(
+        return GpuPart(
             name=f"{name} {title}", work=work, limit_s=SHAPE_LIMITS_S[name], key=Key(name, rung.dtype, "", title)
         )
 
-    def peer(name: str) -> Part:
+    def peer(name: str) -> GpuPart:
         """Return the part that times llama2.c's train.py."""
         folder = config.peer_train and Path(config.peer_train).resolve()
         work = partial(time_peer, config, folder, shapes[name], device) if folder else None
         key = Key(name, "f32" if config.dry_run else "bf16", "", speed.PEER)
-        return Part(name=f"{name} {speed.PEER}", work=work, limit_s=SHAPE_LIMITS_S[name], key=key)
+        return GpuPart(name=f"{name} {speed.PEER}", work=work, limit_s=SHAPE_LIMITS_S[name], key=key)
 
-    def demo(name: str, *options: str, launcher: Sequence[str] = (), limit_s: float = RUN_LIMIT_S) -> Part:
+    def demo(name: str, *options: str, launcher: Sequence[str] = (), limit_s: float = RUN_LIMIT_S) -> GpuPart:
         """Return the part that trains the demo with these options."""
-        return Part(name=f"demo {name}", work=partial(train_demo, [*words, *options], launcher), limit_s=limit_s)
+        return GpuPart(name=f"demo {name}", work=partial(train_demo, [*words, *options], launcher), limit_s=limit_s)
 
     ladder = {title: rung for title, rung in speed.rungs(device).items() if rung.backend == "torch"}
     trained = ladder.pop(speed.TRAINED)
@@ -217,7 +217,7 @@ def plan(
     yield peer("15M")
 
     corpus, steps = scratch / "corpus", config.demo_steps
-    yield Part(name="corpus", work=partial(write_corpus, corpus, config.dry_run), limit_s=RUN_LIMIT_S)
+    yield GpuPart(name="corpus", work=partial(write_corpus, corpus, config.dry_run), limit_s=RUN_LIMIT_S)
     words = [str(ROOT / "configs" / "demo.toml"), f"--data={corpus}", "--backend=torch", "--no-sample"]
     words += [f"--max_iters={steps}", f"--eval_interval={steps}", f"--log_interval={steps // 20}", "--save_every=0"]
     words += [*TINY_DEMO, "--threads=1"] if config.dry_run else []
@@ -226,7 +226,7 @@ def plan(
     yield demo("bfloat16", "--dtype=bfloat16")
     yield demo("TF32", "--dtype=float32")
     yield demo("FSDP2, one process", "--dtype=bfloat16", "--parallel=fsdp", launcher=TORCHRUN)
-    yield Part(name=RESUME, work=partial(stop_and_resume, words, steps), limit_s=RESUME_LIMIT_S)
+    yield GpuPart(name=RESUME, work=partial(stop_and_resume, words, steps), limit_s=RESUME_LIMIT_S)
 
     for name in ("110M", "42M"):
         yield contender(name, ADAMW, trained, "adamw")
@@ -344,7 +344,7 @@ def run_script(
 # -- a part as a process ----------------------------------------------------------------------------------------------
 
 
-def run_part(part: Part, scratch: Path, out: Path, left_s: float) -> Figures:
+def run_part(part: GpuPart, scratch: Path, out: Path, left_s: float) -> Figures:
     """Do a part in another process, which is ended at its limit with all that it has started.
 
     Args:
@@ -426,7 +426,7 @@ def kill_all(process: int) -> None:
 
 
 @dataclass(kw_only=True)
-class Report:
+class GpuReport:
     """What was found so far.
 
     Attributes:
@@ -445,14 +445,14 @@ class Report:
     results: Results = field(default_factory=Results)
     parts: dict[str, Figures] = field(default_factory=dict)
 
-    def add(self, part: Part, figures: Figures, seconds: float) -> None:
+    def add(self, part: GpuPart, figures: Figures, seconds: float) -> None:
         """Add the figures of a part."""
         self.parts[part.name] = {"seconds": seconds} | ({} if part.key else figures)
         if part.key:
             for figure, turns in figures.items():
                 self.results.turns[part.key._replace(figure=figure)] = turns
 
-    def leave_out(self, part: Part, reason: str, seconds: float) -> None:
+    def leave_out(self, part: GpuPart, reason: str, seconds: float) -> None:
         """Say why a part has no figures."""
         self.parts[part.name] = {"seconds": seconds, "reason": reason}
         if part.key:
@@ -505,7 +505,7 @@ def resume_line(found: Figures) -> str:
     return f"{where}, {' and '.join(differ)} DIFFER from a run that never stopped"
 
 
-def new_report(config: GpuConfig, device: torch.device) -> Report:
+def new_report(config: GpuConfig, device: torch.device) -> GpuReport:
     """Return a report about this machine that has no figures yet."""
     options = speed.TrainingBenchConfig(peak_tflops=config.peak_tflops)
     shapes = {name: TINY_SHAPE if config.dry_run else options.shape(name, device) for name in speed.SHAPES}
@@ -522,7 +522,7 @@ def new_report(config: GpuConfig, device: torch.device) -> Report:
         "shapes": shapes,
         "peak_tflops": peak,
     }
-    return Report(facts=facts, shapes=shapes, peak=peak, steps=config.demo_steps)
+    return GpuReport(facts=facts, shapes=shapes, peak=peak, steps=config.demo_steps)
 
 
 def describe_gpu(device: torch.device) -> str:
