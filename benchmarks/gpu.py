@@ -278,11 +278,13 @@ def train_demo(words: Sequence[str], launcher: Sequence[str], folder: Path) -> F
     if launcher and not any("FSDP2" in line for line in lines):
         raise UsageError("train.py did not use FSDP2")
     rows = metrics.read(folder / "out" / metrics.METRICS_FILE)
-    rates = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
+    columns = {name: [row[name] for row in rows if name in row] for name in ("val_loss", "loss", "tokens_per_s")}
+    if None in columns["val_loss"]:
+        raise UsageError("the validation loss is not finite")
     return {
-        "val_loss": next(row["val_loss"] for row in reversed(rows) if "val_loss" in row),
-        "loss": next(row["loss"] for row in reversed(rows) if "loss" in row),
-        "tokens_per_s": float(np.median(rates)),
+        "val_loss": columns["val_loss"][-1],
+        "loss": columns["loss"][-1],
+        "tokens_per_s": float(np.median(columns["tokens_per_s"])),
     }
 
 
