@@ -32,7 +32,7 @@ from numba.extending import intrinsic, overload
 
 from llamalet.errors import ConfigError
 from llamalet.kernels import llvm, simd
-from llamalet.kernels.jit import OPTIONS
+from llamalet.kernels.jit import PART
 from llamalet.kernels.layers import array_at
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, i64
 
@@ -152,7 +152,7 @@ def stored(value: Any, array: Any) -> Any:
     """Return a float32 as an array, of float32 or bfloat16, holds it."""
 
 
-@overload(stored, jit_options=OPTIONS, strict=False)
+@overload(stored, jit_options=PART, strict=False)
 def _stored(value: Any, array: Any) -> Any:
     if array.dtype == types.float32:
         return lambda value, array: value

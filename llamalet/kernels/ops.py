@@ -14,7 +14,7 @@ from numba import float32, types
 from numba.extending import overload
 
 from llamalet.kernels import simd
-from llamalet.kernels.jit import OPTIONS, kernel, summing_kernel
+from llamalet.kernels.jit import PART, inner_kernel, summing_kernel
 from llamalet.kernels.split_rows import SplitRows, matmul_split, split_rows
 from llamalet.model_file.quantize import CHUNK_COLS, ROW_BLOCK
 
@@ -44,7 +44,7 @@ def new_quantized_rows(n: int, cols: int, group_size: int, bits: int) -> Quantiz
 # -- the functions of reference.py ------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def rmsnorm(x: Any, weight: Any, eps: float, out: Any) -> None:
     """Normalise x (C,) into out (C,)."""
     factor = float32(1) / np.sqrt(dot(x, x) / float32(len(x)) + eps)
@@ -52,7 +52,7 @@ def rmsnorm(x: Any, weight: Any, eps: float, out: Any) -> None:
         out[i] = x[i] * factor * weight[i]
 
 
-@kernel
+@inner_kernel
 def rope(x: Any, cos: Any, sin: Any) -> None:
     """Turn all heads of x (n * D,) in place by the angles (D / 2,) of its position."""
     half = len(cos)
@@ -64,7 +64,7 @@ def rope(x: Any, cos: Any, sin: Any) -> None:
             x[start + 2 * i + 1] = odd * cos[i] + even * sin[i]
 
 
-@kernel
+@inner_kernel
 def swiglu(gate: Any, up: Any) -> None:
     """Replace gate (n,) by silu(gate) * up."""
     for i in range(len(gate)):
@@ -79,7 +79,7 @@ def prepare_activations(x: Any, activations: Any, first: int, last: int) -> None
     """
 
 
-@overload(prepare_activations, jit_options=OPTIONS, strict=False)
+@overload(prepare_activations, jit_options=PART, strict=False)
 def _prepare_activations(x: Any, activations: Any, first: Any, last: Any) -> Any:
     if isinstance(activations, types.Array):
         return lambda x, activations, first, last: None
@@ -93,7 +93,7 @@ def lanes_of(activations: Any) -> int:
     return int(activations.parts.shape[3]) if isinstance(activations, SplitRows) else 1
 
 
-@overload(lanes_of, jit_options=OPTIONS, strict=False)
+@overload(lanes_of, jit_options=PART, strict=False)
 def _lanes_of(activations: Any) -> Any:
     return (lambda activations: activations.parts.shape[3]) if are_split(activations) else (lambda activations: 1)
 
@@ -103,7 +103,7 @@ def are_split(activations: Any) -> bool:
     return getattr(activations, "instance_class", None) is SplitRows
 
 
-@kernel
+@inner_kernel
 def quantize_rows(x: Any, rows: Any, first: int, last: int) -> None:
     """Quantize x[first:last] (T, cols); as in reference.py a NaN or an infinity spoils its group's scale.
 
@@ -144,7 +144,7 @@ def matmul(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, 
     """
 
 
-@overload(matmul, jit_options=OPTIONS, strict=False)
+@overload(matmul, jit_options=PART, strict=False)
 def _matmul(matrix: Any, x: Any, first_t: Any, count: Any, out: Any, first: Any, last: Any, scratch: Any) -> Any:
     if are_split(x):
         return lambda matrix, x, first_t, count, out, first, last, scratch: matmul_split(
@@ -196,7 +196,7 @@ def embed(matrix: Any, token: int, x: Any, group_size: int) -> None:
     """Write the embedding of a token, a row of the matrix (V, C), to x (C,)."""
 
 
-@overload(embed, jit_options=OPTIONS, strict=False)
+@overload(embed, jit_options=PART, strict=False)
 def _embed(matrix: Any, token: Any, x: Any, group_size: Any) -> Any:
     if isinstance(matrix, types.Array):
         return lambda matrix, token, x, group_size: widen(matrix[token], x)
@@ -205,7 +205,7 @@ def _embed(matrix: Any, token: Any, x: Any, group_size: Any) -> Any:
     return lambda matrix, token, x, group_size: unpack_row(matrix, token, x, group_size, 0, 4, 15, 8)
 
 
-@kernel
+@inner_kernel
 def unpack_row(
     matrix: Any, row: int, x: Any, group_size: int, half_bytes: int, half_bits: int, mask: int, zero_point: int
 ) -> None:
@@ -233,7 +233,7 @@ def unpack_row(
 # -- small parts of them ----------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def widen(x: Any, out: Any) -> None:
     """Copy x (n,), float32 or bfloat16, to out (n,)."""
     for i in range(len(out)):
@@ -245,14 +245,14 @@ def as_float(x: Any) -> float:
     return float((np.uint32(x) << np.uint32(16)).view(np.float32) if isinstance(x, np.uint16) else x)
 
 
-@overload(as_float, jit_options=OPTIONS, strict=False)
+@overload(as_float, jit_options=PART, strict=False)
 def _as_float(x: Any) -> Any:
     if isinstance(x, types.Float):
         return lambda x: x
     return lambda x: simd.float_of_bits(np.int32(np.uint32(x) << np.uint32(16)))
 
 
-@kernel
+@inner_kernel
 def four(first: int, end: int) -> Any:
     """Return 4 numbers from `first` on; if fewer are left before `end`, the last one repeats."""
     return first, min(first + 1, end - 1), min(first + 2, end - 1), min(first + 3, end - 1)

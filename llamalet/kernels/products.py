@@ -28,7 +28,7 @@ from numba.extending import intrinsic, overload
 
 from llamalet.kernels import bfloat16, llvm, simd
 from llamalet.kernels.bfloat16 import LANES, add_pair_products, begin_tiles, end_tiles, multiply_tiles
-from llamalet.kernels.jit import OPTIONS, inlined_kernel, inner_kernel
+from llamalet.kernels.jit import PART, inlined_kernel, inner_kernel
 from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I32, I64, i64
 from llamalet.kernels.shared import shared_kernel
@@ -138,7 +138,7 @@ def pack_rows(weight: Any, panels: Any, panel: int) -> None:
     """Pack 16 rows of a contiguous matrix (n, depth) as a panel: the right side is its transpose."""
 
 
-@overload(pack_rows, jit_options=OPTIONS, strict=False)
+@overload(pack_rows, jit_options=PART, strict=False)
 def _pack_rows(weight: Any, panels: Any, panel: Any) -> Any:
     if panels.dtype == types.uint32:
         return lambda weight, panels, panel: bfloat16.pack_rows(weight, panel * LANES, panels[panel])
@@ -151,7 +151,7 @@ def pack_columns(x: Any, panels: Any, first: int, last: int) -> None:
     """Pack rows first..last of a matrix (depth, n) into all panels: the right side is the matrix itself."""
 
 
-@overload(pack_columns, jit_options=OPTIONS, strict=False)
+@overload(pack_columns, jit_options=PART, strict=False)
 def _pack_columns(x: Any, panels: Any, first: Any, last: Any) -> Any:
     return bfloat16.pack_columns if panels.dtype == types.uint32 else pack_columns_of_floats
 
@@ -177,7 +177,7 @@ def prepare_left(x: Any, room: Any) -> None:
     """Round a matrix (m, depth) into the room for it, if products of this kind need that; see `left_of`."""
 
 
-@overload(prepare_left, jit_options=OPTIONS, strict=False)
+@overload(prepare_left, jit_options=PART, strict=False)
 def _prepare_left(x: Any, room: Any) -> Any:
     if x.dtype == room.dtype:
         return lambda x, room: None
@@ -207,7 +207,7 @@ def prepare_transpose(x: Any, room: Any) -> None:
     """Write the transpose of a matrix (depth, m) into the room for it; see `transpose_of`."""
 
 
-@overload(prepare_transpose, jit_options=OPTIONS, strict=False)
+@overload(prepare_transpose, jit_options=PART, strict=False)
 def _prepare_transpose(x: Any, room: Any) -> Any:
     def of_pairs(x: Any, room: Any) -> None:
         for first in range(0, len(x), bfloat16.TERMS):
@@ -220,7 +220,7 @@ def prepare_transpose_of_lower(x: Any, room: Any) -> None:
     """Do what prepare_transpose does, for a lower triangle (T, T), zero up to the end of its 32 rows."""
 
 
-@overload(prepare_transpose_of_lower, jit_options=OPTIONS, strict=False)
+@overload(prepare_transpose_of_lower, jit_options=PART, strict=False)
 def _prepare_transpose_of_lower(x: Any, room: Any) -> Any:
     def of_pairs(x: Any, room: Any) -> None:
         for first in range(0, len(x), bfloat16.TERMS):
@@ -256,7 +256,7 @@ def terms_of(left: Any, first: int, end: int) -> tuple[int, int]:
     return (first // 2, (end + 1) // 2) if left.dtype == np.uint32 else (first, end)
 
 
-@overload(terms_of, jit_options=OPTIONS, strict=False)
+@overload(terms_of, jit_options=PART, strict=False)
 def _terms_of(left: Any, first: Any, end: Any) -> Any:
     if left.dtype == types.uint32:
         return lambda left, first, end: (first // 2, (end + 1) // 2)
@@ -306,7 +306,7 @@ def tile_shape(left: Any) -> tuple[int, int, int]:
     return PAIR_TILE if left.dtype == np.uint32 else TILE
 
 
-@overload(tile_shape, jit_options=OPTIONS, strict=False)
+@overload(tile_shape, jit_options=PART, strict=False)
 def _tile_shape(left: Any) -> Any:
     shape = PAIR_TILE if left.dtype == types.uint32 else TILE
     return lambda left: shape
@@ -316,7 +316,7 @@ def begin(left: Any) -> None:
     """Set up what products with this kind of left side need."""
 
 
-@overload(begin, jit_options=OPTIONS, strict=False)
+@overload(begin, jit_options=PART, strict=False)
 def _begin(left: Any) -> Any:
     return (lambda left: begin_tiles(False)) if AMX and left.dtype == types.uint32 else lambda left: None
 
@@ -325,7 +325,7 @@ def end(left: Any) -> None:
     """Undo `begin`."""
 
 
-@overload(end, jit_options=OPTIONS, strict=False)
+@overload(end, jit_options=PART, strict=False)
 def _end(left: Any) -> Any:
     return (lambda left: end_tiles()) if AMX and left.dtype == types.uint32 else lambda left: None
 
@@ -352,7 +352,7 @@ def multiply_rows(
     """Multiply `count` rows of the left side, a matrix or packed, by `width` panels: terms k up to k_end."""
 
 
-@overload(multiply_rows, jit_options=OPTIONS, strict=False)
+@overload(multiply_rows, jit_options=PART, strict=False)
 def _multiply_rows(
     left: Any, row: Any, count: Any, k: Any, k_end: Any, panels: Any, panel: Any, width: Any, out: Any, add: Any
 ) -> Any:

@@ -38,7 +38,7 @@ from llamalet.kernels.bfloat16 import (
     round_vector,
     tile_call,
 )
-from llamalet.kernels.jit import inner_kernel, kernel
+from llamalet.kernels.jit import inner_kernel
 from llamalet.kernels.layers import contiguous_at
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, Table, i64
 
@@ -74,7 +74,7 @@ def new_scratch(threads: int, cols: int) -> NDArray[np.float32]:
 # -- splitting --------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def split_rows(x: Any, rows: Any, first: int, last: int) -> None:
     """Split x[first:last] (T, cols). With 16 lanes, `first` must begin a panel, and rows after `last` may be split."""
     lanes = rows.parts.shape[3]
@@ -161,7 +161,7 @@ def _parts(builder: ir.IRBuilder, x: Table, row: Any, pair: Any) -> list[Any]:
 # -- products ---------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def matmul_split(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
     """Be `ops.matmul` for a bfloat16 matrix and SplitRows; scratch is a thread's part of `new_scratch`."""
     if count == 0:

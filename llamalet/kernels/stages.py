@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llamalet.kernels import attention, kv_slots, ops, threads
-from llamalet.kernels.jit import inlined_kernel, kernel
+from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel
 from llamalet.kernels.layers import floats_at, layer_of
 from llamalet.model_file.quantize import ROW_BLOCK
 
@@ -274,7 +274,7 @@ def logits(weights: Any, space: Any, block: int, n_blocks: int, thread: int) -> 
 # -- parts of the stages ----------------------------------------------------------------------------------------------
 
 
-@kernel
+@inner_kernel
 def share_of(n: int, block: int, n_blocks: int) -> Any:
     """Return the first of a block's share of n things, and the one after its last."""
     return n * block // n_blocks, n * (block + 1) // n_blocks
@@ -300,7 +300,7 @@ def multiply(
     return slice(first * ROW_BLOCK, min(last * ROW_BLOCK, n_rows))
 
 
-@kernel
+@inner_kernel
 def add_rows(x: Any, y: Any, first: int, last: int) -> None:
     """Add y[first:last] to x[first:last], both (T, C)."""
     for t in range(first, last):
@@ -308,7 +308,7 @@ def add_rows(x: Any, y: Any, first: int, last: int) -> None:
             x[t, i] += y[t, i]
 
 
-@kernel
+@inner_kernel
 def norm_rows(x: Any, weight: Any, eps: float, normed: Any, activations: Any, first: int, last: int) -> None:
     """Normalise x[first:last] (T, C), and write the result as the next matrix multiplies it."""
     for t in range(first, last):

@@ -185,7 +185,7 @@ def blocks(team: Any) -> Any:
 
 
 @shared_kernel
-def block_of_job(team: Any, first: bool) -> Any:
+def block_of_job(team: Any, first: bool) -> int:
     """Return the next block of a job of one stage, or -1."""
     if first and team.thread == 0:
         open_job(team.shared)

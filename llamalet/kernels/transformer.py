@@ -23,6 +23,7 @@ from llamalet.kernels.layers import Weights, stack_weights
 from llamalet.kernels.losses import Losses
 from llamalet.kernels.ops import new_quantized_rows
 from llamalet.kernels.sampling import TokenChooser
+from llamalet.kernels.shared import SECOND_PROCESS
 from llamalet.kernels.split_rows import new_scratch, new_split_rows
 from llamalet.kernels.stages import JOB, RopeTables, Workspace
 from llamalet.kernels.threads import ThreadTeam, new_words
@@ -274,5 +275,5 @@ def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[.
     """
     if not stages.work.signatures:
         kernel_cache.enable(stages.work)
-    with kernel_cache.without_collecting():
+    with kernel_cache.without_collecting(), SECOND_PROCESS.while_compiling():
         return stages.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
