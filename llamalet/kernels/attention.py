@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 
 from llamalet.aligned import aligned_zeros
 from llamalet.kernels import llvm, simd
+from llamalet.kernels.by_address import by_address_inside
 from llamalet.kernels.jit import inner_kernel
 from llamalet.kernels.kv_slots import (
     AHEAD,
@@ -31,15 +32,15 @@ from llamalet.kernels.kv_slots import (
     F32_KIND,
     Q8_KIND,
     bfloat16s_at,
-    float_keys,
-    float_values,
     int8s_at,
     keep_key,
     keep_value,
+    kept_bytes,
     place_of_keys,
     place_of_values,
+    widen,
 )
-from llamalet.kernels.layers import FLOAT_BYTES, floats_at
+from llamalet.kernels.layers import FLOAT_BYTES, address_of_row, floats_at
 from llamalet.kernels.llvm import F32, I64, Table, i64
 from llamalet.kernels.powers import write_powers
 from llamalet.kernels.shared import shared_kernel
@@ -59,6 +60,7 @@ LINE = 8
 """At least ROWS, so that each thread has cache lines of its own for them."""
 
 
+@by_address_inside
 class ContextSpace(NamedTuple):
     """The memory of attention, float32. W is D filled up to a multiple of 16.
 
@@ -231,39 +233,22 @@ def attend_piece(
         space: ContextSpace.
         thread: number of the thread.
     """
-    head_dim, width = q_heads.shape[1], space.values.shape[2]
-    key, n_key_rows = place_of_keys(slot, cached, head_dim, start), (length + LANES - 1) // LANES * head_dim
-    value = place_of_values(slot, cached, width, start)
-    if slot.kind == F32_KIND or run.size > ROWS:
-        keys = float_keys(slot, key, n_key_rows, space.keys[thread])
-        values = float_values(slot, value, length, space.values[thread])
-        meet(q_heads, run, slot, cached, start, length, keys, values, space, thread)
-    elif slot.kind == BF16_KIND:
-        keys_16 = bfloat16s_at(slot.keys + 2 * key, n_key_rows, LANES)
-        values_16 = bfloat16s_at(slot.values + 2 * value, length, width)
-        meet(q_heads, run, slot, cached, start, length, keys_16, values_16, space, thread)
-    else:
-        keys_8, values_8 = int8s_at(slot.keys + key, n_key_rows, LANES), int8s_at(slot.values + value, length, width)
-        meet(q_heads, run, slot, cached, start, length, keys_8, values_8, space, thread)
-
-
-@inner_kernel
-def meet(
-    q_heads: Any, run: Any, slot: Any, cached: int, start: int, length: int, keys: Any, values: Any, space: Any,
-    thread: int,
-) -> None:  # fmt: skip
-    """Let the queries of a run meet a piece's keys (n, 16) and values (length, W) of any kind, ROWS at a time."""
-    scale = float32(1) / np.sqrt(float32(q_heads.shape[1]))
+    head_dim, width, kind = q_heads.shape[1], space.values.shape[2], slot.kind
+    key, value = place_of_keys(slot, cached, head_dim, start), place_of_values(slot, cached, width, start)
+    keys, values = slot.keys + key * kept_bytes(kind), slot.values + value * kept_bytes(kind)
+    if kind != F32_KIND and run.size > ROWS:
+        widen(keys, (length + LANES - 1) // LANES * LANES * head_dim, kind, space.keys[thread])
+        widen(values, length * width, kind, space.values[thread])
+        keys, values = address_of_row(space.keys[thread], 0), address_of_row(space.values[thread], 0)
+        kind = F32_KIND
+    scale = float32(1) / np.sqrt(float32(head_dim))
     # Positions before the piece do not see it.
     for row in range(max(0, start - slot.position) * run.group, run.size, ROWS):
         n_rows, position = min(ROWS, run.size - row), slot.position - start
         load_queries(q_heads, run, row, n_rows, position, length, space, thread)
-        score(n_rows, keys, space, thread)
+        score(n_rows, kind, keys, space, thread)
         soften(n_rows, slot, cached, start, scale, space, thread)
-        combine(
-            n_rows, space.scores[thread], space.counts[thread], values, values.shape[1], LANES,
-            values.shape[1] // LANES, space.tile[thread],
-        )  # fmt: skip
+        mix(n_rows, kind, values, length, space, thread)
         for r in range(n_rows):
             deliver(run, row + r, space.tile[thread, r], space.tile_sums[thread, r], space, scale)
 
@@ -294,12 +279,27 @@ def load_queries(
 
 
 @inner_kernel
-def score(n_rows: int, keys: Any, space: Any, thread: int) -> None:
-    """Write the products of the queries and a piece's keys to scores, with some of keys that a query does not see."""
+def score(n_rows: int, kind: int, keys: int, space: Any, thread: int) -> None:
+    """Write the products of the queries and a piece's keys to scores, with some of keys that a query does not see.
+
+    `keys` is their address, and `kind` how they are kept there.
+    """
     head_dim, n_blocks = space.queries.shape[2], (space.counts[thread, ROWS - 1] + LANES - 1) // LANES
     components = space.components  # all of each query
-    queries, scores = space.queries[thread], space.scores[thread]
-    combine(n_rows, queries, components, keys, LANES, head_dim * LANES, n_blocks, scores)
+    combine_kept(
+        n_rows, space.queries[thread], components, kind, keys, n_blocks * head_dim, LANES, LANES, head_dim * LANES,
+        n_blocks, space.scores[thread],
+    )  # fmt: skip
+
+
+@inner_kernel
+def mix(n_rows: int, kind: int, values: int, length: int, space: Any, thread: int) -> None:
+    """Add the sum of a piece's values times their powers to the tile; `values` is their address."""
+    width = space.tile.shape[2]
+    combine_kept(
+        n_rows, space.scores[thread], space.counts[thread], kind, values, length, width, width, LANES, width // LANES,
+        space.tile[thread],
+    )  # fmt: skip
 
 
 @inner_kernel
@@ -360,6 +360,23 @@ def multiply(x: Any, scales: int) -> None:
 
 
 # -- the sums ---------------------------------------------------------------------------------------------------------
+
+
+@inner_kernel
+def combine_kept(
+    n_rows: int, weights: Any, counts: Any, kind: int, address: int, length: int, width: int, term_step: int,
+    block_step: int, n_blocks: int, out: Any,
+) -> None:  # fmt: skip
+    """Do what `combine` does with vectors (length, width) at an address, which are kept as `kind` says."""
+    if kind == F32_KIND:
+        vectors = floats_at(address, length, width)
+        combine(n_rows, weights, counts, vectors, term_step, block_step, n_blocks, out)
+    elif kind == BF16_KIND:
+        vectors_16 = bfloat16s_at(address, length, width)
+        combine(n_rows, weights, counts, vectors_16, term_step, block_step, n_blocks, out)
+    else:
+        vectors_8 = int8s_at(address, length, width)
+        combine(n_rows, weights, counts, vectors_8, term_step, block_step, n_blocks, out)
 
 
 @inner_kernel

@@ -9,7 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llamalet.kernels import llvm, simd
-from llamalet.kernels.jit import inlined_kernel, inner_kernel
+from llamalet.kernels.jit import inner_kernel
 from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at, floats_at
 from llamalet.kernels.llvm import I8, I16, I64, i64
 from llamalet.kernels.shared import shared_kernel
@@ -46,34 +46,19 @@ def place_of_values(slot: Any, head: int, width: int, start: int) -> int:
     return (head * slot.capacity + start) * width
 
 
-@inlined_kernel
-def float_keys(slot: Any, place: int, n_rows: int, room: Any) -> Any:
-    """Return keys from number `place` on, in place or widened into `room`: float32 (n_rows, 16).
-
-    D rows hold the keys of 16 positions side by side, the next D rows those of the next 16.
-    """
-    if slot.kind == F32_KIND:
-        return floats_at(slot.keys + place * FLOAT_BYTES, n_rows, LANES)
-    widen(slot.keys, place, n_rows * LANES, slot.kind, room)
-    return room
-
-
-@inlined_kernel
-def float_values(slot: Any, place: int, length: int, room: Any) -> Any:
-    """Return values from number `place` on, in place or widened into `room`: float32 (length, W)."""
-    if slot.kind == F32_KIND:
-        return floats_at(slot.values + place * FLOAT_BYTES, length, room.shape[1])
-    widen(slot.values, place, length * room.shape[1], slot.kind, room)
-    return room
+@inner_kernel
+def kept_bytes(kind: int) -> int:
+    """Return the bytes of a number in a cache of this kind."""
+    return FLOAT_BYTES if kind == F32_KIND else 2 if kind == BF16_KIND else 1
 
 
 @inner_kernel
-def widen(address: int, first: int, n: int, kind: int, out: Any) -> None:
-    """Write n numbers of a cache from number `first` on, a multiple of 16, to out as float32."""
+def widen(address: int, n: int, kind: int, out: Any) -> None:
+    """Write n numbers of a cache at an address, a multiple of 16, to out as float32."""
     if kind == BF16_KIND:
-        widen_bfloat16(address + 2 * first, n, out)
+        widen_bfloat16(address, n, out)
     else:
-        widen_int8(address + first, n, out)
+        widen_int8(address, n, out)
 
 
 @shared_kernel

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from llamalet.aligned import address_of
-from llamalet.kernels.llvm import F32, I8, i64
+from llamalet.kernels.llvm import F32, I8, I64, Table, i64
 from llamalet.model_file.quantize import ROW_BLOCK, Packed, Quantized, pack
 from llamalet.model_file.reader import ModelFile
 from llamalet.reference import output_weight
@@ -168,6 +168,16 @@ def floats_at(typing_context: Any, address: Any, rows: Any, cols: Any) -> Any:
         return contiguous_at(context, builder, result, data, (rows, cols), FLOAT_BYTES)
 
     return result(types.intp, types.intp, types.intp), build
+
+
+@intrinsic
+def address_of_row(typing_context: Any, matrix: Any, row: Any) -> Any:
+    """Return the address of a row of a matrix (rows, cols), contiguous."""
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(Table(context, builder, matrix, args[0]).row(args[1]), I64)
+
+    return types.intp(matrix, types.intp), build
 
 
 def contiguous_at(context: Any, builder: ir.IRBuilder, result: Any, data: Any, shape: Any, itemsize: int) -> Any:

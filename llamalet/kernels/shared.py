@@ -22,7 +22,6 @@ from llamalet.kernels import cache
 from llamalet.kernels.jit import OPTIONS
 from llamalet.kernels.second_process import SecondProcess
 
-
 RESULTS = {None: types.none, int: types.int64, float: types.float64}
 """Numba's types of what shared kernels may return, which their annotations say."""
 

@@ -39,7 +39,7 @@ from llamalet.kernels.bfloat16 import (
     tile_call,
 )
 from llamalet.kernels.jit import inner_kernel
-from llamalet.kernels.layers import contiguous_at
+from llamalet.kernels.layers import address_of_row, contiguous_at
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, Table, i64
 
 N_REGISTERS = 8
@@ -349,16 +349,6 @@ def store_row(typing_context: Any, scratch: Any, row: Any, out: Any, t: Any, col
         return context.get_dummy_value()
 
     return types.none(scratch, types.intp, out, types.intp, types.intp), build
-
-
-@intrinsic
-def address_of_row(typing_context: Any, matrix: Any, row: Any) -> Any:
-    """Return the address of a row of a matrix (rows, cols), contiguous."""
-
-    def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.ptrtoint(Table(context, builder, matrix, args[0]).row(args[1]), I64)
-
-    return types.intp(matrix, types.intp), build
 
 
 @intrinsic

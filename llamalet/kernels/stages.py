@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llamalet.kernels import attention, kv_slots, ops, threads
-from llamalet.kernels.jit import inlined_kernel, inner_kernel, kernel
+from llamalet.kernels.by_address import by_address
+from llamalet.kernels.jit import inner_kernel, kernel
 from llamalet.kernels.layers import floats_at, layer_of
 from llamalet.model_file.quantize import ROW_BLOCK
 
@@ -104,15 +105,16 @@ def work(weights: Any, space: Any, rope_tables: Any, shared: Any, generation: in
         generation: the number under which the team passed these arguments.
         thread: the thread's number. Thread 0, the caller's, opens the job and returns when it is done.
     """
+    model, memory, n_blocks = by_address(weights), by_address(space), space.n_blocks
     if thread == 0:
         threads.open_job(shared)
-    stage, block = threads.next_block(shared, space.n_blocks, generation, thread, -1)
+    stage, block = threads.next_block(shared, n_blocks, generation, thread, -1)
     while stage >= 0:
-        run_block(weights, space, rope_tables, stage, block, thread)
-        stage, block = threads.next_block(shared, space.n_blocks, generation, thread, stage)
+        run_block(model, memory, rope_tables, stage, block, thread)
+        stage, block = threads.next_block(shared, n_blocks, generation, thread, stage)
 
 
-@inlined_kernel
+@inner_kernel
 def run_block(weights: Any, space: Any, rope_tables: Any, stage: int, block: int, thread: int) -> None:
     """Run one block of a stage."""
     layer = min(stage // STAGES_PER_LAYER, weights.attention_norm.shape[0] - 1)
@@ -146,7 +148,7 @@ def run_block(weights: Any, space: Any, rope_tables: Any, stage: int, block: int
 # -- the stages -------------------------------------------------------------------------------------------------------
 
 
-@inlined_kernel
+@inner_kernel
 def attention_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: int) -> None:
     """Embed the tokens, or finish the layer before; then normalise a share of the positions for attention."""
     first, last = share_of_positions(space, block, n_blocks)
@@ -160,7 +162,7 @@ def attention_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: i
     norm_rows(space.x, norm, weights.norm_eps, normed, space.normed_activations, first, last)
 
 
-@inlined_kernel
+@inner_kernel
 def qkv(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
     """Multiply by a share of the rows of wq, wk or wv: three blocks in a row take the same share of each."""
     matrix = (weights.wq, weights.wk, weights.wv)[block % 3]
@@ -169,7 +171,7 @@ def qkv(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread:
     multiply(space, layer_of(matrix, layer), activations, space.job[0].count, out, block // 3, n_blocks // 3, thread)
 
 
-@inlined_kernel
+@inner_kernel
 def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
     """Turn the queries and keys of a share of the key-value heads, and put a prompt's keys and values into the cache.
 
@@ -196,7 +198,7 @@ def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_block
         )  # fmt: skip
 
 
-@inlined_kernel
+@inner_kernel
 def attend(space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
     """Let the new positions attend to their sequences so far: a share of the heads, positions and pieces of these."""
     job, head_dim = space.job[0], space.q_heads.shape[1]
@@ -206,7 +208,7 @@ def attend(space: Any, layer: int, block: int, n_blocks: int, thread: int) -> No
     )  # fmt: skip
 
 
-@inlined_kernel
+@inner_kernel
 def prepare_attended(space: Any, block: int, n_blocks: int) -> None:
     """Join what was computed for a share of the positions, and write it as wo multiplies it."""
     first, last = share_of_positions(space, block, n_blocks)
@@ -216,14 +218,14 @@ def prepare_attended(space: Any, block: int, n_blocks: int) -> None:
     ops.prepare_activations(space.attended, space.attended_activations, first, last)
 
 
-@inlined_kernel
+@inner_kernel
 def attention_output(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
     """Multiply by a share of the rows of wo."""
     matrix, activations = layer_of(weights.wo, layer), space.attended_activations
     multiply(space, matrix, activations, space.job[0].count, space.projected, block, n_blocks, thread)
 
 
-@inlined_kernel
+@inner_kernel
 def ffn_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: int) -> None:
     """Add attention's output and normalise a share of the positions for the feed-forward network."""
     first, last = share_of_positions(space, block, n_blocks)
@@ -231,7 +233,7 @@ def ffn_norm(weights: Any, space: Any, layer: int, block: int, n_blocks: int) ->
     norm_rows(space.x, weights.ffn_norm[layer], weights.norm_eps, space.normed, space.normed_activations, first, last)
 
 
-@inlined_kernel
+@inner_kernel
 def gate_up(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
     """Multiply by the same share of the rows of w1 and w3, and join the results by swiglu."""
     count, activations = space.job[0].count, space.normed_activations
@@ -241,21 +243,21 @@ def gate_up(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thr
         ops.swiglu(space.gate[t, rows], space.up[t, rows])
 
 
-@inlined_kernel
+@inner_kernel
 def prepare_hidden(space: Any, block: int, n_blocks: int) -> None:
     """Write a share of the positions' hidden activations as w2 multiplies them."""
     first, last = share_of_positions(space, block, n_blocks)
     ops.prepare_activations(space.gate, space.hidden_activations, first, last)
 
 
-@inlined_kernel
+@inner_kernel
 def down(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
     """Multiply by a share of the rows of w2."""
     matrix, activations = layer_of(weights.w2, layer), space.hidden_activations
     multiply(space, matrix, activations, space.job[0].count, space.projected, block, n_blocks, thread)
 
 
-@inlined_kernel
+@inner_kernel
 def final_norm(weights: Any, space: Any, block: int, n_blocks: int) -> None:
     """Add the last layer's output and normalise a share of the positions for the logits."""
     first, last = share_of_positions(space, block, n_blocks)
@@ -263,7 +265,7 @@ def final_norm(weights: Any, space: Any, block: int, n_blocks: int) -> None:
     norm_rows(space.x, weights.norm, weights.norm_eps, space.normed, space.normed_activations, first, last)
 
 
-@inlined_kernel
+@inner_kernel
 def logits(weights: Any, space: Any, block: int, n_blocks: int, thread: int) -> None:
     """Multiply the last positions by a share of the rows of the output matrix."""
     n_logits = space.job[0].n_logits
@@ -280,7 +282,7 @@ def share_of(n: int, block: int, n_blocks: int) -> Any:
     return n * block // n_blocks, n * (block + 1) // n_blocks
 
 
-@inlined_kernel
+@inner_kernel
 def share_of_positions(space: Any, block: int, n_blocks: int) -> Any:
     """Return a block's share of the positions, as share_of; those that are prepared together stay together."""
     count, lanes = space.job[0].count, ops.lanes_of(space.normed_activations)
@@ -288,7 +290,7 @@ def share_of_positions(space: Any, block: int, n_blocks: int) -> Any:
     return first * lanes, min(last * lanes, count)
 
 
-@inlined_kernel
+@inner_kernel
 def multiply(
     space: Any, matrix: Any, activations: Any, n_vectors: int, out: Any, block: int, n_blocks: int, thread: int
 ) -> Any:
