@@ -285,9 +285,9 @@ def score(n_rows: int, kind: int, keys: int, space: Any, thread: int) -> None:
     `keys` is their address, and `kind` how they are kept there.
     """
     head_dim, n_blocks = space.queries.shape[2], (space.counts[thread, ROWS - 1] + LANES - 1) // LANES
-    components = space.components  # all of each query
+    components, lanes = space.components, space.keys.shape[2]  # all of each query
     combine_kept(
-        n_rows, space.queries[thread], components, kind, keys, n_blocks * head_dim, LANES, LANES, head_dim * LANES,
+        n_rows, space.queries[thread], components, kind, keys, n_blocks * head_dim, lanes, lanes, head_dim * lanes,
         n_blocks, space.scores[thread],
     )  # fmt: skip
 
@@ -295,9 +295,9 @@ def score(n_rows: int, kind: int, keys: int, space: Any, thread: int) -> None:
 @inner_kernel
 def mix(n_rows: int, kind: int, values: int, length: int, space: Any, thread: int) -> None:
     """Add the sum of a piece's values times their powers to the tile; `values` is their address."""
-    width = space.tile.shape[2]
+    width, lanes = space.tile.shape[2], space.keys.shape[2]
     combine_kept(
-        n_rows, space.scores[thread], space.counts[thread], kind, values, length, width, width, LANES, width // LANES,
+        n_rows, space.scores[thread], space.counts[thread], kind, values, length, width, width, lanes, width // lanes,
         space.tile[thread],
     )  # fmt: skip
 
@@ -367,7 +367,10 @@ def combine_kept(
     n_rows: int, weights: Any, counts: Any, kind: int, address: int, length: int, width: int, term_step: int,
     block_step: int, n_blocks: int, out: Any,
 ) -> None:  # fmt: skip
-    """Do what `combine` does with vectors (length, width) at an address, which are kept as `kind` says."""
+    """Do what `combine` does with vectors (length, width) at an address, which are kept as `kind` says.
+
+    Numba compiles a function once more for arguments that are constants, so LANES is not written where this is called.
+    """
     if kind == F32_KIND:
         vectors = floats_at(address, length, width)
         combine(n_rows, weights, counts, vectors, term_step, block_step, n_blocks, out)

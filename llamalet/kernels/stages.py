@@ -108,10 +108,12 @@ def work(weights: Any, space: Any, rope_tables: Any, shared: Any, generation: in
     model, memory, n_blocks = by_address(weights), by_address(space), space.n_blocks
     if thread == 0:
         threads.open_job(shared)
-    stage, block = threads.next_block(shared, n_blocks, generation, thread, -1)
-    while stage >= 0:
-        run_block(model, memory, rope_tables, stage, block, thread)
+    stage = -1
+    while True:
         stage, block = threads.next_block(shared, n_blocks, generation, thread, stage)
+        if stage < 0:
+            return
+        run_block(model, memory, rope_tables, stage, block, thread)
 
 
 @inner_kernel

@@ -15,6 +15,7 @@ from toy import at_the_end_of_memory
 from llamalet import reference
 from llamalet.errors import ConfigError
 from llamalet.kernels import bfloat16, ops, simd, stages
+from llamalet.kernels.jit import kernel
 from llamalet.kernels.layers import as_matrix, layer_of
 from llamalet.kernels.ops import new_quantized_rows
 from llamalet.kernels.split_rows import new_scratch, new_split_rows, split_rows
@@ -36,6 +37,16 @@ SUM_ROUNDINGS = 1e-6
 EXP_ULPS = 2
 
 seeds = st.integers(0, 2**32 - 1)
+
+
+def from_python(inner: Any) -> Any:
+    """Return a kernel that Python can call; it calls one that only kernels can call."""
+    return kernel(lambda *args: inner(*args))
+
+
+rmsnorm, rope, swiglu, quantize_rows, split, add_rows = map(
+    from_python, (ops.rmsnorm, ops.rope, ops.swiglu, ops.quantize_rows, split_rows, stages.add_rows)
+)
 
 
 def floats(seed: int, *shape: int) -> np.ndarray:
@@ -64,12 +75,12 @@ def activations_of(x: np.ndarray, weight: Any, kind: str) -> Any:
     """Return x (T, cols) as the kernels prepare it for a weight of this kind."""
     if kind == "bfloat16 on tiles":
         rows = new_split_rows(*x.shape)
-        split_rows(x, rows, 0, len(x))
+        split(x, rows, 0, len(x))
         return rows
     if not isinstance(weight, Packed):
         return x
     rows = new_quantized_rows(*x.shape, weight.group_size, bits_of(weight))
-    ops.quantize_rows(x, rows, 0, len(x))
+    quantize_rows(x, rows, 0, len(x))
     return rows
 
 
@@ -126,7 +137,7 @@ def test_quantize_rows(n, cols, group, seed):
     x = floats(seed, n, cols)
     x[0, :group] = 0
     rows, expected = new_quantized_rows(n, cols, group, 8), reference.quantize_rows(x, group)
-    ops.quantize_rows(x, rows, 0, n)
+    quantize_rows(x, rows, 0, n)
     values = rows.values.view(np.int8).reshape(n, -1)
     np.testing.assert_array_equal(values[:, :cols], expected.values)
     assert not values[:, cols:].any()
@@ -140,7 +151,7 @@ def test_quantize_rows_keeps_what_is_not_finite(bad):
     x, rows = np.ones((1, 64), np.float32), new_quantized_rows(1, 64, 32, 8)
     x[0, 40] = bad
     x[0, 32:40] = x[0, 41:] = 0
-    ops.quantize_rows(x, rows, 0, 1)
+    quantize_rows(x, rows, 0, 1)
     found, expected = rows.scales, reference.quantize_rows(x, 32).scales
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
     assert np.isfinite(found[0, 1]) == np.isfinite(bad)
@@ -226,7 +237,13 @@ def test_embed(kind):
 OUT_OF_RANGE = """
 import numpy as np
 from llamalet.kernels import ops
-ops.rmsnorm(np.ones(8, np.float32), np.ones(8, np.float32), np.float32(1e-5), np.ones(7, np.float32))
+from llamalet.kernels.jit import kernel
+
+@kernel
+def rmsnorm(x, out):
+    ops.rmsnorm(x, x, np.float32(1e-5), out)
+
+rmsnorm(np.ones(8, np.float32), np.ones(7, np.float32))
 """
 
 
@@ -246,7 +263,7 @@ def test_bounds_checking_would_see_an_index_out_of_range(tmp_path):
 def test_rmsnorm(dim, seed):
     x, weight = 3 * floats(seed, dim), floats(seed + 1, dim)
     out = np.empty(dim, np.float32)
-    ops.rmsnorm(x, weight, np.float32(1e-5), out)
+    rmsnorm(x, weight, np.float32(1e-5), out)
     np.testing.assert_allclose(out, reference.rmsnorm(x, weight, 1e-5), rtol=1e-5)
 
 
@@ -257,11 +274,11 @@ def test_arrays_that_nearly_touch_round_alike(gap):
     x, near = memory[:48], memory[48 + gap : 96 + gap]
     x[:] = floats(0, 48)
     weight = floats(1, 48)
-    ops.rmsnorm(x, weight, np.float32(1e-5), far)
-    ops.rmsnorm(x, weight, np.float32(1e-5), near)
+    rmsnorm(x, weight, np.float32(1e-5), far)
+    rmsnorm(x, weight, np.float32(1e-5), near)
     np.testing.assert_array_equal(near, far)
     for values in (near, far):
-        stages.add_rows(values[None], x[None], 0, 1)
+        add_rows(values[None], x[None], 0, 1)
     np.testing.assert_array_equal(near, far)
 
 
@@ -270,7 +287,7 @@ def test_arrays_that_nearly_touch_round_alike(gap):
 def test_rope(n_heads, half, seed):
     x, angles = floats(seed, n_heads, 1, 2 * half), floats(seed + 1, half)
     out = x.flatten()
-    ops.rope(out, np.cos(angles), np.sin(angles))
+    rope(out, np.cos(angles), np.sin(angles))
     expected = reference.rope(x, np.cos(angles)[None], np.sin(angles)[None])
     np.testing.assert_allclose(out, expected.flatten(), atol=1e-6)
 
@@ -297,7 +314,7 @@ def test_exp():
 def test_swiglu(width, spread, seed):
     gate, up = spread * floats(seed, width), floats(seed + 1, width)
     expected = reference.swiglu(gate, up)
-    ops.swiglu(gate, up)
+    swiglu(gate, up)
     np.testing.assert_allclose(gate, expected, rtol=1e-5, atol=1e-34)
 
 
@@ -307,10 +324,10 @@ def test_no_kernel_hides_a_nan():
     x = floats(0, 64)
     x[50] = nan
     out = np.zeros(64, np.float32)
-    ops.rmsnorm(x, np.ones(64, np.float32), np.float32(1e-5), out)
+    rmsnorm(x, np.ones(64, np.float32), np.float32(1e-5), out)
     assert np.isnan(out).all()
     gate = x.copy()
-    ops.swiglu(gate, np.ones(64, np.float32))
+    swiglu(gate, np.ones(64, np.float32))
     assert np.isnan(gate[50]) and np.isfinite(gate[49])
     for kind in KINDS:
         weight, result = weight_of(floats(4, 3, 64), kind), np.zeros((1, 3), np.float32)

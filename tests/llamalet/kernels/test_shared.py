@@ -12,7 +12,7 @@ from llamalet.kernels.shared import shared_kernel
 
 
 @shared_kernel
-def scaled_sum(x, factor, bounds):
+def scaled_sum(x, factor, bounds) -> float:
     total = 0.0
     for i in range(bounds[0], bounds[1]):
         total += x[i] * factor
