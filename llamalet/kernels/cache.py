@@ -46,9 +46,15 @@ KEPT_FOLDERS = 8
 
 def enable(kernel: Any) -> None:
     """Let a kernel be stored and found on disk; without a usable folder it is compiled in every process."""
-    folder = open_folder(roots(), folder_name(SOURCES))
+    folder = _folder_in(tuple(roots()))
     if folder is not None:
         kernel._cache = KernelCache(kernel.py_func, folder)
+
+
+@functools.cache
+def _folder_in(candidates: tuple[Path, ...]) -> Path | None:
+    """Return the folder of this process's kernels, the same for all of them; see open_folder."""
+    return open_folder(candidates, folder_name(SOURCES))
 
 
 @contextlib.contextmanager
@@ -151,11 +157,13 @@ class KernelCache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the stored code for a signature, or None."""
+        found = None
         try:
-            found = super().load_overload(sig, target_context)
+            # Numba's own function first loads all that compiling needs, which takes longer than all else here.
+            with self._guard_against_spurious_io_errors():
+                found = self._load_overload(sig, target_context)
         except Exception as error:  # a damaged file may fail in any way
             _say(f"kernel cache: {self.cache_path}: damaged ({error or type(error).__name__})")
-            found = None
             with contextlib.suppress(OSError):
                 self.flush()
         if found is not None:  # a kernel that calls this one is to be loaded like it, see shared.py

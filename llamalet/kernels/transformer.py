@@ -8,6 +8,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from llamalet.aligned import address_of
@@ -276,4 +277,14 @@ def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[.
     if not stages.work.signatures:
         kernel_cache.enable(stages.work)
     with kernel_cache.without_collecting(), SECOND_PROCESS.while_compiling():
-        return stages.work.compile(tuple(numba.typeof(argument) for argument in (*arguments, new_words(), 0, 0)))
+        return stages.work.compile(tuple(kind_of(argument) for argument in (*arguments, new_words(), 0, 0)))
+
+
+def kind_of(value: Any) -> Any:
+    """Return numba's type of an argument: what numba.typeof does, without an import of numpy.ma."""
+    if isinstance(value, np.ndarray):
+        element = numba.from_dtype(value.dtype)
+        return types.Array(element, value.ndim, "C", readonly=not value.flags.writeable, aligned=value.flags.aligned)
+    if isinstance(value, tuple):
+        return types.BaseTuple.from_types([kind_of(field) for field in value], type(value))
+    return types.float32 if isinstance(value, np.float32) else types.int64
