@@ -26,7 +26,7 @@ def by_address_inside(tuple_class: Class) -> Class:
     return tuple_class
 
 
-class ByAddress(types.Type):  # type: ignore[misc]
+class ByAddress(types.Type):
     """Numba's type of the address of a named tuple, which has the tuple's fields as attributes."""
 
     def __init__(self, content: Any) -> None:
@@ -35,7 +35,7 @@ class ByAddress(types.Type):  # type: ignore[misc]
 
 
 @register_model(ByAddress)
-class _Model(PrimitiveModel):  # type: ignore[misc]
+class _AddressModel(PrimitiveModel):
     """An address is one word."""
 
     def __init__(self, manager: Any, kind: Any) -> None:
@@ -43,7 +43,7 @@ class _Model(PrimitiveModel):  # type: ignore[misc]
 
 
 @infer_getattr
-class _Fields(AttributeTemplate):  # type: ignore[misc]
+class _FieldTypes(AttributeTemplate):
     """The types of the fields."""
 
     key = ByAddress

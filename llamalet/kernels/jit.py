@@ -18,17 +18,12 @@ from numba.core.compiler import Compiler
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
 
 
-class Library(JITCodeLibrary):
+class KernelCode(JITCodeLibrary):
     """The code of a kernel that has an address: optimized once, with all that it calls in it."""
 
     def _optimize_functions(self, ll_module: Any) -> None:
         """Do not optimize functions before those that they call are there; only say where data lies in them."""
         ll_module.data_layout = self._codegen._data_layout
-
-    def _optimize_final_module(self) -> None:
-        """Optimize all."""
-        passes, builder = self._codegen._module_pass_manager()
-        passes.run(self._final_module, builder)
 
     def _finalize_final_module(self) -> None:
         """Make machine code, once there is that of the kernels that are called by name (shared.py)."""
@@ -37,7 +32,7 @@ class Library(JITCodeLibrary):
         super()._finalize_final_module()
 
 
-class SummingPart(Library):
+class SummingCode(KernelCode):
     """The code of a kernel that only others contain: optimized, but without machine code of its own."""
 
     def _finalize_final_module(self) -> None:
@@ -50,7 +45,7 @@ class SummingPart(Library):
         return 0
 
     @property
-    def codegen(self) -> "SummingPart":
+    def codegen(self) -> "SummingCode":
         """What numba tells the address of the function's environment, which has none here."""
         return self
 
@@ -58,17 +53,17 @@ class SummingPart(Library):
         """Do not set it: kernels do not use their environment."""
 
 
-class Part(SummingPart):
+class CalleeCode(SummingCode):
     """The same, left to be optimized in its callers."""
 
     def _optimize_final_module(self) -> None:
-        pass
+        """Leave it as it is."""
 
 
 def _compiler(library: type[JITCodeLibrary]) -> type[Compiler]:
     """Return numba's compiler, with another place for the code."""
 
-    class KernelCompiler(Compiler):  # type: ignore[misc]
+    class KernelCompiler(Compiler):
         def define_pipelines(self) -> Any:
             """Return numba's own pipeline."""
             self.state.library = library(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
@@ -86,13 +81,13 @@ OPTIONS: dict[str, Any] = {
     "error_model": "numpy",  # x / 0 is infinite; Python's error would keep loops from being vectorized
     "no_cfunc_wrapper": True,
     "_nrt": False,
-    "pipeline_class": _compiler(Library),
+    "pipeline_class": _compiler(KernelCode),
 }
-PART = OPTIONS | {"no_cpython_wrapper": True, "pipeline_class": _compiler(Part)}
+PART = OPTIONS | {"no_cpython_wrapper": True, "pipeline_class": _compiler(CalleeCode)}
 kernel = njit(**OPTIONS)
 # For functions that only kernels call: Python cannot, and no code is made for that.
 inner_kernel = njit(**PART)
 # For functions with few callers, or that take a whole workspace, which numba would copy word by word for a call.
 inlined_kernel = njit(inline="always", **OPTIONS)
 # For sums alone, such as `dot`: compiled and vectorized by itself before LLVM inlines it, which fixes its order.
-summing_kernel = njit(**PART | {"fastmath": FAST_MATH, "pipeline_class": _compiler(SummingPart)})
+summing_kernel = njit(**PART | {"fastmath": FAST_MATH, "pipeline_class": _compiler(SummingCode)})

@@ -15,7 +15,7 @@ from typing import Any
 
 from llamalet.cores import physical_cores
 
-BOOT = "import sys; sys.path[:] = sys.argv[1:]; from llamalet.kernels.second_process import serve; serve()"
+BOOT = "import sys; sys.path[:] = sys.argv[1:]; from llamalet.kernels.shared import serve; serve()"
 DONE = b"."
 
 Request = tuple[str, str, tuple[Any, ...]]
@@ -76,14 +76,3 @@ class SecondProcess:
             process.kill()
             with contextlib.suppress(OSError), process:  # closes the pipes, and waits for the end
                 pass
-
-
-def serve() -> None:
-    """Compile what the standard input asks for until it ends: the main function of the second process."""
-    from llamalet.kernels import cache, shared
-
-    with contextlib.suppress(EOFError), cache.without_collecting():
-        while True:
-            shared.define_named(*pickle.load(sys.stdin.buffer))
-            sys.stdout.buffer.write(DONE)
-            sys.stdout.buffer.flush()

@@ -5,10 +5,13 @@ optimizes every copy anew. A shared kernel is machine code of its own, and its c
 can be compiled at the same time as they, in another process: it must be there only when they become machine code.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import inspect
+import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +23,7 @@ from numba.extending import intrinsic
 
 from llamalet.kernels import cache
 from llamalet.kernels.jit import OPTIONS
-from llamalet.kernels.second_process import SecondProcess
+from llamalet.kernels.second_process import DONE, SecondProcess
 
 RESULTS = {None: types.none, int: types.int64, float: types.float64}
 """Numba's types of what shared kernels may return, which their annotations say."""
@@ -76,3 +79,12 @@ def define_named(module: str, name: str, kinds: tuple[Any, ...]) -> None:
         code = compiled.overloads[kinds]
         assert code.signature.return_type == RESULTS[inspect.signature(compiled.py_func).return_annotation]
         llvmlite.binding.add_symbol(symbol, code.library.get_pointer_to_function(code.fndesc.llvm_func_name))
+
+
+def serve() -> None:
+    """Compile what the standard input asks for until it ends: the main function of the second process."""
+    with contextlib.suppress(EOFError), cache.without_collecting():
+        while True:
+            define_named(*pickle.load(sys.stdin.buffer))
+            sys.stdout.buffer.write(DONE)
+            sys.stdout.buffer.flush()
