@@ -170,7 +170,8 @@ class KernelCache(FunctionCache):
             found.library._reload_init.update(found.reload_init)
         else:
             _say_once(
-                "compiling the kernels for this processor (5 to 10 s, to train half a minute; later starts find them done)"
+                "compiling the kernels for this processor (5 to 10 s, to train half a minute; "
+                "later starts find them done)"
             )
         return found
 
