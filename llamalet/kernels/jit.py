@@ -32,7 +32,7 @@ class KernelCode(JITCodeLibrary):
         super()._finalize_final_module()
 
 
-class SummingCode(KernelCode):
+class OptimizedCode(KernelCode):
     """The code of a kernel that only others contain: optimized, but without machine code of its own."""
 
     def _finalize_final_module(self) -> None:
@@ -45,7 +45,7 @@ class SummingCode(KernelCode):
         return 0
 
     @property
-    def codegen(self) -> "SummingCode":
+    def codegen(self) -> "OptimizedCode":
         """What numba tells the address of the function's environment, which has none here."""
         return self
 
@@ -53,7 +53,7 @@ class SummingCode(KernelCode):
         """Do not set it: kernels do not use their environment."""
 
 
-class CalleeCode(SummingCode):
+class CalleeCode(OptimizedCode):
     """The same, left to be optimized in its callers."""
 
     def _optimize_final_module(self) -> None:
@@ -90,4 +90,6 @@ inner_kernel = njit(**PART)
 # For functions with few callers, or that take a whole workspace, which numba would copy word by word for a call.
 inlined_kernel = njit(inline="always", **OPTIONS)
 # For sums alone, such as `dot`: compiled and vectorized by itself before LLVM inlines it, which fixes its order.
-summing_kernel = njit(**PART | {"fastmath": FAST_MATH, "pipeline_class": _compiler(SummingCode)})
+summing_kernel = njit(**PART | {"fastmath": FAST_MATH, "pipeline_class": _compiler(OptimizedCode)})
+# For loops that come out faster if they are optimized before their callers are, too.
+loop_kernel = njit(**PART | {"pipeline_class": _compiler(OptimizedCode)})

@@ -9,7 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llamalet.kernels import llvm, simd
-from llamalet.kernels.jit import inner_kernel
+from llamalet.kernels.jit import loop_kernel
 from llamalet.kernels.layers import FLOAT_BYTES, contiguous_at, floats_at
 from llamalet.kernels.llvm import I8, I16, I64, i64
 from llamalet.kernels.shared import shared_kernel
@@ -34,25 +34,25 @@ def slot_of(cache: KVCache) -> tuple[int, ...]:
     return *cache.addresses, cache.capacity, cache.length, KIND_NUMBERS[cache.kind]
 
 
-@inner_kernel
+@loop_kernel
 def place_of_keys(slot: Any, head: int, head_dim: int, start: int) -> int:
     """Return the number of the first number of a head's keys from position `start` on, a multiple of 16."""
     return (head * slot.capacity + start) * head_dim
 
 
-@inner_kernel
+@loop_kernel
 def place_of_values(slot: Any, head: int, width: int, start: int) -> int:
     """Return the number of the first number of a head's values from position `start` on."""
     return (head * slot.capacity + start) * width
 
 
-@inner_kernel
+@loop_kernel
 def kept_bytes(kind: int) -> int:
     """Return the bytes of a number in a cache of this kind."""
     return FLOAT_BYTES if kind == F32_KIND else 2 if kind == BF16_KIND else 1
 
 
-@inner_kernel
+@loop_kernel
 def widen(address: int, n: int, kind: int, out: Any) -> None:
     """Write n numbers of a cache at an address, a multiple of 16, to out as float32."""
     if kind == BF16_KIND:
@@ -102,7 +102,7 @@ def keep_prompt(
                 t += 1
 
 
-@inner_kernel
+@loop_kernel
 def keep_key(slot: Any, head: int, key: Any) -> None:
     """Write the key (D,) of a head at a new position to its cache, as KVCache.write."""
     position, head_dim = slot.position, len(key)
@@ -119,7 +119,7 @@ def keep_key(slot: Any, head: int, key: Any) -> None:
             store_float(slot.keys + FLOAT_BYTES * (first + i * LANES), key[i])
 
 
-@inner_kernel
+@loop_kernel
 def keep_value(slot: Any, head: int, value: Any) -> None:
     """Write the value (D,) of a head at a new position to its cache, as KVCache.write."""
     head_dim, place = len(value), head * slot.capacity + slot.position
@@ -135,7 +135,7 @@ def keep_value(slot: Any, head: int, value: Any) -> None:
             kept[0, i] = value[i]
 
 
-@inner_kernel
+@loop_kernel
 def store_int8s(x: Any, address: int, step: int, scale: Any) -> None:
     """Write x (n,) over its scale as int8, `step` bytes apart, and the scale, so that 127 is its largest magnitude."""
     bits = np.int32(0)
