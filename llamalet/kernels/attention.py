@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from llamalet.aligned import aligned_zeros
 from llamalet.kernels import llvm, simd
 from llamalet.kernels.by_address import by_address_inside
-from llamalet.kernels.jit import inner_kernel
+from llamalet.kernels.jit import inner_kernel, loop_kernel
 from llamalet.kernels.kv_slots import (
     AHEAD,
     BF16_KIND,
@@ -198,8 +198,7 @@ def finish(slots: Any, count: int, n_heads: int, head_dim: int, space: Any, out:
             for part in range(row + 1, row + n):
                 join(space.mixed, space.sums, row, space.mixed[part], space.sums[part, 0], space.sums[part, 1], scale)
             factor = float32(1) / space.sums[row, 1]
-            for i in range(head_dim):
-                out[t, head * head_dim + i] = space.mixed[row, i] * factor
+            scale_into(space.mixed[row], factor, out[t, head * head_dim : (head + 1) * head_dim])
 
 
 @inner_kernel
@@ -270,8 +269,7 @@ def load_queries(
     for r in range(n_rows):
         number, seen = query_number(run, row + r), position + (row + r) // run.group + 1
         space.counts[thread, r] = min(length, seen)
-        for i in range(q_heads.shape[1]):
-            space.queries[thread, r, i] = q_heads[number, i]
+        scale_into(q_heads[number], float32(1), space.queries[thread, r])
     for r in range(n_rows, ROWS):
         space.counts[thread, r] = space.counts[thread, n_rows - 1]
     clear(space.scores[thread], n_rows, (space.counts[thread, ROWS - 1] + LANES - 1) // LANES * LANES)
@@ -326,11 +324,10 @@ def deliver(run: Any, row: int, tile: Any, sums: Any, space: Any, scale: float) 
         join(space.mixed, space.sums, target, tile, sums[0], sums[1], scale)
     else:
         space.sums[target, 0], space.sums[target, 1] = sums[0], sums[1]
-        for i in range(len(tile)):
-            space.mixed[target, i] = tile[i]
+        scale_into(tile, float32(1), space.mixed[target])
 
 
-@inner_kernel
+@loop_kernel
 def join(mixed: Any, sums: Any, row: int, more: Any, largest: float, total: float, scale: float) -> None:
     """Join the result of the next piece to a row of those before; powers are taken from the largest score of both."""
     if largest == -np.inf:  # all powers are zero, or NaN
@@ -343,7 +340,14 @@ def join(mixed: Any, sums: Any, row: int, more: Any, largest: float, total: floa
         mixed[row, i] = mixed[row, i] * old + more[i] * new
 
 
-@inner_kernel
+@loop_kernel
+def scale_into(x: Any, factor: float, out: Any) -> None:
+    """Write x times a factor to out (n,), at most as long as x."""
+    for i in range(len(out)):
+        out[i] = x[i] * factor
+
+
+@loop_kernel
 def clear(table: Any, rows: int, cols: int) -> None:
     """Set the first columns of the first rows to zero."""
     for row in range(rows):
@@ -351,7 +355,7 @@ def clear(table: Any, rows: int, cols: int) -> None:
             table[row, i] = float32(0)
 
 
-@inner_kernel
+@loop_kernel
 def multiply(x: Any, scales: int) -> None:
     """Multiply x (n,) by the float32 at an address."""
     factors = floats_at(scales, 1, len(x))
