@@ -1,6 +1,8 @@
 """The number of processor cores and of threads, for the runtime and for training; imports no numba."""
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 from llamalet.checks import checked
@@ -11,15 +13,27 @@ MAX_THREADS = 1024
 
 
 def physical_cores() -> int:
-    """Return the number of cores that this process may use; hardware threads of one core count once."""
+    """Return the number of cores that this process may use; hardware threads of one core count once.
+
+    On macOS only the performance cores count.
+    """
     if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
+        return sysctl("hw.perflevel0.physicalcpu") or sysctl("hw.physicalcpu") or os.cpu_count() or 1
     usable = os.sched_getaffinity(0)
     cores = set()
     for cpu in usable:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
     return len(cores)
+
+
+def sysctl(name: str) -> int:
+    """Return a number that macOS has under this name; 0 if it has none, or this is another system."""
+    if sys.platform != "darwin":
+        return 0
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)  # a number of 4 bytes fills the lower half
+    missing = ctypes.CDLL(None).sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0)
+    return 0 if missing else value.value
 
 
 def thread_count(threads: int | None = None) -> int:

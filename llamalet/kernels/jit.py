@@ -11,6 +11,10 @@ from numba import njit
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
+from llamalet.kernels import processor
+
+processor.add_missing_features()
+
 # What LLVM may do to float arithmetic in a sum: reorder it, fuse multiplications into additions, use approximate
 # functions. It must not assume that there are no NaNs and infinities (fastmath=True does), which would hide a broken
 # model. Elsewhere results are exact: LLVM emits aliasing and non-aliasing versions of a storing loop, and both must

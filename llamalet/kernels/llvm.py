@@ -4,17 +4,15 @@ Each takes the `builder` of the function being compiled and appends instructions
 elements unless a name says bytes; addresses are typed pointers and may have any alignment.
 """
 
-import functools
 import itertools
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import llvmlite.binding
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+
+from llamalet.kernels import processor
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -181,28 +179,13 @@ def variables(builder: ir.IRBuilder, values: Iterable[Any]) -> list[Any]:
     return [cgutils.alloca_once_value(builder, value) for value in values]
 
 
-def target_features() -> frozenset[str]:
-    """Return the features of the processor that numba compiles for, under LLVM's names."""
-    return _features(numba.config.CPU_NAME, numba.config.CPU_FEATURES)
-
-
-@functools.cache
-def _features(name: str | None, features: str | None) -> frozenset[str]:
-    """Return the features that are named, else those of this processor, if it is the one that is named."""
-    if features is not None:
-        return frozenset(re.findall(r"\+([\w.-]+)", features))
-    if name not in (None, llvmlite.binding.get_host_cpu_name()):
-        return frozenset()
-    return frozenset(feature for feature, has in llvmlite.binding.get_host_cpu_features().items() if has)
-
-
 def add_product(builder: ir.IRBuilder, total: Any, left: Any, right: Any, *, fused: bool = True) -> None:
     """Add left * right to a variable, rounding once where the processor can and `fused` allows it.
 
     LLVM is told to fuse, not allowed to: it would decide anew in each loop, and the bits must not depend on the loop.
     """
     before = builder.load(total)
-    if fused and "fma" in target_features():
+    if fused and not processor.features().isdisjoint({"fma", "neon"}):
         kind = left.type
         suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
         builder.store(call(builder, f"llvm.fma.{suffix}", kind, (left, right, before)), total)

@@ -18,6 +18,8 @@ from llamalet.kernels.jit import PART, inner_kernel, summing_kernel
 from llamalet.kernels.split_rows import SplitRows, matmul_split, split_rows
 from llamalet.model_file.quantize import CHUNK_COLS, ROW_BLOCK
 
+TILE_BLOCKS = simd.tile_blocks()
+
 
 class QuantizedRows(NamedTuple):
     """Quantized vectors (T, cols), group by group.
@@ -180,16 +182,21 @@ def matmul_floats(matrix: Any, x: Any, first_t: int, count: int, out: Any, first
 
 
 def matmul_blocks(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
-    """Be `matmul` for a PackedMatrix: one vector is multiplied with 2 blocks at a time, many by tiles of 2 x 4."""
+    """Be `matmul` for a PackedMatrix: one vector is multiplied with 2 blocks at a time, many by tiles.
+
+    A tile is 4 vectors and 2 blocks, or one block where the registers hold no more sums.
+    """
     if count == 1:
         n = (last - first + 1) // 2
         for i in range(first, first + n):
             simd.multiply_blocks(matrix, (i, min(i + n, last - 1)), x, (first_t,), out, first_t)
         return
-    for i in range(first, last, 2):
-        blocks = (i, min(i + 1, last - 1))
+    for i in range(first, last, TILE_BLOCKS):
         for t in range(first_t, first_t + count, 4):
-            simd.multiply_blocks(matrix, blocks, x, four(t, first_t + count), out, first_t)
+            if TILE_BLOCKS == 1:
+                simd.multiply_blocks(matrix, (i,), x, four(t, first_t + count), out, first_t)
+            else:
+                simd.multiply_blocks(matrix, (i, min(i + 1, last - 1)), x, four(t, first_t + count), out, first_t)
 
 
 def embed(matrix: Any, token: int, x: Any, group_size: int) -> None:

@@ -6,7 +6,12 @@ LLAMALET_SIMD=NAME forces one:
 
     avx512vnni   vpdpbusd, 64 bytes at a time
     avxvnni      vpdpbusd, 32 bytes at a time
+    neoni8mm     usdot, 16 bytes at a time
+    neondot      sdot, 16 bytes at a time
+    neon         smull and sadalp: any 64-bit Arm processor
     portable     widen, multiply, add: any processor (pmaddwd on x86)
+
+All of them give the same bits; byte_products.py has what differs.
 
 vpdpbusd multiplies 4 unsigned bytes by 4 signed ones and adds the products to a lane. So a packed matrix
 (quantize.Packed) stores 16 rows side by side, one a lane, as unsigned weights w + zero_point. A register of weights is
@@ -29,12 +34,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llamalet.errors import ConfigError
-from llamalet.kernels import llvm
+from llamalet.kernels import llvm, processor
+from llamalet.kernels.byte_products import PATHS
 from llamalet.kernels.llvm import F32, I8, I16, I32, I64, Table, i64
 from llamalet.model_file.quantize import CHUNK_COLS, ROW_BLOCK
 
 PATH_VARIABLE = "LLAMALET_SIMD"
-PATHS = ("avx512vnni", "avxvnni", "portable")
 
 # Elements of a float32 row multiplied at a time; LLVM uses as many registers as the processor needs for them.
 FLOAT_LANES = 16
@@ -62,10 +67,22 @@ def instruction_path() -> str:
 
 def available_paths() -> list[str]:
     """Return the paths whose instructions numba compiles for and the processor has, the best first."""
-    features = llvm.target_features()
+    features, on_arm = processor.features(), processor.is_arm()
     wide = {"avx512vnni", "avx512vl"} <= features
-    has = {"avx512vnni": wide, "avxvnni": wide or "avxvnni" in features, "portable": True}
+    has = {
+        "avx512vnni": wide,
+        "avxvnni": wide or "avxvnni" in features,
+        "neoni8mm": on_arm and "i8mm" in features,
+        "neondot": on_arm and "dotprod" in features,
+        "neon": on_arm,
+        "portable": True,
+    }
     return [path for path in PATHS if has[path]]
+
+
+def tile_blocks() -> int:
+    """Return how many blocks of a packed matrix meet 4 vectors at once: as many as the registers hold sums."""
+    return PATHS[instruction_path()].tile_blocks
 
 
 # -- products of matrices of floats -----------------------------------------------------------------------------------
@@ -199,7 +216,8 @@ def multiply_blocks(
 
 def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: Table, group_size: int) -> list[Any]:
     """Return variables with the products of blocks and vectors, those of the first block first."""
-    n_bytes = values.dtype.size
+    n_bytes, path = values.dtype.size, PATHS[instruction_path()]
+    bits = 8 if n_bytes == Q8_CHUNK_BYTES else 4
     chunks_per_group = group_size // CHUNK_COLS
     zeros = llvm.splat_constant(F32, 0.0, ROW_BLOCK)
     totals = llvm.variables(builder, [zeros] * (len(w_rows) * len(x_rows)))
@@ -208,7 +226,8 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: Tab
         """Add the products of a group, whose chunks `add_chunks` adds to the integer sums."""
         x = [[builder.gep(pointer, [group]) for pointer in pointers] for pointers in x_rows]
         zero_offsets = [llvm.splat(builder, builder.load(zero_offset), ROW_BLOCK) for _, _, zero_offset in x]
-        sums = llvm.variables(builder, [_first_sums(builder, offset) for _ in w_rows for offset in zero_offsets])
+        starts = [path.first_sums(builder, offset, bits) for offset in zero_offsets]
+        sums = llvm.variables(builder, starts * len(w_rows))
         first_chunk = builder.mul(group, i64(chunks_per_group))
         w_chunks = [builder.gep(chunks, [first_chunk]) for chunks, _ in w_rows]
         add_chunks(sums, w_chunks, [builder.bitcast(x_values, I8.as_pointer()) for x_values, _, _ in x])
@@ -216,18 +235,18 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: Tab
         w_scales = [_load_scales(builder, builder.gep(scales, [group])) for _, scales in w_rows]
         scale_pairs = itertools.product(w_scales, x_scales)
         for total, group_sums, (w_scale, x_scale) in zip(totals, sums, scale_pairs, strict=True):
-            product = builder.sitofp(_last_sums(builder, builder.load(group_sums)), x_scale.type)
+            product = builder.sitofp(path.last_sums(builder, builder.load(group_sums)), x_scale.type)
             llvm.add_product(builder, total, builder.fmul(product, x_scale), w_scale)
 
     def add_chunk(sums: Any, chunks: Any, x_values: Any, index: Any) -> None:
         """Add the products of chunk number `index` of a group."""
         halves = [_chunk_halves(builder, builder.gep(chunk, [index]), n_bytes) for chunk in chunks]
-        for half in range(2):
-            offset = builder.add(builder.mul(index, i64(CHUNK_COLS)), i64(4 * half))
-            addresses = [builder.bitcast(builder.gep(x, [offset]), I32.as_pointer()) for x in x_values]
-            quads = [llvm.splat(builder, builder.load(address, align=1), ROW_BLOCK) for address in addresses]
-            for total, (w, x) in zip(sums, itertools.product([pair[half] for pair in halves], quads), strict=True):
-                builder.store(_add_quads(builder, builder.load(total), w, x), total)
+        w = [path.weights(builder, pair, bits) for pair in halves]
+        offset = builder.mul(index, i64(CHUNK_COLS))
+        for step in range(path.steps):
+            x = [path.activations(builder, builder.gep(values, [offset]), step) for values in x_values]
+            for total, (left, right) in zip(sums, itertools.product([steps[step] for steps in w], x), strict=True):
+                builder.store(path.add(builder, builder.load(total), left, right), total)
 
     def add_whole(sums: Any, chunks: Any, x_values: Any) -> None:
         for index in range(chunks_per_group):
@@ -263,44 +282,6 @@ def _load_scales(builder: ir.IRBuilder, scales: Any) -> Any:
     is_float = scales.type.pointee.count == 4 * ROW_BLOCK
     pointer = builder.bitcast(scales, (F32 if is_float else I16).as_pointer())
     return llvm.load_floats(builder, pointer, ROW_BLOCK)
-
-
-def _first_sums(builder: ir.IRBuilder, zero_offset: Any) -> Any:
-    """Return the initial sums of a group; each lane of `zero_offset` is that of a row."""
-    if instruction_path() != "portable":
-        return zero_offset
-    # The portable path has two sums for each row, side by side; the second starts at zero.
-    zeros = llvm.splat_constant(I32, 0, ROW_BLOCK)
-    lanes = [lane // 2 + ROW_BLOCK * (lane % 2) for lane in range(2 * ROW_BLOCK)]
-    return llvm.shuffle(builder, zero_offset, lanes, zeros)
-
-
-def _add_quads(builder: ir.IRBuilder, sums: Any, w: Any, quads: Any) -> Any:
-    """Add the products of unsigned and signed bytes, 4 of each lane, to the sums."""
-    path = instruction_path()
-    if path == "portable":
-        products = builder.mul(
-            builder.zext(w, ir.VectorType(I32, w.type.count)),
-            builder.sext(builder.bitcast(quads, w.type), ir.VectorType(I32, w.type.count)),
-        )
-        # Many processors have one instruction for the sum of neighbouring products; LLVM recognizes this form.
-        even, odd = (llvm.shuffle(builder, products, range(first, w.type.count, 2)) for first in range(2))
-        return builder.add(sums, builder.add(even, odd))
-    w = builder.bitcast(w, quads.type)
-    lanes = ROW_BLOCK if path == "avx512vnni" else ROW_BLOCK // 2
-    parts = []
-    for first in range(0, ROW_BLOCK, lanes):
-        args = [llvm.shuffle(builder, vector, range(first, first + lanes)) for vector in (sums, w, quads)]
-        parts.append(llvm.call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", args[0].type, args))
-    return parts[0] if len(parts) == 1 else llvm.shuffle(builder, parts[0], range(ROW_BLOCK), parts[1])
-
-
-def _last_sums(builder: ir.IRBuilder, sums: Any) -> Any:
-    """Return the sum of each row."""
-    if instruction_path() != "portable":
-        return sums
-    even, odd = (llvm.shuffle(builder, sums, range(first, 2 * ROW_BLOCK, 2)) for first in range(2))
-    return builder.add(even, odd)
 
 
 # -- single numbers and pairs ---------------------------------------------------------------------------------------

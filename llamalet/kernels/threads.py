@@ -26,7 +26,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from llamalet.kernels import llvm
+from llamalet.kernels import llvm, processor
 from llamalet.kernels.jit import inner_kernel
 from llamalet.kernels.shared import shared_kernel
 
@@ -43,6 +43,8 @@ BLOCK_MASK, STAGE_MASK, JOB_MASK = (1 << BLOCK_BITS) - 1, (1 << STAGE_BITS) - 1,
 SPINS, IDLE_POLLS = 2000, 20000
 
 WORD_BYTES = 8
+
+WHOLE_SYSTEM = 15  # the only operand of isb
 
 
 @intrinsic
@@ -92,7 +94,9 @@ def pause(typing_context: Any) -> Any:
     """Tell the processor that this is a loop that waits."""
 
     def build(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        if platform.machine() in ("x86_64", "AMD64"):
+        if processor.is_arm():  # isb waits for what is under way; Arm's yield would wait for nothing
+            llvm.call(builder, "llvm.aarch64.isb", ir.VoidType(), (ir.Constant(llvm.I32, WHOLE_SYSTEM),))
+        elif platform.machine() in ("x86_64", "AMD64"):
             llvm.call(builder, "llvm.x86.sse2.pause", ir.VoidType(), ())
         return context.get_dummy_value()
 

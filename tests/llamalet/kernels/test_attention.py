@@ -12,7 +12,7 @@ from toy import at_the_end_of_memory
 from llamalet import reference
 from llamalet.aligned import address_of
 from llamalet.config import ModelConfig
-from llamalet.kernels import attention, kv_slots, llvm, simd
+from llamalet.kernels import attention, kv_slots, processor, simd
 from llamalet.kernels.jit import kernel
 from llamalet.kv_cache import KVCache
 from llamalet.kv_kinds import KINDS
@@ -178,7 +178,7 @@ def test_a_piece_whose_scores_are_all_minus_infinity_weighs_nothing():
 
 
 @pytest.mark.compiles
-@pytest.mark.skipif("avx2" not in llvm.target_features(), reason="needs a processor with AVX2")
+@pytest.mark.skipif("avx2" not in processor.features(), reason="needs a processor with AVX2")
 def test_the_bits_are_as_equal_on_a_processor_without_avx512(tmp_path):
     """LLVM, if only allowed to fuse, fused the sums of a decoded position there, and not those of a prompt."""
     environment = os.environ | {
