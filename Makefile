@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUN := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lite test test-fast test-bounds torture fuzz lint bench clean
+.PHONY: help demo demo-lite test test-fast test-bounds test-arm torture fuzz lint bench clean
 
 help:  ## list these targets
 	@echo "llamalet: small Llama models, from data to story"
@@ -36,6 +36,9 @@ test-fast: .venv/dev  ## run all tests but those that train, compile or take sec
 test-bounds: .venv/dev  ## run the runtime's tests with every index of the kernels checked
 	NUMBA_BOUNDSCHECK=1 $(RUN) -m pytest tests/llamalet/kernels tests/parity \
 	    tests/llamalet/test_generate.py tests/llamalet/test_evaluate.py
+
+test-arm: .venv/dev  ## run the runtime's tests as 64-bit Arm code under qemu (half an hour; Debian)
+	$(RUN) tests/on_arm.py $(ARGS)
 
 torture: .venv/dev  ## kill, fill, flip and interrupt runs by the hundred (an hour), for benchmarks/torture.log
 	$(RUN) -m pytest --torture --torture-log=benchmarks/torture.log $(ARGS)
