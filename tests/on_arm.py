@@ -78,9 +78,7 @@ def check_programs() -> None:
     """Raise Missing if this is not Debian or the like, or the emulator is not installed."""
     for program in ("apt-get", "dpkg-deb"):
         if not shutil.which(program):
-            raise Missing(
-                f"{program}: not found; this script unpacks Debian's packages, so it needs Debian or the like"
-            )
+            raise Missing(f"{program}: not found; this needs Debian or a relative of it")
     if not shutil.which(EMULATOR):
         raise Missing(f"{EMULATOR}: not found; install it with: sudo apt-get install qemu-user-static")
 

@@ -9,7 +9,7 @@ import pytest
     [
         (
             {"apt-get"},
-            "error: dpkg-deb: not found; this script unpacks Debian's packages, so it needs Debian or the like\n",
+            "error: dpkg-deb: not found; this needs Debian or a relative of it\n",
         ),
         (
             {"apt-get", "dpkg-deb"},

@@ -133,7 +133,7 @@ def auxiliary_vector(monkeypatch, hwcap: int, hwcap2: int) -> None:
     """Let Linux name these features."""
 
     def getauxval(number: int) -> int:
-        return {16: hwcap, 26: hwcap2}[number]
+        return {16: hwcap, 26: hwcap2}[number] & (2**64 - 1)
 
     system(monkeypatch, "linux", getauxval=getauxval)
 
@@ -145,10 +145,11 @@ def auxiliary_vector(monkeypatch, hwcap: int, hwcap2: int) -> None:
         (0x119FFB, 0, {"dotprod"}),  # Neoverse N1
         (0xECFFFFFB, 0x7F877FFF, {"dotprod", "i8mm"}),  # what qemu calls max
         (~(1 << 20), 1 << 13, {"i8mm"}),
+        (-1, ~(1 << 13), {"dotprod"}),
     ],
 )
 def test_linux_names_the_dot_products(monkeypatch, hwcap, hwcap2, expected):
-    auxiliary_vector(monkeypatch, hwcap & (2**64 - 1), hwcap2)
+    auxiliary_vector(monkeypatch, hwcap, hwcap2)
     assert processor.dot_products() == expected
 
 
@@ -207,7 +208,7 @@ def test_numba_compiles_for_the_features_that_llvm_does_not_find(monkeypatch, fe
 )
 def test_a_path_needs_what_the_code_generator_was_asked_for(monkeypatch, asked_for, paths):
     """Not what the processor has: at an instruction that it was not asked for, LLVM ends the process."""
-    auxiliary_vector(monkeypatch, -1 & (2**64 - 1), -1 & (2**64 - 1))
+    auxiliary_vector(monkeypatch, -1, -1)
     generator = SimpleNamespace(magic_tuple=lambda: ("aarch64", "generic", asked_for))
     target = SimpleNamespace(target_context=SimpleNamespace(codegen=lambda: generator))
     monkeypatch.setattr(processor, "cpu_target", target)
