@@ -13,6 +13,7 @@ keeps its memory in order, and so does an Arm processor emulated on it.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -27,13 +28,14 @@ ROOT = Path(__file__).parents[1]
 HOME = ROOT / "build" / "arm"
 EMULATOR = "qemu-aarch64-static"
 
+LISTS = ("pyproject.toml", "constraints.txt")
 PACKAGES = ("python3", "libstdc++6", "libgomp1")
 EXTRAS = ("lite", "hub")  # of pyproject.toml, beside what the runtime needs
 TEST_WHEELS = ("pytest", "pytest-xdist", "hypothesis")
 # The kinds of wheels that Debian's C library can load, those for the oldest one last.
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(36, 16, -1)] + ["manylinux2014_aarch64"]
 
-LIMIT_S = 30 * 60
+LIMIT_S, REPORT_S = 30 * 60, 60
 TESTS = "tests/llamalet"
 NEEDS_TORCH = "needs PyTorch"
 # What is not run of TESTS, and why.
@@ -89,6 +91,8 @@ def set_up() -> Path:
     HOME.mkdir(parents=True, exist_ok=True)
     once(root, lambda folder: unpack_packages(folder, HOME / "apt"))
     (interpreter,) = (root / "usr" / "bin").glob("python3.[0-9]*[0-9]")
+    if site.exists() and any((ROOT / name).stat().st_mtime > site.stat().st_mtime for name in LISTS):
+        shutil.rmtree(site)
     once(site, lambda folder: unpack_wheels(folder, HOME / "wheels", interpreter.name.removeprefix("python")))
     # A process that Python starts is a command of the machine, not of the emulator: this script calls the emulator.
     python.write_text(
@@ -139,7 +143,8 @@ def unpack_wheels(folder: Path, wheels: Path, version: str) -> None:
     """Download the wheels that the tests need, in the versions of constraints.txt, and unpack them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [name for extra in EXTRAS for name in project["optional-dependencies"][extra]]
-    print("downloading wheels for arm64 (150 MB)", flush=True)
+    shutil.rmtree(wheels, ignore_errors=True)
+    print("downloading wheels for arm64 (90 MB)", flush=True)
     subprocess.run(
         [
             sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", f"--dest={wheels}",
@@ -169,6 +174,9 @@ def run_tests(python: Path, cpu: str, chosen: Sequence[str], limit_s: float) -> 
         return tests.wait(limit_s)
     except subprocess.TimeoutExpired:
         print(f"error: the tests took more than {LIMIT_S // 60} minutes", file=sys.stderr)
+        os.killpg(tests.pid, signal.SIGINT)  # it still says which tests failed
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tests.wait(REPORT_S)
         return 1
     finally:
         if tests.poll() is None:
@@ -176,4 +184,7 @@ def run_tests(python: Path, cpu: str, chosen: Sequence[str], limit_s: float) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
