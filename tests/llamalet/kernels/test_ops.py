@@ -151,6 +151,7 @@ def test_products_of_packed_matrices_have_the_same_bits_on_x86_and_arm(path, kin
 @pytest.mark.parametrize("target", [None, "another"])
 def test_a_path_that_is_not_there_is_refused(monkeypatch, target):
     monkeypatch.setattr(numba.config, "CPU_NAME", target)
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
     monkeypatch.setenv(simd.PATH_VARIABLE, "mmx" if target is None else "avx512vnni")
     with pytest.raises(ConfigError, match="LLAMALET_SIMD=(mmx|avx512vnni).*portable"):
         simd.instruction_path()
