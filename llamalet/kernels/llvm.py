@@ -185,7 +185,7 @@ def add_product(builder: ir.IRBuilder, total: Any, left: Any, right: Any, *, fus
     LLVM is told to fuse, not allowed to: it would decide anew in each loop, and the bits must not depend on the loop.
     """
     before = builder.load(total)
-    if fused and not processor.features().isdisjoint({"fma", "neon"}):
+    if fused and processor.fuses():
         kind = left.type
         suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
         builder.store(call(builder, f"llvm.fma.{suffix}", kind, (left, right, before)), total)

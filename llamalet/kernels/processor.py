@@ -48,6 +48,11 @@ def features() -> frozenset[str]:
     return _arm_features() if is_arm() else _x86_features(config.CPU_FEATURES)
 
 
+def fuses() -> bool:
+    """Return whether the processor multiplies and adds with one rounding; every 64-bit Arm processor does."""
+    return not features().isdisjoint({"fma", "neon"})
+
+
 @functools.cache
 def _x86_features(named: str | None) -> frozenset[str]:
     """Return the features that are named, else those that LLVM finds."""
