@@ -31,18 +31,24 @@ EMULATOR = "qemu-aarch64-static"
 LISTS = ("pyproject.toml", "constraints.txt")
 PACKAGES = ("python3", "libstdc++6", "libgomp1")
 EXTRAS = ("lite", "hub")  # of pyproject.toml, beside what the runtime needs
-TEST_WHEELS = ("pytest", "pytest-xdist", "hypothesis")
+TEST_WHEELS = ("pytest", "pytest-xdist", "hypothesis", "safetensors")
 # The kinds of wheels that Debian's C library can load, those for the oldest one last.
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in range(36, 16, -1)] + ["manylinux2014_aarch64"]
 
 LIMIT_S, REPORT_S = 30 * 60, 60
 TESTS = "tests/llamalet"
-NEEDS_TORCH = "needs PyTorch"
+NEEDS_TORCH, NEEDS_TRANSFORMERS = "needs PyTorch", "needs transformers"
 # What is not run of TESTS, and why.
 LEFT_OUT = {
     "tests/llamalet/backward": "training, whose kernels take minutes to compile",
     "tests/llamalet/convert": NEEDS_TORCH,
     "tests/llamalet/test_checks.py": NEEDS_TORCH,
+    "tests/llamalet/test_chat.py": NEEDS_TRANSFORMERS,
+    "tests/llamalet/test_chat_templates.py": NEEDS_TRANSFORMERS,
+    "tests/llamalet/test_template_filters.py": NEEDS_TRANSFORMERS,
+    "tests/llamalet/tokenizer/test_classes.py": NEEDS_TRANSFORMERS,
+    "tests/llamalet/tokenizer/test_declared.py": NEEDS_TRANSFORMERS,
+    "tests/llamalet/tokenizer/test_huggingface.py": NEEDS_TRANSFORMERS,
 }
 QUICK = "not compiles and not slow and not trains"
 
@@ -168,7 +174,8 @@ def run_tests(python: Path, cpu: str, chosen: Sequence[str], limit_s: float) -> 
         "QEMU_CPU": cpu,
         "XDG_CACHE_HOME": str(HOME / "cache"),
     }
-    command = [str(python), "-m", "pytest", "-rs", *words]
+    # Hypothesis' profile for slow machines: no limit to the time of one example.
+    command = [str(python), "-m", "pytest", "-rs", "--hypothesis-profile=ci", *words]
     tests = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=lambda: os.nice(10))
     try:
         return tests.wait(limit_s)
