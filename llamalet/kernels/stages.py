@@ -5,7 +5,7 @@
     for layer in range(n_layers):
         normed = rmsnorm(x, attention_norm)            attention_norm
         q, k, v = matmul(normed, wq | wk | wv)         qkv
-        q, k = rope(q), rope(k); cache k, v            rope_and_cache
+        q, k = rope(q), rope(k); cache k, v            rope_and_cache; attend, if a sequence has one new position
         attention(q, k, v)                             attend, prepare_attended
         x = x + matmul(.., wo)                         attention_output; ffn_norm adds
         normed = rmsnorm(x, ffn_norm)                  ffn_norm
