@@ -2,6 +2,7 @@
 
   python export.py --dtype q8               the newest run's best checkpoint -> out/model_v3_q8.bin (8 bits)
   python export.py                          the same -> out/model.bin (float32)
+  python export.py --dtype q4 --calibrate data/synthetic/tok2048     rounded for what the model reads: costs less
   python export.py story.bin --checkpoint out/run --version 0
   python export.py Llama-3.2-1B.bin --version 2 --hf meta-llama/Llama-3.2-1B
   python export.py story.gguf --bin story.bin --dtype q8_0
@@ -22,22 +23,33 @@ if __name__ == "__main__":
 
     startup.begin()  # before imports that take seconds
 
+import dataclasses
+import itertools
+import operator
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from configurator import parse
-from llamalet import model_file, shards
+from corpus import text_files
+from llamalet import calibration, model_file, shards
 from llamalet.command import nothing_to_lose, run
 from llamalet.convert import formats
 from llamalet.convert.imported_model import ImportedModel
 from llamalet.convert.target import Target, read_back, with_tokenizer, write
-from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, UsageError
+from llamalet.errors import CheckpointError, ConfigError, DataError, FormatError, TokenizerError, UsageError
 from llamalet.model_file import checkpoint
 from llamalet.model_file.tensors import Rows
+from llamalet.model_file.writer import DEFAULT_DTYPES
+from llamalet.tokenizer import Tokenizer
 
 OUT_ROOT = Path("out")
+MAX_CALIBRATION_TOKENS = 1 << 20  # of a text file, from which the windows are taken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +90,9 @@ class ExportConfig:
     """Prove or compare the result; --no-check skips that."""
     verify: str | None = None
     """Prove an existing .bin instead of writing one."""
+    calibrate: str | None = None
+    """With dtype q8 or q4 of a .bin: prepared data (its train split), or a .txt, .jsonl or .parquet file, like what the
+    model will read. The weights are rounded so that its outputs there change least."""
     data: str | None = None
     """Prepared data for the proof; by default what the model was trained on, or the newest that fits."""
     force: bool = False
@@ -97,8 +112,14 @@ class ExportConfig:
             raise ConfigError(
                 f"{named[0]}={getattr(self, named[0])}: name the file or folder to write as the first word"
             )
-        if self.verify is not None and (self.dtype is not None or self.force or not self.check):
-            raise ConfigError(f"verify={self.verify}: proves a file, so --dtype, --force and --no-check do not fit")
+        if self.verify is not None and (self.dtype or self.calibrate or self.force or not self.check):
+            raise ConfigError(
+                f"verify={self.verify}: proves a file, so --dtype, --calibrate, --force and --no-check do not fit"
+            )
+        if self.calibrate is not None and self.calibrated_dtype is None:
+            raise ConfigError(
+                f"calibrate={self.calibrate}: chooses how a .bin's weights are rounded to q8 or q4; add --dtype q4"
+            )
 
     @property
     def target(self) -> Target:
@@ -107,6 +128,14 @@ class ExportConfig:
             out=self.out, named_format=self.format, named_version=self.version, dtype=self.dtype,
             without_tokenizer=self.no_tokenizer,
         )  # fmt: skip
+
+    @property
+    def calibrated_dtype(self) -> str | None:
+        """The dtype that calibration rounds to; None if what is written has none of its dtypes."""
+        if self.target.format != "bin" or self.target.version != 3:
+            return None
+        dtype = self.dtype or DEFAULT_DTYPES[3]
+        return dtype if dtype in calibration.DTYPES else None
 
     def path(self, source: Path) -> Path:
         """Return the file or folder to write when the checkpoint `source` is exported."""
@@ -122,11 +151,15 @@ def main(argv: Sequence[str]) -> int:
     config.target.check_writable()
     source, trained_on = _open(config)
     path, keep = config.path(Path(source.name)), None if config.tokenizer is None else Path(config.tokenizer)
-    write(source, config.target, path, keep=keep, force=config.force)
+    rounded = source
+    if config.calibrate is not None and config.calibrated_dtype is not None:
+        rounded = _calibrated(source, config.calibrate, config.calibrated_dtype)
+    write(rounded, config.target, path, keep=keep, force=config.force)
     code = 0
     if config.check and config.target.format == "bin":
         sha256 = None if source.tokenizer is None else source.tokenizer.sha256
-        code = _prove(path, _find_data(config.data, trained_on, sha256), source.tensors)
+        data = _find_data(config.data, trained_on, sha256)
+        code = _prove(path, data, source.tensors, calibrated=config.calibrate is not None)
     elif config.check and not read_back(source, config.target, path):
         code = FormatError.exit_code
     if code == 0 and config.target.format == "bin":
@@ -161,12 +194,69 @@ def _verify(path: Path, named_data: str | None) -> int:
     return _prove(path, _find_data(named_data, None, file.tokenizer_sha256), None)
 
 
-def _prove(path: Path, data: shards.Shards | None, originals: Mapping[str, Rows] | None) -> int:
+def _calibrated(source: ImportedModel, data: str, dtype: str) -> ImportedModel:
+    """Return a model with its matrices rounded to a dtype for some text, and print what was done."""
+    start = time.perf_counter()
+    texts = calibration_windows(source, data)
+    print(f"calibrating {dtype} on {texts.size:,} tokens of {data} ...", flush=True)
+    tensors = calibration.calibrate(source.config, source.tensors, dtype, texts)
+    done = f"its weights were rounded to {dtype} for {texts.size:,} tokens of {data}"
+    notes = (*source.notes, f"{done}, in {time.perf_counter() - start:.1f} s")
+    return dataclasses.replace(source, tensors=tensors, notes=notes)
+
+
+def calibration_windows(source: ImportedModel, name: str) -> NDArray[np.int64]:
+    """Return windows of the text to calibrate a model on, spread evenly over it: ids (B, T).
+
+    Args:
+        source: the model.
+        name: a folder of prepared data, or a file of text.
+
+    Raises:
+        DataError: if there is no text or too little, or it was prepared with another vocabulary.
+        TokenizerError: if the model has no tokenizer for a file of text.
+    """
+    path, vocabulary = Path(name), source.tokenizer
+    if path.is_dir():
+        data = shards.Shards.open(path)
+        theirs, ours = data.tokenizer_sha256, source.tokenizer_sha256 if vocabulary is None else vocabulary.sha256
+        if ours not in (None, theirs) or data.vocab_size != source.config.vocab_size:
+            raise DataError(f"{name}: was prepared with another tokenizer than the model's; name a text file instead")
+        tokens: shards.TokenArray | NDArray[np.int64] = data.split("train")
+    elif not path.is_file():
+        raise DataError(f"{name}: no such file or folder")
+    elif vocabulary is None:
+        raise TokenizerError(f"{name}: the model has no tokenizer to read text with; name it with --tokenizer FILE")
+    else:
+        tokens = _encoded(path, vocabulary)
+    length = min(calibration.WINDOW, source.config.max_seq_len)
+    n = min(calibration.N_WINDOWS, len(tokens) // length)
+    if n * length < calibration.MIN_TOKENS:
+        raise DataError(f"{name}: {len(tokens):,} tokens; calibration needs {calibration.MIN_TOKENS:,} or more")
+    starts = np.linspace(0, len(tokens) - length, n).astype(int).tolist()
+    return np.stack([tokens[start : start + length] for start in starts])
+
+
+def _encoded(path: Path, vocabulary: Tokenizer) -> NDArray[np.int64]:
+    """Return the tokens of a file's first documents, each after what begins a text."""
+    ids: list[int] = []
+    for _, documents in itertools.groupby(text_files.read_texts(path, "file", "text"), key=operator.itemgetter(0)):
+        text = "".join(part for _, part in documents)
+        if text.strip():
+            ids += vocabulary.encode_document(text)
+        if len(ids) > MAX_CALIBRATION_TOKENS:
+            break
+    return np.array(ids, np.int64)
+
+
+def _prove(
+    path: Path, data: shards.Shards | None, originals: Mapping[str, Rows] | None, *, calibrated: bool = False
+) -> int:
     """Print the proof of a model file and return the exit code."""
     with nothing_to_lose():
         from parity.proof import prove, second_program
     print(f"comparing {second_program()} and the runtime ...", flush=True)
-    proof = prove(path, originals=originals, data=data)
+    proof = prove(path, originals=originals, data=data, calibrated=calibrated)
     print(*proof.lines(), sep="\n")
     return 0 if proof.ok else FormatError.exit_code
 

@@ -39,6 +39,8 @@ BITS_BOUND = {"f32": 1e-4, "bf16": 2e-3, "q8": 0.01, "q4": 0.2}  # of the bits p
 # How far rounded weights may be off. q8: half a step, plus a little float32 rounding. q4: the root mean square error
 # over that of the matrix: 0.1 for trained weights, more than 1 if columns are swapped.
 WEIGHT_BOUND = {"q8": 0.501, "q4": 0.3}
+# With calibration both are root mean square errors.
+CALIBRATED_BOUND = {"q8": 0.1, "q4": 0.5}
 
 
 @dataclass(kw_only=True)
@@ -97,7 +99,13 @@ class NumpyLogits:
         return reference.forward(self.weights, self.config, np.asarray(tokens)[None])[0]
 
 
-def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shards.Shards | None = None) -> Proof:
+def prove(
+    path: Path,
+    *,
+    originals: Mapping[str, Rows] | None = None,
+    data: shards.Shards | None = None,
+    calibrated: bool = False,
+) -> Proof:
     """Compare the runtime with PyTorch, or with plain numpy where that is not installed, on one model file.
 
     Args:
@@ -105,6 +113,7 @@ def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shar
         originals: the weights it was made from, by name: they are compared, and the other program's bits per byte
             use them.
         data: prepared data with the model's tokenizer; without it the logits are compared on random ids.
+        calibrated: whether weights were rounded so that errors cancel, and may be off by more than half a step.
 
     Returns:
         The proof; its problems name every bound that was exceeded.
@@ -120,7 +129,7 @@ def prove(path: Path, *, originals: Mapping[str, Rows] | None = None, data: shar
     from_file = _in_second_program(tensors_of(file), config)
     runtime = open_backend(file, "numba", None, "f32")
     if originals is not None:
-        _compare_weights(proof, file, originals)
+        _compare_weights(proof, file, originals, calibrated)
     tokens = _some_tokens(config, data, LARGE_TOKENS if large else LOGIT_TOKENS)
     _compare_logits(proof, from_file.logits(tokens), runtime.logits(tokens))
     _compare_text(proof, from_file, runtime, data, LARGE_TOKENS if large else GREEDY_TOKENS)
@@ -147,12 +156,13 @@ def _in_second_program(tensors: Mapping[str, Rows], config: ModelConfig) -> Logi
     return (LayeredLogits if config.n_params > LARGE_PARAMS else TorchLogits)(tensors, config)
 
 
-def _compare_weights(proof: Proof, file: model_file.ModelFile, originals: Mapping[str, Rows]) -> None:
+def _compare_weights(proof: Proof, file: model_file.ModelFile, originals: Mapping[str, Rows], calibrated: bool) -> None:
     """Check that the weights are the checkpoint's, rounded if the file's type is narrower."""
     errors = []
+    in_steps = file.dtype == "q8" and not calibrated
     for name, found in file.tensors.items():
         if isinstance(found, Quantized | Packed):
-            errors.append(_error(name, found, originals[name], file.dtype))
+            errors.append(_error(name, found, originals[name], in_steps))
             continue
         start = 0
         for block in row_blocks(name, originals[name]):
@@ -165,15 +175,15 @@ def _compare_weights(proof: Proof, file: model_file.ModelFile, originals: Mappin
         rounded = "" if file.dtype == "f32" else " in bfloat16"
         proof.weights = f"every one equal to the checkpoint's{rounded}" if proof.ok else "differ from the checkpoint's"
         return
-    worst, bound = float(np.max(errors)), WEIGHT_BOUND[file.dtype]
-    off = f"{worst:.3f} steps" if file.dtype == "q8" else f"{worst:.1%} of a matrix's root mean square"
+    worst, bound = float(np.max(errors)), (CALIBRATED_BOUND if calibrated else WEIGHT_BOUND)[file.dtype]
+    off = f"{worst:.3f} steps" if in_steps else f"{worst:.1%} of a matrix's root mean square"
     proof.weights = f"{file.dtype} in groups of {file.group_size}, off by at most {off}"
     if not worst <= bound:
         proof.problems.append(f"{file.dtype} weights are off by {worst:.3f} (at most {bound})")
 
 
-def _error(name: str, found: Quantized | Packed, original: Rows, dtype: str) -> float:
-    """Return the error of a rounded matrix in the unit of WEIGHT_BOUND."""
+def _error(name: str, found: Quantized | Packed, original: Rows, in_steps: bool) -> float:
+    """Return the error of a rounded matrix: its largest in steps, or its root mean square over that of the matrix."""
     tiny = np.finfo(np.float32).tiny
     start, steps, squares, total = 0, 0.0, 0.0, 0.0
     for block in row_blocks(name, original):
@@ -184,7 +194,7 @@ def _error(name: str, found: Quantized | Packed, original: Rows, dtype: str) -> 
         steps = float(np.maximum(steps, np.max(np.abs(gap) / np.maximum(widths, tiny))))  # NaN stays
         squares, total = squares + float(np.vdot(gap, gap)), total + float(np.vdot(block, block))
         start += len(block)
-    return float(np.sqrt(squares / max(total, float(tiny)))) if dtype == "q4" else steps
+    return steps if in_steps else float(np.sqrt(squares / max(total, float(tiny))))
 
 
 def _some_tokens(config: ModelConfig, data: shards.Shards | None, n: int) -> NDArray[np.int64]:

@@ -1,15 +1,12 @@
 """The raw binary (llamalet/model_file has its layout) and its tokenizer, as one more format to read and write."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from llamalet import model_file, tokenizer
 from llamalet.chat_template import read_template
 from llamalet.config import Llama3Scaling
-from llamalet.convert.imported_model import Floats, ImportedModel, remove_stale, set_aside
+from llamalet.convert.imported_model import ImportedModel, remove_stale, set_aside
 from llamalet.errors import ConfigError, FormatError, TokenizerError, UsageError
 from llamalet.files import read_file, refuse_odd, write_file
 from llamalet.hf_names import CHAT_TEMPLATE_JINJA
@@ -21,35 +18,13 @@ from llamalet.model_file.companions import (
     special_ids_path,
     tokenizer_paths,
 )
-from llamalet.model_file.quantize import Packed, Quantized, Weight, dequantize, dequantize_rows
 from llamalet.model_file.reader import ModelFile
-from llamalet.model_file.tensors import Rows
+from llamalet.model_file.tensors import BinTensor, Rows
 from llamalet.tokenizer import Llama3Tokenizer, SpecialIds, Tokenizer, declared, ids_file
 from llamalet.tokenizer.huggingface import json_object
 from llamalet.tokenizer.llama2 import check_for_llama2c
 
 TEMPLATE_SUFFIX = f".{CHAT_TEMPLATE_JINJA}"
-
-
-@dataclass(frozen=True)
-class BinTensor:
-    """A tensor in any form that a model file has, whose rows are converted to float32 on demand."""
-
-    weight: Weight
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape, in weights."""
-        if isinstance(self.weight, Packed):
-            return self.weight.rows, self.weight.cols
-        return (self.weight.values if isinstance(self.weight, Quantized) else self.weight).shape
-
-    def __getitem__(self, rows: slice) -> Floats:
-        if isinstance(self.weight, Packed):
-            return dequantize_rows(self.weight, np.arange(self.weight.rows)[rows])
-        if isinstance(self.weight, Quantized):
-            return dequantize(Quantized(self.weight.values[rows], self.weight.scales[rows]))
-        return dequantize(self.weight[rows])
 
 
 def read(name: str, *, rope_theta: float | None = None, rope_scaling: Llama3Scaling | None = None) -> ImportedModel:

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from llamalet import tokenizer
 from llamalet.convert import safetensors_file
-from llamalet.convert.bin_file import BinTensor
 from llamalet.convert.imported_model import ImportedModel, check_shapes
 from llamalet.errors import CheckpointError, FormatError, TokenizerError, UsageError
 from llamalet.hf_names import MODEL_SAFETENSORS
 from llamalet.model_file.checkpoint import SUFFIX, best_first, best_of, list_steps, read_facts, verify
-from llamalet.model_file.tensors import tensor_specs
+from llamalet.model_file.tensors import BinTensor, tensor_specs
 
 
 def read(name: str, *, check: bool = False) -> ImportedModel:

@@ -157,7 +157,7 @@ def pack_q8(weights: Floats) -> Packed:
 
     The scale is max|w| / 127 rounded up, so no value is clipped; the error of a weight is at most scale / 2.
     """
-    return _pack_groups(weights, 8, Q8_GROUP_SIZE, _round_q8)
+    return _pack_groups(weights, 8, Q8_GROUP_SIZE, round_q8)
 
 
 def pack_q4(weights: Floats) -> Packed:
@@ -166,7 +166,7 @@ def pack_q4(weights: Floats) -> Packed:
     The squared error of a group is at most that of Q4_0's rule, scale = w / -8 with the w of largest magnitude, and
     less for most. A short last group is filled up with zeros.
     """
-    return _pack_groups(weights, 4, Q4_GROUP_SIZE, _round_q4)
+    return _pack_groups(weights, 4, Q4_GROUP_SIZE, round_q4)
 
 
 def pack(quantized: Quantized) -> Packed:
@@ -175,14 +175,27 @@ def pack(quantized: Quantized) -> Packed:
     Raises:
         FormatError: if the group size is not a multiple of CHUNK_COLS: a chunk has one scale.
     """
-    (rows, cols), group_size = quantized.values.shape, quantized.group_size
+    group_size = quantized.group_size
     if group_size % CHUNK_COLS:
         raise FormatError(
             f"int8 in groups of {group_size}: the kernels need a multiple of {CHUNK_COLS}; run it with --backend=numpy"
         )
-    packed = _empty(rows, cols, 8, group_size, np.float32)
+    return pack_values(*quantized, 8, group_size)
+
+
+def pack_values(values: NDArray[np.int8], scales: NDArray[np.uint16] | Floats, bits: int, group_size: int) -> Packed:
+    """Return integers that are chosen already as the kernels read them.
+
+    Args:
+        values: int8 (rows, cols), in -127..127 for 8 bits and -8..7 for 4.
+        scales: the bits of bfloat16, or float32: (rows, groups).
+        bits: 8 or 4.
+        group_size: columns that share a scale, a multiple of CHUNK_COLS; the last group may be shorter.
+    """
+    rows, cols = values.shape
+    packed = _empty(rows, cols, bits, group_size, scales.dtype.type)
     for blocks, part in _row_blocks(packed):
-        _put(packed, blocks, quantized.values[part], quantized.scales[part])
+        _put(packed, blocks, values[part], scales[part])
     return packed
 
 
@@ -260,16 +273,16 @@ def _padded(array: NDArray[Any], rows: int, cols: int) -> NDArray[Any]:
     return padded
 
 
-def _round_q8(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
-    """Return the values (n, group_size) and scales (n,) of `pack_q8`."""
+def round_q8(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
+    """Return the values (n, group_size) and bfloat16 scales (n,) of `pack_q8` for groups, float32 (n, group_size)."""
     scale = np.maximum(groups.max(axis=1), -groups.min(axis=1)) / np.float32(127)
     bits = ((scale.view(np.uint32) + np.uint32(0xFFFF)) >> 16).astype(np.uint16)
     scale = from_bfloat16(bits)
     return np.rint(groups / np.where(scale > 0, scale, np.float32(1))[:, None]), bits
 
 
-def _round_q4(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
-    """Return the values (n, group_size) and scales (n,) of `pack_q4`."""
+def round_q4(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
+    """Return the values (n, group_size) and bfloat16 scales (n,) of `pack_q4` for groups, float32 (n, group_size)."""
     w = np.ascontiguousarray(groups.T)  # (group_size, n): operations on groups run along the memory
     largest = np.where(w.max(axis=0) >= -w.min(axis=0), w.max(axis=0), w.min(axis=0))
     values, scratch = np.empty_like(w), np.empty_like(w)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from llamalet.config import ModelConfig, RopeDivisors
 from llamalet.errors import NonFiniteError
 from llamalet.model_file import quantize
-from llamalet.model_file.quantize import Packed, Quantized, Weight
+from llamalet.model_file.quantize import Floats, Packed, Quantized, Weight, dequantize, dequantize_rows
 
 # Weights that are converted at a time: memory use does not depend on the model's size.
 BLOCK_WEIGHTS = 1 << 22
@@ -55,6 +55,27 @@ class Rows(Protocol):
 
     def __getitem__(self, rows: slice, /) -> NDArray[np.float32]:
         """Return some rows."""
+
+
+@dataclass(frozen=True)
+class BinTensor:
+    """A tensor in any form that a model file has, whose rows are converted to float32 on demand."""
+
+    weight: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, in weights."""
+        if isinstance(self.weight, Packed):
+            return self.weight.rows, self.weight.cols
+        return (self.weight.values if isinstance(self.weight, Quantized) else self.weight).shape
+
+    def __getitem__(self, rows: slice) -> Floats:
+        if isinstance(self.weight, Packed):
+            return dequantize_rows(self.weight, np.arange(self.weight.rows)[rows])
+        if isinstance(self.weight, Quantized):
+            return dequantize(Quantized(self.weight.values[rows], self.weight.scales[rows]))
+        return dequantize(self.weight[rows])
 
 
 class Part(NamedTuple):
@@ -112,6 +133,13 @@ class TensorSpec:
         if self.version == 2 and self.group_size is not None:
             return quantize.quantize(weights, self.group_size)
         return quantize.ENCODINGS[self.dtype].encode(weights)
+
+    def stores(self, weight: Weight) -> bool:
+        """Return whether a matrix of the same shape is packed as the file stores it."""
+        if self.version != 3 or not isinstance(weight, Packed):
+            return False
+        bits, group_size, _ = quantize.ENCODINGS[self.dtype]
+        return (weight.bits, weight.group_size, weight.scales.dtype) == (bits, group_size, np.uint16)
 
     def assemble(self, arrays: Sequence[NDArray[Any]]) -> Weight:
         """Return the tensor with these parts."""

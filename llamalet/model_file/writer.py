@@ -4,7 +4,7 @@ import dataclasses
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -23,9 +23,9 @@ from llamalet.model_file.header import (
     llama2c_differences,
     pack_header,
 )
-from llamalet.model_file.quantize import Packed, Quantized
+from llamalet.model_file.quantize import Packed, Quantized, Weight
 from llamalet.model_file.reader import ModelFile, map_tensors, read
-from llamalet.model_file.tensors import ORDER, Rows, TensorSpec, row_blocks, tensor_specs
+from llamalet.model_file.tensors import ORDER, BinTensor, Rows, TensorSpec, row_blocks, tensor_specs
 from llamalet.tokenizer.base import SpecialIds
 
 DEFAULT_DTYPES = {0: "f32", 1: "f32", 2: "q8", 3: "q8"}
@@ -202,13 +202,19 @@ def _check_names(expected: Sequence[str], tensors: Mapping[str, Rows]) -> None:
 
 
 def _encoded(spec: TensorSpec, weights: Rows) -> Iterator[memoryview | bytes]:
-    """Yield a tensor's bytes, encoding a block of rows at a time; scales follow all values."""
+    """Yield a tensor's bytes, encoding a block of rows at a time; scales follow all values.
+
+    A matrix that is in the file's form already is copied, so its integers and scales stay.
+    """
     if tuple(weights.shape) != spec.shape:
         raise FormatError(f"{spec.name} has shape {tuple(weights.shape)} where the config asks for {spec.shape}")
     first, *others = spec.parts
     scales = []
-    for block in row_blocks(spec.name, weights):
-        tensor = spec.encode(block)
+    if isinstance(weights, BinTensor) and spec.stores(weights.weight):
+        encoded: Iterable[Weight] = [weights.weight]
+    else:
+        encoded = map(spec.encode, row_blocks(spec.name, weights))
+    for tensor in encoded:
         if isinstance(tensor, Quantized | Packed):
             scales.append(tensor.scales)
             yield tensor.values.data.cast("B")
