@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.errors import note
-from llamalet.model_file.quantize import ENCODINGS, Packed, dequantize, from_bfloat16, pack_values, round_q4, round_q8
+from llamalet.model_file.quantize import (
+    ENCODINGS,
+    Packed,
+    dequantize,
+    from_bfloat16,
+    pack_values,
+    round_q4,
+    round_q8,
+    to_bfloat16,
+)
 from llamalet.model_file.tensors import BinTensor, Rows, row_blocks
 from llamalet.reference import LAYER_TENSORS, attention, hidden_states, rmsnorm, rope, softmax, swiglu
 
@@ -36,7 +45,9 @@ MIN_TOKENS = 1024
 
 # What is added to a Hessian's diagonal, as a share of its mean: without it, directions that the text hardly uses are
 # filled with the errors of all others.
-DAMPING = 0.1
+DAMPING = 0.2
+# Passes of `refine`.
+REFINEMENTS = 3
 # Integers of each dtype, and the function that chooses a group's scale.
 LIMITS = {"q8": (-127, 127), "q4": (-8, 7)}
 DTYPES = tuple(LIMITS)
@@ -57,9 +68,9 @@ REPORT_AFTER_S = 2.0
 def gptq(weights: Doubles, hessian: Doubles, dtype: str) -> Packed:
     """Round a matrix column by column, and correct the columns that are left for the error of each.
 
-    If a column is off by e, the others lose least when column k changes by -e * inverse[j, k] / inverse[j, j], with the
+    If column j is off by e, the others lose least when column k changes by -e * inverse[j, k] / inverse[j, j], with the
     inverse of the Hessian of the columns that are left. All those inverses are in one Cholesky factor. A group's scale
-    is chosen when its first column is reached, for the corrected weights.
+    is chosen when its first column is reached, for the corrected weights. `refine` has the last word.
 
     Args:
         weights: (rows, cols).
@@ -68,27 +79,77 @@ def gptq(weights: Doubles, hessian: Doubles, dtype: str) -> Packed:
 
     Source: https://arxiv.org/abs/2210.17323, algorithm 1.
     """
-    (rows, cols), (bits, group_size, _) = weights.shape, ENCODINGS[dtype]
-    assert group_size is not None
-    inverse = np.linalg.inv(damped(hessian))
-    factor = np.linalg.cholesky(inverse).swapaxes(-1, -2)  # upper, and factor^T factor is the inverse
-    left, values = weights.copy(), np.empty(weights.shape, np.int8)
-    scales = []
+    (rows, cols), group_size = weights.shape, _group_size(dtype)
+    hessian = damped(hessian)
+    factor = np.linalg.cholesky(np.linalg.inv(hessian)).swapaxes(-1, -2)  # upper; factor^T factor is the inverse
+    # What the error of a column costs after the best correction of those behind it, relative to the average column.
+    costs = np.diagonal(factor, axis1=-2, axis2=-1) ** -2.0  # (cols,) or (rows, cols)
+    costs = (costs / costs.mean(axis=-1, keepdims=True)).astype(np.float32)
+    left, values = weights.copy(), np.empty_like(weights)
+    scales = np.empty((rows, -(-cols // group_size)))
     for start in range(0, cols, group_size):
         end = min(start + group_size, cols)
         group, errors = left[:, start:end], np.empty((rows, end - start))
-        scales.append(ROUND_GROUPS[dtype](group.astype(np.float32))[1])
-        scale = from_bfloat16(scales[-1]).astype(np.float64)
-        divisor = np.where(scale == 0, 1, scale)
-        for i in range(end - start):
-            j = start + i
-            rounded = np.clip(np.rint(group[:, i] / divisor), *LIMITS[dtype])
-            values[:, j] = rounded
-            errors[:, i] = (group[:, i] - rounded * scale) / factor[..., j, j]
+        _, bits = ROUND_GROUPS[dtype](group.astype(np.float32), costs[..., start:end])
+        scales[:, start // group_size] = scale = from_bfloat16(bits).astype(np.float64)
+        for i, j in enumerate(range(start, end)):
+            values[:, j] = _nearest(group[:, i], scale, dtype)
+            errors[:, i] = (group[:, i] - values[:, j] * scale) / factor[..., j, j]
             group[:, i + 1 :] -= errors[:, i, None] * factor[..., j, j + 1 : end]
-        after = factor[..., start:end, end:]
-        left[:, end:] -= errors @ after if after.ndim == 2 else (errors[:, None] @ after)[:, 0]
-    return pack_values(values, np.stack(scales, axis=1), bits, group_size)
+        left[:, end:] -= _times(errors, factor[..., start:end, end:])
+    for _ in range(REFINEMENTS):
+        refine(weights, values, scales, hessian, dtype)
+    bits = to_bfloat16(scales.astype(np.float32))
+    return pack_values(values.astype(np.int8), bits, ENCODINGS[dtype].bits, group_size)
+
+
+def refine(weights: Doubles, values: Doubles, scales: Doubles, hessian: Doubles, dtype: str) -> None:
+    """Lower the cost of the errors by changing one scale or one column of integers at a time, in place.
+
+    The cost of errors e is e^T hessian e for each row. In one variable it is a parabola, whose lowest point is known;
+    what is nearest to it and can be stored is taken.
+
+    Args:
+        weights: (rows, cols), what was rounded.
+        values: the integers (rows, cols).
+        scales: bfloat16 numbers (rows, groups).
+        hessian: as in `gptq`.
+        dtype: q8 or q4.
+    """
+    group_size = _group_size(dtype)
+    slopes = _times(weights - values * np.repeat(scales, group_size, axis=1)[:, : weights.shape[1]], hessian)
+    for g, scale in enumerate(scales.T):
+        part = slice(g * group_size, min((g + 1) * group_size, weights.shape[1]))
+        h, q = hessian[..., part, part], values[:, part]
+        before = q * scale[:, None]
+        slope, curvature = np.sum(slopes[:, part] * q, axis=1), np.sum(_times(q, h) * q, axis=1)
+        wanted = scale + slope / np.where(curvature > 0, curvature, np.inf)
+        step = from_bfloat16(to_bfloat16(wanted.astype(np.float32))) - scale
+        scale += np.where(step * (step * curvature - 2 * slope) < 0, step, 0)
+        near = slopes[:, part] - _times(q * scale[:, None] - before, h)
+        for i in range(q.shape[1]):
+            wanted = q[:, i] * scale + near[:, i] / h[..., i, i]
+            change = _nearest(wanted, scale, dtype) - q[:, i]
+            q[:, i] += change
+            near -= (change * scale)[:, None] * h[..., i, :]
+        slopes -= _times(q * scale[:, None] - before, hessian[..., part, :])
+
+
+def _group_size(dtype: str) -> int:
+    """Return the number of columns that share a scale."""
+    group_size = ENCODINGS[dtype].group_size
+    assert group_size is not None
+    return group_size
+
+
+def _nearest(x: Doubles, scale: Doubles, dtype: str) -> Doubles:
+    """Return the integers nearest to x / scale that a dtype has; 0 for a scale of 0."""
+    return np.clip(np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale != 0)), *LIMITS[dtype])
+
+
+def _times(x: Doubles, matrix: Doubles) -> Doubles:
+    """Multiply vectors (rows, n) by a matrix (n, m), or each by its own (rows, n, m): (rows, m)."""
+    return x @ matrix if matrix.ndim == 2 else (x[:, None] @ matrix)[:, 0]
 
 
 def damped(hessian: Doubles) -> Doubles:

@@ -273,16 +273,22 @@ def _padded(array: NDArray[Any], rows: int, cols: int) -> NDArray[Any]:
     return padded
 
 
-def round_q8(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
-    """Return the values (n, group_size) and bfloat16 scales (n,) of `pack_q8` for groups, float32 (n, group_size)."""
+def round_q8(groups: Floats, importance: Floats | None = None) -> tuple[Floats, NDArray[np.uint16]]:
+    """Return the values (n, group_size) and bfloat16 scales (n,) of `pack_q8` for groups, float32 (n, group_size).
+
+    The importance of weights, see `round_q4`, changes nothing: a scale that clips a value is never better at 8 bits.
+    """
     scale = np.maximum(groups.max(axis=1), -groups.min(axis=1)) / np.float32(127)
     bits = ((scale.view(np.uint32) + np.uint32(0xFFFF)) >> 16).astype(np.uint16)
     scale = from_bfloat16(bits)
     return np.rint(groups / np.where(scale > 0, scale, np.float32(1))[:, None]), bits
 
 
-def round_q4(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
-    """Return the values (n, group_size) and bfloat16 scales (n,) of `pack_q4` for groups, float32 (n, group_size)."""
+def round_q4(groups: Floats, importance: Floats | None = None) -> tuple[Floats, NDArray[np.uint16]]:
+    """Return the values (n, group_size) and bfloat16 scales (n,) of `pack_q4` for groups, float32 (n, group_size).
+
+    With the importance of each weight, (n, group_size) or (group_size,), squared errors count that many times.
+    """
     w = np.ascontiguousarray(groups.T)  # (group_size, n): operations on groups run along the memory
     largest = np.where(w.max(axis=0) >= -w.min(axis=0), w.max(axis=0), w.min(axis=0))
     values, scratch = np.empty_like(w), np.empty_like(w)
@@ -301,14 +307,21 @@ def round_q4(groups: Floats) -> tuple[Floats, NDArray[np.uint16]]:
         np.multiply(values, scale, out=scratch)
         np.subtract(scratch, w, out=scratch)
         np.multiply(scratch, scratch, out=scratch)
+        if importance is not None:
+            np.multiply(scratch, importance.T.reshape(len(w), -1), out=scratch)
         return scratch.sum(axis=0)
 
     def fitted(scale: Floats) -> Floats:
         """Return the scale with the least squared error for the integers of `scale`."""
         round_to(scale)
-        squares = np.multiply(values, values, out=scratch).sum(axis=0)
-        products = np.multiply(values, w, out=scratch).sum(axis=0)
-        return products / np.maximum(squares, 1)
+        if importance is None:
+            squares = np.multiply(values, values, out=scratch).sum(axis=0)
+            products = np.multiply(values, w, out=scratch).sum(axis=0)
+            return products / np.maximum(squares, 1)
+        weighted = values * importance.T.reshape(len(w), -1)
+        squares = np.multiply(values, weighted, out=scratch).sum(axis=0)
+        products = np.multiply(weighted, w, out=scratch).sum(axis=0)
+        return np.divide(products, squares, out=np.zeros_like(products), where=squares > 0)
 
     best = from_bfloat16(to_bfloat16(largest / np.float32(Q4_LARGEST[0])))
     # Errors of weights beyond 1e18 overflow and never compare as better, so Q4_0's scale stays.
