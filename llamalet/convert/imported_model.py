@@ -36,6 +36,7 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 T = TypeVar("T")
 
 REPORT_AFTER_S = 2.0
+LOSS_WEIGHTS = 1 << 20
 MAX_SHOWN = 3
 
 
@@ -167,6 +168,21 @@ def difference(tensors: Mapping[str, Rows], others: Mapping[str, Rows]) -> float
             start += len(block)
         worst = max(worst, math.sqrt(error / total) if total else math.inf * error if error else 0.0)
     return worst
+
+
+def rounding_losses(tensors: Mapping[str, Rows], rounded: Mapping[str, Rows]) -> dict[str, float]:
+    """Return how far matrices are off by their names, as a share of their root mean square.
+
+    Of a large matrix the first LOSS_WEIGHTS weights are compared: rounding treats all rows alike.
+    """
+    losses = {}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) == 2:
+            rows = slice(0, max(1, LOSS_WEIGHTS // tensor.shape[1]))
+            weights = tensor[rows]
+            gap = weights - rounded[name][rows]
+            losses[name] = math.sqrt(float(np.vdot(gap, gap)) / max(float(np.vdot(weights, weights)), 1e-30))
+    return losses
 
 
 def same(a: Rows, b: Rows) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ import numpy as np
 from llamalet import model_file
 from llamalet.config import ModelConfig, rope_frequencies
 from llamalet.convert import bin_file, formats, gguf_file, huggingface
-from llamalet.convert.imported_model import ImportedModel, Reported, difference
+from llamalet.convert.imported_model import ImportedModel, Reported, difference, rounding_losses
 from llamalet.convert.probes import TEXTS, check_same
 from llamalet.errors import ConfigError, DiskError, TokenizerError
 from llamalet.files import check_name, check_writable, refuse_odd
 from llamalet.model_file.companions import load_tokenizer
 from llamalet.model_file.header import DTYPES, LLAMA2C
+from llamalet.model_file.reader import ModelFile
 from llamalet.tokenizer import BOS_ID, Tokenizer, load
 
 REMEDIES = "name its tokenizer with --tokenizer FILE, or write the model without one: --no-tokenizer"
@@ -27,6 +29,8 @@ FORMAT_DTYPES = {"bin": DTYPES, "hf": tuple(huggingface.DTYPE_NAMES), "gguf": tu
 # How far rounding to a dtype may move a matrix, as a share of its root mean square: a bit less than the last bit of
 # the type; for blocks of 32 with a scale, about three times the largest value observed.
 ROUNDING = {"f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-10, "q8_0": 0.02, "q4_0": 0.3}
+# Stored types whose numbers have no scales in common: they were not rounded in groups.
+UNROUNDED = {"F64", "F32", "F16", "BF16"}
 # How far float32 may round a number of the config, as a share of it.
 FLOAT32_ROUNDING = 1e-6
 
@@ -210,12 +214,29 @@ def _write(source: ImportedModel, target: Target, path: Path, keep: Path | None,
         return f"gguf, {dtype}", gguf_file.write(path, source, dtype)
     written = bin_file.write(path, source, target.version, dtype=target.dtype, keep=keep, force=force)
     kind = written.dtype if written.group_size is None else f"{written.dtype} in groups of {written.group_size}"
-    notes = []
+    notes = _rounded_again(source, written)
     if target.version < 3 and (lost := model_file.llama2c_differences(source.config)):
         notes.append(f"llama2.c's programs will compute something else from this file: {', '.join(lost)}")
     if target.version < 3 and source.tokenizer is not None:
         notes += _llama2c_notes(source.tokenizer, path.with_suffix(".tokenizer.bin"))
     return f"version {target.version}, {kind}", notes
+
+
+def _rounded_again(source: ImportedModel, written: ModelFile) -> list[str]:
+    """Return a note on what it cost to round weights a second time, if they came rounded and were."""
+    types = sorted(source.stored - UNROUNDED)
+    if not types or written.group_size is None:
+        return []
+    losses = rounding_losses(source.tensors, bin_file.tensors_of(written))
+    worst = max(losses, key=lambda name: losses[name])
+    if not losses[worst]:
+        return []
+    mean = math.sqrt(sum(loss**2 for loss in losses.values()) / len(losses))
+    better = "; --dtype q8 adds far less" if written.dtype == "q4" else "; --dtype bf16 adds next to nothing"
+    return [
+        f"its weights were {', '.join(types)} and are now rounded again, to {written.dtype}: off by another {mean:.2%} "
+        f"of their root mean square ({worst}, the worst: {losses[worst]:.2%}){better}"
+    ]
 
 
 def _same_ids(source: ImportedModel, found: Tokenizer | None, path: Path, problem: str = "") -> str:

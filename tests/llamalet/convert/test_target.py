@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf_makes import CHATML, byte_pairs, made
@@ -259,3 +260,44 @@ def test_a_padded_vocabulary_stays_one_through_every_format(tmp_path, make):
     if make == "tokenizer.bin":  # llama2.c's run reads a row for each row of the embeddings
         data = (tmp_path / "5.tokenizer.bin").read_bytes()
         assert data.count(b"\n<unused ") == 384 - 321 and len(unpack(data, "x")) == 321
+
+
+# -- weights that were rounded are rounded again ----------------------------------------------------------------------
+
+
+def random_q4_k(weights: np.ndarray) -> np.ndarray:
+    """Blocks of 256 weights: two float16, 12 bytes of scales, 128 of values."""
+    rng = np.random.default_rng(len(weights))
+    blocks = rng.integers(0, 256, (len(weights), weights.shape[1] // 256, 144), np.uint8)
+    blocks[..., :4] = np.array([1e-3, 5e-3], np.float16).view(np.uint8)
+    return blocks.reshape(len(weights), -1)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+def test_an_import_says_what_rounding_again_costs(tmp_path, kind, capsys, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    config = dataclasses.replace(CONFIG, dim=256, head_dim=128, hidden_dim=256)
+    source = source_of(config=config, tensors=random_tensors(config))
+    if kind == "Q4_K":  # which the package only reads
+        types = {1: gguf.GGMLQuantizationType.F32, 2: gguf.GGMLQuantizationType.Q4_K}
+        monkeypatch.setattr(gguf_file, "_type_for", lambda shape, _: types[len(shape)])
+        monkeypatch.setattr(gguf.quants, "quantize", lambda x, kind: x if kind.name == "F32" else random_q4_k(x))
+    gguf_file.write(tmp_path / "m.gguf", source, "q8_0")
+    monkeypatch.undo()
+    shown = convert(tmp_path / "m.gguf", tmp_path / "m.bin", "--dtype=q4", capsys=capsys)
+    (line,) = [line for line in shown.splitlines() if "rounded again" in line]
+    assert f"its weights were {kind} and are now rounded again, to q4: off by another" in line and "--dtype q8" in line
+    stored, found = formats.read("gguf", str(tmp_path / "m.gguf")).tensors, formats.read("bin", str(tmp_path / "m.bin"))
+    losses = {}
+    for name, tensor in found.tensors.items():
+        if len(tensor.shape) == 2:
+            original = stored[name][0 : tensor.shape[0]]
+            losses[name] = np.linalg.norm(tensor[0 : len(original)] - original) / np.linalg.norm(original)
+    worst = max(losses, key=lambda name: losses[name])
+    assert f"({worst}, the worst: {losses[worst]:.2%})" in line
+    assert f"another {np.sqrt(np.mean(np.square(list(losses.values())))):.2%} of" in line
+
+    for out, dtype in (("f.bin", "f32"), ("again.bin", "q4")):  # exact; and copied
+        model = tmp_path / ("m.bin" if dtype == "q4" else "m.gguf")
+        assert "rounded again" not in convert(model, tmp_path / out, f"--dtype={dtype}", capsys=capsys)
+    assert "--dtype bf16" in convert(tmp_path / "m.gguf", tmp_path / "q8.bin", "--dtype=q8", capsys=capsys)

@@ -246,3 +246,20 @@ def test_q8_costs_half_a_percent_at_most_and_q4_no_more_than_q4_0(shared_data, c
     bits = {row.split()[0]: float(row.split()[5]) for row in capsys.readouterr().out.splitlines()[2:]}
     assert bits["q8"] <= 1.005 * bits["f32"]
     assert bits["q4"] <= bits["Q4_0"]
+
+
+@pytest.mark.parametrize("per_weight", [False, True])
+def test_a_q4_scale_is_chosen_for_the_weights_that_matter(per_weight):
+    rng = np.random.default_rng(0)
+    groups = rng.standard_normal((200, 32)).astype(np.float32)
+    importance = np.exp(2 * rng.standard_normal((200, 32) if per_weight else 32)).astype(np.float32)
+    costs = []
+    for weighed in (importance, None):
+        values, bits = quantize.round_q4(groups, weighed)
+        costs.append(np.sum(importance * (values * from_bfloat16(bits)[:, None] - groups) ** 2))
+    assert costs[0] < 0.9 * costs[1]
+    values, bits = quantize.round_q4(groups, np.ones(32, np.float32))
+    plain = quantize.round_q4(groups)
+    np.testing.assert_allclose(
+        values * from_bfloat16(bits)[:, None], plain[0] * from_bfloat16(plain[1])[:, None], atol=1e-2
+    )
