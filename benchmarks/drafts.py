@@ -111,7 +111,7 @@ def generate(model: Model, prompt: list[int], draft: Draft | None, temperature: 
 
 
 def story_tokens(model: Model, folder: str | None) -> Iterator[list[int]]:
-    """Yield the tokens of stories, or of their beginnings, each of at least a passage; the first token is BOS.
+    """Yield the tokens of stories of the data, each of at least a passage, or of OPENINGS; the first token is BOS.
 
     Raises:
         ConfigError: if the data in the folder have another vocabulary than the model.

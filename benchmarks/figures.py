@@ -46,7 +46,7 @@ START_POSITIONS = 16
 CACHE_POSITIONS = 8192
 
 # Deviations of normal logits. At 32,000 tokens a nucleus of 0.9 then has tens of tokens, as in trained models, some
-# thousand, or nearly all.
+# thousand, or most.
 LOGITS = {"peaked": 5.0, "spread": 3.0, "flat": 1.0}
 SAMPLED_ROWS = 4
 SAMPLES = 32

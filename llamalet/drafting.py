@@ -70,8 +70,9 @@ class Draft(ABC):
             self.size = min(2 * self.size, MAX_PROPOSED) if kept == proposed else kept + 1
         elif proposed:
             self._misses += 1
-            self.size = 1 if self._misses < self.patience else 0
-            self._wait = min(2 ** (self._misses - self.patience + 2), LONGEST_WAIT)
+            self.size = 1
+            if self._misses >= self.patience:
+                self.size, self._wait = 0, min(2 ** (self._misses - self.patience + 2), LONGEST_WAIT)
         elif self.size == 0:
             self._wait -= 1
             self.size = int(self._wait == 0)
@@ -116,7 +117,7 @@ class SmallModel(Draft):
         self._read: list[int] = []  # the tokens in the cache; those of the last proposal may not have been kept
 
     def settle(self, proposed: int, kept: int) -> None:
-        """See Draft; the number of tokens does not depend on how many were kept."""
+        """See Draft; except for waits, the number of tokens does not depend on how many were kept."""
         super().settle(proposed, kept)
         if self.size:
             self.size = MAX_PROPOSED

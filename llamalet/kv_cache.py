@@ -155,8 +155,16 @@ class KVCache:
         self.keys, self.values = aligned_zeros(keys, dtype), aligned_zeros(values, dtype)
         scales = scales if scaled else (*scales[:2], 0)
         self.key_scales, self.value_scales = (aligned_zeros(scales, np.float32) for _ in range(2))
-        arrays = self.keys, self.values, self.key_scales, self.value_scales
-        self.addresses = tuple(map(address_of, arrays))
+        self._take_addresses()
+
+    def _take_addresses(self) -> None:
+        """Note where the arrays are: taking an address costs as much time as a small kernel."""
+        self.addresses = tuple(map(address_of, (self.keys, self.values, self.key_scales, self.value_scales)))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickled or deeply copied cache, whose arrays are elsewhere now."""
+        self.__dict__.update(state)
+        self._take_addresses()
 
     def _move_to(self, capacity: int) -> None:
         """Copy the positions in use to new memory for `capacity` positions."""

@@ -103,7 +103,7 @@ def softmax(x: Array) -> Array:
 
 def losses(logits: Array, targets: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
     """Return -log softmax(logits)[target] for each row of (n, V), in nats: (n,); NaN if a logit is NaN or infinite."""
-    with np.errstate(invalid="ignore"):  # infinite less infinite
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite less infinite, or a difference that is
         peaks = logits.max(axis=1)
         sums = np.exp(logits - peaks[:, None]).sum(axis=1, dtype=np.float64)
         nats = np.log(sums) + peaks - logits[np.arange(len(targets)), targets]

@@ -208,7 +208,7 @@ class Sampler:
 def choose_token(logits: NDArray[np.float32], rule: Rule, coin: np.float32) -> int:
     """Return the token that a coin in [0, 1) falls on, or NOT_FINITE if a logit of (V,) is NaN or infinite.
 
-    kernels.sampling does the same, faster.
+    kernels.sampling does the same, faster, with powers of its own, which may differ in the last bit.
     """
     if not np.isfinite(logits).all():
         return NOT_FINITE

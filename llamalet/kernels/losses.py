@@ -21,18 +21,20 @@ class Losses:
     """A compiled `reference.losses`."""
 
     def __init__(self) -> None:
-        self._write: Callable[..., None] | None = None
+        """Compile."""
+        if not write_losses.signatures:
+            cache.enable(write_losses)
+        arguments = np.empty((1, 1), np.float32), np.empty(1, np.int64), np.empty(1)
+        with cache.without_collecting():
+            self._write: Callable[..., None] = write_losses.compile(tuple(map(numba.typeof, arguments)))
 
     def __call__(self, logits: NDArray[np.float32], targets: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-        """See reference.losses."""
-        nats = np.empty(len(targets))
-        arguments = np.ascontiguousarray(logits), targets.astype(np.int64), nats
-        if self._write is None:
-            if not write_losses.signatures:
-                cache.enable(write_losses)
-            with cache.without_collecting():
-                self._write = write_losses.compile(tuple(numba.typeof(argument) for argument in arguments))
-        self._write(*arguments)
+        """See reference.losses; there must be a target in the vocabulary for each row."""
+        n, vocab_size = logits.shape
+        if len(targets) != n or np.any((targets < 0) | (targets >= vocab_size)):
+            raise IndexError(f"{len(targets)} targets for {n} rows of {vocab_size} logits, or one outside of them")
+        nats = np.empty(n)
+        self._write(np.ascontiguousarray(logits), targets.astype(np.int64), nats)
         return nats
 
 

@@ -24,7 +24,7 @@ from llamalet.kernels import cache, llvm, simd
 from llamalet.kernels.jit import inner_kernel, kernel
 from llamalet.kernels.llvm import F32, I32, I64, i64
 from llamalet.kernels.powers import write_powers
-from llamalet.sampler import NOT_FINITE, Rule
+from llamalet.sampler import NOT_FINITE, Rule, SamplingConfig
 
 LANES = 16
 CHUNK = 128
@@ -60,8 +60,8 @@ class TokenChooser:
     """A compiled `sampler.choose_token` for vocabularies of one size; one caller at a time, the others wait."""
 
     def __init__(self, vocab_size: int) -> None:
-        """Take memory for vocab_size tokens."""
-        self._lock = threading.Lock()
+        """Take memory for vocab_size tokens, and compile."""
+        self.begin()
         self._room = Room(
             scaled=np.empty(vocab_size, np.float32),
             weights=np.empty(vocab_size + LANES, np.float32),
@@ -70,14 +70,21 @@ class TokenChooser:
             sums=np.empty(vocab_size, np.float32),
             counts=np.empty((DIGITS, 256), np.int32),
         )
-        self._choose: Callable[..., int] | None = None
+        no_logits, rule = np.empty(vocab_size, np.float32), Rule.create(SamplingConfig(), vocab_size)
+        self._choose = compile_choose((no_logits, rule, np.float32(0), self._room))
+
+    def begin(self) -> None:
+        """Begin without a caller, as a forked process must."""
+        self._lock = threading.Lock()
 
     def __call__(self, logits: NDArray[np.float32], rule: Rule, coin: np.float32) -> int:
         """See sampler.choose_token."""
-        arguments = np.ascontiguousarray(logits), rule, coin, self._room
         with self._lock:
-            self._choose = self._choose or compile_choose(arguments)
-            return self._choose(*arguments)
+            return self._choose(np.ascontiguousarray(logits), rule, coin, self._room)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenChooser":
+        """Return this one: a copied sampler shares it, as all of a model do."""
+        return self
 
 
 def compile_choose(arguments: tuple[Any, ...]) -> Callable[..., int]:
@@ -165,14 +172,15 @@ def choose_by_weight(weights: Any, rule: Any, coin: float, room: Any) -> int:
 
 @inner_kernel
 def pick_all_kept(weights: Any, total: float, rule: Any, room: Any) -> int:
-    """Put all tokens that the filters may keep into room, sorted; return how many. It may put more, but none between.
+    """Put all tokens that the filters may keep into room, sorted; return how many.
 
-    Most texts have a few likely tokens, which are tried first; next those of a bound from the sums of the others.
+    What it puts is always the most likely so many; there may be more of them than are kept. Mostly a few likely tokens
+    are enough, which are tried first; next those down to a likely bound.
     """
     n, most = rule.n_drawn, float32(1) / total
     floor = rule.min_p * most
     if rule.top_k:
-        floor = float32(0)
+        floor = float32(1e-45)  # the smallest: tokens of no probability add nothing to any sum
     elif rule.top_p > 0:
         if n > 1:
             floor = (float32(1) - rule.top_p) / float32(n - 1)
@@ -180,9 +188,10 @@ def pick_all_kept(weights: Any, total: float, rule: Any, room: Any) -> int:
         return pick(weights, total, floor, n, room)
     near = most * float32(2.0**NEAR_EXPONENT)
     if near > floor:
-        found = pick(weights, total, near, n, room)
-        if holds_all_kept(rule, found, room):
-            return found
+        if not rule.top_k:
+            found = pick(weights, total, near, n, room)
+            if holds_all_kept(rule, found, room):
+                return found
         bound = likely_bound(weights, total, rule)
         if bound > floor:
             found = pick(weights, total, bound, n, room)
@@ -201,11 +210,12 @@ def holds_all_kept(rule: Any, found: int, room: Any) -> bool:
 
 @inner_kernel
 def likely_bound(weights: Any, total: float, rule: Any) -> float:
-    """Return a probability that is at most a half below the least that top-k or top-p keeps.
+    """Return a guess at a bound: about half of the least probability that top-k or top-p keeps.
 
-    It is a power of two over the total, found by halving an interval of exponents; by rounding it may be too high.
+    It is a power of two, 2 ** -32 at the least, over the total, found by halving an interval of exponents. It may be
+    too high: the caller checks.
     """
-    low, high = -32, NEAR_EXPONENT
+    low, high = -32, 0 if rule.top_k else NEAR_EXPONENT
     while high - low > 1:
         middle = (low + high) // 2
         weight = float32(2) ** float32(middle)

@@ -66,6 +66,7 @@ class Transformer:
         self._bits = bits_of(file.tensors["tok_embeddings"])
         self._on_tiles = self._bits == 16 and bfloat16.instructions() == "amx"
         self._n_threads = thread_count(threads)
+        self.choose, self.losses = TokenChooser(self.config.vocab_size), Losses()
         self._begin()
         self._team = ThreadTeam(compile_work(self._arguments_for(1, 0)), self._n_threads)
         weakref.finalize(self, self._team.stop)
@@ -74,7 +75,7 @@ class Transformer:
     def _begin(self) -> None:
         """Create the memory of the kernels, for one caller at a time."""
         self._lock = threading.Lock()
-        self.choose, self.losses = TokenChooser(self.config.vocab_size), Losses()
+        self.choose.begin()
         self._rope_tables = RopeTables(*rope_tables(self.config, 0))
         self._arguments: dict[int, tuple[Weights, Workspace, RopeTables]] = {}
 

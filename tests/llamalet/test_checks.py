@@ -193,7 +193,8 @@ def test_a_model_of_no_file_says_why_it_cannot_be_copied(model):
 
 
 def _compute(model: Model, expected: np.ndarray) -> None:
-    os._exit(0 if all((model.logits([1, 260, 261]) == expected).all() for _ in range(3)) else 1)
+    same = all((model.logits([1, 260, 261]) == expected).all() for _ in range(3))
+    os._exit(0 if same and next(TEXT) is not None else 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -201,10 +202,14 @@ def _compute(model: Model, expected: np.ndarray) -> None:
 def test_a_fork_computes_whatever_another_thread_was_doing(path):
     model = Model.load(path, threads=2)
     expected, ended = model.logits([1, 260, 261]), threading.Event()
+    global TEXT
+    TEXT = model.generate("an", seed=1, ignore_eos=True)  # begun before the fork: it samples after it
+    next(TEXT)
 
     def work() -> None:
         while not ended.is_set():
             model.logits([1, 260, 261])
+            "".join(model.generate("an", seed=1, max_new_tokens=9))
 
     thread = threading.Thread(target=work)
     thread.start()

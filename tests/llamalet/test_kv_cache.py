@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import SMALL_MODELS, random_tensors
 
+from llamalet.aligned import address_of
 from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, rope_frequencies
 from llamalet.errors import UsageError
 from llamalet.kv_cache import ROLL_ERROR, KVCache, free_memory
@@ -215,3 +218,12 @@ def test_free_memory_is_found(monkeypatch):
     assert measured <= free_memory() < 1 << 50
     monkeypatch.delattr("os.sysconf")
     assert free_memory() == 1 << 62
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_copy_knows_where_its_arrays_are(kind):
+    cache, _ = filled(CONFIG, 20, kind)
+    for made in (cache, cache.copy(), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        arrays = made.keys, made.values, made.key_scales, made.value_scales
+        assert made.addresses == tuple(map(address_of, arrays))
+    assert copy.deepcopy(cache).addresses != cache.addresses

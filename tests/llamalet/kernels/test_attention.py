@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from toy import at_the_end_of_memory
 
 from llamalet import reference
-from llamalet.aligned import address_of
 from llamalet.config import ModelConfig
 from llamalet.kernels import attention, kv_slots, processor, simd
 from llamalet.kernels.jit import kernel
@@ -146,7 +145,7 @@ def test_nothing_beyond_the_arrays_is_touched(head_dim, n):
         small._move_to(500 + n)
         for name in ("keys", "values", "key_scales", "value_scales"):
             setattr(small, name, at_the_end_of_memory(getattr(small, name)))
-        small.addresses = tuple(map(address_of, (small.keys, small.values, small.key_scales, small.value_scales)))
+        small._take_addresses()
         part = slice(500, 500 + n)
         q, k, v = sequence.q[part], sequence.k[part], sequence.v[part]
         found = attend([small], 1, q, k, v, place=at_the_end_of_memory)

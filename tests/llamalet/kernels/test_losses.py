@@ -26,3 +26,10 @@ def test_a_row_with_a_number_that_is_not_finite_has_no_loss(bad):
     for losses in (Losses(), reference.losses):
         found = losses(logits, np.zeros(3, np.int64))
         assert np.isnan(found).tolist() == [False, True, False]
+
+
+def test_a_target_outside_of_the_vocabulary_is_refused():
+    logits = np.zeros((2, 40), np.float32)
+    for targets in ([0, 40], [-1, 0], [0]):
+        with pytest.raises(IndexError):
+            Losses()(logits, np.array(targets))
