@@ -31,7 +31,7 @@ class ByAddress(types.Type):
 
     def __init__(self, content: Any) -> None:
         self.content = content
-        super().__init__(f"ByAddress({content})")
+        super().__init__(f"ByAddress({content}, {', '.join(content.fields)})")
 
 
 @register_model(ByAddress)

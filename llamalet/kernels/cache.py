@@ -44,11 +44,16 @@ PRIVATE = 0o700
 KEPT_FOLDERS = 8
 
 
-def enable(kernel: Any) -> None:
-    """Let a kernel be stored and found on disk; without a usable folder it is compiled in every process."""
+def enable(kernel: Any) -> bool:
+    """Let a kernel be stored and found on disk; without a usable folder it is compiled in every process.
+
+    Returns:
+        Whether there is a folder.
+    """
     folder = _folder_in(tuple(roots()))
     if folder is not None:
         kernel._cache = KernelCache(kernel.py_func, folder)
+    return folder is not None
 
 
 @functools.cache
@@ -162,6 +167,10 @@ class KernelCache(FunctionCache):
             # Numba's own function first loads all that compiling needs, which takes longer than all else here.
             with self._guard_against_spurious_io_errors():
                 found = self._load_overload(sig, target_context)
+            # Numba writes its index before the code: two processes at once may have exchanged what they wrote.
+            if found is not None and tuple(found.signature.args) != tuple(sig):
+                found = None
+                raise ValueError("code for other arguments")
         except Exception as error:  # a damaged file may fail in any way
             _say(f"kernel cache: {self.cache_path}: damaged ({error or type(error).__name__})")
             with contextlib.suppress(OSError):

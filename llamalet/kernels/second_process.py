@@ -1,14 +1,16 @@
 """A process that compiles some kernels while this one compiles others, so that a first start takes two cores.
 
-LLVM compiles one function at a time in a process, whatever the number of threads. So `shared.py` sends the kernels that
-others call by name to a second process. It puts them into the kernel cache, where this one finds them. If there is no
-such process, or it fails in any way, this one compiles them itself.
+Numba compiles one function at a time in a process, whatever the number of threads. So `shared.py` sends the kernels
+that others call by name to a second process. It puts them into the kernel cache, where this one finds them. If there is
+no such process, or it fails or does not answer in time, this one compiles them itself.
 """
 
 import contextlib
+import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,41 +20,50 @@ from llamalet.cores import physical_cores
 BOOT = "import sys; sys.path[:] = sys.argv[1:]; from llamalet.kernels.shared import serve; serve()"
 DONE = b"."
 
+MARK = "LLAMALET_SECOND_PROCESS"
+"""Set in its environment, so that it never starts another, whatever program `sys.executable` is."""
+
+LIMIT_S = 60.0
+"""The process is ended after this time; it needs a few seconds."""
+
 Request = tuple[str, str, tuple[Any, ...]]
 """A kernel: its module, its name, and numba's types of its arguments."""
 
 
 class SecondProcess:
-    """The second process: started by the first request, ended with the block `while_compiling`."""
+    """The second process: started by the first request, ended with the block `while_compiling`.
+
+    It belongs to the thread in that block; to other threads it does not exist.
+    """
 
     def __init__(self) -> None:
-        self._wanted = False
+        self._owner: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: list[Request] = []
 
     @contextlib.contextmanager
-    def while_compiling(self) -> Iterator[None]:
-        """Let requests in this block start the process, if there is a second core; end it after the block."""
-        self._wanted = bool(sys.executable) and physical_cores() > 1
+    def while_compiling(self, *, can_share: bool = True) -> Iterator[None]:
+        """Let requests in this block start the process, if there is a second core; end it after the block.
+
+        `can_share` says whether there is a cache folder through which it can hand over what it compiles.
+        """
+        is_python = bool(sys.executable) and not getattr(sys, "frozen", False) and MARK not in os.environ
+        if self._owner is not None or not can_share or not is_python or physical_cores() == 1:
+            yield
+            return
+        self._owner = threading.get_ident()
         try:
             yield
         finally:
-            self._wanted = False
             self._end()
 
     def ask(self, request: Request) -> None:
         """Ask for a kernel."""
-        if not self._wanted or request in self._asked:
+        if self._owner != threading.get_ident() or request in self._asked:
             return
         try:
             if self._process is None:
-                paths = [str(Path(__file__).parents[2]), *sys.path]
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", BOOT, *paths],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
+                self._process = self._start()
             assert self._process.stdin is not None
             pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()
@@ -62,17 +73,33 @@ class SecondProcess:
 
     def wait_for(self, request: Request) -> None:
         """Wait until a kernel that was asked for is in the cache, or the process has ended."""
-        while request in self._asked and self._process is not None:
+        while self._owner == threading.get_ident() and request in self._asked and self._process is not None:
             assert self._process.stdout is not None
             if self._process.stdout.read(len(DONE)) != DONE:
                 self._end()
                 return
             self._asked.pop(0)
 
+    def _start(self) -> "subprocess.Popen[bytes]":
+        """Start the process, and what ends it if it does not answer."""
+        paths = [*sys.path, str(Path(__file__).parents[2])]
+        process = subprocess.Popen(
+            [sys.executable, "-c", BOOT, *paths],
+            env=os.environ | {MARK: "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._timer = threading.Timer(LIMIT_S, process.kill)
+        self._timer.daemon = True
+        self._timer.start()
+        return process
+
     def _end(self) -> None:
-        """End the process."""
-        process, self._process, self._asked = self._process, None, []
+        """End the process; no other is started in this block."""
+        process, self._process, self._asked, self._owner = self._process, None, [], None
         if process is not None:
+            self._timer.cancel()
             process.kill()
             with contextlib.suppress(OSError), process:  # closes the pipes, and waits for the end
                 pass

@@ -275,9 +275,8 @@ def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[.
     The returned function accepts these types only and does not look at them: finding out the types of so many arrays
     takes numba longer than a small model needs for a token.
     """
-    if not stages.work.signatures:
-        kernel_cache.enable(stages.work)
-    with kernel_cache.without_collecting(), SECOND_PROCESS.while_compiling():
+    can_share = kernel_cache.enable(stages.work)
+    with kernel_cache.without_collecting(), SECOND_PROCESS.while_compiling(can_share=can_share):
         return stages.work.compile(tuple(kind_of(argument) for argument in (*arguments, new_words(), 0, 0)))
 
 

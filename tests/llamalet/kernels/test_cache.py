@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
 
 from llamalet import kv_kinds
@@ -124,6 +126,27 @@ def test_a_damaged_file_is_compiled_again(package, tmp_path, damage):
     assert (result, hits) == ("2.718", 0) and "compiling" in stderr
     result, hits, _, stderr = run(package, tmp_path / "cache")
     assert (result, hits, stderr) == ("2.718", 1, "")
+
+
+@pytest.mark.compiles
+@posix
+def test_code_for_other_arguments_is_compiled_again(tmp_path, capsys):
+    """Two processes that write at once may exchange their files of code."""
+
+    def half(x):
+        return x / 2
+
+    def compiled():
+        kernel = numba.njit(half)
+        kernel._cache = cache.KernelCache(half, tmp_path)
+        return kernel(np.float32(3)), kernel(np.int8(3))
+
+    assert compiled() == (1.5, 1.5)
+    first, second = sorted(tmp_path.glob("*.nbc"))
+    shutil.copy(first, second)
+    capsys.readouterr()
+    assert compiled() == (1.5, 1.5)
+    assert "code for other arguments" in capsys.readouterr().err
 
 
 @posix

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,7 +30,48 @@ def test_a_process_that_fails_is_not_waited_for(monkeypatch, two_cores, boot):
     with process.while_compiling():
         process.ask(REQUEST)
         process.wait_for(REQUEST)
+        process.ask(REQUEST)  # it would fail again
+        assert process._process is None
     process.wait_for(REQUEST)
+
+
+def test_a_process_that_does_not_answer_is_ended(monkeypatch, two_cores):
+    monkeypatch.setattr(second_process, "BOOT", "import time; time.sleep(600)")
+    monkeypatch.setattr(second_process, "LIMIT_S", 0.2)
+    process = SecondProcess()
+    with process.while_compiling():
+        process.ask(REQUEST)
+        process.wait_for(REQUEST)
+        assert process._process is None
+
+
+def test_it_belongs_to_one_thread(monkeypatch, two_cores):
+    monkeypatch.setattr(second_process, "BOOT", "import time; time.sleep(600)")
+    process = SecondProcess()
+
+    def other():
+        with process.while_compiling():
+            process.wait_for(REQUEST)  # which would take minutes
+            process.ask((*REQUEST[:2], (1,)))
+
+    with process.while_compiling():
+        process.ask(REQUEST)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert process._process.poll() is None and process._asked == [REQUEST]
+
+
+@pytest.mark.parametrize("why", ["frozen", "no folder", "is the second one"])
+def test_some_programs_have_none(monkeypatch, two_cores, why):
+    if why == "frozen":
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+    elif why == "is the second one":
+        monkeypatch.setenv(second_process.MARK, "1")
+    process = SecondProcess()
+    with process.while_compiling(can_share=why != "no folder"):
+        process.ask(REQUEST)
+        assert process._process is None
 
 
 def test_it_answers_in_order_and_ends_with_the_block(monkeypatch, two_cores):
