@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 OURS = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
 ALLOWED = {
     "configurator": {"llamalet"},
-    "export": {"configurator", "llamalet", "parity", "training"},
+    "export": {"configurator", "corpus", "llamalet", "parity", "training"},
     "model": {"llamalet"},
     "sample": {"llamalet"},
     "tinystories": {"configurator", "corpus", "llamalet"},
