@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llamalet.cores import physical_cores
 
@@ -103,3 +103,10 @@ class SecondProcess:
             process.kill()
             with contextlib.suppress(OSError), process:  # closes the pipes, and waits for the end
                 pass
+
+
+def requests(stream: BinaryIO) -> Iterator[Request]:
+    """Yield what the process that started this one asks for; nobody else has the other end of this pipe."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield pickle.load(stream)

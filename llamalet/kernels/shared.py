@@ -5,12 +5,10 @@ optimizes every copy anew. A shared kernel is machine code of its own, and its c
 can be compiled at the same time as they, in another process: it must be there only when they become machine code.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import inspect
-import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +21,7 @@ from numba.extending import intrinsic
 
 from llamalet.kernels import cache
 from llamalet.kernels.jit import OPTIONS
-from llamalet.kernels.second_process import DONE, SecondProcess
+from llamalet.kernels.second_process import DONE, SecondProcess, requests
 
 RESULTS = {None: types.none, int: types.int64, float: types.float64}
 """Numba's types of what shared kernels may return, which their annotations say."""
@@ -83,8 +81,8 @@ def define_named(module: str, name: str, kinds: tuple[Any, ...]) -> None:
 
 def serve() -> None:
     """Compile what the standard input asks for until it ends: the main function of the second process."""
-    with contextlib.suppress(EOFError), cache.without_collecting():
-        while True:
-            define_named(*pickle.load(sys.stdin.buffer))
+    with cache.without_collecting():
+        for request in requests(sys.stdin.buffer):
+            define_named(*request)
             sys.stdout.buffer.write(DONE)
             sys.stdout.buffer.flush()

@@ -320,4 +320,4 @@ def test_every_command_begins_with_the_same_lines():
     ):
         if re.search(r"^    (command\.)?run\(main\)", text := path.read_text(), re.MULTILINE):
             commands[path.name] = text.partition('"""\n\n')[2].startswith(first)
-    assert len(commands) == 13 and all(commands.values()), commands
+    assert len(commands) == 14 and all(commands.values()), commands
