@@ -25,6 +25,9 @@ from llamalet.tokenizer import StreamDecoder, Tokenizer
 
 BACKENDS = ("numba", "numpy")
 
+SMALL_DRAFT_BYTES = 4 << 20
+"""A draft whose file is smaller computes a token in less time than two threads need to meet often enough."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
@@ -245,12 +248,17 @@ class Model:
     def open_draft(self, path: str | os.PathLike[str]) -> "Model":
         """Open a model as a draft, with this one's backend, threads, kind of cache and, if named, tokenizer file.
 
+        A small one gets a single thread: a second would be in the way of this model's, which wait for work.
+
         Raises:
             LlamaletError: see load.
         """
         options: dict[str, Any] = {} if self._origin is None else self._origin.options
         same = {name: options[name] for name in ("tokenizer", "backend", "threads", "kv") if name in options}
-        return type(self).load(file_path("draft", path), **same)
+        path = file_path("draft", path)
+        if path.is_file() and path.stat().st_size < SMALL_DRAFT_BYTES:
+            same["threads"] = 1
+        return type(self).load(path, **same)
 
     def generate_batch(
         self,
