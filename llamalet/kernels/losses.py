@@ -18,15 +18,10 @@ BLOCK = 1024
 
 
 class Losses:
-    """A compiled `reference.losses`."""
+    """A compiled `reference.losses`; it is compiled at the first call, because most programs make none."""
 
     def __init__(self) -> None:
-        """Compile."""
-        if not write_losses.signatures:
-            cache.enable(write_losses)
-        arguments = np.empty((1, 1), np.float32), np.empty(1, np.int64), np.empty(1)
-        with cache.without_collecting():
-            self._write: Callable[..., None] = write_losses.compile(tuple(map(numba.typeof, arguments)))
+        self._write: Callable[..., None] | None = None
 
     def __call__(self, logits: NDArray[np.float32], targets: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
         """See reference.losses; there must be a target in the vocabulary for each row."""
@@ -34,8 +29,18 @@ class Losses:
         if len(targets) != n or np.any((targets < 0) | (targets >= vocab_size)):
             raise IndexError(f"{len(targets)} targets for {n} rows of {vocab_size} logits, or one outside of them")
         nats = np.empty(n)
-        self._write(np.ascontiguousarray(logits), targets.astype(np.int64), nats)
+        arguments = np.ascontiguousarray(logits), targets.astype(np.int64), nats
+        self._write = self._write or compile_losses(arguments)
+        self._write(*arguments)
         return nats
+
+
+def compile_losses(arguments: tuple[Any, ...]) -> Callable[..., None]:
+    """Return `write_losses` for arguments of these types, compiled or from the cache."""
+    if not write_losses.signatures:
+        cache.enable(write_losses)
+    with cache.without_collecting():
+        return write_losses.compile(tuple(map(numba.typeof, arguments)))
 
 
 @kernel
