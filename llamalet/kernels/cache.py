@@ -56,6 +56,11 @@ def enable(kernel: Any) -> bool:
     return folder is not None
 
 
+def holds(kernel: Any) -> bool:
+    """Return whether code of a kernel is stored, for arguments of whatever types."""
+    return isinstance(kernel._cache, KernelCache) and kernel._cache.has_index()
+
+
 @functools.cache
 def _folder_in(candidates: tuple[Path, ...]) -> Path | None:
     """Return the folder of this process's kernels, the same for all of them; see open_folder."""
@@ -159,6 +164,10 @@ class KernelCache(FunctionCache):
     def __init__(self, py_func: Any, folder: Path) -> None:
         self._impl_class = functools.partial(_Impl, folder=folder)
         super().__init__(py_func)
+
+    def has_index(self) -> bool:
+        """Return whether anything has been stored."""
+        return Path(self._cache_file._index_path).exists()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the stored code for a signature, or None."""

@@ -35,6 +35,7 @@ DIGITS = 4
 """Of 8 bits: what the bits of a float32 are sorted by, one after the other."""
 NEAR_EXPONENT = -8
 """The tokens above 2 to this, as a share of the largest probability, are tried first."""
+NEAR, TINY = 2.0**NEAR_EXPONENT, 2.0**-100
 
 
 class Room(NamedTuple):
@@ -60,7 +61,7 @@ class TokenChooser:
     """A compiled `sampler.choose_token` for vocabularies of one size; one caller at a time, the others wait."""
 
     def __init__(self, vocab_size: int) -> None:
-        """Take memory for vocab_size tokens, and compile."""
+        """Take memory for vocab_size tokens."""
         self.begin()
         self._room = Room(
             scaled=np.empty(vocab_size, np.float32),
@@ -70,8 +71,15 @@ class TokenChooser:
             sums=np.empty(vocab_size, np.float32),
             counts=np.empty((DIGITS, 256), np.int32),
         )
-        no_logits, rule = np.empty(vocab_size, np.float32), Rule.create(SamplingConfig(), vocab_size)
-        self._choose = compile_choose((no_logits, rule, np.float32(0), self._room))
+        self._choose: Callable[..., int] | None = None
+
+    def compile(self) -> None:
+        """Compile what chooses, unless it has been; the first call would do it otherwise."""
+        if self._choose is None:
+            n = len(self._room.scaled)
+            self._choose = compile_choose(
+                (np.empty(n, np.float32), Rule.create(SamplingConfig(), n), np.float32(0), self._room)
+            )
 
     def begin(self) -> None:
         """Begin without a caller, as a forked process must."""
@@ -80,6 +88,8 @@ class TokenChooser:
     def __call__(self, logits: NDArray[np.float32], rule: Rule, coin: np.float32) -> int:
         """See sampler.choose_token."""
         with self._lock:
+            self.compile()
+            assert self._choose is not None
             return self._choose(np.ascontiguousarray(logits), rule, coin, self._room)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TokenChooser":
@@ -155,8 +165,7 @@ def choose_by_weight(weights: Any, rule: Any, coin: float, room: Any) -> int:
         return first_sum_above(weights[:n], total, coin)
     found = pick_all_kept(weights, total, rule, room)
     if not found:  # a tiny top-p over equal probabilities: none reaches the floor
-        pick(weights, total, float32(1) / total, n, room)
-        return room.tokens[0, 0]
+        return first_of_most(weights, total)
     if rule.top_k:
         found = min(found, rule.top_k)
     last = found - 1
@@ -171,6 +180,15 @@ def choose_by_weight(weights: Any, rule: Any, coin: float, room: Any) -> int:
 
 
 @inner_kernel
+def first_of_most(weights: Any, total: float) -> int:
+    """Return the first token of those that are most likely, whose weight is 1 or has the same share of the total."""
+    i = 0
+    while weights[i] / total < float32(1) / total:
+        i += 1
+    return i
+
+
+@inner_kernel
 def pick_all_kept(weights: Any, total: float, rule: Any, room: Any) -> int:
     """Put all tokens that the filters may keep into room, sorted; return how many.
 
@@ -178,26 +196,26 @@ def pick_all_kept(weights: Any, total: float, rule: Any, room: Any) -> int:
     are enough, which are tried first; next those down to a likely bound.
     """
     n, most = rule.n_drawn, float32(1) / total
-    floor = rule.min_p * most
+    floor, first_try = rule.min_p * most, 2
     if rule.top_k:
         floor = float32(1e-45)  # the smallest: tokens of no probability add nothing to any sum
+        first_try = 1
     elif rule.top_p > 0:
+        first_try = 0
         if n > 1:
             floor = (float32(1) - rule.top_p) / float32(n - 1)
-    else:
-        return pick(weights, total, floor, n, room)
-    near = most * float32(2.0**NEAR_EXPONENT)
-    if near > floor:
-        if not rule.top_k:
-            found = pick(weights, total, near, n, room)
-            if holds_all_kept(rule, found, room):
-                return found
-        bound = likely_bound(weights, total, rule)
-        if bound > floor:
+    found = 0
+    for attempt in range(first_try, 3):  # a loop, so that there is one `pick` to compile
+        bound = floor
+        if attempt == 0:
+            bound = most * float32(NEAR)
+        elif attempt == 1:
+            bound = likely_bound(weights, total, rule)
+        if attempt == 2 or bound > floor:
             found = pick(weights, total, bound, n, room)
             if holds_all_kept(rule, found, room):
-                return found
-    return pick(weights, total, floor, n, room)
+                break
+    return found
 
 
 @inner_kernel
@@ -322,7 +340,7 @@ def add_in_order(x: Any, first: int, last: int, total: float) -> float:
         i += 1
     while i < last:
         end = min(i + CHUNK, last)
-        if end - i == CHUNK and 2.0**-100 < total < WHOLE:
+        if end - i == CHUNK and TINY < total < WHOLE:
             per_unit = units_in_one(total)
             more = add_units(x, i, per_unit)
             whole = int64(total * per_unit) + more

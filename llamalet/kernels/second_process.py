@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,19 +40,28 @@ class SecondProcess:
         self._owner: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: list[Request] = []
+        self._meanwhile: Callable[[], None] | None = None
 
     @contextlib.contextmanager
-    def while_compiling(self, *, can_share: bool = True) -> Iterator[None]:
+    def while_compiling(
+        self, *, can_share: bool = True, at_once: bool = False, meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """Let requests in this block start the process, if there is a second core; end it after the block.
 
-        `can_share` says whether there is a cache folder through which it can hand over what it compiles.
+        Args:
+            can_share: whether there is a cache folder through which it can hand over what it compiles.
+            at_once: whether requests are certain, so that it may start now; it takes half a second.
+            meanwhile: what to do when this process would have to wait for it for the first time, which may not come.
         """
         is_python = bool(sys.executable) and not getattr(sys, "frozen", False) and MARK not in os.environ
         if self._owner is not None or not can_share or not is_python or physical_cores() == 1:
             yield
             return
-        self._owner = threading.get_ident()
+        self._owner, self._meanwhile = threading.get_ident(), meanwhile
         try:
+            if at_once:
+                with contextlib.suppress(OSError):  # the first request tries again
+                    self._process = self._start()
             yield
         finally:
             self._end()
@@ -74,7 +83,10 @@ class SecondProcess:
     def wait_for(self, request: Request) -> None:
         """Wait until a kernel that was asked for is in the cache, or the process has ended."""
         while self._owner == threading.get_ident() and request in self._asked and self._process is not None:
-            assert self._process.stdout is not None
+            if self._meanwhile is not None:
+                meanwhile, self._meanwhile = self._meanwhile, None
+                meanwhile()
+            assert self._process is not None and self._process.stdout is not None
             if self._process.stdout.read(len(DONE)) != DONE:
                 self._end()
                 return

@@ -68,7 +68,8 @@ class Transformer:
         self._n_threads = thread_count(threads)
         self.choose, self.losses = TokenChooser(self.config.vocab_size), Losses()
         self._begin()
-        self._team = ThreadTeam(compile_work(self._arguments_for(1, 0)), self._n_threads)
+        self._team = ThreadTeam(compile_work(self._arguments_for(1, 0), self.choose.compile), self._n_threads)
+        self.choose.compile()
         weakref.finalize(self, self._team.stop)
         _alive.add(self)
 
@@ -269,15 +270,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_in_child)
 
 
-def compile_work(arguments: tuple[Weights, Workspace, RopeTables]) -> Callable[..., None]:
+def compile_work(
+    arguments: tuple[Weights, Workspace, RopeTables], meanwhile: Callable[[], None]
+) -> Callable[..., None]:
     """Return `stages.work` for arguments of these types, compiled or from the cache.
+
+    `meanwhile` is called if part of it is compiled in a second process, which this one would have to wait for.
 
     The returned function accepts these types only and does not look at them: finding out the types of so many arrays
     takes numba longer than a small model needs for a token.
     """
-    can_share = kernel_cache.enable(stages.work)
-    with kernel_cache.without_collecting(), SECOND_PROCESS.while_compiling(can_share=can_share):
-        return stages.work.compile(tuple(kind_of(argument) for argument in (*arguments, new_words(), 0, 0)))
+    can_share, kinds = kernel_cache.enable(stages.work), [*arguments, new_words(), 0, 0]
+    with (
+        kernel_cache.without_collecting(),
+        SECOND_PROCESS.while_compiling(
+            can_share=can_share, at_once=not kernel_cache.holds(stages.work), meanwhile=meanwhile
+        ),
+    ):
+        return stages.work.compile(tuple(map(kind_of, kinds)))
 
 
 def kind_of(value: Any) -> Any:

@@ -90,10 +90,32 @@ def test_it_answers_in_order_and_ends_with_the_block(monkeypatch, two_cores):
     assert process._process is None
 
 
+def test_what_is_to_be_done_meanwhile_is_done_once_at_the_first_wait(monkeypatch, two_cores):
+    answers = "import pickle, sys\nwhile True: pickle.load(sys.stdin.buffer); print(end='.', flush=True)"
+    monkeypatch.setattr(second_process, "BOOT", answers)
+    process, done = SecondProcess(), []
+    with process.while_compiling(meanwhile=lambda: done.append(process._process)):
+        process.wait_for(REQUEST)  # nobody asked for it
+        assert not done
+        for number in range(2):
+            process.ask((*REQUEST[:2], (number,)))
+            process.wait_for((*REQUEST[:2], (number,)))
+    assert len(done) == 1 and done[0] is not None
+
+
+def test_it_can_start_before_it_is_asked(monkeypatch, two_cores):
+    monkeypatch.setattr(second_process, "BOOT", "import time; time.sleep(600)")
+    process = SecondProcess()
+    with process.while_compiling(at_once=True):
+        child = process._process
+        process.ask(REQUEST)
+        assert child is not None and process._process is child
+
+
 def test_one_core_has_none(monkeypatch):
     monkeypatch.setattr(second_process, "physical_cores", lambda: 1)
     process = SecondProcess()
-    with process.while_compiling():
+    with process.while_compiling(at_once=True):
         process.ask(REQUEST)
         assert process._process is None
 
