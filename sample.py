@@ -26,7 +26,8 @@ from collections.abc import Iterator, Sequence
 
 from llamalet import cli, console
 from llamalet.command import run
-from llamalet.generate import generate_batch, make_room, read_tokens
+from llamalet.engine import make_room
+from llamalet.generate import generate_batch, read_tokens
 from llamalet.runtime import Model
 from llamalet.sampler import Sampler, SamplingConfig
 

@@ -36,9 +36,9 @@ from configurator import parse
 from corpus.documents import pieces
 from llamalet.command import run
 from llamalet.config import ModelConfig
+from llamalet.engine import MAX_BATCH
 from llamalet.errors import ConfigError, DataError, note
 from llamalet.files import check_writable, write_file
-from llamalet.generate import MAX_BATCH
 from llamalet.kv_cache import KVCache
 from llamalet.kv_kinds import cache_bytes
 from llamalet.runtime import BACKENDS, Model

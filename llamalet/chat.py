@@ -13,8 +13,8 @@ from typing import Any
 
 from llamalet.chat_template import Message, Template, find_template
 from llamalet.checks import checked, file_path, shown
+from llamalet.engine import Begun, Ended, Engine, NewToken, Request, check_keep
 from llamalet.errors import ConfigError, UsageError
-from llamalet.generate import check_keep, make_room, read_tokens
 from llamalet.marked_text import Marked, concat, own
 from llamalet.runtime import Model
 from llamalet.sampler import Sampler, SamplingConfig
@@ -97,36 +97,41 @@ class Chat:
     def _answer(self, messages: list[Message], ids: list[int]) -> Iterator[str]:
         """Yield the answer to messages with these ids."""
         self.messages = messages
-        transformer, decoder = self._model.transformer, StreamDecoder(self._model.tokenizer)
+        known = self._forget_all_but(ids)
+        self.n_read = len(ids) - known
+        engine = Engine(self._model.transformer)
+        engine.add(
+            Request(
+                prompt=ids, sampling=self._sampling, stop_tokens=self._model.stop_tokens, sampler=self._sampler,
+                decoder=StreamDecoder(self._model.tokenizer), cache=self._cache, n_known=known,
+            )
+        )  # fmt: skip
         answer: list[int] = []
         try:
-            logits = self._read(ids)
-            while self._sampling.max_new_tokens is None or len(answer) < self._sampling.max_new_tokens:
-                token = self._sampler.sample(logits)
-                if token in self._model.stop_tokens:
-                    break
-                answer.append(token)
-                if piece := decoder.push(token):
-                    yield piece
-                if self._sampling.overflow == "stop" and self._cache.length == self._cache.context:
-                    break
-                make_room(self._cache, self._sampling.keep)
-                logits = transformer.decode(self._cache, token)
-                self._seen.append(token)
-            if piece := decoder.finish():
-                yield piece
+            while engine.busy:
+                for event in engine.step():
+                    if isinstance(event, NewToken):
+                        answer.append(event.token)
+                        self._seen = [*ids, *answer[:-1]]  # the newest is given to the model with the next step
+                    if isinstance(event, Ended):
+                        if event.error is not None:
+                            raise event.error
+                        if event.reason == "stop":
+                            self._seen = [*ids, *answer]
+                    if not isinstance(event, Begun) and event.text:
+                        yield event.text
         except GeneratorExit:
             raise
         except BaseException:  # the contents of the cache are unknown now
-            self._cache, self._seen = transformer.new_cache(), []
+            self._cache, self._seen = self._model.transformer.new_cache(), []
             raise
         finally:  # an answer that breaks off stays in the conversation as far as it went
             self.messages = [*messages, Message("assistant", _with_names(self._model.tokenizer, answer))]
 
-    def _read(self, ids: list[int]) -> Any:
-        """Make the cache hold these ids, reading only the new ones; return the logits after them: float32 (V,)."""
+    def _forget_all_but(self, ids: list[int]) -> int:
+        """Let the cache hold nothing but the first of these ids; return how many. The last must still be read."""
         known = 0
-        for ours, theirs in zip(self._seen, ids[:-1], strict=False):  # the last one must be read: it gives the logits
+        for ours, theirs in zip(self._seen, ids[:-1], strict=False):
             if ours != theirs:
                 break
             known += 1
@@ -135,10 +140,8 @@ class Chat:
                 self._cache.truncate(known)
             else:  # it has rolled: positions that are needed now are gone
                 self._cache, known = self._model.transformer.new_cache(), 0
-        self.n_read = len(ids) - known
-        logits = read_tokens(self._model.transformer, self._cache, ids[known:], self._sampling.keep)
-        self._seen = ids
-        return logits
+            self._seen = ids[:known]
+        return known
 
 
 def _with_names(tokenizer: Tokenizer, answer: Sequence[int]) -> Marked:

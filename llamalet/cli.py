@@ -23,8 +23,9 @@ from llamalet.command import nothing_to_lose
 from llamalet.config import ModelConfig
 from llamalet.convert.formats import Check
 from llamalet.drafting import LOOKUP, Draft
+from llamalet.engine import check_prompt
 from llamalet.errors import ConfigError, DataError, FormatError, UsageError, note
-from llamalet.generate import check_prompt, generate_batch
+from llamalet.generate import generate_batch
 from llamalet.options import read_options
 from llamalet.runtime import BACKENDS, Model
 from llamalet.sampler import KEEP, SamplingConfig

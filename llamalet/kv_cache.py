@@ -99,6 +99,24 @@ class KVCache:
         if scaled:
             self.key_scales[layer, :, first:last], self.value_scales[layer, :, first:last] = key_scales, value_scales
 
+    def block(self, first: int, last: int) -> tuple[NDArray[Any], ...]:
+        """Return a copy of what is kept of positions first .. last - 1, multiples of LANES, for `put_block`."""
+        return tuple(np.ascontiguousarray(part) for part in self._parts(first, last))
+
+    def put_block(self, first: int, block: tuple[NDArray[Any], ...]) -> None:
+        """Write what `block` returned, for positions from `first` on, a multiple of LANES, for which there is room."""
+        for part, kept in zip(self._parts(first, first + block[1].shape[2]), block, strict=True):
+            part[...] = kept
+
+    def block_bytes(self, n: int) -> int:
+        """Return the size of what `block` returns for n positions, a multiple of STEP."""
+        return cache_bytes(self._config, n, self.kind)
+
+    def _parts(self, first: int, last: int) -> tuple[NDArray[Any], ...]:
+        """Return the parts of the arrays that hold positions first .. last - 1, multiples of LANES."""
+        scales = self.key_scales[:, :, first:last], self.value_scales[:, :, first:last]
+        return self.keys[:, :, first // LANES : last // LANES], self.values[:, :, first:last], *scales
+
     def roll(self, keep: int, drop: int) -> None:
         """Drop positions keep .. keep + drop - 1; later ones move down by `drop`, and the length shrinks.
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamalet.engine import make_room
 from llamalet.errors import NonFiniteError, UsageError
 from llamalet.forward_pass import ForwardPass, LogitsOf
-from llamalet.generate import make_room
 from llamalet.kv_cache import KVCache
 from llamalet.sampler import KEEP
 from llamalet.shards import TokenArray

@@ -143,6 +143,9 @@ class ListCache(list):
     def length(self) -> int:
         return len(self)
 
+    def reserve(self, length: int) -> None:
+        assert length <= self.context
+
     def roll(self, keep: int, drop: int) -> None:
         del self[keep : keep + drop]
 

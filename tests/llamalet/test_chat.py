@@ -16,7 +16,7 @@ from toy import random_tensors, toy_llama3, toy_model
 from vocabularies import LOSSLESS, byte_level, from_sentencepiece, train
 
 import sample
-from llamalet import Chat, Model, chat, chat_template, cli, errors, model_file, runtime
+from llamalet import Chat, Model, chat, chat_template, cli, engine, errors, model_file, runtime
 from llamalet.chat_template import JinjaTemplate, Message
 from llamalet.config import ModelConfig
 from llamalet.convert import huggingface
@@ -360,8 +360,9 @@ def test_names_of_tokens_in_the_models_own_answers_are_these_tokens_again(model,
     monkeypatch.setattr(chat.Sampler, "sample", lambda self, logits: next(ids))
     monkeypatch.setattr(model, "_tokenizer", vocabulary)
     monkeypatch.setattr(model, "stop_tokens", frozenset([vocabulary.eos_id]))
-    monkeypatch.setattr(chat, "read_tokens", lambda *a: None)
-    monkeypatch.setattr(model.transformer, "decode", lambda cache, token: None)
+    monkeypatch.setattr(engine, "token_ids", lambda ids, vocab_size: np.array(ids))  # it has more than the model
+    for name in ("prefill", "decode"):
+        monkeypatch.setattr(model.transformer, name, lambda cache, tokens: np.zeros(1))
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role ~ m.content }}{% endfor %}")
     talk = Chat(model, template=tmp_path / "t.jinja")
     text = "".join(talk.say("<think>"))

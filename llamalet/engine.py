@@ -1,0 +1,530 @@
+"""The one loop that makes texts: requests in, events out, on one thread.
+
+Up to MAX_BATCH texts advance by a token in one pass through the model; the others wait, and take the places of those
+that end. A prompt is read in chunks between these passes. Whatever runs beside it, a text gets the bits that it would
+get alone, because the kernels give each position the same bits in any company.
+"""
+
+import itertools
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamalet.checks import elements, token_ids
+from llamalet.drafting import Draft
+from llamalet.errors import LlamaletError, NonFiniteError, UsageError
+from llamalet.forward_pass import ForwardPass, Logits, Tokens
+from llamalet.kv_cache import KVCache
+from llamalet.kv_kinds import cache_bytes
+from llamalet.logprobs import Logprobs, logprobs_of
+from llamalet.prefix_cache import PrefixCache
+from llamalet.sampler import Sampler, SamplingConfig
+from llamalet.stop_strings import TextStream
+from llamalet.tokenizer import StreamDecoder
+
+MAX_BATCH = 64
+"""Texts that advance by one token in one pass through the model."""
+
+LEAST_CHUNK, CHUNK, MOST_CHUNK = 16, 128, 512
+"""Tokens of a prompt that are read at once: at least, at first, and at most."""
+
+IDLE_CHUNK_S = 0.1
+"""What reading a chunk may take when nobody waits for tokens, in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A text to make.
+
+    Attributes:
+        prompt: ids, at least one; a document's first is BOS.
+        sampling: how tokens are chosen, and when the text ends. With overflow="stop" it ends when the context is full.
+            With "roll" the cache then forgets its older half, except the first `keep` tokens, in constant memory; a
+            prompt longer than the context is read the same way.
+        stop_tokens: the text ends at one of these, unless its settings say ignore_eos.
+        yields_stop: whether the stop token that ends the text gets a NewToken, without text.
+        bias: what is added to the logits of some tokens before one is chosen.
+        decoder: makes text of the tokens; None: events have no text.
+        stop: the text ends before any of these strings, which need a decoder.
+        logprobs: how many of the likeliest tokens come with each new token's logprob; None: no logprobs.
+        prompt_logprobs: the same for the prompt's tokens.
+        wants_logits: whether Begun has the logits after the prompt.
+        salt: texts share what the prefix cache keeps only with texts of the same salt.
+        draft: what proposes tokens while no other text runs.
+        sampler: what chooses tokens, instead of a new one.
+        cache: what has the keys and values of the first tokens of the prompt; the engine adds to it.
+        n_known: how many tokens of the prompt that are; the cache may have rolled.
+    """
+
+    prompt: Tokens
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stop_tokens: Collection[int] = ()
+    yields_stop: bool = False
+    bias: Mapping[int, float] = field(default_factory=dict)
+    decoder: StreamDecoder | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    wants_logits: bool = False
+    salt: str = ""
+    draft: Draft | None = None
+    sampler: Sampler | None = None
+    cache: KVCache | None = None
+    n_known: int = 0
+
+
+class Begun(NamedTuple):
+    """The prompt of a text has been read.
+
+    n_cached: tokens of it that came from the prefix cache.
+    prompt_logprobs: of each of its tokens, if asked for; None for the first.
+    logits: after it, float32 (V,), if asked for.
+    """
+
+    id: int
+    n_cached: int
+    prompt_logprobs: list[Logprobs | None] | None
+    logits: Logits | None
+
+
+class NewToken(NamedTuple):
+    """A text got a token.
+
+    text: what is certain with it: none, its text, or that of several.
+    """
+
+    id: int
+    token: int
+    text: str
+    logprobs: Logprobs | None
+
+
+class Ended(NamedTuple):
+    """A text has ended; nothing else of it follows.
+
+    text: the rest.
+    reason: "stop" (a stop token or string), "length", "cancelled" or "error".
+    """
+
+    id: int
+    text: str
+    reason: str
+    error: Exception | None
+
+
+Event = Begun | NewToken | Ended
+
+
+class _Text:
+    """A text that waits, is read, or runs."""
+
+    def __init__(self, id: int, request: Request, prompt: list[int], sampler: Sampler, context: int) -> None:
+        config = request.sampling
+        self.id, self.request, self.prompt, self.sampler = id, request, prompt, sampler
+        self.keep = config.keep
+        # The last token needs no room in the cache: nothing is computed after it.
+        room = context - len(prompt) + 1 if config.overflow == "stop" else math.inf
+        self.n_left = room if config.max_new_tokens is None else min(room, config.max_new_tokens)
+        self.stop_tokens = frozenset[int]() if config.ignore_eos else frozenset(request.stop_tokens)
+        self.stream = None if request.decoder is None else TextStream(request.decoder, request.stop)
+        self.bias = None
+        if request.bias:
+            ids, values = zip(*request.bias.items(), strict=True)
+            self.bias = np.array(ids), np.array(values, np.float32)
+        self.tokens: list[int] = []  # the new ones; the cache does not have the newest yet
+        self.cache, self.n_read = request.cache, request.n_known  # and how many tokens of the prompt it was given
+        self.n_cached = 0
+        self.rolled = False
+        self.n_bytes = 0
+        self.prompt_logprobs: list[Logprobs | None] | None = None if request.prompt_logprobs is None else [None]
+
+    @property
+    def begins_alike(self) -> Any:
+        """What texts with the same logits after their prompts have in common; None: it shares with none."""
+        request = self.request
+        if request.cache is not None or request.prompt_logprobs is not None:
+            return None
+        return self.keep, request.salt, self.prompt
+
+
+class Engine:
+    """Makes texts together. Everything is called on one thread.
+
+    Attributes:
+        prefix: what is kept of texts for those that begin alike.
+        reserved_bytes: of the KV caches of texts that have a place, with all their tokens.
+    """
+
+    def __init__(
+        self,
+        transformer: ForwardPass,
+        *,
+        undrawn: Collection[int] = (),
+        batch_size: int = MAX_BATCH,
+        kv_bytes: float = math.inf,
+        prefix_bytes: int = 0,
+        reading_share: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Prepare to make texts.
+
+        Args:
+            transformer: the model.
+            undrawn: ids that no text may get.
+            batch_size: number of texts that have a place at once, 1 to MAX_BATCH.
+            kv_bytes: size of the KV caches of all texts that have a place, at most; a single one always gets it.
+            prefix_bytes: size of the prefix cache, at most.
+            reading_share: the time for reading prompts after a pass, relative to that pass. None: prompts are read at
+                once, each as a whole, which makes the most tokens in a given time.
+            clock: returns seconds.
+        """
+        self.prefix = PrefixCache(prefix_bytes)
+        self.reserved_bytes = 0
+        self._transformer, self._undrawn, self._clock = transformer, undrawn, clock
+        self._batch_size, self._kv_bytes, self._reading_share = batch_size, kv_bytes, reading_share
+        self._n_added = 0
+        self._waiting = OrderedDict[object, deque[_Text]]()
+        self._reading: list[_Text] = []
+        self._running: list[_Text] = []
+        self._cancelled = set[int]()
+        # The state after a prompt that another text has, too.
+        self._shared: tuple[Any, KVCache, Logits] | None = None
+        self._chunk, self._pass_s = CHUNK, 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any text has not ended."""
+        return bool(self._waiting or self._reading or self._running)
+
+    @property
+    def n_waiting(self) -> int:
+        """Number of texts without a place."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def n_running(self) -> int:
+        """Number of texts that have a place."""
+        return len(self._reading) + len(self._running)
+
+    def add(self, request: Request, group: object = None) -> int:
+        """Let a text wait for its place; return its number, one more than the last. Groups of texts take turns.
+
+        Raises:
+            UsageError: if the prompt is empty, has other ids than the model, or is longer than a context that does not
+                roll; or if `keep` leaves a rolling context nothing to forget.
+        """
+        config, shape = request.sampling, self._transformer.config
+        tokens = elements("prompt", request.prompt)
+        check_prompt(tokens, config, shape.max_seq_len)
+        prompt = token_ids(tokens, shape.vocab_size).tolist()
+        sampler = request.sampler or Sampler(shape.vocab_size, config, self._undrawn, self._transformer.choose)
+        text = _Text(self._n_added, request, prompt, sampler, shape.max_seq_len)
+        # A full cache doubles.
+        positions = int(min(shape.max_seq_len, 2 * (len(prompt) + text.n_left)))
+        text.n_bytes = cache_bytes(shape, positions, self._transformer.kv)
+        self._n_added += 1
+        self._waiting.setdefault(group, deque()).append(text)
+        return text.id
+
+    def cancel(self, id: int) -> None:
+        """End a text with the next step. Nothing happens if it has ended."""
+        if any(text.id == id for text in self._texts()):
+            self._cancelled.add(id)
+
+    def step(self) -> list[Event]:
+        """Let every running text advance by a token, and read a part of a prompt; return what happened, in order."""
+        events: list[Event] = []
+        if self._cancelled:
+            self._end_cancelled(events)
+        self._admit(events)
+        if self._reading and self._reading_share is None:
+            self._read(self._reading[0], math.inf, events)
+        else:
+            start = self._clock()
+            if self._running:
+                self._advance(events)
+                self._pass_s = self._clock() - start
+            if self._reading:
+                self._read_for(events)
+        if self._shared is not None and not self._another_begins(self._shared[0]):
+            self._shared = None
+        return events
+
+    # --- who has a place ---
+
+    def _texts(self) -> Iterator[_Text]:
+        """Yield all texts that have not ended."""
+        yield from self._running
+        yield from self._reading
+        for texts in self._waiting.values():
+            yield from texts
+
+    def _end_cancelled(self, events: list[Event]) -> None:
+        """End the texts that `cancel` named."""
+        for text in list(self._texts()):
+            if text.id in self._cancelled:
+                self._end(text, "cancelled", events)
+        self._cancelled.clear()
+
+    def _admit(self, events: list[Event]) -> None:
+        """Give waiting texts a place, while there are places and memory, one of each group in turn."""
+        while self._waiting and self.n_running < self._batch_size:
+            group, texts = next(iter(self._waiting.items()))
+            text = texts[0]
+            if self.n_running and self.reserved_bytes + text.n_bytes > self._kv_bytes:
+                return
+            texts.popleft()
+            self._waiting.move_to_end(group)
+            if not texts:
+                del self._waiting[group]
+            self.reserved_bytes += text.n_bytes
+            self._reading.append(text)
+            if text.n_left <= 0 and text.prompt_logprobs is None and not text.request.wants_logits:
+                self._end(text, "length", events)
+
+    def _end(self, text: _Text, reason: str, events: list[Event], error: Exception | None = None) -> None:
+        """Take a text's place, and keep what others may need of its cache."""
+        if text in self._running:
+            self._running.remove(text)
+            if reason != "error":
+                self._remember(text, [*text.prompt, *text.tokens])
+        elif text in self._reading:
+            self._reading.remove(text)
+        else:
+            for group, texts in list(self._waiting.items()):
+                if text in texts:
+                    texts.remove(text)
+                    if not texts:
+                        del self._waiting[group]
+            text.n_bytes = 0
+        self.reserved_bytes -= text.n_bytes
+        events.append(Ended(text.id, "" if text.stream is None else text.stream.finish(), reason, error))
+        text.cache = None
+
+    def _remember(self, text: _Text, tokens: list[int]) -> None:
+        """Keep a text's keys and values in the prefix cache: those of its first tokens."""
+        request = text.request
+        is_alone = request.cache is not None or request.draft is not None  # what a draft proposed may be in the cache
+        if self.prefix.max_bytes and text.cache is not None and not text.rolled and not is_alone:
+            self.prefix.store(tokens[: text.cache.length], text.request.salt, text.cache)
+
+    # --- reading prompts ---
+
+    def _read_for(self, events: list[Event]) -> None:
+        """Read prompts for as long as the others may wait, at least one chunk."""
+        was_running = bool(self._running)
+        limit = self._reading_share * self._pass_s if was_running and self._reading_share is not None else IDLE_CHUNK_S
+        end = self._clock() + limit
+        while self._reading:
+            text, start = self._next_to_read(), self._clock()
+            n = self._read(text, self._chunk, events)
+            now = self._clock()
+            if n == self._chunk:
+                wanted = MOST_CHUNK if now <= start else n * limit / (now - start)
+                self._chunk = int(min(max(wanted, self._chunk / 2, LEAST_CHUNK), 2 * self._chunk, MOST_CHUNK))
+            if now + (now - start) > end or bool(self._running) != was_running:
+                return
+
+    def _next_to_read(self) -> _Text:
+        """Return the text whose prompt goes on: each in turn, but none that begins like one that has begun."""
+        begun = [other.begins_alike for other in self._reading if other.n_read]
+        for text in self._reading:
+            if text.n_read or text.begins_alike is None or text.begins_alike not in begun:
+                break
+        self._reading.remove(text)
+        self._reading.append(text)
+        return text
+
+    def _read(self, text: _Text, n: float, events: list[Event]) -> int:
+        """Read at most n tokens of a prompt, and choose the first new token after the last; return how many."""
+        n_before = text.n_read
+        try:
+            logits = self._read_chunk(text, n)
+        except (LlamaletError, MemoryError) as error:
+            self._end(text, "error", events, error)
+            return 0
+        if text.n_read < len(text.prompt):
+            return text.n_read - n_before
+        assert logits is not None
+        self._reading.remove(text)
+        self._running.append(text)
+        self._share(text, logits)
+        self._remember(text, text.prompt)
+        if text.request.draft is not None:
+            text.request.draft.begin()
+        wanted = logits if text.request.wants_logits else None
+        events.append(Begun(text.id, text.n_cached, text.prompt_logprobs, wanted))
+        if text.n_left <= 0:
+            self._end(text, "length", events)
+        else:
+            self._choose(text, logits, events)
+        return text.n_read - n_before
+
+    def _read_chunk(self, text: _Text, n: float) -> Logits | None:
+        """Read at most n tokens of a prompt, and all if n is infinite; return the logits after the last token.
+
+        Raises:
+            LlamaletError: if there is no memory for them.
+        """
+        if text.cache is None:
+            if self._shared is not None and self._shared[0] == text.begins_alike:
+                text.cache, text.n_read = self._shared[1].copy(), len(text.prompt)
+                return self._shared[2]
+            text.cache = self._transformer.new_cache()
+            if self.prefix.max_bytes and text.prompt_logprobs is None and text.request.sampling.overflow == "stop":
+                text.n_read = text.n_cached = self.prefix.restore(text.prompt, text.request.salt, text.cache)
+        end = min(len(text.prompt), text.n_read + n)
+        logits: Logits | None = None
+        while text.n_read < end:
+            self._make_room(text)
+            cache = text.cache
+            piece = text.prompt[text.n_read : int(min(end, text.n_read + cache.context - cache.length))]
+            logits = self._read_piece(text, cache, piece)
+            text.n_read += len(piece)
+        return logits
+
+    def _read_piece(self, text: _Text, cache: KVCache, piece: list[int]) -> Logits:
+        """Append tokens of a prompt to its cache; return the logits after the last one."""
+        n_top, found = text.request.prompt_logprobs, text.prompt_logprobs
+        if n_top is None or found is None:
+            return self._transformer.prefill(cache, piece)
+        first = text.n_read
+        for start in range(0, len(piece), CHUNK):  # in parts: the logits of all are large
+            part = piece[start : start + CHUNK]
+            rows = self._transformer.extend(cache, part)
+            if not np.isfinite(rows).all():
+                raise NonFiniteError("the logits of the prompt are NaN or infinite: the model's weights are damaged")
+            following = text.prompt[first + start + 1 : first + start + 1 + len(part)]
+            found += logprobs_of(rows[: len(following)], following, n_top)
+        return rows[-1]
+
+    def _share(self, text: _Text, logits: Logits) -> None:
+        """Keep a copy of a cache that has just read its prompt, if another text begins alike."""
+        alike = text.begins_alike
+        if alike is not None and self._shared is None and self._another_begins(alike):
+            assert text.cache is not None
+            self._shared = alike, text.cache.copy(), logits
+
+    def _another_begins(self, alike: Any) -> bool:
+        """Return whether a text without a token yet begins like this; of those that wait, the next of each group."""
+        waiting = (texts[0] for texts in itertools.islice(self._waiting.values(), MAX_BATCH))
+        return any(other.begins_alike == alike for other in itertools.chain(self._reading, waiting))
+
+    # --- making tokens ---
+
+    def _advance(self, events: list[Event]) -> None:
+        """Let every running text advance by a token."""
+        if len(self._running) == 1 and self._running[0].request.draft is not None:
+            self._advance_drafted(self._running[0], self._running[0].request.draft, events)
+            return
+        texts = []
+        for text in list(self._running):
+            try:
+                self._make_room(text)
+                assert text.cache is not None
+                text.cache.reserve(text.cache.length + 1)
+                texts.append(text)
+            except (LlamaletError, MemoryError) as error:
+                self._end(text, "error", events, error)
+        if not texts:
+            return
+        caches = [text.cache for text in texts if text.cache is not None]
+        if len(texts) == 1:
+            rows = self._transformer.decode(caches[0], texts[0].tokens[-1])[None]
+        else:
+            rows = self._transformer.decode_batch(caches, [text.tokens[-1] for text in texts])
+        for text, row in zip(texts, rows, strict=True):
+            self._choose(text, row, events)
+
+    def _advance_drafted(self, text: _Text, draft: Draft, events: list[Event]) -> None:
+        """Let the only text advance by as many tokens as its draft proposes rightly, and one more; see drafting.py."""
+        cache, tokens = text.cache, text.tokens
+        assert cache is not None
+        try:
+            self._make_room(text)
+            # Not past the end of the context: it rolls, if it may, before the token that it would roll before without.
+            n = int(min(draft.size, text.n_left - 1, cache.context - cache.length - 1))
+            proposed = draft.propose([*text.prompt, *tokens], n, text.sampler) if n > 0 else []
+            n_before = cache.length + 1  # positions before those of the proposals
+            if proposed:
+                rows = self._transformer.extend(cache, [tokens[-1], *proposed])
+            else:
+                rows = self._transformer.decode(cache, tokens[-1])[None]
+        except (LlamaletError, MemoryError) as error:
+            self._end(text, "error", events, error)
+            return
+        kept = 0
+        while self._choose(text, rows[kept], events) and kept < len(proposed) and tokens[-1] == proposed[kept]:
+            kept += 1
+        draft.settle(len(proposed), kept)
+        if text.cache is not None:
+            cache.truncate(n_before + kept)  # what follows was computed from a token that is not in the text
+
+    def _choose(self, text: _Text, logits: Logits, events: list[Event]) -> bool:
+        """Choose a text's next token; return whether the text goes on."""
+        request = text.request
+        try:
+            token = text.sampler.sample(logits if text.bias is None else _biased(logits, *text.bias))
+        except LlamaletError as error:
+            self._end(text, "error", events, error)
+            return False
+        is_stop = token in text.stop_tokens
+        if is_stop and not request.yields_stop:
+            self._end(text, "stop", events)
+            return False
+        logprobs = None if request.logprobs is None else logprobs_of(logits[None], [token], request.logprobs)[0]
+        piece, at_string = "", False
+        if not is_stop:
+            text.tokens.append(token)
+            text.n_left -= 1
+            if text.stream is not None:
+                piece, at_string = text.stream.push(token)
+        events.append(NewToken(text.id, token, piece, logprobs))
+        if is_stop or at_string:
+            self._end(text, "stop", events)
+        elif not text.n_left:
+            self._end(text, "length", events)
+        else:
+            return True
+        return False
+
+    def _make_room(self, text: _Text) -> None:
+        """Make a full cache roll; one that may not is not full, or its text has ended."""
+        assert text.cache is not None
+        if text.cache.length == text.cache.context:
+            text.rolled = True
+        make_room(text.cache, text.keep)
+
+
+def make_room(cache: KVCache, keep: int) -> None:
+    """Make a full cache forget the older half of what follows its first `keep` positions."""
+    if cache.length == cache.context:
+        cache.roll(keep, max(1, (cache.context - keep) // 2))
+
+
+def check_prompt(prompt: Tokens, config: SamplingConfig, context: int) -> None:
+    """Raise a UsageError if a context of this many positions cannot take a prompt with these settings."""
+    check_keep(config, context)
+    if not len(prompt):
+        raise UsageError("the prompt is empty, and this model's texts begin with no token of their own: give a prompt")
+    if len(prompt) > context and config.overflow == "stop":
+        raise UsageError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {context} (its context)")
+
+
+def check_keep(config: SamplingConfig, context: int) -> None:
+    """Raise a UsageError if a rolling context of this many positions would have nothing to forget."""
+    if config.overflow == "roll" and config.keep >= context:
+        raise UsageError(f"keep={config.keep}: a context of {context} positions can keep 0 to {context - 1} and roll")
+
+
+def _biased(logits: Logits, tokens: NDArray[np.int64], bias: Logits) -> Logits:
+    """Return logits (V,) with a bias added to those of some tokens."""
+    logits = logits.copy()
+    logits[tokens] += bias
+    return logits

@@ -1,0 +1,347 @@
+"""The engine: whatever runs beside a text, it is the one it is alone, and every request ends exactly once."""
+
+import dataclasses
+import itertools
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import SMALL_MODELS, Counting, in_memory, toy_tokenizer
+
+from llamalet.engine import Begun, Ended, Engine, NewToken, Request
+from llamalet.errors import NonFiniteError, UsageError
+from llamalet.kernels.transformer import Transformer
+from llamalet.kv_cache import KVCache
+from llamalet.kv_kinds import KINDS, cache_bytes
+from llamalet.logprobs import logprobs_of
+from llamalet.prefix_cache import BLOCK, PrefixCache
+from llamalet.sampler import SamplingConfig
+from llamalet.stop_strings import TextStream
+from llamalet.tokenizer import StreamDecoder
+
+CONTEXT = 192
+CONFIG = dataclasses.replace(SMALL_MODELS["gqa-tied"], max_seq_len=CONTEXT)  # 300 tokens
+GREEDY = SamplingConfig(temperature=0)
+
+
+class Clock:
+    """A clock that goes on by a random time whenever it is read."""
+
+    def __init__(self, seed: int) -> None:
+        self._random, self._now = np.random.default_rng(seed), 0.0
+
+    def __call__(self) -> float:
+        self._now += float(self._random.exponential(0.003))
+        return self._now
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model in each kind of weights with one thread, and with two."""
+    kinds = {"f32": "f32", "bf16": "bf16", "q8": "q8", "q4": "bf16"}
+    return {
+        (dtype, threads): Transformer(in_memory(CONFIG, dtype), threads=threads, kv=kv)
+        for dtype, kv in kinds.items()
+        for threads in (1, 2)
+    }
+
+
+def finish(engine: Engine, on_step=lambda number: None) -> dict[int, list]:
+    """The events of each request until all have ended; each ends once, with its last event."""
+    events = defaultdict(list)
+    for number in itertools.count():
+        if not engine.busy:
+            break
+        assert number < 5000
+        on_step(number)
+        for event in engine.step():
+            assert not (events[event.id] and isinstance(events[event.id][-1], Ended)), "an event after the end"
+            events[event.id].append(event)
+    assert all(isinstance(of_one[-1], Ended) for of_one in events.values())
+    assert engine.reserved_bytes == engine.n_running == engine.n_waiting == 0
+    return events
+
+
+def alone(model, request: Request) -> list:
+    """What a request gets from an engine of its own."""
+    engine = Engine(model)
+    engine.add(request)
+    return finish(engine)[0]
+
+
+def what_counts(events: list) -> list:
+    """Events without the number of their request and what the prefix cache gave."""
+    return [(type(event).__name__, *(event[2:] if isinstance(event, Begun) else event[1:])) for event in events]
+
+
+@st.composite
+def asked(draw) -> Request:
+    """A request like those that a server gets; many begin alike."""
+    start = draw(st.integers(3, 5))
+    prompt = [start + n % 7 for n in range(draw(st.integers(1, 150)))] + draw(st.lists(st.integers(3, 299), max_size=3))
+    return Request(
+        prompt=prompt,
+        sampling=SamplingConfig(
+            temperature=draw(st.sampled_from([0.0, 1.0])),
+            top_p=draw(st.sampled_from([0.9, 1.0])),
+            seed=draw(st.integers(0, 99)),
+            max_new_tokens=draw(st.none() | st.integers(0, 30)),
+            ignore_eos=draw(st.booleans()),
+        ),
+        stop_tokens=range(20),
+        yields_stop=draw(st.booleans()),
+        bias=draw(st.dictionaries(st.integers(0, 299), st.floats(-5, 5), max_size=3)),
+        decoder=StreamDecoder(toy_tokenizer()),
+        stop=draw(st.lists(st.sampled_from(["a", "an", "t", "th", "\ufffd\ufffd"]), max_size=2)),
+        logprobs=draw(st.sampled_from([None, 0, 3])),
+        prompt_logprobs=draw(st.sampled_from([None, None, 2])),
+        salt=draw(st.sampled_from(["", "a"])),
+    )
+
+
+def again(request: Request) -> Request:
+    """The same request with a decoder of its own."""
+    return dataclasses.replace(request, decoder=StreamDecoder(toy_tokenizer()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_text_is_the_same_in_any_company(models, data):
+    dtype = data.draw(st.sampled_from(["f32", "bf16", "q8", "q4"]))
+    requests = data.draw(st.lists(asked(), min_size=1, max_size=9))
+    expected = [what_counts(alone(models[dtype, 1], again(request))) for request in requests]
+    cancelled = data.draw(st.dictionaries(st.integers(0, 60), st.integers(0, 8), max_size=3))  # step -> request
+    late = data.draw(st.lists(st.integers(0, 30), min_size=len(requests), max_size=len(requests)))
+    engine = Engine(
+        models[dtype, data.draw(st.sampled_from([1, 2]))],
+        batch_size=data.draw(st.sampled_from([1, 3, 64])),
+        kv_bytes=data.draw(st.sampled_from([np.inf, 3 * cache_bytes(CONFIG, CONTEXT)])),
+        prefix_bytes=data.draw(st.sampled_from([0, 200_000, 10**8])),
+        reading_share=data.draw(st.sampled_from([None, 0.1, 1.0])),
+        clock=Clock(data.draw(st.integers(0, 99))),
+    )
+    ids, ended = {}, set()
+
+    def on_step(number: int) -> None:
+        for place, request in enumerate(requests):
+            if place not in ids and (late[place] <= number or not engine.busy):
+                ids[place] = engine.add(again(request), group=place % 2)
+        if number in cancelled and cancelled[number] in ids:
+            engine.cancel(ids[cancelled[number]])
+            ended.add(cancelled[number])
+        assert engine.prefix.n_bytes <= engine.prefix.max_bytes
+
+    on_step(0)
+    events = {}
+    for turn in range(len(requests) + 1):
+        for id, of_one in finish(engine, on_step).items():
+            assert id not in events
+            events[id] = of_one
+        on_step(100 + turn)
+    for place, found in ids.items():
+        mine = what_counts(events[found])
+        if mine[-1][2] == "cancelled":
+            assert place in ended
+            assert mine[:-1] == expected[place][: len(mine) - 1]
+        else:
+            assert mine == expected[place]
+    assert len(ids) == len(requests)
+
+
+def test_logprobs_are_those_of_the_logits(models):
+    model, prompt = models["q8", 1], [5, 6, 7, 8, 9]
+    events = alone(model, Request(prompt=prompt, sampling=GREEDY, logprobs=3, prompt_logprobs=2))
+    made = [event for event in events if isinstance(event, NewToken)]
+    tokens = prompt + [event.token for event in made]
+    logits = model.logits(tokens[:-1]).astype(np.float64)
+    rows = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    found = [*events[0].prompt_logprobs[1:], *(event.logprobs for event in made)]
+    assert len(found) == len(rows) and events[0].prompt_logprobs[0] is None
+    for row, token, logprobs in zip(rows, tokens[1:], found, strict=True):
+        assert logprobs.logprob == pytest.approx(row[token], abs=1e-9)
+        assert logprobs.rank == np.count_nonzero(row > row[token])
+        assert logprobs.entropy == pytest.approx(-(np.exp(row) * row).sum(), abs=1e-9)
+        assert [token for token, _ in logprobs.top] == np.argsort(-row, kind="stable")[: len(logprobs.top)].tolist()
+        assert dict(logprobs.top).get(token, logprobs.logprob) == logprobs.logprob
+    assert {len(logprobs.top) for logprobs in found} == {2, 3}
+
+
+def test_equals_of_the_likeliest_come_by_their_ids():
+    (found,) = logprobs_of(np.array([[0, 2, 1, 2, 2]], np.float32), [3], 2)
+    assert [token for token, _ in found.top] == [1, 3] and found.rank == 0
+
+
+def test_a_running_text_gets_a_token_with_every_step_while_another_is_read():
+    model = Counting(CONFIG)
+    engine = Engine(model, reading_share=0.5, clock=Clock(1))
+    engine.add(Request(prompt=[100], sampling=GREEDY))
+    engine.step()
+    long = engine.add(Request(prompt=[7] * CONTEXT, sampling=GREEDY))
+    for _ in range(100):
+        events = engine.step()
+        assert [event.id for event in events if isinstance(event, NewToken)][0] == 0
+        if any(event.id == long for event in events):
+            break
+    else:
+        pytest.fail("the long prompt is never read")
+
+
+def test_groups_take_turns():
+    engine = Engine(Counting(CONFIG), batch_size=1)
+    for n in range(5):
+        engine.add(Request(prompt=[100 + n], sampling=SamplingConfig(temperature=0, max_new_tokens=1)), group="many")
+    engine.add(Request(prompt=[50], sampling=SamplingConfig(temperature=0, max_new_tokens=1)), group="one")
+    assert list(finish(engine)) == [0, 5, 1, 2, 3, 4]
+
+
+def test_memory_is_a_limit_for_all_but_a_single_text():
+    size = cache_bytes(CONFIG, CONTEXT)
+    engine = Engine(Counting(CONFIG), kv_bytes=size * 2.5)
+    for _ in range(5):
+        engine.add(Request(prompt=[1], sampling=SamplingConfig(temperature=0, max_new_tokens=CONTEXT)))
+    most = []
+    finish(engine, lambda number: most.append(engine.reserved_bytes))
+    assert max(most) == 2 * size
+    engine = Engine(Counting(CONFIG), kv_bytes=1)
+    engine.add(Request(prompt=[1], sampling=GREEDY))
+    assert len(finish(engine)[0]) == CONTEXT + 2
+
+
+def test_an_error_ends_one_text(models):
+    model, engine = Counting(CONFIG), None
+    decode = model.decode
+    model.decode = lambda cache, token: decode(cache, token) * (np.nan if token == 105 else 1)
+    engine = Engine(model)
+    for start in (101, 90):
+        engine.add(Request(prompt=[start], sampling=SamplingConfig(temperature=0, max_new_tokens=9)))
+    broken, other = finish(engine).values()
+    assert [event.token for event in broken[1:-1]] == [102, 103, 104, 105]
+    assert broken[-1].reason == "error" and isinstance(broken[-1].error, NonFiniteError)
+    assert [event.token for event in other[1:-1]] == list(range(91, 100)) and other[-1].reason == "length"
+
+
+def test_no_memory_ends_one_text(models, monkeypatch):
+    monkeypatch.setattr("llamalet.kv_cache.free_memory", lambda: cache_bytes(CONFIG, 64))
+    engine = Engine(models["f32", 1])
+    engine.add(Request(prompt=[5] * 100, sampling=GREEDY))
+    engine.add(Request(prompt=[5] * 10, sampling=SamplingConfig(temperature=0, max_new_tokens=3)))
+    large, small = finish(engine).values()
+    assert isinstance(large[-1].error, UsageError) and "memory" in str(large[-1].error) and small[-1].reason == "length"
+
+
+def test_a_bias_changes_what_is_chosen(models):
+    events = alone(models["f32", 1], Request(prompt=[5], sampling=GREEDY, bias={77: 1000.0}, logprobs=1))
+    assert {event.token for event in events if isinstance(event, NewToken)} == {77}
+    assert all(event.logprobs.logprob < 0 for event in events if isinstance(event, NewToken))  # without the bias
+
+
+# --- the prefix cache ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_a_cache_are_copies(kind):
+    rng = np.random.default_rng(1)
+    one, two = KVCache(CONFIG, CONTEXT, kind), KVCache(CONFIG, CONTEXT, kind)
+    shape = (CONFIG.n_kv_heads, 128, CONFIG.head_dim)
+    for layer in range(CONFIG.n_layers):
+        one.write(layer, 0, *rng.standard_normal((2, *shape), np.float32))
+    block = one.block(64, 128)
+    assert sum(array.nbytes for array in block) == one.block_bytes(64)
+    two.put_block(0, block)
+    expected = [[part.copy() for part in one.read(layer, 64, 128)] for layer in range(CONFIG.n_layers)]
+    one.values[:] = 0
+    for layer in range(CONFIG.n_layers):
+        for found, wanted in zip(two.read(layer, 0, 64), expected[layer], strict=True):
+            assert found.tobytes() == wanted.tobytes()
+
+
+def filled(n: int) -> KVCache:
+    cache = KVCache(CONFIG, n)
+    cache.length = n
+    return cache
+
+
+def test_whole_blocks_are_found_again_but_not_with_another_salt():
+    prefix, tokens = PrefixCache(10**9), list(range(CONTEXT))
+    prefix.store(tokens, "", filled(CONTEXT))
+    assert len(prefix) == 3 and prefix.n_bytes == 3 * filled(64).block_bytes(BLOCK)
+    for asked_for, n in ((tokens, 128), ([*tokens, 1], 192), (tokens[:129], 128), (tokens[:64], 0), ([7, *tokens], 0)):
+        assert prefix.restore(asked_for, "", KVCache(CONFIG)) == n
+    assert prefix.restore(tokens, "other", KVCache(CONFIG)) == 0
+    prefix.store(tokens, "", filled(CONTEXT))
+    assert len(prefix) == 3
+
+
+def test_what_was_used_least_recently_leaves_first_and_the_limit_holds():
+    block = filled(64).block_bytes(BLOCK)
+    prefix = PrefixCache(4 * block)
+    texts = [[start] * 128 for start in range(3)]
+    for text in texts[:2]:
+        prefix.store(text, "", filled(128))
+    prefix.restore([*texts[0], 1], "", KVCache(CONFIG))
+    prefix.store(texts[2], "", filled(128))
+    assert prefix.n_bytes == 4 * block
+    assert [prefix.restore([*text, 1], "", KVCache(CONFIG)) for text in texts] == [128, 0, 128]
+    prefix.store([9] * 192, "", filled(192))
+    prefix.store([8] * 64, "", filled(64))
+    assert prefix.n_bytes == 4 * block
+    assert prefix.restore([9] * 193, "", KVCache(CONFIG, 256)) in (
+        128,
+        192,
+    )  # the end of a text leaves before its beginning
+    small = PrefixCache(block - 1)
+    small.store(texts[0], "", filled(128))
+    assert len(small) == 0
+
+
+def test_texts_that_begin_alike_are_read_once(models):
+    engine = Engine(models["q8", 1], prefix_bytes=10**8)
+    prompt = [5 + n % 9 for n in range(150)]
+    request = Request(prompt=prompt, sampling=SamplingConfig(temperature=0, max_new_tokens=40))
+    engine.add(request)
+    first = finish(engine)[0]
+    made = [event.token for event in first if isinstance(event, NewToken)]
+    engine.add(request)
+    engine.add(Request(prompt=[*prompt, *made], sampling=SamplingConfig(max_new_tokens=1)))
+    engine.add(dataclasses.replace(request, salt="mine"))
+    engine.add(dataclasses.replace(request, prompt_logprobs=0))
+    cached = {id: events[0].n_cached for id, events in finish(engine).items()}
+    assert first[0].n_cached == 0 and cached == {1: 128, 2: 128, 3: 0, 4: 0}
+
+
+def test_what_rolls_is_not_kept(models):
+    engine = Engine(models["q8", 1], prefix_bytes=10**8)
+    engine.add(Request(prompt=[5] * 100, sampling=SamplingConfig(overflow="roll", max_new_tokens=250, seed=1)))
+    finish(engine)
+    assert len(engine.prefix) == 1  # the prompt's, before it rolled
+
+
+# --- stop strings ---
+
+
+@settings(max_examples=300)
+@given(
+    st.text("ab", max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 5), max_size=30),
+)
+def test_text_ends_before_the_stop_string_that_is_complete_first_however_it_is_cut(text, stops, cuts):
+    class Pieces:
+        def push(self, piece):
+            return piece
+
+        def finish(self):
+            return ""
+
+    stream, rest, out, ended = TextStream(Pieces(), stops), text, "", False
+    for cut in itertools.chain(cuts, itertools.repeat(1)):
+        if not rest or ended:
+            break
+        piece, ended = stream.push(rest[:cut])
+        rest = rest[cut:]
+        out += piece
+    out += stream.finish()
+    ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    assert out == (text[: min(ends)[1]] if ends else text) and ended == bool(ends)
