@@ -209,6 +209,31 @@ def test_memory_is_a_limit_for_all_but_a_single_text():
     assert len(finish(engine)[0]) == CONTEXT + 2
 
 
+@pytest.mark.parametrize("place", ["waits", "is read", "runs", "shares its prompt"])
+def test_a_cancelled_text_ends_with_the_next_step_and_frees_its_place(models, place):
+    engine = Engine(models["q8", 1], batch_size=2, reading_share=1e-9, clock=Clock(2))
+    other = engine.add(Request(prompt=[9], sampling=GREEDY))
+    engine.step()
+    prompt = [5] * CONTEXT if place == "is read" else [5, 6]
+    text = engine.add(Request(prompt=prompt, sampling=GREEDY))
+    twin = engine.add(Request(prompt=prompt, sampling=GREEDY))
+    if place != "waits":
+        events = engine.step()
+        assert any(event.id == text for event in events) == (place != "is read")
+    cancelled = twin if place == "shares its prompt" else text
+    engine.cancel(cancelled)
+    engine.cancel(cancelled)
+    engine.cancel(10**6)
+    (ended,) = [event for event in engine.step() if event.id == cancelled]
+    assert ended == Ended(cancelled, "", "cancelled", None)
+    events = finish(engine)
+    assert cancelled not in events
+    for id in {other, text, twin} - {cancelled}:
+        assert isinstance(events[id][-1], Ended) and events[id][-1].reason == "length"
+    engine.cancel(cancelled)
+    assert engine.step() == [] and engine._shared is None
+
+
 def test_an_error_ends_one_text(models):
     model, engine = Counting(CONFIG), None
     decode = model.decode
@@ -309,6 +334,33 @@ def test_texts_that_begin_alike_are_read_once(models):
     engine.add(dataclasses.replace(request, prompt_logprobs=0))
     cached = {id: events[0].n_cached for id, events in finish(engine).items()}
     assert first[0].n_cached == 0 and cached == {1: 128, 2: 128, 3: 0, 4: 0}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "q8"])
+def test_a_text_is_the_same_with_a_warm_cache(models, dtype):
+    """Of three blocks, with an alternative at every place, so that a wrong key shows."""
+    model, rng = models[dtype, 2], np.random.default_rng(3)
+    request = Request(
+        prompt=rng.integers(3, 300, 170).tolist(), sampling=SamplingConfig(max_new_tokens=22, seed=1), logprobs=3
+    )
+    engine = Engine(model, prefix_bytes=10**8)
+    for n in (0, 128):
+        engine.add(request)
+        (events,) = finish(engine).values()
+        assert events[0].n_cached == n and what_counts(events) == what_counts(alone(model, request))
+    made = [event.token for event in events if isinstance(event, NewToken)]
+    longer = dataclasses.replace(request, prompt=[*request.prompt, *made], sampling=GREEDY)  # 192 tokens
+    engine.add(longer)
+    (events,) = finish(engine).values()
+    assert events[0].n_cached == 128 and what_counts(events) == what_counts(alone(model, longer))
+
+
+@pytest.mark.parametrize(("n_new", "blocks"), [(4, 0), (5, 1)])
+def test_only_what_has_been_computed_is_kept(models, n_new, blocks):
+    engine = Engine(models["q8", 1], prefix_bytes=10**8)
+    engine.add(Request(prompt=[5] * 60, sampling=SamplingConfig(max_new_tokens=n_new, ignore_eos=True)))
+    finish(engine)
+    assert len(engine.prefix) == blocks  # the newest token's key is never computed
 
 
 def test_what_rolls_is_not_kept(models):
