@@ -32,7 +32,7 @@ MAX_BATCH = 64
 """Texts that advance by one token in one pass through the model."""
 
 LEAST_CHUNK, CHUNK, MOST_CHUNK = 16, 128, 512
-"""Tokens of a prompt that are read at once: at least, at first, and at most."""
+"""Tokens of a prompt that are read at once: at least, with their logprobs at most, and at most."""
 
 IDLE_CHUNK_S = 0.1
 """What reading a chunk may take when nobody waits for tokens, in seconds."""
@@ -195,7 +195,8 @@ class Engine:
         self._cancelled = set[int]()
         # The state after a prompt that another text has, too.
         self._shared: tuple[Any, KVCache, Logits] | None = None
-        self._chunk, self._pass_s = CHUNK, 0.0
+        # What a pass over the running texts took, and a token of a prompt: at first more than it will.
+        self._pass_s, self._token_s = 0.0, IDLE_CHUNK_S / LEAST_CHUNK
 
     @property
     def busy(self) -> bool:
@@ -323,11 +324,11 @@ class Engine:
         end = self._clock() + limit
         while self._reading:
             text, start = self._next_to_read(), self._clock()
-            n = self._read(text, self._chunk, events)
+            chunk = int(min(max(limit / self._token_s, LEAST_CHUNK), MOST_CHUNK))
+            n = self._read(text, chunk, events)
             now = self._clock()
-            if n == self._chunk:
-                wanted = MOST_CHUNK if now <= start else n * limit / (now - start)
-                self._chunk = int(min(max(wanted, self._chunk / 2, LEAST_CHUNK), 2 * self._chunk, MOST_CHUNK))
+            if n >= LEAST_CHUNK:  # a shorter one says little of longer ones
+                self._token_s = max(now - start, 1e-9) / n
             if now + (now - start) > end or bool(self._running) != was_running:
                 return
 

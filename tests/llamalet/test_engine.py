@@ -188,6 +188,36 @@ def test_a_running_text_gets_a_token_with_every_step_while_another_is_read():
         pytest.fail("the long prompt is never read")
 
 
+def test_reading_takes_its_share_of_the_time_and_no_more():
+    """A pass takes 4 ms, and a token of a prompt 0.1 ms; the share is 0.8, so 32 tokens are read between passes."""
+    now, model = [0.0], Counting(dataclasses.replace(CONFIG, max_seq_len=4096))
+
+    def prefill(cache, tokens):
+        now[0] += 1e-4 * len(tokens)
+        return Counting.prefill(model, cache, tokens)
+
+    def decode(cache, token):
+        now[0] += 4e-3
+        return Counting.prefill(model, cache, [token])
+
+    model.prefill, model.decode = prefill, decode
+    engine = Engine(model, reading_share=0.8, clock=lambda: now[0])
+    engine.add(Request(prompt=[7] * 4000, sampling=SamplingConfig(temperature=0, max_new_tokens=1)))
+    while engine.busy:  # with nobody else, in large chunks
+        engine.step()
+    assert now[0] == pytest.approx(0.4)
+    engine.add(Request(prompt=[100], sampling=GREEDY))
+    engine.step()
+    engine.step()
+    engine.add(Request(prompt=[9] * 4000, sampling=SamplingConfig(temperature=0, max_new_tokens=1)))
+    steps, last = [], now[0]
+    while engine.n_running > 1 or engine.n_waiting:
+        assert any(isinstance(event, NewToken) and event.id == 1 for event in engine.step())
+        steps.append(now[0] - last)
+        last = now[0]
+    assert max(steps) <= 7.3e-3 and 120 < len(steps) < 131
+
+
 def test_groups_take_turns():
     engine = Engine(Counting(CONFIG), batch_size=1)
     for n in range(5):
