@@ -184,7 +184,12 @@ def llama2_parts(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int 
 
 
 class JinjaTemplate:
-    """A chat template in the form that Hugging Face's models use; needs the jinja2 package."""
+    """A chat template in the form that Hugging Face's models use; needs the jinja2 package.
+
+    Attributes:
+        source: the template.
+        name: where it comes from; messages begin with it.
+    """
 
     def __init__(
         self,
@@ -207,6 +212,7 @@ class JinjaTemplate:
         Raises:
             UsageError: if it is not a template, or jinja2 is not installed.
         """
+        self.source, self.name = source, name
         self._tokenizer = tokenizer
         self._process = TemplateProcess(source, _bos_and_eos(tokenizer) if special is None else special, name)
         self._max_chars = context * _longest(tokenizer)

@@ -375,6 +375,13 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = tokenizer.adds_space
 
+    def fork(self) -> "StreamDecoder":
+        """Return a decoder that continues the same tokens; what it decodes does not change this one."""
+        twin = StreamDecoder(self._tokenizer)
+        twin._utf8.setstate(self._utf8.getstate())
+        twin._at_start = self._at_start
+        return twin
+
     def push(self, token: int) -> str:
         """Return the text that `token` completes, which may be empty."""
         data = self._tokenizer.token_bytes(token)
