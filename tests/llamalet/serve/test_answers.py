@@ -394,6 +394,22 @@ def test_the_answer_of_a_chat_is_generates_of_its_prompt(talker):
     assert again["choices"][0]["token_ids"] == found["choices"][0]["token_ids"]
 
 
+def test_the_openai_package_reads_all_answers(served, talker):
+    types = pytest.importorskip("openai.types")
+    chats = pytest.importorskip("openai.types.chat")
+    usage = {"stream_options": {"include_usage": True}}
+    # Its types lack the nulls of the first token of an echo, and of a stream's finish_reason.
+    completions = [complete(served, prompt=["and", "a"], max_tokens=3, n=2, logprobs=3)]
+    options = {"messages": HELLO, "max_tokens": 3, "n": 2, "logprobs": True, "top_logprobs": 3}
+    for kind, found in (
+        (types.Completion, completions),
+        (chats.ChatCompletion, [chat(talker, **options), chat(talker, messages=HELLO, max_tokens=0)]),
+        (chats.ChatCompletionChunk, stream(talker, read_chat, **options, **usage)),
+    ):
+        for fields in found:
+            kind.model_validate(fields)
+
+
 # --- errors ---
 
 
