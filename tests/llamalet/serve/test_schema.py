@@ -504,6 +504,13 @@ def test_conversations_beyond_the_context_are_refused(talker, messages):
     assert (error.status, error.code, error.param) == (400, "context_length_exceeded", "messages")
 
 
+def test_a_conversation_of_too_many_bytes_is_refused_before_the_template_sees_it(talker, monkeypatch):
+    monkeypatch.setattr(talker, "render", lambda messages: pytest.fail("rendered"))
+    for n_messages in (1, 100):
+        messages = [{"role": "user", "content": "\u4e2d" * (128 * talker.longest_token // n_messages)}] * n_messages
+        assert refused(talker, {"messages": messages}, read_chat).code == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
