@@ -1,4 +1,4 @@
-"""The command line: `llamalet generate | chat | evaluate | convert`, and the options of sample.py.
+"""The command line: `llamalet generate | chat | serve | evaluate | convert`, and the options of sample.py.
 
 Every option can be written --key=value or --key value, with - or _ in its name; a switch --x, --no-x or --x=false. The
 short flags are those of llama2.c's run. A mistake ends in one line that names the nearest option, and exit code 2.
@@ -26,8 +26,9 @@ from llamalet.drafting import LOOKUP, Draft
 from llamalet.engine import check_prompt
 from llamalet.errors import ConfigError, DataError, FormatError, UsageError, note
 from llamalet.generate import generate_batch
+from llamalet.model_options import ModelOptions, choose_model
 from llamalet.options import read_options
-from llamalet.runtime import BACKENDS, Model
+from llamalet.runtime import Model
 from llamalet.sampler import KEEP, SamplingConfig
 from llamalet.shards import Shards, find_newest
 from llamalet.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ OVERVIEW = f"""llamalet {__version__}: small Llama models in Python, without PyT
 
   llamalet generate [MODEL]          tell a story
   llamalet chat [MODEL]              talk to a model that was trained to answer
+  llamalet serve [MODEL]             answer over HTTP, with OpenAI's endpoints and a page
   llamalet evaluate MODEL [DATA]     compute the loss and bits per byte of a text
   llamalet convert MODEL OUT         write a .bin, a .gguf or a Hugging Face folder
 
@@ -43,13 +45,12 @@ Examples:
   llamalet generate -i "Once upon a time" -t 0.8 -s 7       the newest .bin under out/, else the demo model
   llamalet generate stories15M.bin -z tokenizer.bin
   llamalet chat Llama-3.2-1B-Instruct.bin -y "You are a pirate."
+  llamalet serve out/model.bin --port=8080
   llamalet evaluate out/model.bin story.txt
   llamalet convert out/model.bin small.bin --dtype=q8
 
 Each command explains its options with --help."""
 
-OUT = Path("out")
-DEMO_MODEL = Path(__file__).parent / "assets" / "demo.bin"
 DEFAULT_STEPS = 256
 MAX_STORIES = 100_000
 
@@ -60,32 +61,6 @@ ALIASES = {
 }  # fmt: skip
 STORY_OPTIONS: dict[str, Any] = {"steps": None, "draft": None, "num_samples": 1, "ignore_eos": False}  # and defaults
 CHAT_OPTIONS: dict[str, Any] = {"system_prompt": None, "chat_template": None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """How the model runs."""
-
-    tokenizer: str | None = None
-    """the tokenizer's file; the one inside the model or beside it if not given"""
-    dtype: str | None = None
-    """what the weights become: f32, bf16, q8 or q4; they keep their width if not given"""
-    threads: int | None = None
-    """number of threads; one for each physical core if not given"""
-    backend: str = BACKENDS[0]
-    """numba, or numpy, which is slow and needs no compiler"""
-    kv: Literal["f32", "bf16", "q8"] | None = None
-    """how the KV cache keeps numbers: f32, bf16 or q8; f32 for a float32 model, else bf16, if not given"""
-    verify: bool | None = None
-    """verify the checksums of a large .bin or a checkpoint too; --no-verify skips even a small .bin's"""
-
-    def load(self, path: str | Path, check: Check | None = None) -> Model:
-        """Open the model at a path; `check` looks at it before what takes long."""
-        with nothing_to_lose():
-            return Model.load(
-                path, dtype=self.dtype, tokenizer=self.tokenizer, backend=self.backend, threads=self.threads,
-                kv=self.kv, verify=self.verify, check=check,
-            )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +170,7 @@ class ConvertOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Run one of llamalet's commands; without any, print what there is."""
-    commands = {"generate": generate, "chat": chat, "evaluate": evaluate, "convert": convert}
+    commands = {"generate": generate, "chat": chat, "serve": serve, "evaluate": evaluate, "convert": convert}
     if not argv or argv[0] in ("-h", "--help"):
         print(OVERVIEW)
         return 0
@@ -244,7 +219,7 @@ def read_sample_options(argv: Sequence[str], program: str, description: str, **f
 
 def load(options: SampleOptions, check: Check | None = None) -> Model:
     """Open the model that the options name, else the newest .bin under out/, else the demo model; say which."""
-    path = Path(options.model) if options.model is not None else _choose_model()
+    path = Path(options.model) if options.model is not None else choose_model()
     start = time.perf_counter()
     model = options.load(path, check)
     load_s = time.perf_counter() - start
@@ -261,18 +236,6 @@ def load_draft(options: SampleOptions, model: Model) -> Draft | None:
         small = model.open_draft(options.draft)
     note(f"draft {small.path}: {small.config.n_params / 1e6:.2f}M parameters, {small.dtype}")
     return model.new_draft(small)
-
-
-def _choose_model() -> Path:
-    """Return the newest .bin under out/, or the demo model if there is none."""
-    found = [path for path in OUT.rglob("*.bin") if not path.name.endswith(".tokenizer.bin")]
-    if not found:
-        note(f"no model named and no .bin under {OUT}/: taking the demo model {DEMO_MODEL}")
-        return DEMO_MODEL
-    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime))
-    note(f"no model named: taking the newest under {OUT}/, {newest} of {made}")
-    return newest
 
 
 def story_configs(options: SampleOptions, prompt: Sequence[int], context: int) -> list[SamplingConfig]:
@@ -338,6 +301,13 @@ def chat(argv: Sequence[str]) -> int:
     description = "Talk to a model that was trained to answer: each line is a message, until Ctrl-D."
     options = read_sample_options(argv, "llamalet chat", description, mode="chat")
     return talk(options)
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Serve a model over HTTP as the command line says."""
+    from llamalet.serve import command
+
+    return command.main(argv)
 
 
 # --- evaluate and convert ---

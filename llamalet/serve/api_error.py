@@ -1,12 +1,13 @@
 """An error that a client gets, as OpenAI's JSON."""
 
 import json
+from collections.abc import Mapping
 
 from llamalet.errors import LlamaletError, NonFiniteError, UsageError, one_line
 
 CODES = {
     400: "invalid_request", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-    408: "timeout", 411: "length_required", 413: "request_too_large", 415: "unsupported_media_type",
+    408: "timeout", 413: "request_too_large", 414: "path_too_long", 415: "unsupported_media_type",
     431: "headers_too_large", 500: "internal_error", 503: "overloaded",
 }  # fmt: skip
 """What an error is called unless something more exact is known, by its status."""
@@ -22,11 +23,20 @@ class ApiError(Exception):
         message: what is wrong, and what to do.
         param: the field of the request that is wrong, if it is one.
         code: a word for programs.
+        headers: what the answer has beside the usual ones, in lower case.
     """
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param = status, message, param
+        self.status, self.message, self.param, self.headers = status, message, param, dict(headers or {})
         self.code = code or CODES.get(status, "error")
 
     @classmethod

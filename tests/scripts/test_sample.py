@@ -11,7 +11,7 @@ import pytest
 from toy import SMALL_MODELS, toy_model, toy_tokenizer
 
 import sample
-from llamalet import Model, cli, command, errors, kv_cache
+from llamalet import Model, cli, command, errors, kv_cache, model_options
 from llamalet.sampler import Sampler
 from llamalet.tokenizer import Tokenizer, pack
 
@@ -233,7 +233,7 @@ def test_the_newest_model_under_out_is_told(folder, capsys):
 
 def test_the_demo_model_is_told(folder, capsys, monkeypatch):
     demo = toy_model(folder, CONFIG, name="demo")
-    monkeypatch.setattr(cli, "DEMO_MODEL", demo)
+    monkeypatch.setattr(model_options, "DEMO_MODEL", demo)
     assert f"the demo model {demo}" in tell(capsys, "-n", 3)[1]
 
 
