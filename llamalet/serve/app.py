@@ -227,7 +227,7 @@ def _not_found(scope: Scope, error: HTTPException) -> ApiError:
     """Return the refusal of a path that is not there, or of a method that it does not have."""
     if error.status_code == 404:
         return ApiError(404, "there is nothing at this path")
-    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    headers = {name.lower(): ", ".join(sorted(value.split(", "))) for name, value in (error.headers or {}).items()}
     if error.status_code == 405:
         return ApiError(405, f"this path takes {headers['allow']}, not {scope['method'][:20]}", headers=headers)
     return ApiError(error.status_code, error.detail, headers=headers)

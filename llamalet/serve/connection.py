@@ -8,6 +8,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llamalet.errors import note, one_line
 from llamalet.serve.api_error import ApiError
+from llamalet.serve.exchange import LINGER_BYTES, LINGER_S
 
 
 class ConnectionLimits(NamedTuple):
@@ -27,6 +28,7 @@ class Connection(H11Protocol):
         self._limits = limits
         self._head_deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
+        self._n_dropped: int | None = None  # bytes after what was not HTTP
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, unless there are too many connections."""
@@ -45,6 +47,11 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sends."""
+        if self._n_dropped is not None:
+            self._n_dropped += len(data)
+            if self._n_dropped > LINGER_BYTES:
+                self.transport.abort()
+            return
         try:
             super().data_received(data)
         except Exception as error:  # what h11 or uvicorn does not expect ends this connection alone
@@ -98,7 +105,7 @@ class Connection(H11Protocol):
             self._cut_unless_read()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP."""
+        """Refuse what is not HTTP. What follows is read and dropped for a while, so that its sender reads the answer."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = ApiError(400, "the request is not valid HTTP").body()
             headers = [
@@ -106,5 +113,6 @@ class Connection(H11Protocol):
             ]  # fmt: skip
             for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-        self._cut_unless_read()
+        self._n_dropped = 0
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.abort)

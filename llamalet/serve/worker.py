@@ -194,7 +194,7 @@ class Worker:
         self.n_waiting, self._n_waiting_tokens = n_texts, n_tokens
         texts = Texts(self, requests, sizes)
         self._open[texts] = self.loop.call_later(self._limits.wait_s, self._too_late, texts)
-        self._thread.commands.put(texts)
+        self._thread.commands.put((self._thread.add, texts))
         return texts
 
     def forget(self, texts: Texts) -> None:
@@ -202,7 +202,7 @@ class Worker:
         if (deadline := self._open.pop(texts, None)) is not None:
             deadline.cancel()
         if texts.n_open:
-            self._thread.commands.put(texts)
+            self._thread.commands.put((self._thread.cancel, texts))
 
     def fail_all(self, error: ApiError) -> None:
         """End all texts with an error, and refuse others."""
@@ -288,12 +288,13 @@ class Worker:
 class _Thread(threading.Thread):
     """Owns the engine.
 
-    Its commands are Texts, to be added the first time they come and cancelled the second, and None, which ends it.
+    Attributes:
+        commands: a method, `add` or `cancel`, and the texts that it concerns; None ends the thread.
     """
 
     def __init__(self, new_engine: Callable[[], Engine], worker: Worker) -> None:
         super().__init__(name="engine", daemon=True)
-        self.commands = queue.SimpleQueue[Texts | None]()
+        self.commands = queue.SimpleQueue[tuple[Callable[[Texts, _Step], None], Texts] | None]()
         self._new_engine, self._worker = new_engine, worker
         self._engine: Engine | None = None
 
@@ -319,31 +320,34 @@ class _Thread(threading.Thread):
         waits = self._engine is None or not self._engine.busy
         while True:
             try:
-                texts = self.commands.get(waits)
+                command = self.commands.get(waits)
             except queue.Empty:
                 return True
-            if texts is None:
+            if command is None:
                 return False
             waits = False
-            if texts.engine is None:
-                for number, request in enumerate(texts.requests):
-                    self._add(texts, number, request, step)
-            elif texts.engine is self._engine:  # and not one that failed, with all its texts
-                for id in texts.ids:
-                    self._engine.cancel(id)
+            do, texts = command
+            do(texts, step)
 
-    def _add(self, texts: Texts, number: int, request: Request, step: _Step) -> None:
-        """Let the engine make a text, unless nobody wants it any more."""
-        if texts.closed:
-            step.refused.append((texts, number, Ended(-1, "", "cancelled", None)))
-            return
-        try:
-            if self._engine is None:
-                self._engine = self._new_engine()
-            texts.engine = self._engine
-            id = self._engine.add(request, texts)
-        except Exception as error:  # the engine does not take this text, which is no reason to lose the others
-            step.refused.append((texts, number, Ended(-1, "", "error", error)))
-            return
-        texts.ids.append(id)
-        step.added.append((id, texts, number))
+    def add(self, texts: Texts, step: _Step) -> None:
+        """Let the engine make texts, unless nobody wants them any more."""
+        for number, request in enumerate(texts.requests):
+            if texts.closed:
+                step.refused.append((texts, number, Ended(-1, "", "cancelled", None)))
+                continue
+            try:
+                if self._engine is None:
+                    self._engine = self._new_engine()
+                texts.engine = self._engine
+                id = self._engine.add(request, texts)
+            except Exception as error:  # the engine does not take this text, which is no reason to lose the others
+                step.refused.append((texts, number, Ended(-1, "", "error", error)))
+                continue
+            texts.ids.append(id)
+            step.added.append((id, texts, number))
+
+    def cancel(self, texts: Texts, step: _Step) -> None:
+        """Let the engine end texts, unless it is another engine than theirs, which failed."""
+        if self._engine is not None and texts.engine is self._engine:
+            for id in texts.ids:
+                self._engine.cancel(id)
