@@ -10,7 +10,6 @@ from llamalet.convert.formats import Check
 from llamalet.errors import note
 from llamalet.runtime import BACKENDS, Model
 
-
 OUT = Path("out")
 DEMO_MODEL = Path(__file__).parent / "assets" / "demo.bin"
 

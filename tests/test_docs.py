@@ -113,7 +113,7 @@ def test_files_that_a_page_names_exist(page):
         assert exists or NOT_OURS.match(name), f"{page.name}: {name}: no such file"
 
 
-LLAMALET = ("generate", "chat", "evaluate", "convert")
+LLAMALET = ("generate", "chat", "serve", "evaluate", "convert")
 PROGRAM = re.compile(rf"(torchrun .*)?(python -m [bt]|(python )?\w+\.py|make [a-z]|llamalet ({'|'.join(LLAMALET)}))")
 COMMANDS = [f"{script}.py" for script in ("train", "export", "sample")]
 COMMANDS += [f"tinystories.py {command}" for command in ("download", "synthesize", "train-vocab", "pretokenize")]

@@ -17,7 +17,7 @@ ALLOWED = {
     "train": {"configurator", "corpus", "llamalet", "training"},
 }
 PIP_INSTALLS = {"numpy", "numba", "llvmlite", "sentencepiece"}
-EXTRA = {"tokenizers", "gguf", "regex", "jinja2", "huggingface_hub"}
+EXTRA = {"tokenizers", "gguf", "regex", "jinja2", "huggingface_hub", "starlette", "uvicorn", "h11"}
 
 
 def imported(source: str) -> set[str]:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +17,7 @@ from llamalet.serve import text_routes
 from llamalet.serve.answers import Answer
 from llamalet.serve.api_error import ApiError
 from llamalet.serve.exchange import Exchange, Receive, Scope, Send
-from llamalet.serve.metrics import Metrics
+from llamalet.serve.metrics import ServerMetrics
 from llamalet.serve.schema import Asked, read_chat, read_completion
 from llamalet.serve.served_model import ServedModel
 from llamalet.serve.worker import Texts, Worker
@@ -38,7 +39,7 @@ class App:
         metrics: what is counted.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: ServerMetrics) -> None:
         self.metrics = metrics
         self._router: Router | None = None
         self._paths: frozenset[str] = frozenset()
@@ -126,9 +127,7 @@ class App:
                 Route(f"{prefix}/models/{{name:path}}", _Json(self, model), methods=["GET"]),
             ]
         if find_spec("llamalet.serve.insight") is not None:
-            from llamalet.serve import insight
-
-            routes += insight.routes(served, worker)
+            routes += import_module("llamalet.serve.insight").routes(served, worker)
         return routes
 
     async def read(self, body: bytes, read: Callable[[], Any], *, is_chat: bool = False) -> Any:

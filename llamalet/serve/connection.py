@@ -105,7 +105,7 @@ class Connection(H11Protocol):
             self._cut_unless_read()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP. What follows is read and dropped for a while, so that its sender reads the answer."""
+        """Refuse what is not HTTP. What follows is dropped for a while, so that its sender reads the answer."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = ApiError(400, "the request is not valid HTTP").body()
             headers = [

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamalet.errors import note
-from llamalet.serve.metrics import Metrics
 from llamalet.serve.api_error import ApiError
+from llamalet.serve.metrics import ServerMetrics
 from llamalet.serve.worker import ClientGone, Texts
 
 Scope = MutableMapping[str, Any]
@@ -112,7 +112,9 @@ class Exchange:
 
     def too_large(self) -> ApiError:
         """Return the refusal of a body that is larger than allowed."""
-        return ApiError(413, f"the body is larger than {self._bodies.max_bytes} bytes; send less", code="body_too_large")
+        return ApiError(
+            413, f"the body is larger than {self._bodies.max_bytes} bytes; send less", code="body_too_large"
+        )
 
     async def body(self) -> bytes:
         """Return the whole body.
@@ -193,7 +195,7 @@ class Exchange:
         self._bodies.n_bytes -= self._n_bytes
         self._n_bytes = 0
 
-    def finish(self, metrics: Metrics, logs: bool) -> None:
+    def finish(self, metrics: ServerMetrics, logs: bool) -> None:
         """Count the exchange, and print its line, which has nothing of the texts."""
         self._forget_body()
         now = time.perf_counter()

@@ -12,9 +12,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from llamalet.errors import note, one_line
-from llamalet.serve.exchange import GONE, Application, Bodies, Exchange, Receive, Scope, Send
-from llamalet.serve.metrics import Metrics
 from llamalet.serve.api_error import ApiError
+from llamalet.serve.exchange import GONE, Application, Bodies, Exchange, Receive, Scope, Send
+from llamalet.serve.metrics import ServerMetrics
 from llamalet.serve.worker import ClientGone
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -62,11 +62,11 @@ class Rules:
         return not found or scheme.lower() == b"bearer" and any(found)
 
 
-class Guard:
+class AccessGuard:
     """An ASGI application in front of another one."""
 
-    def __init__(self, app: Application, rules: Rules, bodies: Bodies, metrics: Metrics, logs: bool) -> None:
-        """Let requests pass to `app`, which finds its Exchange in scope["exchange"]; print a line for each if `logs`."""
+    def __init__(self, app: Application, rules: Rules, bodies: Bodies, metrics: ServerMetrics, logs: bool) -> None:
+        """Let requests pass to `app`, with an Exchange in scope["exchange"]; print a line for each if `logs`."""
         self._app, self._rules, self._bodies, self._metrics, self._logs = app, rules, bodies, metrics, logs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,7 +140,8 @@ class Guard:
                     (b"access-control-expose-headers", b"x-request-id, retry-after"),
                 ]  # fmt: skip
                 return
-            if scope["method"] != "OPTIONS" and name in (f"{kind}://{host.decode('latin-1').lower()}" for kind in KINDS):
+            own = host.decode("latin-1").lower()
+            if scope["method"] != "OPTIONS" and name in (f"http://{own}", f"https://{own}"):  # a proxy may speak TLS
                 return
         elif any(name == b"origin" for name, _ in scope["headers"]):  # several
             pass
@@ -164,13 +165,11 @@ class Guard:
         await exchange.answer(204, b"", headers)
 
 
-KINDS = ("http", "https")
-"""Of this server's own origin: a proxy in front of it may speak TLS."""
-
-
 def _opens_page(scope: Scope, exchange: Exchange) -> bool:
     """Return whether a browser opens the page in a window, from a link: another page gets nothing of it."""
-    is_document = exchange.header(b"sec-fetch-mode") == b"navigate" and exchange.header(b"sec-fetch-dest") == b"document"
+    is_document = (
+        exchange.header(b"sec-fetch-mode") == b"navigate" and exchange.header(b"sec-fetch-dest") == b"document"
+    )
     return is_document and scope["method"] == "GET" and scope["path"] == "/"
 
 

@@ -5,6 +5,7 @@ Source: https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Upper bounds of the buckets of every histogram."""
@@ -31,7 +32,7 @@ class Histogram:
         return [*found, f"{name}_sum {self._sum:.6f}", f"{name}_count {n}"]
 
 
-class Metrics:
+class ServerMetrics:
     """The server's counters.
 
     Attributes:
@@ -51,7 +52,7 @@ class Metrics:
         self.answers: Counter[tuple[str, int]] = Counter()
         self.first_token_s, self.request_s = Histogram(), Histogram()
 
-    def render(self, gauges: dict[str, tuple[float, str]]) -> str:
+    def render(self, gauges: Mapping[str, tuple[float, str]]) -> str:
         """Return all metrics as text.
 
         Args:
@@ -62,13 +63,13 @@ class Metrics:
         def add(name: str, kind: str, what: str, samples: list[str]) -> None:
             lines.extend([f"# HELP llamalet_{name} {what}", f"# TYPE llamalet_{name} {kind}", *samples])
 
-        for name, value, what in (
+        for name, n, what in (
             ("new_tokens", self.n_new_tokens, "Tokens that were made."),
             ("prompt_tokens", self.n_prompt_tokens, "Tokens of prompts, those from the prefix cache included."),
             ("cached_tokens", self.n_cached_tokens, "Tokens of prompts that came from the prefix cache."),
             ("busy", self.n_busy, "Requests that were refused or given up because too much waited."),
         ):
-            add(f"{name}_total", "counter", what, [f"llamalet_{name}_total {value}"])
+            add(f"{name}_total", "counter", what, [f"llamalet_{name}_total {n}"])
         ended = [f'llamalet_texts_total{{reason="{reason}"}} {n}' for reason, n in self.ended.items()]
         add("texts_total", "counter", "Texts that ended, by reason.", ended)
         answers = [

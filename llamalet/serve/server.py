@@ -23,8 +23,8 @@ from llamalet.serve.api_error import ApiError
 from llamalet.serve.app import App
 from llamalet.serve.connection import Connection, ConnectionLimits
 from llamalet.serve.exchange import Bodies
-from llamalet.serve.guard import MAX_HEADER_BYTES, Guard, Rules
-from llamalet.serve.metrics import Metrics
+from llamalet.serve.guard import MAX_HEADER_BYTES, AccessGuard, Rules
+from llamalet.serve.metrics import ServerMetrics
 from llamalet.serve.options import WILDCARDS, ServeOptions
 from llamalet.serve.served_model import ServedModel
 from llamalet.serve.worker import QueueLimits, Worker
@@ -70,13 +70,13 @@ class Service:
         """
         options, loop = self._options, asyncio.get_running_loop()
         loop.set_exception_handler(_note_error)
-        metrics = Metrics()
+        metrics = ServerMetrics()
         app = App(metrics)
         max_bytes = int(options.max_body_mb * MB)
         bodies = Bodies(max_bytes=max_bytes, max_total_bytes=MAX_BODIES * max_bytes, seconds=options.client_seconds)
         limits = ConnectionLimits(options.client_seconds, options.client_seconds, _max_connections())
         config = uvicorn.Config(
-            Guard(app, self._rules, bodies, metrics, options.log), interface="asgi3", lifespan="off", ws="none",
+            AccessGuard(app, self._rules, bodies, metrics, options.log), interface="asgi3", lifespan="off", ws="none",
             http=functools.partial(Connection, limits=limits),  # type: ignore[arg-type]
             h11_max_incomplete_event_size=MAX_HEADER_BYTES, timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=options.drain_seconds + CUT_S,  # type: ignore[arg-type]
@@ -106,9 +106,7 @@ class Service:
         """Return the model, in a thread of its own."""
         options, start = self._options, time.perf_counter()
         model = options.load(path)
-        served = ServedModel(
-            model, options.alias, created=int(time.time()), chat_template=options.chat_template
-        )
+        served = ServedModel(model, options.alias, created=int(time.time()), chat_template=options.chat_template)
         size = f"{model.config.n_params / 1e6:.2f}M parameters"
         note(f"model {model.path}: {size}, {model.dtype}, loaded in {time.perf_counter() - start:.2f} s")
         if served.no_template:
@@ -146,7 +144,7 @@ class Service:
                 self._stopping = True
                 loop.call_soon_threadsafe(self._stop)
 
-        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
+        numbers = [signal.SIGINT, signal.SIGTERM]
         before = {number: signal.getsignal(number) for number in numbers}
         for number in numbers:
             if before[number] is not signal.SIG_IGN:  # as a shell starts what is in the background

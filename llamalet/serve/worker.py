@@ -15,8 +15,8 @@ from typing import NamedTuple, Self
 
 from llamalet.engine import Begun, Ended, Engine, Event, NewToken, Request
 from llamalet.errors import note, one_line
-from llamalet.serve.metrics import Metrics
 from llamalet.serve.api_error import ApiError
+from llamalet.serve.metrics import ServerMetrics
 
 MAX_UNREAD = 1024
 """Events of each text that wait for a slow reader, at most; its request is then cancelled."""
@@ -152,7 +152,7 @@ class Worker:
     """
 
     def __init__(
-        self, new_engine: Callable[[], Engine], context: int, limits: QueueLimits, metrics: Metrics
+        self, new_engine: Callable[[], Engine], context: int, limits: QueueLimits, metrics: ServerMetrics
     ) -> None:
         """Start the thread; there must be a running event loop.
 
@@ -224,14 +224,13 @@ class Worker:
             self._end(texts, number, ended)
         n_new = 0
         for event in step.events:
-            kind = type(event)
-            if kind is NewToken:
+            if type(event) is NewToken:
                 n_new += 1
                 texts, number = self._where[event.id]
                 texts.push(number, event)
-            elif kind is Begun:
+            elif type(event) is Begun:
                 self._begin(*self._where[event.id], event)
-            else:
+            elif type(event) is Ended:
                 self._end(*self._where.pop(event.id), event)
         self._metrics.n_new_tokens += n_new
         if step.failure is not None:

@@ -45,7 +45,7 @@ def test_the_version(capsys):
 def test_an_unknown_command_names_the_nearest():
     with pytest.raises(UsageError, match="unknown command 'genrate'; did you mean llamalet generate"):
         cli.main(["genrate"])
-    with pytest.raises(UsageError, match="unknown command '12'; must be one of generate, chat, evaluate, convert"):
+    with pytest.raises(UsageError, match="unknown command '12'; must be one of generate, chat, serve, "):
         cli.main(["12"])
 
 

@@ -316,8 +316,10 @@ def test_every_command_begins_with_the_same_lines():
     assert "SIG_BLOCK" in first and first.endswith("startup.begin()  # before imports that take seconds")
     commands = {}
     for path in (
-        path for folder in (".", "training/run", "parity", "benchmarks") for path in (ROOT / folder).glob("*.py")
+        path
+        for folder in (".", "training/run", "parity", "benchmarks", "llamalet/serve")
+        for path in (ROOT / folder).glob("*.py")
     ):
         if re.search(r"^    (command\.)?run\(main\)", text := path.read_text(), re.MULTILINE):
             commands[path.name] = text.partition('"""\n\n')[2].startswith(first)
-    assert len(commands) == 14 and all(commands.values()), commands
+    assert len(commands) == 15 and all(commands.values()), commands

@@ -11,7 +11,7 @@ import pytest
 from toy import SMALL_MODELS, toy_model, toy_tokenizer
 
 import sample
-from llamalet import Model, cli, command, errors, kv_cache, model_options
+from llamalet import Model, command, errors, kv_cache, model_options
 from llamalet.sampler import Sampler
 from llamalet.tokenizer import Tokenizer, pack
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,7 +58,8 @@ def test_a_text_is_the_one_that_python_gets(server):
 
 def test_texts_of_many_clients_at_once_are_those_alone(server):
     bodies = [
-        PROBE | {"seed": seed, "max_tokens": 10 + seed, "prompt": PROBE["prompt"][: 4 + seed % 8], "stream": seed % 2 == 0}
+        PROBE
+        | {"seed": seed, "max_tokens": 10 + seed, "prompt": PROBE["prompt"][: 4 + seed % 8], "stream": seed % 2 == 0}
         for seed in range(64)
     ]
 
@@ -177,7 +177,7 @@ def test_a_body_over_the_limit(server):
     [
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 300_000 + b"\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: a\r\n" * 500 + b"\r\n",
@@ -201,7 +201,9 @@ ENCODED = ("..", "%2e%2e", "%252e%252e", ".%2e", "..%2f..", "..%5c", "%c0%ae%c0%
 
 @pytest.mark.parametrize("root", ["/page/", "/", "/v1/models/", "/static/"])
 def test_no_path_leads_to_a_file(server, root):
-    for dots, end in itertools.product(ENCODED, ("/etc/passwd", "/../pyproject.toml", "app.py%00.html", "%2fetc%2fpasswd")):
+    for dots, end in itertools.product(
+        ENCODED, ("/etc/passwd", "/../pyproject.toml", "app.py%00.html", "%2fetc%2fpasswd")
+    ):
         reply = server.ask(f"{root}{dots}{end}")
         assert reply.status in (400, 404) and b"root:" not in reply.body and b"llamalet" not in reply.body, (dots, end)
 
@@ -224,7 +226,9 @@ def test_foreign_hosts_and_pages_are_refused(server, headers):
     assert preflight.status == 403
 
 
-@pytest.mark.parametrize("headers", [["Host: LOCALHOST:8080"], ["Host: [::1]:1"], ["Host: 127.0.0.1"], ["Origin: http://localhost"]])
+@pytest.mark.parametrize(
+    "headers", [["Host: LOCALHOST:8080"], ["Host: [::1]:1"], ["Host: 127.0.0.1"], ["Origin: http://localhost"]]
+)
 def test_own_hosts_and_pages_are_served(server, headers):
     assert server.ask("/v1/models", headers=headers).status == 200
 
@@ -235,7 +239,13 @@ def test_own_hosts_and_pages_are_served(server, headers):
 def test_a_client_that_goes_is_forgotten(server, probe):
     whole = request("/v1/completions", LONG)
     streamed = request("/v1/completions", LONG | {"stream": True})
-    for data, wait, reads in ((whole[:-5], 0.02, 0), (whole, 0.0, 0), (whole, 0.2, 0), (streamed, 0.1, 1), (streamed, 0, 9)):
+    for data, wait, reads in (
+        (whole[:-5], 0.02, 0),
+        (whole, 0.0, 0),
+        (whole, 0.2, 0),
+        (streamed, 0.1, 1),
+        (streamed, 0, 9),
+    ):
         with server.connect() as connection:
             connection.sendall(data)
             time.sleep(wait)
@@ -262,7 +272,11 @@ def test_a_reader_that_does_not_read_is_cut_off(server, probe):
 
 def test_slow_clients_are_cut_off_and_slow_nobody_down(server):
     n_files = server.n_files()
-    heads = [b"GET /health HTTP/1.1\r\nHost: loc", b"", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"]
+    heads = [
+        b"GET /health HTTP/1.1\r\nHost: loc",
+        b"",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+    ]
     slow = [server.connect() for _ in range(99)]
     try:
         for number, connection in enumerate(slow):
@@ -310,8 +324,22 @@ def test_keys_and_origins(tmp_path):
     (tmp_path / "keys").write_text("first-key\nsecond-key\n")
     options = (f"--api-key-file={tmp_path / 'keys'}", "--allow-origin=http://good.example", "--allow-host=my.box")
     with serving(*options, environment={"LLAMALET_API_KEY": "third-key"}) as server:
-        for path in ("/v1/models", "/models", "/props", "/metrics", "/tokenizer_info", "/nowhere", "/v1/models/x", "/page/truth"):
-            for header in ((), ("Authorization: Bearer wrong",), ("Authorization: Bearer k\xe9y",), ("Authorization: first-key",)):
+        for path in (
+            "/v1/models",
+            "/models",
+            "/props",
+            "/metrics",
+            "/tokenizer_info",
+            "/nowhere",
+            "/v1/models/x",
+            "/page/truth",
+        ):
+            for header in (
+                (),
+                ("Authorization: Bearer wrong",),
+                ("Authorization: Bearer k\xe9y",),
+                ("Authorization: first-key",),
+            ):
                 reply = server.ask(path, headers=header)
                 assert reply.status == 401 and reply.json["error"]["code"] == "invalid_api_key"
         for path in ("/v1/completions", "/chat/completions", "/tokenize", "/page/distribution", "/", "/health"):
@@ -322,7 +350,10 @@ def test_keys_and_origins(tmp_path):
         assert server.ask("/v1/models", headers=["Authorization: Bearer first-key"] * 2).status == 401
 
         origin = "Origin: http://good.example"
-        wanted = ["Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization, x-stainless-os"]
+        wanted = [
+            "Access-Control-Request-Method: POST",
+            "Access-Control-Request-Headers: authorization, x-stainless-os",
+        ]
         reply = server.ask("/v1/completions", method="OPTIONS", headers=[origin, *wanted])
         assert reply.status == 204 and reply.headers["access-control-allow-origin"] == "http://good.example"
         assert reply.headers["access-control-allow-headers"] == "authorization, x-stainless-os"

@@ -11,7 +11,7 @@ from llamalet.engine import Begun, Ended, NewToken
 from llamalet.errors import UsageError
 from llamalet.sampler import SamplingConfig
 from llamalet.serve.api_error import ApiError
-from llamalet.serve.metrics import Metrics
+from llamalet.serve.metrics import ServerMetrics
 from llamalet.serve.worker import MAX_UNREAD, ClientGone, QueueLimits, Worker
 
 
@@ -73,7 +73,7 @@ def run(gate, test, *, texts=4, tokens=1000, wait_s=30.0):
     """Run a test with a worker, which must be idle afterwards, whatever happened."""
 
     async def main():
-        worker = Worker(lambda: ToyEngine(gate), 100, QueueLimits(texts, tokens, wait_s), Metrics())
+        worker = Worker(lambda: ToyEngine(gate), 100, QueueLimits(texts, tokens, wait_s), ServerMetrics())
         try:
             await asyncio.wait_for(test(worker), 20)
             gate.set()
@@ -156,7 +156,9 @@ def test_a_full_queue_refuses_at_once(gate, limits):
         first.cancel()
         gate.set()
         assert await second == [WHOLE]
-        assert await read(worker, *(ToyRequest() for _ in range(5))) == [WHOLE] * 5  # more than may wait, but nobody does
+        assert (
+            await read(worker, *(ToyRequest() for _ in range(5))) == [WHOLE] * 5
+        )  # more than may wait, but nobody does
 
     run(gate, test, **limits)
 
