@@ -317,6 +317,17 @@ def test_requests_that_follow_one_another_on_a_connection(server):
         assert data.count(b"HTTP/1.1 200") == 4
 
 
+def test_small_writes_do_not_wait_for_acknowledgements(server):
+    data, times = request("/tokenize", {"prompt": "a"}).replace(b"Connection: close\r\n", b""), []
+    with server.connect() as connection:
+        for _ in range(21):
+            start = time.perf_counter()
+            connection.sendall(data)
+            assert read_reply(connection).status == 200
+            times.append(time.perf_counter() - start)
+    assert sorted(times)[10] < 0.03  # with Nagle's algorithm 0.04
+
+
 # --- other settings ---
 
 
