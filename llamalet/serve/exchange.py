@@ -155,6 +155,8 @@ class Exchange:
         """Send a part of an answer of unknown length, with its headers first if it is the first part."""
         if not self.status:
             await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+        elif more and (connection := self._scope.get("connection")) and await connection.write_part(data):
+            return
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def answer_json(self, content: Mapping[str, Any]) -> None:
