@@ -65,7 +65,7 @@ clean:  ## remove what the commands made, all but .venv, data/ and out/
 	    { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	@echo "installing the packages of constraints.txt into .venv (PyTorch is large: this takes minutes)"
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,serve]"
 	@touch $@
 
 .venv-lite/lite: pyproject.toml constraints.txt
@@ -78,5 +78,5 @@ clean:  ## remove what the commands made, all but .venv, data/ and out/
 
 .venv/dev: .venv/train
 	@echo "installing the packages for tests and checks"
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,hub,dev]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,hub,serve,dev]"
 	@touch $@

@@ -30,8 +30,7 @@ class Connection(H11Protocol):
         self._head_deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
         self._n_dropped: int | None = None  # bytes after what was not HTTP
-        guarded, self.app = self.app, self._run  # type: ignore[assignment]
-        self._guarded = guarded
+        self._guarded, self.app = self.app, self._run
 
     async def _run(self, scope: Any, receive: Any, send: Any) -> None:
         """Let the application know the connection, for `write_part`."""
