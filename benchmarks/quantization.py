@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import aligned
 from configurator import parse
-from corpus import story_grammar
-from llamalet import model_file
+from llamalet import model_file, story_grammar
 from llamalet.checks import not_positive
 from llamalet.command import run
 from llamalet.errors import ConfigError, DataError, TokenizerError

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corpus import story_grammar
 from corpus.record import RECORD_FILE, Record, RecordedFile
 from corpus.sources import SYNTHETIC
 from corpus.workers import Workers
+from llamalet import story_grammar
 from llamalet.checks import not_positive
 from llamalet.errors import ConfigError
 from llamalet.files import check_replaceable, check_writable, replacing

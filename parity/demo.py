@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import parse
-from corpus.story_grammar import log_prob
 from llamalet.checks import not_positive
 from llamalet.command import run
 from llamalet.convert import bin_file, formats
@@ -32,6 +31,7 @@ from llamalet.model_file.checkpoint import find_best, read_facts
 from llamalet.runtime import Model
 from llamalet.scoring import NOTHING, Evaluation, evaluate_documents, read_documents
 from llamalet.shards import Shards
+from llamalet.story_grammar import log_prob
 from parity.proof import Proof, prove, second_program
 
 # The version, v3's dtype, and the name of each file.

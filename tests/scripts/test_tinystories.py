@@ -21,12 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinystories
-from corpus import documents, download, encode, pretokenize, sources, story_grammar, tinyshakespeare, vocabulary
+from corpus import documents, download, encode, pretokenize, sources, tinyshakespeare, vocabulary
 from corpus.documents import Piece
 from corpus.record import Record, RecordedFile
 from corpus.sources import open_source
 from corpus.workers import Workers
-from llamalet import tokenizer
+from llamalet import story_grammar, tokenizer
 from llamalet.errors import ConfigError, DataError, DiskError, LlamaletError, TokenizerError, UsageError
 from llamalet.shards import Shards, find_newest
 

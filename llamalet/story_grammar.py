@@ -25,12 +25,16 @@ import math
 import re
 import tomllib
 from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from llamalet.tokenizer import Tokenizer
 
 _TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 SENTENCES: dict[str, tuple[str, ...]] = {rule: tuple(texts) for rule, texts in _TABLES["sentences"].items()}
@@ -62,6 +66,77 @@ def log_prob(text: str) -> float:
     except _NotAStory:
         return -math.inf
     return reader.log_prob if reader.position == len(text) else -math.inf
+
+
+def next_words(prefix: str) -> dict[str, float]:
+    """The probability of each word that can follow in a story that begins with the words of `prefix`.
+
+    Args:
+        prefix: whole words; a word is what stands between spaces, such as `friend.`
+
+    Returns:
+        The probability of each word, with the space before it; an empty one is the end of the story. Nothing if no
+        story begins with these words.
+    """
+    log_probs: dict[str, list[float]] = defaultdict(list)
+    waiting: list[tuple[_Option, ...]] = [()]
+    while waiting:
+        explorer = _Explorer(prefix, waiting.pop())
+        try:
+            _tell(_compile(STORY), explorer, {})
+        except _NotAStory:
+            continue
+        except _WordEnds:
+            pass
+        finally:
+            waiting += explorer.others
+        if explorer.position >= len(prefix) and (not prefix or explorer.following[:1] in " "):
+            log_probs[explorer.following].append(explorer.log_prob)
+    peak = max((found for many in log_probs.values() for found in many), default=0.0)
+    weights = {word: math.fsum(math.exp(found - peak) for found in many) for word, many in log_probs.items()}
+    total = math.fsum(weights.values())
+    return {word: weight / total for word, weight in weights.items()}
+
+
+def next_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> dict[int, float]:
+    """The exact distribution of the next token of a story.
+
+    No token of a SentencePiece vocabulary reaches past a space, so a story's tokens are those of its words in a row: only
+    the ways to end the word in progress, and to begin the one after it, have to be enumerated.
+
+    Args:
+        tokenizer: the vocabulary.
+        tokens: the ids of the story so far, with or without the token that begins it. Of several stories, the last.
+
+    Returns:
+        The probability of each id that can follow. After a whole story that is the token that begins the next one.
+        Nothing if no story begins with these tokens: with such a text, or cut into them.
+    """
+    end = tokenizer.separator_id
+    first = max((i + 1 for i, token in enumerate(tokens) if token == end), default=0)
+    told = list(tokens[first:])
+    begun = max((i for i, token in enumerate(told) if tokenizer.token_bytes(token).startswith(b" ")), default=0)
+    text, word_so_far = tokenizer.decode(told[:begun]), told[begun:]
+    if tokenizer.encode(text) != told[:begun]:
+        return {}
+
+    def ids(word: str) -> list[int]:
+        """Return the ids of a word of next_words."""
+        return tokenizer.encode(word.removeprefix(" ") if tokenizer.adds_space else word) if word else [end]
+
+    found: dict[int, list[float]] = defaultdict(list)
+    n = len(word_so_far)
+    for word, probability in next_words(text).items():
+        whole = ids(word)
+        if whole[:n] != word_so_far:
+            continue
+        if len(whole) > n:
+            found[whole[n]].append(probability)
+        else:
+            for following, share in next_words(text + word).items():
+                found[ids(following)[0]].append(probability * share)
+    total = math.fsum(math.fsum(many) for many in found.values())
+    return {token: math.fsum(many) / total for token, many in found.items()}
 
 
 class _Draw(NamedTuple):
@@ -152,11 +227,63 @@ class _Reader:
         self.position += len(words)
 
 
+class _Explorer:
+    """Follows a prefix and takes given options; then the first option that is possible, and notes the others.
+
+    Attributes:
+        position: number of characters told.
+        following: those after the prefix; the story is told until a space ends the first word there.
+        others: the options to give to other explorers, so that together they see all ways.
+        log_prob: of all choices.
+    """
+
+    def __init__(self, prefix: str, options: tuple[_Option, ...]) -> None:
+        self.prefix, self.options, self.taken = prefix, options, list[_Option]()
+        self.position = 0
+        self.following = ""
+        self.others: list[tuple[_Option, ...]] = []
+        self.log_prob = 0.0
+
+    def choose(self, rule: _Rule) -> _Option:
+        """Take the next of the given options, or the first possible one."""
+        n = len(self.taken)
+        if n < len(self.options):
+            option = self.options[n]
+        elif match := rule.heads.match(self.prefix, self.position):
+            option = rule.by_head[match.group()]
+        else:
+            rest = self.prefix[self.position :]
+            possible = [option for option in rule.options if option.head.startswith(rest)]
+            if not possible:
+                raise _NotAStory
+            option = possible[0]
+            self.others = [*self.others, *((*self.taken, other) for other in possible[1:])]
+        self.taken.append(option)
+        self.log_prob += option.log_prob
+        self.write(option.head)
+        return option
+
+    def write(self, words: str) -> None:
+        """Move past words, which must agree with the prefix as far as it goes."""
+        known = self.prefix[self.position : self.position + len(words)]
+        if not words.startswith(known):
+            raise _NotAStory
+        self.position += len(words)
+        self.following += words[len(known) :]
+        if " " in self.following[1:]:
+            self.following = self.following[: self.following.index(" ", 1)]
+            raise _WordEnds
+
+
 class _NotAStory(Exception):
     """The text is not in the language."""
 
 
-def _tell(steps: tuple[_Step, ...], driver: _Writer | _Reader, memory: dict[str, str]) -> None:
+class _WordEnds(Exception):
+    """What was asked for is told."""
+
+
+def _tell(steps: tuple[_Step, ...], driver: _Writer | _Reader | _Explorer, memory: dict[str, str]) -> None:
     """Walk the steps; the driver makes the choices and takes the words."""
     for step in steps:
         if isinstance(step, str):

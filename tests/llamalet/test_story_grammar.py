@@ -1,13 +1,17 @@
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from corpus import story_grammar as grammar
+from llamalet import story_grammar as grammar
+from llamalet.tokenizer import Tokenizer
 
+DEMO = Path(grammar.__file__).parent / "assets" / "demo.bin"
 N_STORIES = 10_000
 ROOT = grammar._compile(grammar.STORY)
 
@@ -141,3 +145,62 @@ def test_what_is_not_a_story_is_refused(stories: list[tuple[str, float]]) -> Non
         ):
             assert grammar.log_prob(broken) == -math.inf, broken
     assert grammar.log_prob("") == grammar.log_prob("Once upon a time") == -math.inf
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Tokenizer:
+    return Tokenizer.load(DEMO.with_name("demo.tokenizer.model"))
+
+
+def test_the_words_that_follow_have_the_shares_that_the_grammar_gives_them() -> None:
+    assert grammar.next_words("Once upon a") == {" time": 1.0}
+    start = "Once upon a time there was a"
+    traits = {f" {option.head}": probability(option) for option in grammar._rule("trait").options}
+    assert grammar.next_words(start) == pytest.approx(traits, rel=1e-9)
+    assert grammar.next_words("Hello") == grammar.next_words(f"{start} time") == {}
+    # "the" begins "there" too, but a word is whole.
+    story = grammar.draw(np.random.default_rng(3))
+    assert "day, the glossy" in story
+    looks = {f" {option.head}": probability(option) for option in grammar._rule("look").options}
+    assert grammar.next_words(story[: story.index(" glossy")]) == pytest.approx(looks, rel=1e-9)
+    assert grammar.next_words(story) == {"": 1.0}
+    assert grammar.next_words(story[: story.rindex(" ")])[story[story.rindex(" ") :]] < 0.1
+
+
+def test_a_storys_tokens_have_the_probability_of_the_story(
+    vocabulary: Tokenizer, stories: list[tuple[str, float]]
+) -> None:
+    """The chain rule, up to and including the token that ends the story."""
+    for text, log_prob in stories[:8]:
+        ids = [*vocabulary.encode_document(text), vocabulary.separator_id]
+        nats = []
+        for n in range(1, len(ids)):
+            following = grammar.next_tokens(vocabulary, ids[:n])
+            assert math.fsum(following.values()) == pytest.approx(1, abs=1e-12)
+            nats.append(math.log(following[ids[n]]))
+        assert math.fsum(nats) == pytest.approx(log_prob, abs=1e-9)
+        assert grammar.next_tokens(vocabulary, ids[:-1]) == {vocabulary.separator_id: 1.0}
+        assert grammar.next_tokens(vocabulary, ids) == grammar.next_tokens(vocabulary, [])
+
+
+def test_tokens_follow_as_often_as_in_drawn_stories(vocabulary: Tokenizer, stories: list[tuple[str, float]]) -> None:
+    start = vocabulary.encode_document("Once upon a time there was a")
+    seen: Counter[int] = Counter()
+    for ids in map(vocabulary.encode_document, (text for text, _ in stories)):
+        if ids[: len(start)] == start:
+            seen[ids[len(start)]] += 1
+    n = seen.total()
+    expected = grammar.next_tokens(vocabulary, start)
+    assert n > 4000 and seen.keys() <= expected.keys() and len(expected) > 40
+    for token, share in expected.items():
+        assert abs(seen[token] / n - share) < 4.5 * math.sqrt(share * (1 - share) / n)
+
+
+def test_what_begins_no_story_has_no_next_token(vocabulary: Tokenizer) -> None:
+    assert not grammar.next_tokens(vocabulary, vocabulary.encode_document("Once upon a tree"))
+    assert not grammar.next_tokens(vocabulary, vocabulary.encode_document("Once  upon"))
+    # " Once" is one token; cut otherwise, it is in no story.
+    assert grammar.next_tokens(vocabulary, vocabulary.encode("Once"))
+    assert not grammar.next_tokens(vocabulary, vocabulary.encode("O"))
+    story = grammar.draw(np.random.default_rng(1))
+    assert not grammar.next_tokens(vocabulary, [*vocabulary.encode_document(story), vocabulary.encode("A")[0]])
