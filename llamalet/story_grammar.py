@@ -101,8 +101,8 @@ def next_words(prefix: str) -> dict[str, float]:
 def next_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> dict[int, float]:
     """The exact distribution of the next token of a story.
 
-    No token of a SentencePiece vocabulary reaches past a space, so a story's tokens are those of its words in a row: only
-    the ways to end the word in progress, and to begin the one after it, have to be enumerated.
+    No token of a SentencePiece vocabulary reaches past a space, so a story's tokens are those of its words in a row:
+    only the ways to end the word in progress, and to begin the one after it, have to be enumerated.
 
     Args:
         tokenizer: the vocabulary.
