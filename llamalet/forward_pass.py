@@ -1,6 +1,6 @@
 """What generation and evaluation need from a model: llamalet.kernels.transformer and llamalet.reference provide it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +36,10 @@ class ForwardPass(LogitsOf, Protocol):
     @property
     def kv(self) -> str:
         """The kind of its KV caches."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """The model's tensors by name, without ".weight", in forms of quantize.py."""
 
     @property
     def choose(self) -> Choose:

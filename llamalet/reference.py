@@ -192,6 +192,7 @@ def hidden_states(
     config: ModelConfig,
     tokens: NDArray[np.integer[Any]],
     cache: KVCache | None = None,
+    seen: list[Array] | None = None,
 ) -> Array:
     """Return the last layer's normalised output for each token, which the output matrix turns into logits: (B, T, C).
 
@@ -200,6 +201,7 @@ def hidden_states(
         config: the model's shape.
         tokens: ids (B, T).
         cache: keys and values of earlier positions; the new ones are appended. With a cache B must be 1.
+        seen: the attention weights of each layer, (B, G, H / G, T, S), are appended to it.
     """
     B, T = tokens.shape
     D = config.head_dim
@@ -225,7 +227,10 @@ def hidden_states(
         if cache is not None:
             cache.write(layer, start, k[0], v[0])
             k, v = (x[None] for x in cache.read(layer, 0, end))  # (1, G, S, D)
-        x = x + matmul(attention(q, k, v), w["attention.wo"])
+        attended = attention_weights(q, k)
+        if seen is not None:
+            seen.append(attended)
+        x = x + matmul(mix(attended, v), w["attention.wo"])
 
         normed = rmsnorm(x, w["ffn_norm"], config.norm_eps)
         hidden = swiglu(matmul(normed, w["feed_forward.w1"]), matmul(normed, w["feed_forward.w3"]))  # (B, T, F)
@@ -266,7 +271,7 @@ class NumpyTransformer:
         self.config = file.config
         self.kv = kind_for(file.tensors["tok_embeddings"], kv)
         self.choose, self.losses = choose_token, losses
-        self._weights: Mapping[str, Any] = file.tensors
+        self.tensors: Mapping[str, Any] = file.tensors
 
     def new_cache(self, capacity: int = 0) -> KVCache:
         """Return an empty KV cache with memory for `capacity` positions; it grows when they are used up."""
@@ -286,7 +291,7 @@ class NumpyTransformer:
         Raises:
             UsageError: if there are no tokens, one is not in the vocabulary, or they are more than the context holds.
         """
-        return matmul(self._hidden_states(cache, tokens)[-1], output_weight(self._weights))
+        return matmul(self._hidden_states(cache, tokens)[-1], output_weight(self.tensors))
 
     def logits(self, tokens: Tokens) -> Array:
         """Return the logits after each of the tokens (T,), computed from an empty cache: float32 (T, V).
@@ -295,7 +300,7 @@ class NumpyTransformer:
             UsageError: as prefill.
         """
         ids = token_ids(tokens, self.config.vocab_size)
-        return matmul(self._hidden_states(self.new_cache(len(ids)), ids), output_weight(self._weights))
+        return matmul(self._hidden_states(self.new_cache(len(ids)), ids), output_weight(self.tensors))
 
     def extend(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens (T,), at least one; return the logits after each, those that `decode` gives: float32 (T, V).
@@ -314,4 +319,4 @@ class NumpyTransformer:
         ids = token_ids(tokens, self.config.vocab_size)
         cache.reserve(cache.length + len(ids))
         chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
-        return np.concatenate([hidden_states(self._weights, self.config, chunk[None], cache)[0] for chunk in chunks])
+        return np.concatenate([hidden_states(self.tensors, self.config, chunk[None], cache)[0] for chunk in chunks])

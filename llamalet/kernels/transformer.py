@@ -61,7 +61,7 @@ class Transformer:
     def __init__(self, file: ModelFile, threads: int | None = None, kv: str | None = None) -> None:
         self.config = file.config
         self.kv = kind_for(file.tensors["tok_embeddings"], kv)
-        self._tensors = file.tensors  # keeps the memory alive that the stacked weights refer to
+        self.tensors = file.tensors  # keeps the memory alive that the stacked weights refer to
         self._weights = stack_weights(file)
         self._bits = bits_of(file.tensors["tok_embeddings"])
         self._on_tiles = self._bits == 16 and bfloat16.instructions() == "amx"
