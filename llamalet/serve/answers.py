@@ -76,8 +76,12 @@ class Answer:
                     ChatLogprobs(served, as_ids=asked.tokens_as_ids)
                     if self._is_chat
                     else CompletionLogprobs(
-                        served, asked.prompts[index // asked.n], as_ids=asked.tokens_as_ids, echo=asked.echo
-                    )
+                        served,
+                        asked.prompts[index // asked.n],
+                        as_ids=asked.tokens_as_ids,
+                        echo=asked.echo,
+                        ranks=asked.return_token_ids,
+                    )  # fmt: skip
                 )
             self._choices.append(choice)
         self._n_open = len(self._choices)

@@ -6,11 +6,12 @@ length, and one is computed at a time.
 """
 
 import asyncio
-import json
 import math
 import mimetypes
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,35 +22,34 @@ from llamalet import story_grammar
 from llamalet.checks import token_ids
 from llamalet.config import ModelConfig
 from llamalet.engine import Begun, Ended, Request
-from llamalet.errors import LlamaletError, UsageError
+from llamalet.errors import LlamaletError, UsageError, one_line
 from llamalet.kv_cache import KVCache
-from llamalet.model_file.tensors import tensor_specs
 from llamalet.reference import PREFILL_CHUNK, hidden_states
 from llamalet.runtime import Model
 from llamalet.sampler import Choose, Generator, Rule, SamplingConfig
-from llamalet.serve.schema import ApiError
+from llamalet.serve.api_error import ApiError
+from llamalet.serve.exchange import Exchange, Receive, Scope, Send
+from llamalet.serve.served_model import ServedModel
+from llamalet.serve.worker import Worker
 from llamalet.strict import build, parse_json
 from llamalet.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from starlette.requests import Request as HttpRequest
-    from starlette.responses import Response
     from starlette.routing import Route
-
-    from llamalet.serve.served_model import ServedModel
-    from llamalet.serve.worker import Worker
 
 Asked = TypeVar("Asked")
 
 PAGE = Path(__file__).parent / "page"
-PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cache-control": "no-cache",
-}
+PAGE_HEADERS = (
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cache-control", b"no-cache"),
+)
 
 MAX_SHOWN = 100
 """Tokens of a distribution that are listed."""
@@ -253,11 +253,10 @@ def attention(tensors: Any, config: ModelConfig, tokens: Sequence[int]) -> NDArr
     most = min(config.max_seq_len, MAX_ATTENTION_TOKENS)
     if len(ids) > most:
         raise UsageError(f"tokens: {len(ids)}; attention is shown of 1 to {most}")
-    n_weights = sum(math.prod(spec.shape) for spec in tensor_specs(1, config))
-    if n_weights * len(ids) > MAX_PRODUCTS:
+    if config.n_params * len(ids) > MAX_PRODUCTS:
         raise UsageError(
-            f"tokens: {len(ids)} through {n_weights:,} weights would take too long here; attention of at most "
-            f"{MAX_PRODUCTS // n_weights} tokens is shown for this model"
+            f"tokens: {len(ids)} through {config.n_params:,} weights would take too long here; attention of at most "
+            f"{MAX_PRODUCTS // config.n_params} tokens is shown for this model"
         )
     cache = KVCache(config, len(ids), "f32")
     for start in range(0, len(ids) - 1, PREFILL_CHUNK):
@@ -301,7 +300,7 @@ def facts(model: Model, name: str, *, is_chat: bool, speaks_grammar: bool) -> di
     tokenizer, config = model.tokenizer, model.config
     return {
         "name": name,
-        "n_parameters": sum(math.prod(spec.shape) for spec in tensor_specs(1, config)),
+        "n_parameters": config.n_params,
         "dtype": model.dtype,
         **{key: getattr(config, key) for key in ("dim", "n_layers", "n_heads", "vocab_size")},
         "context": config.max_seq_len,
@@ -337,140 +336,137 @@ def page_files() -> dict[str, tuple[bytes, str]]:
     return found
 
 
-def routes(served: "ServedModel", worker: "Worker") -> "list[Route]":
+class _Look:
+    """A function that answers one exchange, as an ASGI application that reports a user's mistakes."""
+
+    def __init__(self, answer: Callable[[Exchange, Scope], Awaitable[None]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(scope["exchange"], scope)
+        except LlamaletError as error:
+            raise ApiError(400, one_line(error)) from None
+
+
+def routes(served: ServedModel, worker: Worker) -> "list[Route]":
     """Return the routes of the page and of what it asks for.
 
     Args:
         served: the model.
         worker: what runs the engine.
     """
-    from starlette.concurrency import run_in_threadpool
-    from starlette.responses import Response
     from starlette.routing import Route
 
     model, files = served.model, page_files()
+    threads = ThreadPoolExecutor(2, "looks")
     known: dict[str, bool] = {}
-    look, waiting = asyncio.Semaphore(1), [0]
+    lock, n_looks = asyncio.Lock(), 0
 
-    def answer(value: Any) -> Response:
-        """Return a value as JSON."""
-        body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-        return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
+    async def in_thread(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return what a function returns, without keeping the event loop from other requests."""
+        return await asyncio.get_running_loop().run_in_executor(threads, partial(function, *arguments, **options))
 
-    async def begun(request: Request) -> Begun:
+    async def begun(exchange: Exchange, request: Request) -> Begun:
         """Return what the engine says once it has read a request's prompt.
 
         Raises:
-            ApiError: if it has no room for it.
-            LlamaletError: if it cannot read it.
+            ApiError: if it has no room for the prompt, or cannot read it.
         """
+        exchange.n_prompt = len(request.prompt)
         found: Begun | None = None
         with worker.run([request]) as texts:
-            async for events in texts:
-                for _, event in events:
-                    if isinstance(event, Begun):
-                        found = event
-                    elif isinstance(event, Ended) and event.error is not None:
-                        raise event.error
+            watch = asyncio.create_task(exchange.watch(texts))
+            try:
+                async for events in texts:
+                    for _, event in events:
+                        if isinstance(event, Begun):
+                            found = event
+                        elif isinstance(event, Ended) and event.error is not None:
+                            raise ApiError.of(event.error)
+            finally:
+                watch.cancel()
         if found is None:
-            raise ApiError(503, "the server is busy; try again", "server_error")
+            raise ApiError(503, "the server is busy; try again")
         return found
 
-    async def speaks_grammar() -> bool:
+    async def speaks_grammar(exchange: Exchange) -> bool:
         """Return whether the model has learnt the grammar's language; the first call tries it."""
         if "grammar" not in known:
-            known["grammar"] = False
-            if test := await run_in_threadpool(grammar_test, model):
+            speaks = False
+            if test := await in_thread(grammar_test, model):
                 ids, nats = test
                 nothing = SamplingConfig(max_new_tokens=0, seed=0)
-                event = await begun(Request(prompt=ids, sampling=nothing, prompt_logprobs=0))
+                event = await begun(exchange, Request(prompt=ids, sampling=nothing, prompt_logprobs=0))
                 found = -math.fsum(entry.logprob for entry in event.prompt_logprobs or () if entry is not None)
-                known["grammar"] = found < NEAR_TRUTH * nats
+                speaks = found < NEAR_TRUTH * nats
+            known["grammar"] = speaks
         return known["grammar"]
 
-    async def index(_: "HttpRequest") -> Response:
-        return page("index.html")
-
-    async def file(request: "HttpRequest") -> Response:
-        return page(request.path_params["name"])
-
-    def page(name: str) -> Response:
-        """Return a file of the page; its name is looked up, and never a path."""
-        if name not in files:
-            raise ApiError(404, f"there is no page/{name[:100]}", code="not_found")
+    async def send_file(exchange: Exchange, scope: Scope) -> None:
+        name = scope["path_params"].get("name", "index.html")
+        if name not in files:  # looked up in a table: no path of a request is ever opened
+            raise ApiError(404, "there is nothing at this path")
         content, kind = files[name]
-        return Response(content, headers=PAGE_HEADERS | {"content-type": kind})
+        await exchange.answer(200, content, PAGE_HEADERS, kind=kind)
 
-    async def get_facts(_: "HttpRequest") -> Response:
-        speaks = await speaks_grammar()
-        name, is_chat = served.names[0], served.template is not None
-        return answer(await run_in_threadpool(facts, model, name, is_chat=is_chat, speaks_grammar=speaks))
+    async def send_facts(exchange: Exchange, _: Scope) -> None:
+        speaks = await speaks_grammar(exchange)
+        found = facts(model, served.names[0], is_chat=served.template is not None, speaks_grammar=speaks)
+        await exchange.answer_json(found)
 
-    async def get_distribution(request: "HttpRequest") -> Response:
-        asked = await _read(request, DistributionAsked)
+    async def send_distribution(exchange: Exchange, _: Scope) -> None:
+        asked = await _read(exchange, DistributionAsked)
         _at_most("step", asked.step, MAX_STEP)
         _at_most("n", asked.n, MAX_SHOWN)
+        token_ids(asked.tokens, model.config.vocab_size)
         config = asked.sampling()
-        event = await begun(Request(prompt=asked.tokens, sampling=config, wants_logits=True))
+        event = await begun(exchange, Request(prompt=asked.tokens, sampling=config, wants_logits=True))
         assert event.logits is not None
-        return answer(
-            await run_in_threadpool(
-                distribution, event.logits, config, asked.step, n=asked.n, undrawn=model.undrawn,
-                choose=model.transformer.choose,
-            )
-        )  # fmt: skip
+        options = {"n": asked.n, "undrawn": served.undrawn, "choose": model.transformer.choose}
+        await exchange.answer_json(await in_thread(distribution, event.logits, config, asked.step, **options))
 
-    async def get_attention(request: "HttpRequest") -> Response:
-        asked = await _read(request, AttentionAsked)
-        if waiting[0] >= MAX_LOOKS:
-            raise ApiError(503, "other looks at attention are under way; try again", "server_error")
-        waiting[0] += 1
+    async def send_attention(exchange: Exchange, _: Scope) -> None:
+        nonlocal n_looks
+        asked = await _read(exchange, AttentionAsked)
+        if n_looks >= MAX_LOOKS:
+            raise ApiError(503, "too many looks at attention at once; try again", headers={"retry-after": "1"})
+        n_looks += 1
         try:
-            async with look:
-                weights = await run_in_threadpool(attention, model.transformer.tensors, model.config, asked.tokens)
+            async with lock:
+                weights = await in_thread(attention, model.transformer.tensors, model.config, asked.tokens)
         finally:
-            waiting[0] -= 1
-        return answer({"layers": np.round(weights.astype(np.float64), 4).tolist()})
+            n_looks -= 1
+        await exchange.answer_json({"layers": np.round(weights.astype(np.float64), 4).tolist()})
 
-    async def get_truth(request: "HttpRequest") -> Response:
-        asked = await _read(request, TruthAsked)
+    async def send_truth(exchange: Exchange, _: Scope) -> None:
+        asked = await _read(exchange, TruthAsked)
         _at_most("n", asked.n, MAX_SHOWN)
-        if not await speaks_grammar():
-            raise UsageError("this model was not trained on the stories of the grammar")
         _at_most("number of tokens", len(asked.tokens), model.config.max_seq_len)
         if asked.tokens:
             token_ids(asked.tokens, model.tokenizer.vocab_size)
-        return answer(await run_in_threadpool(truth, model.tokenizer, asked.tokens, asked.n))
-
-    def checked(handler: "Callable[[HttpRequest], Awaitable[Response]]") -> "Callable[[HttpRequest], Any]":
-        """Return a handler that reports a user's mistakes as the other endpoints do."""
-
-        async def handle(request: "HttpRequest") -> Response:
-            try:
-                return await handler(request)
-            except LlamaletError as error:
-                raise ApiError(400, str(error)) from None
-
-        return handle
+        if not await speaks_grammar(exchange):
+            raise UsageError("this model was not trained on the stories of the grammar")
+        await exchange.answer_json(await in_thread(truth, model.tokenizer, asked.tokens, asked.n))
 
     return [
-        Route("/", index),
-        Route("/page/model", checked(get_facts)),
-        Route("/page/distribution", checked(get_distribution), methods=["POST"]),
-        Route("/page/attention", checked(get_attention), methods=["POST"]),
-        Route("/page/truth", checked(get_truth), methods=["POST"]),
-        Route("/page/{name}", file),
+        Route("/", _Look(send_file), methods=["GET"]),
+        Route("/page/model", _Look(send_facts), methods=["GET"]),
+        Route("/page/distribution", _Look(send_distribution), methods=["POST"]),
+        Route("/page/attention", _Look(send_attention), methods=["POST"]),
+        Route("/page/truth", _Look(send_truth), methods=["POST"]),
+        Route("/page/{name}", _Look(send_file), methods=["GET"]),
     ]
 
 
-async def _read(request: "HttpRequest", kind: type[Asked]) -> Asked:
+async def _read(exchange: Exchange, kind: type[Asked]) -> Asked:
     """Return the object in a request's body.
 
     Raises:
         UsageError: if it is not one of this kind.
     """
-    body = await request.body()
-    return build(kind, parse_json(body, "the request", UsageError), "the request", UsageError)
+    body = await exchange.body()
+    return build(kind, parse_json(body, "the body", UsageError), "the body", UsageError)
 
 
 def _at_most(name: str, value: int, most: int) -> None:

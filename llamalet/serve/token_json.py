@@ -21,14 +21,17 @@ class CompletionLogprobs:
 
     text_offset counts the characters of the choice's text before a token, in a text that no stop string cut.
     Alternatives are the most likely tokens and the one that was chosen; of two with the same text the likelier stays.
+    Where ids are returned there are two more, which OpenAI's API lacks: ranks (0: the most likely token) and entropies
+    (of the whole distribution, in nats).
     """
 
-    def __init__(self, served: ServedModel, prompt: Prompt, *, as_ids: bool, echo: bool) -> None:
-        """Begin a choice of this prompt; see Asked for as_ids and echo."""
+    def __init__(self, served: ServedModel, prompt: Prompt, *, as_ids: bool, echo: bool, ranks: bool) -> None:
+        """Begin a choice of this prompt; see Asked for as_ids and echo; `ranks`: whether with the two lists more."""
         self._served, self._as_ids, self._prompt = served, as_ids, prompt
         self._decoder = prompt.decoder.fork()
         self._offset = len(prompt.text) if echo else 0
         self._lists: tuple[list[str], list[str], list[str], list[str]] = ([], [], [], [])
+        self._ranks: tuple[list[str], list[str]] | None = ([], []) if ranks else None
 
     def add_prompt(self, logprobs: Sequence[Logprobs | None]) -> None:
         """Add the tokens of the prompt, of which the first has no logprobs."""
@@ -45,9 +48,12 @@ class CompletionLogprobs:
 
     def take(self) -> str:
         """Return the JSON of the tokens since the last time."""
-        names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
-        found = ",".join(f'"{name}":[{",".join(items)}]' for name, items in zip(names, self._lists, strict=True))
-        for items in self._lists:
+        names, lists = ["text_offset", "token_logprobs", "tokens", "top_logprobs"], [*self._lists]
+        if self._ranks is not None:
+            names += ["ranks", "entropies"]
+            lists += self._ranks
+        found = ",".join(f'"{name}":[{",".join(items)}]' for name, items in zip(names, lists, strict=True))
+        for items in lists:
             items.clear()
         return "{" + found + "}"
 
@@ -57,6 +63,10 @@ class CompletionLogprobs:
         offsets.append(str(offset))
         text = self._text(token)
         texts.append(dumps(text))
+        if self._ranks is not None:
+            ranks, entropies = self._ranks
+            ranks.append("null" if logprobs is None else str(logprobs.rank))
+            entropies.append("null" if logprobs is None else dumps(logprobs.entropy))
         if logprobs is None:
             values.append("null")
             alternatives.append("null")

@@ -16,7 +16,7 @@ const token = (id, details = null, run = null) => ({
 /** Return the tokens of a choice's logprobs, as [id, details]; details are null where nothing comes before. */
 export function entries(logprobs) {
   if (!logprobs) return [];
-  const idOf = (name) => Number(name.slice("token:".length));
+  const idOf = (name) => Number(name.slice(name.indexOf(":") + 1));
   return logprobs.tokens.map((name, i) => {
     const id = logprobs.token_ids?.[i] ?? idOf(name);
     const logprob = logprobs.token_logprobs[i];
