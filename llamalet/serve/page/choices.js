@@ -4,6 +4,8 @@ import { post } from "./api.js";
 import { $, bar, draw, make, percent } from "./dom.js";
 
 const N_ROWS = 12;
+const N_LEAST = 6; // and as many more as make up ENOUGH of the model's probability
+const ENOUGH = 0.995;
 const LN2 = Math.LN2;
 const CUTS = { top_k: "top-k", top_p: "top-p", min_p: "min-p", temperature: "temperature", vocabulary: "never drawn" };
 
@@ -71,18 +73,28 @@ export class Choices {
     );
     this.settings.showCounts(found.kept);
     const shares = new Map(truth?.rows ?? []);
-    const rows = found.rows.slice();
+    const rows = this.worthShowing(found, here);
     const divergence = this.divergence(found, truth);
     $("table").tBodies[0].replaceChildren(...rows.map((row) => this.row(row, here, place, shares, truth)));
     $("table-note").replaceChildren(...this.notes(found, truth, divergence));
     this.strip(found, place, run, here);
   }
 
+  /** The likeliest tokens as far as they matter, what stands here, and what the coin falls on. */
+  worthShowing({ rows, token }, here) {
+    let sum = 0;
+    return rows.filter((row, i) => {
+      const isShown = i < N_LEAST || sum < ENOUGH || row.token === here || row.token === token;
+      sum += row.raw;
+      return isShown;
+    });
+  }
+
   row(row, here, place, shares, truth) {
     const { token, raw, drawn, cut_by: cut } = row;
     const button = make("button", {
       type: "button", className: "take", title: "Put it here",
-      "aria-label": `${this.vocabulary.spoken(token)}: ${token === here ? "stands here" : "put it here"}`,
+      "aria-label": `${this.vocabulary.spoken(token)}: ${token === here ? "stands here" : "put it here"}${token === this.found.token ? "; the coin falls on it" : ""}`,
     }, make("span", { className: "piece", textContent: this.vocabulary.label(token) }));
     button.addEventListener("click", () => this.take(place, token, this.details(token)));
     const cell = (share, kind, text = percent(share)) => make("td", {}, bar(share, kind), make("span", { className: "share", textContent: text }));

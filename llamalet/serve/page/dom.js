@@ -37,6 +37,7 @@ export function percent(share) {
 export function bar(share, kind) {
   const inner = make("span", { className: `fill ${kind}` });
   inner.style.setProperty("--share", Math.max(0, Math.min(1, share)));
+  inner.hidden = !share;
   return make("span", { className: "track", "aria-hidden": "true" }, inner);
 }
 

@@ -230,7 +230,7 @@ function start(facts) {
         pad.go(story.tokens.length, false);
         $("pad").scrollIntoView({ block: "nearest" });
       });
-      return make("li", {}, make("p", { className: "words", textContent: choice.text + (choice.finish_reason === "stop" ? " \u220e" : " \u2026") }),
+      return make("li", {}, make("p", { className: "words", textContent: choice.text.trimStart() + (choice.finish_reason === "stop" ? " \u220e" : " \u2026") }),
         make("p", { className: "bar" }, make("span", { className: "help", textContent: `${(bits / Math.max(1, tokens.length)).toFixed(2)} bits per token, seed ${first + choice.index}` }), make("span", { className: "gap" }), button));
     }));
   }

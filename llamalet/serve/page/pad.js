@@ -14,7 +14,7 @@ const SHADES = {
 
 const level = (bounds, value) => bounds.filter((bound) => value >= bound).length;
 
-const SHOW_AFTER_MS = 140;
+const SHOW_AFTER_MS = 220;
 const HIDE_AFTER_MS = 220;
 
 export class Pad {
@@ -152,7 +152,8 @@ export class Pad {
 
   showLegend() {
     const names = SHADES[this.shade]?.names ?? [];
-    $("legend").replaceChildren(...names.map((name, i) => {
+    const about = this.shade === "attention" ? [make("li", { textContent: "Attention of this head:" })] : [];
+    $("legend").replaceChildren(...about, ...names.map((name, i) => {
       const sample = make("span", { className: "token sample", textContent: "abc", "aria-hidden": "true" });
       sample.dataset.level = i;
       return make("li", {}, sample, make("span", { textContent: name }));
