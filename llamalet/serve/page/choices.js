@@ -34,16 +34,27 @@ export class Choices {
     const { signal } = this.abort;
     const place = this.place, tokens = this.story.ids(place), run = this.story.runAt(place);
     if (!tokens.length || this.story.isWriting) return;
-    const body = { tokens, n: N_ROWS, step: run.step };
-    for (const name of ["temperature", "top_k", "top_p", "min_p", "seed"]) body[name] = run[name];
-    // A token that is there keeps the seed and the coin that drew it; the sliders show what they would do to it.
-    Object.assign(body, this.settings.values);
     const [found, truth] = await Promise.all([
-      post("/page/distribution", body, signal),
+      this.ask(place, signal),
       this.hasTruth ? post("/page/truth", { tokens, n: 100 }, signal).catch(() => null) : null,
     ]);
     this.found = { ...found, place };
     this.render(found, truth, place, run);
+  }
+
+  /**
+   * Ask what may stand at a place, and what the coin there falls on. A token that is there keeps the seed and the coin
+   * that drew it; the sliders show what they would do to it.
+   */
+  ask(place, signal) {
+    const { seed, step } = this.story.runAt(place);
+    return post("/page/distribution", { tokens: this.story.ids(place), n: N_ROWS, seed, step, ...this.settings.values }, signal);
+  }
+
+  /** Draw the next token with the next coin, and put it at the end. */
+  async drawOne() {
+    const place = this.story.tokens.length, found = await this.ask(place);
+    if (this.story.tokens.length === place) this.take(place, found.token, this.details(found.token, found));
   }
 
   fail(error) {
@@ -56,11 +67,10 @@ export class Choices {
   }
 
   /** What is known of a token of the distribution that is shown, for the story. */
-  details(id) {
-    const row = this.found.rows.find(({ token }) => token === id);
-    const top = this.found.rows.map(({ token, raw }) => [token, Math.log(raw)]).slice(0, 10);
-    const rank = this.found.rows.findIndex(({ token }) => token === id);
-    return { logprob: Math.log(row.raw), rank: rank < N_ROWS ? rank : null, entropy: this.found.entropy, top };
+  details(id, { rows, entropy } = this.found) {
+    const rank = rows.findIndex(({ token }) => token === id);
+    const top = rows.map(({ token, raw }) => [token, Math.log(raw)]).slice(0, 10);
+    return { logprob: Math.log(rows[rank].raw), rank: rank < N_ROWS ? rank : null, entropy, top };
   }
 
   render(found, truth, place, run) {

@@ -165,9 +165,12 @@ function start(facts) {
   $("redo").addEventListener("click", () => story.redo());
   $("edit").addEventListener("click", () => edit($("editor").hidden));
   $("step").addEventListener("click", () => attempt(async () => {
-    pad.go(story.tokens.length, false);
-    await choices.load();
-    if (choices.found) choices.take(story.tokens.length, choices.found.token, choices.details(choices.found.token));
+    $("step").disabled = true;
+    try {
+      await choices.drawOne();
+    } finally {
+      showButtons();
+    }
   }));
   $("rewind").addEventListener("click", () => {
     story.cut(story.tokens.length - 1);

@@ -122,8 +122,8 @@ export class Pad {
     // The space before a word is not shaded with it: it may stand at the end of a line.
     const [, space, rest] = /^( *)([^]*)$/.exec(text);
     const span = make("span", {
-      className: `token${isStop ? " stop" : ""}${isBreak ? " break" : ""}`, role: "button", tabIndex: -1, "aria-haspopup": "dialog",
-      textContent: isStop ? "end" : isBreak ? "\u21b5".repeat(text.length) + text : rest || space || "\u00b7",
+      className: `token${isStop ? " stop" : ""}${isBreak ? " break" : ""}${text || isStop ? "" : " part"}`, role: "button", tabIndex: -1, "aria-haspopup": "dialog",
+      textContent: isStop ? "end" : rest || space,
     });
     span.dataset.place = place;
     make("span", {}, rest ? space : "", span);
