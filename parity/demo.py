@@ -85,7 +85,9 @@ def main(argv: Sequence[str]) -> int:
     share = f"{len(recognised)} of {len(texts)}"
     print(f"\nThe grammar recognises {share} stories that the model told at temperature 1.0. One of them:\n")
     print((recognised or texts)[0])
-    print(f"\nTell more: .venv/bin/python sample.py {shlex.quote(str(folder / TOLD_WITH))} -t 0.8")
+    told_with = shlex.quote(str(folder / TOLD_WITH))
+    print(f"\nTell more: .venv/bin/python sample.py {told_with} -t 0.8")
+    print(f"See it think: .venv/bin/llamalet serve {told_with} and open http://127.0.0.1:8080/ in a browser")
     return 0 if all(proof.ok for proof in proofs) else FormatError.exit_code
 
 

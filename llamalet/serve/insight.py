@@ -6,6 +6,7 @@ length, and one is computed at a time.
 """
 
 import asyncio
+import json
 import math
 import mimetypes
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -361,6 +362,7 @@ def routes(served: ServedModel, worker: Worker) -> "list[Route]":
     model, files = served.model, page_files()
     threads = ThreadPoolExecutor(2, "looks")
     known: dict[str, bool] = {}
+    facts_body: list[bytes] = []  # once it has been asked for
     lock, n_looks = asyncio.Lock(), 0
 
     async def in_thread(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -411,9 +413,11 @@ def routes(served: ServedModel, worker: Worker) -> "list[Route]":
         await exchange.answer(200, content, PAGE_HEADERS, kind=kind)
 
     async def send_facts(exchange: Exchange, _: Scope) -> None:
-        speaks = await speaks_grammar(exchange)
-        found = facts(model, served.names[0], is_chat=served.template is not None, speaks_grammar=speaks)
-        await exchange.answer_json(found)
+        if not facts_body:
+            speaks, is_chat = await speaks_grammar(exchange), served.template is not None
+            found = await in_thread(facts, model, served.names[0], is_chat=is_chat, speaks_grammar=speaks)
+            facts_body.append(json.dumps(found).encode())
+        await exchange.answer(200, facts_body[0])
 
     async def send_distribution(exchange: Exchange, _: Scope) -> None:
         asked = await _read(exchange, DistributionAsked)

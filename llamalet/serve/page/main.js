@@ -121,7 +121,7 @@ function start(facts) {
       $("pad").setAttribute("aria-busy", "false");
       if (detail === "end") say(story.hasEnded ? "The story has ended." : `${story.times.n} tokens were written.`);
       else if (detail === "seen") say("");
-      pad.select_(Math.min(pad.selected, pad.last));
+      pad.point(Math.min(pad.selected, pad.last));
       choices.show(pad.selected);
     }
     showButtons();

@@ -93,12 +93,14 @@ export class Pad {
     let same = 0;
     while (same < tokens.length && this.shown[same]?.id === tokens[same].id) same += 1;
     for (const span of this.spans.splice(same)) span.parentNode.remove();
-    const read = this.vocabulary.reader();
+    if (same < this.shown.length || !this.read) {
+      this.read = this.vocabulary.reader(); // it has to see the bytes of all tokens, in order
+      for (const { id } of tokens.slice(0, same)) this.read(id);
+    }
     const fresh = document.createDocumentFragment();
     tokens.forEach((token, place) => {
-      const text = read(token.id); // of every token: the reader has to see all bytes
       if (place >= same) {
-        this.spans.push(this.span(token, text, place));
+        this.spans.push(this.span(token, this.read(token.id), place));
         fresh.append(this.spans[place].parentNode);
       } else if (this.shown[place] === token) return;
       this.shadeOne(place);
@@ -108,7 +110,7 @@ export class Pad {
     this.shown = tokens.slice();
     this.next.dataset.place = tokens.length;
     this.next.hidden = this.story.hasEnded;
-    this.select_(wasAtEnd ? this.last : Math.min(this.selected, this.last));
+    this.point(wasAtEnd ? this.last : Math.min(this.selected, this.last));
   }
 
   /** The last place that can be looked at. */
@@ -162,7 +164,7 @@ export class Pad {
 
   // --- the place that is looked at ---
 
-  select_(place) {
+  point(place) {
     const old = this.at(this.selected), now = this.at(place);
     if (old && old !== now) {
       old.tabIndex = -1;
@@ -178,7 +180,7 @@ export class Pad {
   }
 
   go(place, focus = true) {
-    this.select_(Math.max(0, Math.min(place, this.last)));
+    this.point(Math.max(0, Math.min(place, this.last)));
     if (focus) this.at(this.selected).focus();
     this.select(this.selected);
   }
