@@ -73,7 +73,7 @@ def test_the_wheel_holds_the_runtime_and_the_demo_model(wheel):
     assert {name.partition("/")[0] for name in names} == {"llamalet", f"llamalet-{llamalet.__version__}.dist-info"}
     files = [path for path in (ROOT / "llamalet").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert package == {path.relative_to(ROOT).as_posix() for path in files}
-    assert {"llamalet/assets/demo.bin", "llamalet/cli.py", "llamalet/convert/formats.py"} <= package
+    assert {"llamalet/assets/demo.bin", "llamalet/cli.py", "llamalet/serve/page/index.html"} <= package
     demo = zipfile.ZipFile(wheel).read("llamalet/assets/demo.bin")
     assert demo == (ROOT / "llamalet" / "assets" / "demo.bin").read_bytes()
 

@@ -26,7 +26,7 @@ const SLIDERS = [
   },
 ];
 
-const LENGTH = 200;
+const LENGTH = 256;
 const MAX_TEXT = 2000;
 
 /** A seed that can be typed again. */
