@@ -296,9 +296,9 @@ def soak(run: Run) -> str:
     if after - before > 50 or server.n_files() > n_files:
         run.wrong.append("memory or files grow")
     run.check("end")
-    return (
-        f"{n} requests: {before:.0f} MB after a fifth, {after:.0f} MB at the end, {n_files} -> {server.n_files()} files"
-    )
+    cached = server.gauges()["llamalet_prefix_cache_bytes"] / 2**20
+    memory = f"{before:.0f} MB after a fifth, {after:.0f} MB at the end ({cached:.0f} MB in the prefix cache)"
+    return f"{n} requests: {memory}, {n_files} -> {server.n_files()} files"
 
 
 def slow(run: Run) -> str:
@@ -389,10 +389,12 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(RUNS), help=f"some of {','.join(RUNS)}")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the cases")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--server", default="", help="more options of the server")
     options = parser.parse_args()
     n_wrong = 0
     for name in options.only.split(","):
-        server = RunningServer("--max-queue=2000", f"--client-seconds={10 if name == 'slow' else 30}")
+        seconds = 10 if name == "slow" else 30
+        server = RunningServer("--max-queue=2000", f"--client-seconds={seconds}", *options.server.split())
         try:
             run, start = Run(server, random.Random(options.seed), options.scale), time.perf_counter()
             said = RUNS[name](run)
