@@ -342,6 +342,14 @@ def test_the_answer_of_a_chat_ends_with_the_turn(talker):
     assert found["usage"]["completion_tokens"] == 1
 
 
+def test_the_end_of_a_turn_that_is_ignored_is_a_token_like_others(talker):
+    bias = likely(talker.tokenizer.special["<|eot_id|>"])
+    options = {"logit_bias": bias, "logprobs": True, "ignore_eos": True, "max_tokens": 3}
+    (choice,) = chat(talker, messages=HELLO, **options)["choices"]
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["<|eot_id|>"] * 3
+    assert choice["finish_reason"] == "length"
+
+
 def test_logprobs_of_a_chat_have_tokens_and_their_bytes(talker):
     found = chat(talker, messages=HELLO, max_tokens=6, seed=3, ignore_eos=True, logprobs=True, top_logprobs=20,
                  return_token_ids=True)  # fmt: skip
