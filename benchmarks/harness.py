@@ -24,6 +24,7 @@ def run_benchmark(
     measure: Callable[[str, Path, Results], Iterator[str]],
     draw: Callable[[Any, Results, Sequence[str]], None],
     out: Path,
+    results: Results | None = None,
 ) -> Results:
     """Measure one shape after another; print and write the results after each.
 
@@ -34,11 +35,12 @@ def run_benchmark(
         measure: measures the named shape, with a folder for temporary files, and yields lines to print.
         draw: fills a matplotlib figure with the results of the named shapes.
         out: the folder.
+        results: where the figures are kept; by default in a new Results.
     """
     check_writable(out)
     for build, text in facts["builds"].items():
         print(f"{build}: {text}", flush=True)
-    results, start = Results(), time.perf_counter()
+    results, start = Results() if results is None else results, time.perf_counter()
     facts = {**facts, "shapes": {}, "load": load_average()}
     for shape in shapes:
         with tempfile.TemporaryDirectory(prefix="llamalet-bench-") as folder:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from llamalet import model_file, tokenizer
 from llamalet.config import ModelConfig
-from llamalet.convert import gguf_file
-from llamalet.convert.imported_model import expand
+from llamalet.convert import bin_file, gguf_file
+from llamalet.convert.imported_model import ImportedModel, expand
 from llamalet.errors import ConfigError
 from llamalet.model_file.header import HEADER_BYTES, Header, pack_header
 from llamalet.model_file.quantize import ENCODINGS, to_bfloat16
@@ -22,6 +22,9 @@ GGUF_TYPES = {"f32": "F32", "bf16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}
 
 # The versions of llama2.c's files, by type.
 LLAMA2C_VERSIONS = {"f32": 0, "q8": 2}
+
+# The first id that is a word: before it are three controls, the bytes and the space.
+FIRST_WORD = 3 + 256 + 1
 
 
 def random_weights(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -109,8 +112,40 @@ def write_gguf(path: Path, config: ModelConfig, dtype: str, rng: np.random.Gener
     writer.close()
 
 
+def write_served(folder: Path, config: ModelConfig, dtype: str, rng: np.random.Generator) -> tuple[Path, Path]:
+    """Write one model with random weights twice, as a .bin and as a .gguf, each with the vocabulary inside.
+
+    Its logits have a deviation of about 5, so that as in trained models a nucleus of 0.9 has tens of tokens. Tokens
+    that are no word, and no whole character, have logits of 0 and so are never drawn: every token is a piece of text.
+
+    Args:
+        folder: of the files.
+        config: the shape.
+        dtype: f32, q8 or q4.
+        rng: the source of the weights.
+
+    Returns:
+        The paths of the .bin and of the .gguf.
+    """
+    tensors = {spec.name: random_weights(rng, spec.shape) for spec in model_file.tensor_specs(1, config)}
+    output = tensors.get("output", tensors["tok_embeddings"])
+    tensors["norm"] *= np.float32(5 / (np.sqrt(config.dim) * output.std()))
+    output[:FIRST_WORD] = 0
+    path = folder / "tokenizer.bin"
+    write_vocabulary(path, config.vocab_size)
+    vocabulary, data = tokenizer.read(path)
+    source = ImportedModel(
+        name="random", config=config, tensors=tensors, tokenizer=vocabulary, tokenizer_data=data,
+        stop_tokens=tuple(sorted(vocabulary.stop_ids)),
+    )  # fmt: skip
+    ours, theirs = folder / f"{dtype}.bin", folder / f"{dtype}.gguf"
+    bin_file.write(ours, source, 3, dtype=dtype)
+    gguf_file.write(theirs, source, {"f32": "f32", "q8": "q8_0", "q4": "q4_0"}[dtype])
+    return ours, theirs
+
+
 def write_vocabulary(path: Path, vocab_size: int) -> None:
-    """Write a tokenizer.bin with made-up words."""
+    """Write a tokenizer.bin with made-up words, which begin at FIRST_WORD."""
     controls = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
     byte_pieces = [f"<0x{byte:02X}>".encode() for byte in range(256)]
     words = [b" "] + [f" w{number}".encode() for number in range(vocab_size - len(controls) - len(byte_pieces) - 1)]
