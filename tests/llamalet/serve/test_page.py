@@ -198,6 +198,21 @@ def test_looks_answer_for_the_model_that_is_served(server, demo):
     assert facts["speaks_grammar"] and not facts["is_chat"] and facts["name"] == "demo"
 
 
+def test_returned_ids_come_with_ranks_and_entropies(server, demo):
+    tokens = demo.tokenizer.encode("Once upon a time there was", bos=True)
+    asked = {"prompt": tokens, "max_tokens": 0, "echo": True, "logprobs": 2, "return_token_ids": True}
+    found = json.loads(ask(server, "POST", "/v1/completions", asked)[2])["choices"][0]["logprobs"]
+    logits = demo.logits(tokens)[:-1].astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    ranks = [int((row > row[token]).sum()) for row, token in zip(logprobs, tokens[1:], strict=True)]
+    assert found["ranks"] == [None, *ranks]
+    assert found["entropies"][0] is None
+    assert found["entropies"][1:] == pytest.approx(list(-(np.exp(logprobs) * logprobs).sum(axis=1)), rel=0.1, abs=1e-3)
+    del asked["return_token_ids"]
+    plain = json.loads(ask(server, "POST", "/v1/completions", asked)[2])["choices"][0]["logprobs"]
+    assert plain.keys() == {"text_offset", "token_logprobs", "tokens", "top_logprobs"}
+
+
 # --- in a browser ---
 
 
