@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -13,7 +12,7 @@ from starlette.routing import BaseRoute, Route, Router
 
 from llamalet.engine import Ended, Event
 from llamalet.errors import LlamaletError, note, one_line
-from llamalet.serve import text_routes
+from llamalet.serve import insight, text_routes
 from llamalet.serve.answers import Answer
 from llamalet.serve.api_error import ApiError
 from llamalet.serve.exchange import Exchange, Receive, Scope, Send

@@ -322,4 +322,4 @@ def test_every_command_begins_with_the_same_lines():
     ):
         if re.search(r"^    (command\.)?run\(main\)", text := path.read_text(), re.MULTILINE):
             commands[path.name] = text.partition('"""\n\n')[2].startswith(first)
-    assert len(commands) == 15 and all(commands.values()), commands
+    assert len(commands) == 16 and all(commands.values()), commands
