@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -125,9 +124,7 @@ class App:
                 Route(f"{prefix}/models", _Json(self, models), methods=["GET"]),
                 Route(f"{prefix}/models/{{name:path}}", _Json(self, model), methods=["GET"]),
             ]
-        if find_spec("llamalet.serve.insight") is not None:
-            routes += import_module("llamalet.serve.insight").routes(served, worker)
-        return routes
+        return routes + insight.routes(served, worker)
 
     async def read(self, body: bytes, read: Callable[[], Any], *, is_chat: bool = False) -> Any:
         """Return what `read` makes of a body: in a thread, if that takes time."""
