@@ -23,7 +23,7 @@ from llamalet.forward_pass import ForwardPass, Logits, Tokens
 from llamalet.kv_cache import KVCache
 from llamalet.kv_kinds import cache_bytes
 from llamalet.logprobs import Logprobs, logprobs_of
-from llamalet.prefix_cache import PrefixCache
+from llamalet.prefix_cache import BLOCK, PrefixCache
 from llamalet.sampler import Sampler, SamplingConfig
 from llamalet.stop_strings import TextStream
 from llamalet.tokenizer import StreamDecoder
@@ -350,13 +350,14 @@ class Engine:
         except (LlamaletError, MemoryError) as error:
             self._end(text, "error", events, error)
             return 0
+        if text.n_read // BLOCK > n_before // BLOCK:  # not all at once at the end, which would hold up the others
+            self._remember(text, text.prompt[: text.n_read])
         if text.n_read < len(text.prompt):
             return text.n_read - n_before
         assert logits is not None
         self._reading.remove(text)
         self._running.append(text)
         self._share(text, logits)
-        self._remember(text, text.prompt)
         if text.request.draft is not None:
             text.request.draft.begin()
         wanted = logits if text.request.wants_logits else None
@@ -378,6 +379,8 @@ class Engine:
                 text.cache, text.n_read = self._shared[1].copy(), len(text.prompt)
                 return self._shared[2]
             text.cache = self._transformer.new_cache()
+            # At once: growing copies everything. For what may not come, no more than growing would take.
+            text.cache.reserve(int(min(text.cache.context, len(text.prompt) + min(text.n_left, len(text.prompt)))))
             if self.prefix.max_bytes and text.prompt_logprobs is None and text.request.sampling.overflow == "stop":
                 text.n_read = text.n_cached = self.prefix.restore(text.prompt, text.request.salt, text.cache)
         end = min(len(text.prompt), text.n_read + n)

@@ -192,6 +192,17 @@ class _Generation:
 
     async def _stream(self, exchange: Exchange, texts: Texts, answer: Answer) -> None:
         """Send events as they come: one write for all of a step."""
+
+        def take_at_once(events: list[tuple[int, Event]]) -> bool:
+            """Send tokens without waking this task, which costs as much as all else; leave the rest to it."""
+            if not exchange.can_write_at_once or any(type(event) is Ended for _, event in events):
+                return False
+            _take(exchange, events, answer)
+            if chunk := answer.chunk():
+                exchange.write_at_once(chunk)
+            return True
+
+        texts.take_at_once = take_at_once
         try:
             async for events in texts:
                 _take(exchange, events, answer)

@@ -159,6 +159,16 @@ class Exchange:
             return
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
+    @property
+    def can_write_at_once(self) -> bool:
+        """Whether the next part of an answer that has begun can be written without waiting."""
+        connection = self._scope.get("connection")
+        return bool(self.status) and connection is not None and connection.can_write_part
+
+    def write_at_once(self, data: bytes) -> None:
+        """Write a part of an answer; only where `can_write_at_once`."""
+        self._scope["connection"].write_part_at_once(data)
+
     async def answer_json(self, content: Mapping[str, Any]) -> None:
         """Send a whole answer of JSON."""
         await self.answer(200, json.dumps(content).encode())

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -92,6 +93,8 @@ class Service:
                     QueueLimits(options.max_queue, MAX_QUEUED_TOKENS, options.queue_seconds), metrics,
                 )  # fmt: skip
                 app.open(served, self._worker)
+                gc.collect()
+                gc.freeze()  # what was loaded stays; looking through it again and again would hold up all texts
                 self._announce()
             except BaseException:
                 self._server.should_exit = True

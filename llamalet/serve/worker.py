@@ -50,6 +50,7 @@ class Texts:
         added: when they were put into the queue, by time.perf_counter.
         begun: when the first had been read; None before.
         hurries: whether the reader wants every step's events at once, or many together.
+        take_at_once: takes a step's events while the reader waits, without waking it; returns whether it could.
         engine, ids: where the engine's thread has put them.
     """
 
@@ -61,6 +62,7 @@ class Texts:
         self.added = time.perf_counter()
         self.begun: float | None = None
         self.hurries = True
+        self.take_at_once: Callable[[list[tuple[int, Event]]], bool] | None = None
         self.engine: Engine | None = None
         self.ids: list[int] = []
         self._worker = worker
@@ -95,11 +97,18 @@ class Texts:
         return events
 
     def push(self, number: int, event: Event) -> None:
-        """Take an event of one of the texts."""
-        if self.closed:
+        """Take an event of one of the texts, to be delivered."""
+        if not self.closed:
+            self._unread.append((number, event))
+
+    def deliver(self) -> None:
+        """Let the reader have what was pushed."""
+        events = self._unread
+        if self.closed or not events:
             return
-        self._unread.append((number, event))
-        if self.hurries or not self.n_open or len(self._unread) > MAX_UNREAD // 2:
+        if self.take_at_once is not None and self._reader is not None and self.take_at_once(events):
+            self._unread = []
+        elif self.hurries or not self.n_open or len(events) > MAX_UNREAD // 2:
             self._wake()
         if len(self._unread) > MAX_UNREAD * len(self.requests):
             self.fail(ClientGone())
@@ -222,22 +231,27 @@ class Worker:
             self._where[id] = texts, number
         for texts, number, ended in step.refused:
             self._end(texts, number, ended)
-        n_new = 0
+        n_new, touched = 0, dict.fromkeys(texts for texts, _, _ in step.refused)
         for event in step.events:
+            texts, number = self._where[event.id]
+            touched[texts] = None
             if type(event) is NewToken:
                 n_new += 1
-                texts, number = self._where[event.id]
                 texts.push(number, event)
             elif type(event) is Begun:
-                self._begin(*self._where[event.id], event)
+                self._begin(texts, number, event)
             elif type(event) is Ended:
-                self._end(*self._where.pop(event.id), event)
+                del self._where[event.id]
+                self._end(texts, number, event)
         self._metrics.n_new_tokens += n_new
         if step.failure is not None:
             note(f"the engine failed and begins anew: {type(step.failure).__name__}: {one_line(step.failure)}")
             failed, self._where = self._where, {}
             for texts, number in failed.values():
                 self._end(texts, number, Ended(-1, "", "error", step.failure))
+                touched[texts] = None
+        for texts in touched:
+            texts.deliver()
 
     def _begin(self, texts: Texts, number: int, event: Begun) -> None:
         """Note that a prompt has been read."""
