@@ -35,6 +35,9 @@ MAX_QUEUED_TOKENS = 1 << 20
 MAX_BODIES = 16
 """All bodies that are being read may have this many times the size that one may have."""
 
+SWITCH_S = 2e-4
+"""How long the engine waits for Python while a request is read; Python's own limit is that of several passes."""
+
 READING_SHARE = 0.8
 """While a prompt is read, the others' time between tokens grows by this share; see Engine."""
 
@@ -95,6 +98,7 @@ class Service:
                 app.open(served, self._worker)
                 gc.collect()
                 gc.freeze()  # what was loaded stays; looking through it again and again would hold up all texts
+                sys.setswitchinterval(SWITCH_S)
                 self._announce()
             except BaseException:
                 self._server.should_exit = True
