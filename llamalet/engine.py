@@ -193,6 +193,7 @@ class Engine:
         self._reading: list[_Text] = []
         self._running: list[_Text] = []
         self._cancelled = set[int]()
+        self._admitted: list[int] = []
         # The state after a prompt that another text has, too.
         self._shared: tuple[Any, KVCache, Logits] | None = None
         # What a pass over the running texts took, and a token of a prompt: at first more than it will.
@@ -238,9 +239,14 @@ class Engine:
         if any(text.id == id for text in self._texts()):
             self._cancelled.add(id)
 
+    def take_admitted(self) -> list[int]:
+        """Return the numbers of the texts that got a place in the last step."""
+        return self._admitted.copy()
+
     def step(self) -> list[Event]:
         """Let every running text advance by a token, and read a part of a prompt; return what happened, in order."""
         events: list[Event] = []
+        self._admitted.clear()
         if self._cancelled:
             self._end_cancelled(events)
         self._admit(events)
@@ -286,6 +292,7 @@ class Engine:
                 del self._waiting[group]
             self.reserved_bytes += text.n_bytes
             self._reading.append(text)
+            self._admitted.append(text.id)
             if text.n_left <= 0 and text.prompt_logprobs is None and not text.request.wants_logits:
                 self._end(text, "length", events)
 
@@ -323,12 +330,9 @@ class Engine:
         limit = self._reading_share * self._pass_s if was_running and self._reading_share is not None else IDLE_CHUNK_S
         end = self._clock() + limit
         while self._reading:
-            text, start = self._next_to_read(), self._clock()
-            chunk = int(min(max(limit / self._token_s, LEAST_CHUNK), MOST_CHUNK))
-            n = self._read(text, chunk, events)
+            start, text = self._clock(), self._next_to_read()
+            self._read(text, int(min(max(limit / self._token_s, LEAST_CHUNK), MOST_CHUNK)), events)
             now = self._clock()
-            if n >= LEAST_CHUNK:  # a shorter one says little of longer ones
-                self._token_s = max(now - start, 1e-9) / n
             if now + (now - start) > end or bool(self._running) != was_running:
                 return
 
@@ -342,18 +346,17 @@ class Engine:
         self._reading.append(text)
         return text
 
-    def _read(self, text: _Text, n: float, events: list[Event]) -> int:
-        """Read at most n tokens of a prompt, and choose the first new token after the last; return how many."""
-        n_before = text.n_read
+    def _read(self, text: _Text, n: float, events: list[Event]) -> None:
+        """Read at most n tokens of a prompt, and choose the first new token after the last."""
         try:
-            logits = self._read_chunk(text, n)
+            logits = self._begin(text) if text.cache is None else None
+            if logits is None:
+                logits = self._read_chunk(text, n)
         except (LlamaletError, MemoryError) as error:
             self._end(text, "error", events, error)
-            return 0
-        if text.n_read // BLOCK > n_before // BLOCK:  # not all at once at the end, which would hold up the others
-            self._remember(text, text.prompt[: text.n_read])
+            return
         if text.n_read < len(text.prompt):
-            return text.n_read - n_before
+            return
         assert logits is not None
         self._reading.remove(text)
         self._running.append(text)
@@ -366,23 +369,32 @@ class Engine:
             self._end(text, "length", events)
         else:
             self._choose(text, logits, events)
-        return text.n_read - n_before
+
+    def _begin(self, text: _Text) -> Logits | None:
+        """Give a text a cache, with what is known of its prompt; return the logits after it, if that is all of it.
+
+        Raises:
+            LlamaletError: if there is no memory for it.
+        """
+        if self._shared is not None and self._shared[0] == text.begins_alike:
+            text.cache, text.n_read = self._shared[1].copy(), len(text.prompt)
+            text.rolled = len(text.prompt) > text.cache.context
+            return self._shared[2]
+        text.cache = self._transformer.new_cache()
+        # At once: growing copies everything. For what may not come, no more than growing would take.
+        text.cache.reserve(int(min(text.cache.context, len(text.prompt) + min(text.n_left, len(text.prompt)))))
+        if self.prefix.max_bytes and text.prompt_logprobs is None and text.request.sampling.overflow == "stop":
+            text.n_read = text.n_cached = self.prefix.restore(text.prompt, text.request.salt, text.cache)
+        return None
 
     def _read_chunk(self, text: _Text, n: float) -> Logits | None:
         """Read at most n tokens of a prompt, and all if n is infinite; return the logits after the last token.
 
         Raises:
-            LlamaletError: if there is no memory for them.
+            LlamaletError: if there is no memory for them, or the logits are NaN or infinite.
         """
-        if text.cache is None:
-            if self._shared is not None and self._shared[0] == text.begins_alike:
-                text.cache, text.n_read = self._shared[1].copy(), len(text.prompt)
-                return self._shared[2]
-            text.cache = self._transformer.new_cache()
-            # At once: growing copies everything. For what may not come, no more than growing would take.
-            text.cache.reserve(int(min(text.cache.context, len(text.prompt) + min(text.n_left, len(text.prompt)))))
-            if self.prefix.max_bytes and text.prompt_logprobs is None and text.request.sampling.overflow == "stop":
-                text.n_read = text.n_cached = self.prefix.restore(text.prompt, text.request.salt, text.cache)
+        start, n_before = self._clock(), text.n_read
+        assert text.cache is not None
         end = min(len(text.prompt), text.n_read + n)
         logits: Logits | None = None
         while text.n_read < end:
@@ -391,6 +403,10 @@ class Engine:
             piece = text.prompt[text.n_read : int(min(end, text.n_read + cache.context - cache.length))]
             logits = self._read_piece(text, cache, piece)
             text.n_read += len(piece)
+        if text.n_read - n_before >= LEAST_CHUNK:  # fewer say little of more
+            self._token_s = max(self._clock() - start, 1e-9) / (text.n_read - n_before)
+        if text.n_read // BLOCK > n_before // BLOCK:  # not all at once at the end, which would hold up the others
+            self._remember(text, text.prompt[: text.n_read])
         return logits
 
     def _read_piece(self, text: _Text, cache: KVCache, piece: list[int]) -> Logits:

@@ -30,13 +30,11 @@ class PrefixCache:
 
     Attributes:
         n_bytes: of all blocks.
-        n_hits: tokens that texts took from it.
-        n_asked: tokens that texts looked for.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.n_bytes = self.n_hits = self.n_asked = 0
+        self.n_bytes = 0
         self._root = _Node(None, None, ())
         # A node stands before its parent, so that leaves leave first.
         self._by_age: OrderedDict[_Node, None] = OrderedDict()
@@ -56,8 +54,6 @@ class PrefixCache:
             UsageError: if there is no memory for them.
         """
         path = self._path(tokens, salt)[: max(0, len(tokens) - 1) // BLOCK]
-        self.n_asked += len(tokens)
-        self.n_hits += len(path) * BLOCK
         cache.reserve(len(path) * BLOCK)
         for number, node in enumerate(path):
             cache.put_block(number * BLOCK, node.arrays)
@@ -76,10 +72,8 @@ class PrefixCache:
         path = self._path(tokens, salt)
         node = path[-1] if path else self._root
         for number in range(len(path), len(tokens) // BLOCK):
-            self._use(path)  # so that no part of this path has to leave
             first = number * BLOCK
-            n_bytes = cache.block_bytes(BLOCK)
-            if not self._make_room(n_bytes, keep=len(path)):
+            if not self._make_room(cache.block_bytes(BLOCK), path):
                 break
             key = _key(tokens, number, salt)
             child = _Node(node, key, cache.block(first, first + BLOCK))
@@ -106,10 +100,13 @@ class PrefixCache:
             self._by_age[node] = None
             self._by_age.move_to_end(node)
 
-    def _make_room(self, n_bytes: int, keep: int) -> bool:
-        """Let old nodes leave until there is room for n_bytes; return False if the newest `keep` would have to."""
+    def _make_room(self, n_bytes: int, path: Sequence[_Node]) -> bool:
+        """Let old nodes leave until there is room for n_bytes; return False if some of the path would have to."""
+        if self.n_bytes + n_bytes <= self.max_bytes:
+            return True
+        self._use(path)
         while self.n_bytes + n_bytes > self.max_bytes:
-            if len(self._by_age) <= keep:
+            if len(self._by_age) <= len(path):
                 return False
             node, _ = self._by_age.popitem(last=False)
             assert not node.children and node.parent is not None

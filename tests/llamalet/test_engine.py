@@ -218,6 +218,42 @@ def test_reading_takes_its_share_of_the_time_and_no_more():
     assert max(steps) <= 7.3e-3 and 120 < len(steps) < 131
 
 
+def test_tokens_that_were_known_do_not_make_reading_look_fast():
+    now, model = [0.0], Transformer(in_memory(CONFIG, "q8"), threads=1)
+    prefill, sizes = model.prefill, []
+
+    def slow(cache, tokens):
+        now[0] += 0.01 * len(tokens)
+        sizes.append(len(tokens))
+        return prefill(cache, tokens)
+
+    model.prefill = slow
+    engine = Engine(model, reading_share=1.0, prefix_bytes=10**8, clock=lambda: now[0])
+    known = [5] * 150
+    for prompt in (known, [9]):
+        engine.add(Request(prompt=prompt, sampling=SamplingConfig(max_new_tokens=30, ignore_eos=True)))
+    while engine.n_running != 1 or engine.n_waiting:
+        engine.step()
+    sizes.clear()
+    for prompt in (known, known, [7] * 150):
+        engine.add(Request(prompt=prompt, sampling=SamplingConfig(max_new_tokens=1)))
+    finish(engine)
+    assert max(sizes) <= 32  # 1 s of a pass would be 100 tokens; passes take no time here
+
+
+def test_who_takes_over_a_cache_that_has_rolled_keeps_nothing_of_it(models):
+    engine = Engine(models["q8", 1], prefix_bytes=10**8)
+    rolling = SamplingConfig(overflow="roll", max_new_tokens=2)
+    prompt = [5 + n % 7 for n in range(CONTEXT + 20)]
+    for _ in range(2):
+        engine.add(Request(prompt=prompt, sampling=rolling))
+    finish(engine)
+    request = Request(prompt=prompt[:150], sampling=SamplingConfig(max_new_tokens=3, seed=1), logprobs=2)
+    engine.add(request)
+    (events,) = finish(engine).values()
+    assert what_counts(events) == what_counts(alone(models["q8", 1], request))
+
+
 def test_groups_take_turns():
     engine = Engine(Counting(CONFIG), batch_size=1)
     for n in range(5):
@@ -262,6 +298,15 @@ def test_a_cancelled_text_ends_with_the_next_step_and_frees_its_place(models, pl
         assert isinstance(events[id][-1], Ended) and events[id][-1].reason == "length"
     engine.cancel(cancelled)
     assert engine.step() == [] and engine._shared is None
+
+
+def test_it_says_who_got_a_place():
+    engine = Engine(Counting(CONFIG), batch_size=2)
+    for _ in range(3):
+        engine.add(Request(prompt=[1], sampling=SamplingConfig(temperature=0, max_new_tokens=2)))
+    places = []
+    finish(engine, lambda number: places.append(engine.take_admitted()))
+    assert places[:2] == [[], [0, 1]] and sum(places, []) == [0, 1, 2]
 
 
 def test_an_error_ends_one_text(models):
