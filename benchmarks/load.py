@@ -1,13 +1,18 @@
 """A client that loads an OpenAI-compatible server, in a process of its own, so that it takes no turn from the server.
 
-asyncio on raw sockets. While it runs it only stores what arrives, with the time; it parses afterwards. A plan is one
-line of JSON on stdin, its result one line on stdout. `LoadClient` is the other end of the pipe.
+It shares the processors with the server, so a token costs it little more than the system calls: one loop over
+non-blocking sockets, which stores what arrives, with the time, and parses it when all is over. A plan is one line of
+JSON on stdin, its result one line on stdout. `LoadClient` is the other end of the pipe.
 """
 
-import asyncio
 import bisect
 import contextlib
+import errno
 import json
+import os
+import re
+import selectors
+import socket
 import subprocess
 import sys
 import time
@@ -25,10 +30,32 @@ ROOT = Path(__file__).parent.parent
 # What ends an answer in chunks; no event has a carriage return in it.
 LAST_CHUNK = b"\r\n0\r\n\r\n"
 
-# Seconds between looks at how far the other texts are.
-LOOK_S = 0.002
+# Room for an answer of a few hundred tokens; it doubles when it is full.
+BUFFER_BYTES = 65536
 
-Piece = tuple[float, bytes]
+EVENT_END = re.compile(rb"\r?\n\r?\n")
+# Text that is not empty. JSON has no quote inside a string without a backslash, so these can only be keys.
+TEXT = re.compile(rb'"(?:text|content)":\s*"[^"]')
+
+
+class Received(NamedTuple):
+    """The bytes that came back for one request. Times are seconds of one clock.
+
+    Attributes:
+        start: when it was sent, or should have been.
+        content: header and body.
+        times: when each piece of it came.
+        ends: number of bytes that were here by then.
+    """
+
+    start: float
+    content: bytes
+    times: list[float]
+    ends: list[int]
+
+    def time_of(self, end: int) -> float:
+        """Return when the first `end` bytes were here."""
+        return self.times[bisect.bisect_left(self.ends, end)]
 
 
 class Reply(NamedTuple):
@@ -69,7 +96,8 @@ class Plan:
         port: on this machine.
         bodies: the JSON of each request.
         clients: number of clients that send the next request when they have an answer.
-        arrivals: if not empty, the seconds after which each request is sent instead, whether or not others have ended.
+        arrivals: if not empty, the seconds after which each request is sent instead, ascending, whether or not others
+            have ended.
         late_after: if not 0, all but the last request are sent at once, and the last when each of the others has
             received so many pieces or all of its answer.
         api_path: of the endpoint.
@@ -140,117 +168,182 @@ class LoadClient:
 # -- the client's process ---------------------------------------------------------------------------------------------
 
 
-class ClientConnection(asyncio.Protocol):
-    """A connection that sends one request after another and keeps what arrives."""
+class ClientConnection:
+    """A non-blocking connection that sends one request after another and keeps what arrives."""
 
-    def __init__(self) -> None:
-        self.pieces: list[Piece] = []
-        self.closing = False  # whether it takes no further request
-        self._done: asyncio.Future[None] | None = None
-        self._n_bytes: int | None = None  # of the answer, as soon as its header says
-        self._size, self._tail = 0, b""
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+        self.used = self.closing = False  # whether it has answered, and whether it takes no further request
+        self.buffer = bytearray(BUFFER_BYTES)
+        self.view = memoryview(self.buffer)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+    def ask(self, number: int, request: bytes, start: float) -> None:
+        """Take a request, which `send` sends, and forget the last answer."""
+        self.number, self.unsent, self.start = number, request, start
+        self.size, self.times, self.ends = 0, list[float](), list[int]()
+        self.n_bytes: int | None = None  # of the answer, as soon as its header says
+        self.chunked = False
 
-    def data_received(self, data: bytes) -> None:
-        """Keep a piece of the answer; it is the last one if the answer says so."""
-        self.pieces.append((time.perf_counter(), data))
-        self._size += len(data)
-        if self._n_bytes is None:
-            self._read_header()
-        if self._n_bytes == CHUNKED:
-            self._tail = (self._tail + data)[-len(LAST_CHUNK) :]
-            complete = self._tail == LAST_CHUNK
-        else:
-            complete = self._n_bytes is not None and self._size >= self._n_bytes
-        if complete:
-            self._end()
+    def send(self) -> None:
+        """Send as much of the request as the socket takes."""
+        try:
+            self.unsent = self.unsent[self.socket.send(self.unsent) :]
+        except (BrokenPipeError, ConnectionResetError):
+            self.unsent = b""  # `receive` finds out that it is closed
 
-    def connection_lost(self, error: Exception | None) -> None:
-        """End an answer that lasts until the connection closes."""
-        self.closing = True
-        self._end()
+    def receive(self) -> bool:
+        """Keep a piece of the answer; return whether it is the last one. Called once for each piece: keep it short."""
+        if self.size == len(self.buffer):
+            self.buffer = self.buffer + bytes(self.size)
+            self.view = memoryview(self.buffer)
+        try:
+            n = self.socket.recv_into(self.view[self.size :])
+        except ConnectionResetError:
+            n = 0
+        if not n:
+            self.closing = True
+            return True
+        self.times.append(time.perf_counter())
+        self.size += n
+        self.ends.append(self.size)
+        if self.n_bytes is None and not self.chunked:
+            self.read_header()
+        if self.chunked:  # the end may be cut anywhere: the buffer has all of it
+            return self.buffer.endswith(LAST_CHUNK, 0, self.size)
+        return self.n_bytes is not None and self.size >= self.n_bytes
 
-    def _end(self) -> None:
-        """Let `ask` return."""
-        if self._done is not None and not self._done.done():
-            self._done.set_result(None)
-
-    def _read_header(self) -> None:
-        """Find out how many bytes the answer has, as soon as its header is complete."""
-        header, separator, _ = b"".join(data for _, data in self.pieces).partition(b"\r\n\r\n")
+    def read_header(self) -> None:
+        """Find out where the answer ends, as soon as its header is complete; by default the connection ends with it."""
+        header, separator, _ = self.buffer[: self.size].partition(b"\r\n\r\n")
         if separator:
             fields = header_fields(header)
             self.closing = fields.get("connection") == "close"
-            if "chunked" in fields.get("transfer-encoding", ""):
-                self._n_bytes = CHUNKED
-            elif "content-length" in fields:
-                self._n_bytes = len(header) + len(separator) + int(fields["content-length"])
+            self.chunked = is_chunked(fields)
+            if "content-length" in fields:
+                self.n_bytes = len(header) + len(separator) + int(fields["content-length"])
 
-    async def ask(self, request: bytes) -> list[Piece]:
-        """Send a request; return what comes back."""
-        self.pieces, self._size, self._tail, self._n_bytes = [], 0, b"", None
-        self._done = asyncio.get_running_loop().create_future()
-        self.transport.write(request)
-        await self._done
-        return self.pieces
+    def answer(self) -> Received:
+        """Return what has come since `ask`."""
+        return Received(self.start, bytes(self.view[: self.size]), self.times, self.ends)
 
 
-# In place of a number of bytes: the answer says at its end that it ends.
-CHUNKED = -1
+class LoadRun:
+    """The requests of a plan, its connections and the answers so far; use it in a `with`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.requests = [request_bytes(plan, body) for body in plan.bodies]
+        self.answers: dict[int, Received] = {}
+        self._selector = selectors.DefaultSelector()
+        self._sockets = contextlib.ExitStack()
+
+    def __enter__(self) -> "LoadRun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        self._sockets.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all requests have answers."""
+        return len(self.answers) == len(self.requests)
+
+    def connect(self) -> ClientConnection:
+        """Return a new connection, which may take a while until it can send.
+
+        Raises:
+            OSError: if it is refused at once; otherwise `step` raises it.
+        """
+        connected = self._sockets.enter_context(socket.socket())
+        connected.setblocking(False)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        error = connected.connect_ex(("127.0.0.1", self.plan.port))
+        if error not in (0, errno.EINPROGRESS):
+            raise OSError(error, os.strerror(error))
+        return ClientConnection(connected)
+
+    def ask(self, number: int, connection: ClientConnection, start: float | None = None) -> None:
+        """Send a request over a connection, or over a new one if it takes no more; by default it starts now."""
+        if connection.closing:
+            connection.socket.close()
+            connection = self.connect()
+        connection.ask(number, self.requests[number], time.perf_counter() if start is None else start)
+        self._selector.register(connection.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
+
+    def step(self, timeout_s: float | None = None) -> list[ClientConnection]:
+        """Wait until something can be sent or has come, and do it; return connections whose answers are complete."""
+        ended = []
+        for key, ready in self._selector.select(timeout_s):
+            connection: ClientConnection = key.data
+            if ready & selectors.EVENT_WRITE:
+                connection.send()
+                if not connection.unsent:
+                    self._selector.modify(connection.socket, selectors.EVENT_READ, connection)
+            if ready & selectors.EVENT_READ and connection.receive():
+                self._selector.unregister(connection.socket)
+                if connection.used and not connection.size:
+                    # It had been closed after the last answer, as llama-server does with streams.
+                    self.ask(connection.number, connection)
+                else:
+                    connection.used = True
+                    self.answers[connection.number] = connection.answer()
+                    ended.append(connection)
+        return ended
 
 
-async def send_all(plan: Plan) -> list[tuple[float, list[Piece]]]:
-    """Send all requests of a plan; return when each was sent and what came back, in the order of its bodies."""
-    requests = [request_bytes(plan, body) for body in plan.bodies]
-    found: dict[int, tuple[float, list[Piece]]] = {}
+def send_all(plan: Plan) -> list[Received]:
+    """Send all requests of a plan; return the answers, in the order of its bodies.
 
-    async def connect() -> ClientConnection:
-        loop = asyncio.get_running_loop()
-        return (await loop.create_connection(ClientConnection, "127.0.0.1", plan.port))[1]
+    Raises:
+        OSError: if there is no connection.
+    """
+    with LoadRun(plan) as run:
+        if plan.arrivals:
+            send_at_times(run)
+        elif plan.late_after:
+            send_last_late(run)
+        else:
+            send_one_after_another(run)
+        return [run.answers[number] for number in range(len(plan.bodies))]
 
-    async def ask(number: int, connection: ClientConnection, start: float | None = None) -> None:
-        start = time.perf_counter() if start is None else start
-        found[number] = start, await connection.ask(requests[number])
 
-    async def one_after_another(connection: ClientConnection) -> None:
-        while waiting:
-            number = waiting.popleft()
-            if connection.closing:
-                connection.transport.close()
-                connection = await connect()
-            await ask(number, connection)
-            if not found[number][1]:  # it had been closed after the last answer, as llama-server does with streams
-                connection = await connect()
-                await ask(number, connection)
-        connection.transport.close()
+def send_one_after_another(run: LoadRun) -> None:
+    """Keep all clients busy while there are requests."""
+    waiting = deque(range(len(run.requests)))
+    idle = [run.connect() for _ in range(run.plan.clients)]
+    while not run.complete:
+        while waiting and idle:
+            run.ask(waiting.popleft(), idle.pop())
+        idle += run.step()
 
-    async def at(number: int, start: float) -> None:
-        await asyncio.sleep(start - time.perf_counter())
-        connection = await connect()
-        await ask(number, connection, start)
-        connection.transport.close()
 
-    waiting = deque(range(len(requests)))
-    if plan.arrivals:
-        begin = time.perf_counter()
-        await asyncio.gather(*(at(number, begin + after) for number, after in enumerate(plan.arrivals)))
-    elif plan.late_after:
-        *others, late = [await connect() for _ in requests]
-        tasks = [asyncio.create_task(ask(number, connection)) for number, connection in enumerate(others)]
-        for other, task in zip(others, tasks, strict=True):
-            while len(other.pieces) < plan.late_after and not task.done():
-                await asyncio.sleep(LOOK_S)
-        await asyncio.gather(*tasks, ask(len(others), late))
-        for connection in (*others, late):
-            connection.transport.close()
-    else:
-        connections = [await connect() for _ in range(plan.clients)]
-        await asyncio.gather(*map(one_after_another, connections))
-    return [found[number] for number in range(len(requests))]
+def send_at_times(run: LoadRun) -> None:
+    """Send each request over a connection of its own when it is due; it starts then, even if it is sent later."""
+    begin = time.perf_counter()
+    waiting = deque((begin + after, number) for number, after in enumerate(run.plan.arrivals))
+    while not run.complete:
+        while waiting and waiting[0][0] <= time.perf_counter():
+            due, number = waiting.popleft()
+            run.ask(number, run.connect(), due)
+        wait_s = max(0.0, waiting[0][0] - time.perf_counter()) if waiting else None
+        for connection in run.step(wait_s):
+            connection.socket.close()
+
+
+def send_last_late(run: LoadRun) -> None:
+    """Send the last request when each of the others has `late_after` pieces of its answer, or all of it."""
+    *others, late = [run.connect() for _ in run.requests]
+    for number, connection in enumerate(others):
+        run.ask(number, connection)
+    behind = others
+    while behind := [
+        other for other in behind if other.number not in run.answers and len(other.times) < run.plan.late_after
+    ]:
+        run.step()
+    run.ask(len(others), late)
+    while not run.complete:
+        run.step()
 
 
 def request_bytes(plan: Plan, body: Mapping[str, Any]) -> bytes:
@@ -266,80 +359,85 @@ def request_bytes(plan: Plan, body: Mapping[str, Any]) -> bytes:
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 
-def read_reply(start: float, pieces: Sequence[Piece]) -> Reply:
-    """Return what an answer says, from the bytes of a connection and the times at which they came."""
-    if not pieces:
+def read_reply(answer: Received) -> Reply:
+    """Return what an answer says. Of a stream only events without text are decoded: the last ones, and errors."""
+    start, content = answer.start, answer.content
+    if not content:
         return Reply(start, start, [], problem="the server closed the connection without an answer")
-    end = pieces[-1][0]
-    header, _, _ = b"".join(data for _, data in pieces).partition(b"\r\n\r\n")
+    end = answer.times[-1]
+    header, _, _ = content.partition(b"\r\n\r\n")
     fields = header_fields(header)
-    parts = list(body_parts(pieces, len(header) + 4, "chunked" in fields.get("transfer-encoding", "")))
-    body = b"".join(part for _, part in parts)
+    parts = list(body_parts(answer, len(header) + 4, is_chunked(fields)))
+    body = b"".join(content[first:last] for first, last in parts)
     status = header.split(b" ", 2)[1].decode()
     if status != "200":
         return Reply(start, end, [], problem=f"status {status}: {body.decode(errors='replace')[:300]}")
     times: list[float] = []
+    decoded = [body]
+    if "event-stream" in fields.get("content-type", ""):
+        decoded, begin = [], 0
+        part_ends = list(accumulate(last - first for first, last in parts))
+        for blank in EVENT_END.finditer(body):
+            if TEXT.search(body, begin, blank.start()):
+                times.append(answer.time_of(parts[bisect.bisect_left(part_ends, blank.end())][1]))
+            else:
+                decoded.append(event_data(body[begin : blank.start()]))
+            begin = blank.end()
     usage: Mapping[str, Any] = {}
-    streamed = "event-stream" in fields.get("content-type", "")
-    for when, content in events(parts) if streamed else [(end, body)]:
-        value = json.loads(content)
-        if "error" in value:
-            return Reply(start, end, [], problem=f"error: {value['error']}")
-        if streamed and any(
-            choice.get("text") or choice.get("delta", {}).get("content") for choice in value["choices"]
-        ):
-            times.append(when)
-        usage = value.get("usage") or usage
+    for data in decoded:
+        if data not in (b"", b"[DONE]"):
+            value = json.loads(data)
+            if "error" in value:
+                return Reply(start, end, [], problem=f"error: {value['error']}")
+            usage = value.get("usage") or usage
     if not usage:
         return Reply(start, end, times, problem="the answer has no usage")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return Reply(start, end, times, usage["completion_tokens"], usage["prompt_tokens"], cached)
 
 
-def header_fields(header: bytes) -> dict[str, str]:
+def header_fields(header: bytes | bytearray) -> dict[str, str]:
     """Return the fields of a header by their names in small letters; the values have small letters too."""
     lines = header.decode("latin-1").lower().split("\r\n")[1:]
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def body_parts(pieces: Sequence[Piece], begin: int, chunked: bool) -> Iterator[Piece]:
-    """Yield the parts of a body, without the frames of chunks, and the time at which each was complete.
+def is_chunked(fields: Mapping[str, str]) -> bool:
+    """Return whether a body comes in chunks."""
+    return "chunked" in fields.get("transfer-encoding", "")
+
+
+def body_parts(answer: Received, begin: int, chunked: bool) -> Iterator[tuple[int, int]]:
+    """Yield where the parts of a body are in the answer: its chunks without their frames, or the pieces that came.
+
+    The frames are only read now, from all bytes at once, so it does not matter where the network has cut them.
 
     Args:
-        pieces: what came, and when.
+        answer: all of it.
         begin: number of bytes before the body.
         chunked: whether it comes in chunks.
 
     Source: RFC 9112, section 7.1.
     """
-    whole = b"".join(data for _, data in pieces)
-    ends = list(accumulate(len(data) for _, data in pieces))
+    content = answer.content
     if not chunked:
-        for (when, data), end in zip(pieces, ends, strict=True):
-            if end > begin:
-                yield when, data[max(0, begin - (end - len(data))) :]
+        yield from pairwise([begin, *(end for end in answer.ends if end > begin)])
         return
-    while (line_end := whole.find(b"\r\n", begin)) >= 0:
-        size = int(whole[begin:line_end].split(b";")[0], 16)
-        end = line_end + 2 + size
-        if not size or end > len(whole):
+    while (line_end := content.find(b"\r\n", begin)) >= 0:
+        size = int(content[begin:line_end].split(b";")[0], 16)
+        first, last = line_end + 2, line_end + 2 + size
+        if not size or last > len(content):
             return
-        yield pieces[bisect.bisect_left(ends, end)][0], whole[line_end + 2 : end]
-        begin = end + 2
+        yield first, last
+        begin = last + 2
 
 
-def events(parts: Sequence[Piece]) -> Iterator[Piece]:
-    """Yield the JSON of each server-sent event but the last, [DONE], and the time at which it was complete.
+def event_data(event: bytes) -> bytes:
+    """Return the data of a server-sent event, empty if it has none.
 
     Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
     """
-    rest = b""
-    for when, part in parts:
-        *whole, rest = (rest + part).replace(b"\r\n", b"\n").split(b"\n\n")
-        for event in whole:
-            data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
-            if data and data != b"[DONE]":
-                yield when, data
+    return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
 
 
 def main() -> None:
@@ -347,11 +445,11 @@ def main() -> None:
     for line in sys.stdin:
         found, problem, cpu_start = [], "", time.process_time()
         try:
-            found = asyncio.run(send_all(Plan(**json.loads(line))))
+            found = send_all(Plan(**json.loads(line)))
         except OSError as error:
             problem = f"no connection: {error.strerror or error}"
         cpu_s = time.process_time() - cpu_start
-        answers = [read_reply(*pieces) for pieces in found]
+        answers = [read_reply(answer) for answer in found]
         print(json.dumps({"answers": answers, "problem": problem, "cpu_s": cpu_s}), flush=True)
 
 

@@ -1,8 +1,9 @@
 import dataclasses
 import json
+import socket
 import sys
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import openai_server
 import pytest
 
 from benchmarks import random_models, servers, serving, serving_report
-from benchmarks.load import Load, LoadClient, Plan, Reply, read_reply
+from benchmarks.load import ClientConnection, Load, LoadClient, Plan, Received, Reply, read_reply
 from benchmarks.report import OURS, Key
 from benchmarks.serving import ServingBenchConfig
 from benchmarks.serving_report import BATCH, LONG_PROMPT, Case, ServingResults
@@ -24,7 +25,7 @@ FAKE = openai_server.__file__
 
 EVENTS = [
     b'data: {"choices": [{"text": " a"}]}\n\n',
-    b': a comment\n\ndata: {"choices": [{"text": " b"}]}\n\ndata: {"choices": [{"delta": {"content": "c"}}]}\n\n',
+    b'data: {"choices": [{"text": " b"}]}\n\n: a comment\n\ndata: {"choices": [{"delta": {"content": "c"}}]}\n\n',
     b'data: {"choices": [{"text": "", "finish_reason": "length"}]}\n\n',
     b'data: {"choices": [], "usage": {"completion_tokens": 3, "prompt_tokens": 7, "prompt_tokens_details": null}}\n\n',
     b"data: [DONE]\n\n",
@@ -35,6 +36,12 @@ def answer_of(events: list[bytes]) -> bytes:
     """Return the bytes of an answer in chunks, one for each of `events`."""
     header = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
     return header + b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in [*events, b""])
+
+
+def reply(start: float, pieces: list[tuple[float, bytes]]) -> Reply:
+    """Return what an answer says that came in these pieces."""
+    times, content = [when for when, _ in pieces], [data for _, data in pieces]
+    return read_reply(Received(start, b"".join(content), times, [*accumulate(map(len, content))]))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,7 @@ def test_a_stream_is_read_however_it_is_cut():
     ends = [whole.index(event) + len(event) for event in EVENTS]
     for size in (1, 2, 3, 7, 50, len(whole)):
         pieces = [(float(at), whole[at : at + size]) for at in range(0, len(whole), size)]
-        found = read_reply(-1.0, pieces)
+        found = reply(-1.0, pieces)
         assert (found.tokens, found.prompt_tokens, found.cached_tokens, found.problem) == (3, 7, 0, "")
         # An event counts when its last byte is here.
         assert found.times == [float((ends[event] - 1) // size * size) for event in (0, 1, 1)]
@@ -72,11 +79,48 @@ def test_a_stream_is_read_however_it_is_cut():
     assert Reply(1.0, 9.0, [3.0, 4.0, 8.0]).first_s == 2.0 and Reply(1.0, 9.0, []).first_s == 8.0
 
 
+def test_a_connection_finds_the_end_of_a_stream_cut_at_every_position():
+    whole = answer_of(EVENTS)
+    times = reply(0.0, [(1.0, whole)]).times
+    here, there = socket.socketpair()
+    with here, there:
+        connection = ClientConnection(here)
+        connection.buffer = bytearray(16)  # so that it also grows
+        connection.view = memoryview(connection.buffer)
+        for at in range(1, len(whole)):
+            connection.ask(at, b"", 0.0)
+            there.sendall(whole[:at])
+            while connection.size < at:
+                assert not connection.receive()
+            there.sendall(whole[at:])
+            while not connection.receive():
+                assert connection.size < len(whole)
+            answer = connection.answer()
+            assert (answer.content, answer.ends[-1], at in answer.ends) == (whole, len(whole), True)
+            found = read_reply(answer)
+            assert (found.tokens, len(found.times), found.problem) == (3, len(times), "")
+            # Each event has the time of the piece that has its last byte.
+            first = answer.times[answer.ends.index(at)]
+            n_first = sum(end <= at for end in (whole.index(event) + len(event) for event in EVENTS[:2]))
+            assert sum(when <= first for when in found.times) == (0, 1, 3)[n_first]
+
+
+def test_an_event_without_text_is_no_token_and_quotes_in_texts_are_no_keys():
+    for choice, n in (
+        (rb'{"text": "\"text\": \"x"}', 1),
+        (rb'{"delta":{"content":"\""}}', 1),
+        (rb'{"text":"","finish_reason":"\"text\": \"x"}', 0),
+        (rb'{"delta": {"role": "assistant", "content": null}}', 0),
+    ):
+        event = b'data: {"choices": [%b], "usage": null}\r\n\r\n' % choice
+        assert len(reply(0.0, [(1.0, answer_of([event, *EVENTS[3:]]))]).times) == n
+
+
 def test_an_event_may_be_spread_over_chunks():
     joined = b"".join(EVENTS)
     for size in (1, 13, 100):
         whole = answer_of([joined[at : at + size] for at in range(0, len(joined), size)])
-        found = read_reply(0.0, [(1.0, whole[:-1]), (2.0, whole[-1:])])
+        found = reply(0.0, [(1.0, whole[:-1]), (2.0, whole[-1:])])
         assert (found.tokens, found.times, found.problem) == (3, [1.0, 1.0, 1.0], "")
 
 
@@ -84,7 +128,7 @@ def test_an_answer_in_one_piece_with_a_length_or_until_the_end():
     body = b'{"choices": [{"text": " a b"}], "usage": {"completion_tokens": 2, "prompt_tokens": 4}}'
     for length in (b"Content-Length: %d\r\n" % len(body), b""):
         content = b"HTTP/1.1 200 OK\r\n" + length + b"\r\n" + body
-        found = read_reply(0.0, [(1.0, content[:30]), (2.0, content[30:70]), (3.0, content[70:])])
+        found = reply(0.0, [(1.0, content[:30]), (2.0, content[30:70]), (3.0, content[70:])])
         assert found == Reply(0.0, 3.0, [], 2, 4, 0)
 
 
@@ -98,7 +142,7 @@ def test_an_answer_in_one_piece_with_a_length_or_until_the_end():
     ],
 )  # fmt: skip
 def test_what_is_no_answer_has_a_problem(content, problem):
-    assert problem in read_reply(0.0, [(1.0, content)] if content else []).problem
+    assert problem in reply(0.0, [(1.0, content)] if content else []).problem
 
 
 # -- loads ------------------------------------------------------------------------------------------------------------
@@ -117,6 +161,11 @@ def test_a_closed_loop_asks_everything_once(client, server):
     assert load.tokens_per_s == sum(range(5, 25)) / load.seconds
     load = client.run(Plan(port=server.port, bodies=bodies(server, 2, stream=False), clients=2))
     assert [answer.tokens for answer in load.answers] == [5, 6] and not load.answers[0].times
+
+
+def test_a_request_may_be_larger_than_what_a_socket_takes_at_once(client, server):
+    [asked] = bodies(server, 1, padding="x" * 16_000_000)
+    assert [answer.tokens for answer in client.run(Plan(port=server.port, bodies=[asked])).answers] == [5]
 
 
 def test_random_arrivals_count_from_when_they_should_have_come(client, server):
