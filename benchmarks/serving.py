@@ -264,12 +264,16 @@ def take_turns(
             except Exception as error:  # the others are measured even if this one fails
                 contest.results.missing[contest.key("start", contender)] = kind_and_message(error)
                 note(f"{contest.name} {contender}: {kind_and_message(error)}")
+        batch_rate(
+            contest, contest.prompts(slots, 16, 0, 0), Case(clients=slots, prompt=16, stream=True, temperature=0.0)
+        )  # as the servers, unmeasured
         for turn in range(turns):
             for key, value in turn_of(contest, servers if turn % 2 == 0 else servers[::-1], turn):
                 contest.results.add(key, value)
             note(f"{contest.name} with {slots} slots: turn {turn + 1} of {turns}")
+        resident = serving_report.resident_with(slots)
         for server in servers:
-            contest.results.add(contest.key(serving_report.RESIDENT, server.contender), resident_bytes(server.process))
+            contest.results.add(contest.key(resident, server.contender), resident_bytes(server.process))
 
 
 def commands(contest: ServingContest, slots: int) -> Iterator[tuple[str, list[str], int]]:

@@ -59,12 +59,12 @@ class Case:
     @property
     def batch(self) -> str:
         """The name of what in-process batches have in common with this case."""
-        return f"{self.clients} x {self.prompt}, T={self.temperature:g}"
+        return f"{self.clients} x {self.prompt}, T={self.temperature:g}{', poisson' if self.poisson else ''}"
 
     @property
     def name(self) -> str:
         """The name of this case."""
-        return f"{self.batch}, {'streamed' if self.stream else 'whole'}{', poisson' if self.poisson else ''}"
+        return f"{self.batch}, {'streamed' if self.stream else 'whole'}"
 
     def figure(self, what: str) -> str:
         """Return the name of a figure of this case."""
@@ -133,6 +133,11 @@ class ServingResults(Results):
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
+def resident_with(slots: int) -> str:
+    """Return the name of the memory of a server after it has made so many texts at once."""
+    return f"{RESIDENT} with {slots} slots"
+
+
 def shape_lines(results: ServingResults, shape: str, dtype: str) -> Iterator[str]:
     """Yield the report lines of one shape: all cases, what a long prompt costs, memory."""
     cases = results.cases.get(shape, [])
@@ -144,9 +149,10 @@ def shape_lines(results: ServingResults, shape: str, dtype: str) -> Iterator[str
         yield from (f"  {line}" for line in aligned(rows))
     for contender in CONTENDERS:
         yield from _long_prompt_lines(results, shape, dtype, contender)
-        resident = results.median(shape, dtype, RESIDENT, contender)
-        if resident is not None:
-            yield f"  {contender}: {resident / 1e6:.0f} MB resident at the end"
+        for slots in dict.fromkeys([*(case.slots for case in cases), MAX_BATCH]):
+            resident = results.median(shape, dtype, resident_with(slots), contender)
+            if resident is not None:
+                yield f"  {contender}: {resident / 1e6:.0f} MB resident after {slots} at once"
     yield from (
         f"  not available: {key.contender}: {text}" for key, text in results.missing.items() if key.shape == shape
     )

@@ -325,7 +325,7 @@ def test_the_command_measures_all_cases_and_writes_a_table_a_picture_and_figures
     assert serving.main([*words, "--turns=2"]) == 0
     out = capsys.readouterr().out
     rows = [line[2:30].strip() for line in out.splitlines() if line.startswith("  ") and " x 64" in line]
-    assert rows == ["1 x 64, T=1, streamed", "1 x 64, T=1, whole", "16 x 64, T=1, streamed, poisson"[:28]]
+    assert rows == ["1 x 64, T=1, streamed", "1 x 64, T=1, whole", "16 x 64, T=1, poisson, streason"[:28]]
     assert out.count("a long prompt: the others' time") == 2
     found = json.loads((tmp_path / "out" / "serving.json").read_bytes())
     assert not found["missing"]
