@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -126,8 +127,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice.extend(name for name in found if names.count(name) > 1)
+            twice.extend(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
         return found
 
     options: dict[str, Any] = {"object_pairs_hook": fields, "parse_float": number, "parse_constant": number}

@@ -1,5 +1,6 @@
 import json
 import math
+import time
 import tracemalloc
 
 import pytest
@@ -123,6 +124,13 @@ def test_whole_surrogate_pairs_are_characters(served):
 def test_a_field_that_is_there_twice_is_refused(served):
     assert refused(served, b'{"prompt": "a", "n": 1, "n": 1}').param == "n"
     assert refused(served, b'{"prompt": "a", "x": {"y": 1, "y": 2}}').param == "y"
+
+
+def test_a_field_that_is_there_twice_among_many_is_found_in_one_pass(served):
+    body = ("{" + "".join(f'"{number}":1,' for number in range(20_000)) + '"7":1}').encode()
+    start = time.perf_counter()
+    assert refused(served, body).param == "7"
+    assert time.perf_counter() - start < 1
 
 
 # --- prompts ---
