@@ -7,7 +7,9 @@ import contextlib
 import errno
 import re
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 MAX_END = 1000  # characters of a message's beginning and of its end
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -94,6 +96,12 @@ def note(message: str, end: str = "\n") -> None:
 def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def place_of(error: BaseException) -> str:
+    """Return where an error that was caught was raised, as FILE:LINE, without the file's folder."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def fail(message: str, code: int) -> int:

@@ -187,7 +187,7 @@ class _Generation:
                             raise answer.failure
                     await exchange.answer(200, answer.body())
             finally:
-                exchange.n_new = answer.n_new_tokens
+                exchange.n_new, exchange.first = answer.n_new_tokens, texts.begun
                 watch.cancel()
 
     async def _stream(self, exchange: Exchange, texts: Texts, answer: Answer) -> None:
@@ -221,8 +221,6 @@ class _Generation:
 
 def _take(exchange: Exchange, events: list[tuple[int, Event]], answer: Answer) -> None:
     """Put events into an answer, and note what has to be known of them here."""
-    if exchange.first is None:
-        exchange.first = time.perf_counter()
     for number, event in events:
         answer.push(number, event)
         if type(event) is Ended and event.error is not None and not isinstance(event.error, LlamaletError):

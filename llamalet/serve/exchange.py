@@ -57,7 +57,7 @@ class Exchange:
         status: of the answer; 0 before it begins.
         origin_headers: what lets a page of another origin read the answer.
         n_prompt, n_new: tokens of the prompts, and those made, for the log.
-        start, first: when it came, and when the engine's first events did, by time.perf_counter.
+        start, first: when it came, and when it had its first token, by time.perf_counter.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, bodies: Bodies) -> None:

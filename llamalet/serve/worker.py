@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 from llamalet.engine import Begun, Ended, Engine, Event, NewToken, Request
-from llamalet.errors import note, one_line
+from llamalet.errors import note, one_line, place_of
 from llamalet.serve.api_error import ApiError
 from llamalet.serve.metrics import ServerMetrics
 
 MAX_UNREAD = 1024
-"""Events of each text that wait for a slow reader, at most; its request is then cancelled."""
+"""Events that wait for a slow reader, at most, times the texts of its request, which is then cancelled."""
 
 RETRY_AFTER_S = 1, 30
 """What a client whose request finds the queue full is told to wait: at least, at most."""
@@ -49,7 +49,7 @@ class Texts:
         n_open: number of texts that have not ended.
         added: when they were put into the queue, by time.perf_counter.
         begun: when the first had been read; None before.
-        hurries: whether the reader wants every step's events at once, or many together.
+        hurries: whether the reader wants every step's events at once, or many together until a text fails.
         take_at_once: takes a step's events while the reader waits, without waking it; returns whether it could.
         engine, ids: where the engine's thread has put them.
     """
@@ -100,6 +100,7 @@ class Texts:
         """Take an event of one of the texts, to be delivered."""
         if not self.closed:
             self._unread.append((number, event))
+            self.hurries |= type(event) is Ended and event.error is not None
 
     def deliver(self) -> None:
         """Let the reader have what was pushed."""
@@ -245,13 +246,17 @@ class Worker:
                 self._end(texts, number, event)
         self._metrics.n_new_tokens += n_new
         if step.failure is not None:
-            note(f"the engine failed and begins anew: {type(step.failure).__name__}: {one_line(step.failure)}")
+            what = f"{type(step.failure).__name__} at {place_of(step.failure)}: {one_line(step.failure)}"
+            note(f"the engine failed and begins anew: {what}")
             failed, self._where = self._where, {}
             for texts, number in failed.values():
                 self._end(texts, number, Ended(-1, "", "error", step.failure))
                 touched[texts] = None
         for texts in touched:
-            texts.deliver()
+            try:
+                texts.deliver()
+            except Exception as error:  # a mistake in writing one answer is no reason to lose the others
+                texts.fail(error)
 
     def _begin(self, texts: Texts, number: int, event: Begun) -> None:
         """Note that a prompt has been read."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -494,6 +495,13 @@ def test_a_second_ctrl_c_ends_at_once():
         assert server.lines[-1] == "error: stopped by Ctrl-C"
     finally:
         server.process.kill()
+
+
+def test_the_log_says_when_the_first_token_came(server):
+    server.ask("/v1/completions", {"prompt": "Once", "max_tokens": 250, "ignore_eos": True})
+    time.sleep(0.1)
+    (found,) = (re.search(r"\+250 tokens first ([\d.]+) s ([\d.]+) s req-", line) for line in server.lines[-1:])
+    assert float(found[1]) < float(found[2]) / 2
 
 
 def test_the_log_has_no_text(server):

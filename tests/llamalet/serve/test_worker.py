@@ -1,6 +1,7 @@
 """The bridge between asyncio and the engine's thread, with an engine that does what a test wants."""
 
 import asyncio
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -129,7 +130,9 @@ def test_an_engine_that_fails_ends_its_texts_and_is_replaced(gate, capsys):
         assert worker._metrics.ended["error"] == 2
 
     run(gate, test)
-    assert capsys.readouterr().err == "the engine failed and begins anew: ZeroDivisionError: a mistake\n"
+    said = capsys.readouterr().err
+    pattern = r"the engine failed and begins anew: ZeroDivisionError at test_worker\.py:\d+: a mistake\n"
+    assert re.fullmatch(pattern, said), said
 
 
 def test_an_engine_that_cannot_be_made_refuses_texts(gate):
@@ -209,6 +212,30 @@ def test_events_come_many_at_a_time_for_those_who_do_not_hurry(gate):
             texts.hurries = False
             sizes = [len(events) async for events in texts]
         assert sum(sizes) == 902 and len(sizes) < 10
+
+    run(gate, test)
+
+
+def test_a_text_that_fails_is_told_at_once_to_those_who_do_not_hurry(gate):
+    async def test(worker):
+        with worker.run([ToyRequest(10**9), ToyRequest(prompt=[8])]) as texts:
+            texts.hurries = False
+            events = await anext(texts)
+        assert (1, "Ended") in [(number, type(event).__name__) for number, event in events] and len(events) < 50
+
+    run(gate, test)
+
+
+def test_a_mistake_in_taking_events_leaves_other_requests_alone(gate):
+    async def test(worker):
+        with worker.run([ToyRequest(10**9)]) as texts:
+            await anext(texts)
+            texts.take_at_once = lambda events: 1 / 0
+            others = asyncio.create_task(read(worker, ToyRequest(100)))
+            with pytest.raises(ZeroDivisionError):
+                async for _ in texts:
+                    pass
+        assert (await others)[0].count("NewToken") == 100
 
     run(gate, test)
 
