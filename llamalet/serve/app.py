@@ -99,8 +99,8 @@ class App:
 
         async def metrics(scope: Scope, receive: Receive, send: Send) -> None:
             gauges = {
-                "texts_running": (worker.n_running, "Texts that get tokens."),
-                "texts_waiting": (worker.n_waiting, "Texts whose prompts have not been read."),
+                "texts_running": (worker.n_running, "Texts that have a place."),
+                "texts_waiting": (worker.n_waiting, "Texts that wait for a place."),
                 "kv_reserved_bytes": (worker.reserved_bytes, "Keys and values of the texts that have a place."),
                 "prefix_cache_bytes": (worker.prefix_bytes, "Keys and values that are kept for other texts."),
             }

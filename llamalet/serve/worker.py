@@ -45,10 +45,10 @@ class Texts:
     Attributes:
         requests: what each is made from.
         sizes: tokens that each may get, its prompt's included.
-        has_begun: whether the prompt of each has been read.
+        has_place: whether each has had a place in the engine.
         n_open: number of texts that have not ended.
         added: when they were put into the queue, by time.perf_counter.
-        begun: when the first had been read; None before.
+        begun: when the first prompt had been read; None before.
         hurries: whether the reader wants every step's events at once, or many together until a text fails.
         take_at_once: takes a step's events while the reader waits, without waking it; returns whether it could.
         engine, ids: where the engine's thread has put them.
@@ -56,7 +56,7 @@ class Texts:
 
     def __init__(self, worker: "Worker", requests: Sequence[Request], sizes: list[int]) -> None:
         self.requests, self.sizes = requests, sizes
-        self.has_begun = [False] * len(requests)
+        self.has_place = [False] * len(requests)
         self.n_open = len(requests)
         self.closed = False
         self.added = time.perf_counter()
@@ -141,11 +141,13 @@ class _Step:
 
     added: new texts, as (the engine's number, whose, which of them).
     refused: texts that the engine did not take, with the reason.
+    admitted: the engine's numbers of the texts that got a place.
     failure: what ended the engine itself, and with it all its texts.
     """
 
     added: list[tuple[int, Texts, int]] = field(default_factory=list)
     refused: list[tuple[Texts, int, Ended]] = field(default_factory=list)
+    admitted: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     failure: Exception | None = None
     reserved_bytes: int = 0
@@ -158,7 +160,7 @@ class Worker:
     Attributes:
         loop: the event loop; everything here is called on it.
         reserved_bytes, prefix_bytes: the engine's, as of its last step.
-        n_waiting: number of texts whose prompts have not been read.
+        n_waiting: number of texts that have had no place.
     """
 
     def __init__(
@@ -186,8 +188,8 @@ class Worker:
 
     @property
     def n_running(self) -> int:
-        """Number of texts whose prompts have been read."""
-        return sum(texts.has_begun[number] for texts, number in self._where.values())
+        """Number of texts that have a place."""
+        return sum(texts.has_place[number] for texts, number in self._where.values())
 
     def run(self, requests: Sequence[Request]) -> Texts:
         """Let the engine make texts; see Texts.
@@ -232,6 +234,8 @@ class Worker:
             self._where[id] = texts, number
         for texts, number, ended in step.refused:
             self._end(texts, number, ended)
+        for id in step.admitted:
+            self._admit(*self._where[id])
         n_new, touched = 0, dict.fromkeys(texts for texts, _, _ in step.refused)
         for event in step.events:
             texts, number = self._where[event.id]
@@ -258,21 +262,25 @@ class Worker:
             except Exception as error:  # a mistake in writing one answer is no reason to lose the others
                 texts.fail(error)
 
-    def _begin(self, texts: Texts, number: int, event: Begun) -> None:
-        """Note that a prompt has been read."""
-        self._leave_queue(texts, number)
-        if texts.begun is None:
-            texts.begun = time.perf_counter()
-            self._wait_s += (texts.begun - texts.added - self._wait_s) / 8
+    def _admit(self, texts: Texts, number: int) -> None:
+        """Note that a text got a place."""
+        if not any(texts.has_place):
+            self._wait_s += (time.perf_counter() - texts.added - self._wait_s) / 8
             if texts in self._open:
                 self._open[texts].cancel()
+        self._leave_queue(texts, number)
+
+    def _begin(self, texts: Texts, number: int, event: Begun) -> None:
+        """Note that a prompt has been read."""
+        if texts.begun is None:
+            texts.begun = time.perf_counter()
         self._metrics.n_prompt_tokens += len(texts.requests[number].prompt)
         self._metrics.n_cached_tokens += event.n_cached
         texts.push(number, event)
 
     def _end(self, texts: Texts, number: int, event: Ended) -> None:
         """Note that a text has ended."""
-        if not texts.has_begun[number]:
+        if not texts.has_place[number]:
             self._leave_queue(texts, number)
         self._metrics.ended[event.reason] += 1
         texts.n_open -= 1
@@ -280,12 +288,12 @@ class Worker:
 
     def _leave_queue(self, texts: Texts, number: int) -> None:
         """Note that a text no longer waits."""
-        texts.has_begun[number] = True
+        texts.has_place[number] = True
         self.n_waiting -= 1
         self._n_waiting_tokens -= texts.sizes[number]
 
     def _too_late(self, texts: Texts) -> None:
-        """End texts that have waited too long, unless they have begun."""
+        """End texts of which none got a place in time."""
         texts.fail(self._busy(f"no place became free in {self._limits.wait_s:g} s; try again later"))
 
     def _busy(self, message: str) -> ApiError:
@@ -324,7 +332,7 @@ class _Thread(threading.Thread):
                 if not self._take_commands(step):
                     return
                 if self._engine is not None:
-                    step.events = self._engine.step()
+                    step.events, step.admitted = self._engine.step(), self._engine.take_admitted()
                     step.reserved_bytes, step.prefix_bytes = self._engine.reserved_bytes, self._engine.prefix.n_bytes
             except Exception as error:  # a mistake in the engine, or no memory: the server goes on with another engine
                 step.failure, self._engine = error, None

@@ -17,10 +17,14 @@ from llamalet.serve.worker import MAX_UNREAD, ClientGone, QueueLimits, Worker
 
 
 class ToyEngine:
-    """Gives every text a token in each step, while the gate is open; refuses prompt [8], and fails at prompt [9]."""
+    """Gives every text a token in each step, while the gate is open.
+
+    Prompt [7] has a place at once, and others while the gate is open. It refuses prompt [8], and fails at prompt [9].
+    """
 
     def __init__(self, gate: threading.Event):
         self.gate, self.texts, self.begun, self.cancelled = gate, {}, set(), []
+        self.placed, self.admitted = set(), []
         self.reserved_bytes, self.prefix = 0, SimpleNamespace(n_bytes=0)
         self.n_added = 0
 
@@ -38,11 +42,21 @@ class ToyEngine:
     def cancel(self, id):
         self.cancelled.append(id)
 
+    def admit(self, ids):
+        self.admitted += [id for id in ids if id not in self.placed]
+        self.placed.update(self.admitted)
+
+    def take_admitted(self):
+        found, self.admitted = self.admitted, []
+        return found
+
     def step(self):
         events = [Ended(id, "", "cancelled", None) for id in self.cancelled if self.texts.pop(id, None)]
         self.cancelled.clear()
+        self.admit(id for id, request in self.texts.items() if request.prompt == [7])
         if not self.gate.wait(0.01):
             return events
+        self.admit(self.texts)
         time.sleep(0.0005)
         for id, request in list(self.texts.items()):
             if request.prompt == [9]:
@@ -176,6 +190,18 @@ def test_texts_that_wait_too_long_are_refused(gate):
             await anext(texts)
             await asyncio.sleep(0.2)
             assert await anext(texts)
+
+    run(gate, test, wait_s=0.1)
+
+
+def test_a_text_with_a_place_does_not_wait(gate):
+    async def test(worker):
+        gate.clear()
+        reading = asyncio.create_task(read(worker, ToyRequest(prompt=[7]), ToyRequest()))
+        await asyncio.sleep(0.3)
+        assert (worker.n_running, worker.n_waiting, worker._n_waiting_tokens) == (1, 1, 4)
+        gate.set()
+        assert await reading == [WHOLE, WHOLE]
 
     run(gate, test, wait_s=0.1)
 
