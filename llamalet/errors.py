@@ -32,6 +32,10 @@ class UsageError(LlamaletError):
     exit_code = 2
 
 
+class OutOfMemoryError(UsageError):
+    """A text that needs more memory than is free."""
+
+
 class ConfigError(LlamaletError, ValueError):
     """A configuration with an unknown key or a bad value."""
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llamalet.aligned import address_of, aligned_zeros
 from llamalet.config import ModelConfig, rope_frequencies
-from llamalet.errors import UsageError
+from llamalet.errors import OutOfMemoryError, UsageError
 from llamalet.kv_kinds import KINDS, LANES, STEP, cache_bytes, decode, encode, shapes, swapped
 
 Array = NDArray[np.float32]
@@ -56,7 +56,8 @@ class KVCache:
         """Make room for `length` positions, at least doubling the capacity if it must grow, so that copies are rare.
 
         Raises:
-            UsageError: if the model's context or the free memory is too small for that.
+            UsageError: if the model's context is too small for that.
+            OutOfMemoryError: if the free memory is.
         """
         if length > self.context:
             raise UsageError(f"{length} positions: the model's context is {self.context}")
@@ -64,7 +65,7 @@ class KVCache:
             capacity = min(max(length, 2 * self.capacity, STEP), self.context)
             n_bytes, n_free = cache_bytes(self._config, capacity, self.kind), free_memory()
             if n_bytes > n_free:
-                raise UsageError(
+                raise OutOfMemoryError(
                     f"a KV cache of {capacity} positions takes {n_bytes / 1e6:.0f} MB, and {n_free / 1e6:.0f} MB of "
                     "memory are free: use shorter texts or fewer at once"
                 )

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from llamalet.errors import LlamaletError, NonFiniteError, UsageError, one_line
+from llamalet.errors import LlamaletError, NonFiniteError, OutOfMemoryError, UsageError, one_line
 
 CODES = {
     400: "invalid_request", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
@@ -46,8 +46,9 @@ class ApiError(Exception):
             return error
         if isinstance(error, NonFiniteError):
             return cls(500, one_line(error), code="non_finite")
-        if isinstance(error, MemoryError):
-            return cls(503, "the server has no memory for this text; try again later", code="out_of_memory")
+        if isinstance(error, MemoryError | OutOfMemoryError):  # whose own message says how much is free
+            message = "the server has no memory for this text; try again later"
+            return cls(503, message, code="out_of_memory", headers={"retry-after": "1"})
         if isinstance(error, UsageError):
             return cls(400, one_line(error))
         if isinstance(error, LlamaletError):

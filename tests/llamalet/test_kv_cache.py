@@ -11,7 +11,7 @@ from toy import SMALL_MODELS, random_tensors
 
 from llamalet.aligned import address_of
 from llamalet.config import LinearScaling, Llama3Scaling, ModelConfig, RopeDivisors, rope_frequencies
-from llamalet.errors import UsageError
+from llamalet.errors import OutOfMemoryError, UsageError
 from llamalet.kv_cache import ROLL_ERROR, KVCache, free_memory
 from llamalet.kv_kinds import KINDS, STEP, cache_bytes
 from llamalet.reference import hidden_states
@@ -205,7 +205,7 @@ def test_a_cache_that_does_not_fit_into_memory_is_refused(monkeypatch, kind):
     arrays = cache.keys, cache.values, cache.key_scales, cache.value_scales
     assert cache_bytes(SCALED, cache.capacity, kind) == sum(array.nbytes for array in arrays)
     monkeypatch.setattr("llamalet.kv_cache.free_memory", lambda: cache_bytes(SCALED, 1000, kind) - 1)
-    with pytest.raises(UsageError, match=r"a KV cache of 1000 positions takes \d MB, and \d MB of memory are free"):
+    with pytest.raises(OutOfMemoryError, match=r"a KV cache of 1000 positions takes \d MB, and \d MB of memory are free"):
         cache.reserve(1000)
     assert cache.capacity == 2 * STEP
     cache.reserve(900)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from served import chat, complete, log_softmax, stream, toy_chat_model, toy_story_model
 
 from llamalet.engine import Begun, Ended, NewToken
-from llamalet.errors import NonFiniteError, UsageError
+from llamalet.errors import NonFiniteError, OutOfMemoryError, UsageError
 from llamalet.logprobs import Logprobs
 from llamalet.serve.answers import Answer
 from llamalet.serve.api_error import ApiError
@@ -426,6 +426,7 @@ def test_the_openai_package_reads_all_answers(served, talker):
     [
         (NonFiniteError("3 of 5 logits are NaN"), 500, "non_finite"),
         (MemoryError(), 503, "out_of_memory"),
+        (OutOfMemoryError("a secret number of MB is free"), 503, "out_of_memory"),
         (UsageError("the prompt is odd"), 400, "invalid_request"),
         (RuntimeError("/home/me/secret"), 500, "internal_error"),
         (None, 500, "internal_error"),
@@ -437,6 +438,7 @@ def test_a_text_that_fails_fails_its_request(served, error, status, code):
     answer.push(1, Ended(1, "", "error", error))
     assert answer.finished
     assert (answer.failure.status, answer.failure.code) == (status, code)
+    assert ("retry-after" in answer.failure.headers) == (status == 503)
     (event,) = answer.chunk().split(b"\n\n")[:-1]
     assert json.loads(event[6:])["choices"][0]["text"] == "a"
     last = answer.error_event(answer.failure)
