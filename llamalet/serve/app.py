@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -14,15 +13,15 @@ from llamalet.errors import LlamaletError, note, one_line
 from llamalet.serve import insight, text_routes
 from llamalet.serve.answers import Answer
 from llamalet.serve.api_error import ApiError
+from llamalet.serve.daemon_threads import INLINE_BYTES, DaemonThreads
 from llamalet.serve.exchange import Exchange, Receive, Scope, Send
 from llamalet.serve.metrics import ServerMetrics
 from llamalet.serve.schema import Asked, read_chat, read_completion
 from llamalet.serve.served_model import ServedModel
 from llamalet.serve.worker import Texts, Worker
 
-INLINE_BYTES = 1 << 13
-"""A body up to this size is read on the event loop, in a millisecond or two; larger ones are read in a thread, and so
-are conversations, whose templates may take seconds."""
+N_READERS, MAX_READ = 2, 256
+"""Threads that read bodies, and bodies that they read or that wait for them, at most; both for conversations too."""
 
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
@@ -41,7 +40,8 @@ class App:
         self.metrics = metrics
         self._router: Router | None = None
         self._paths: frozenset[str] = frozenset()
-        self._readers, self._chats = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "chats")
+        self._readers = DaemonThreads("readers", N_READERS, MAX_READ)
+        self._chats = DaemonThreads("chats", N_READERS, MAX_READ)
 
     def open(self, served: ServedModel, worker: Worker) -> None:
         """Answer for a model from now on."""
@@ -67,11 +67,6 @@ class App:
             await self._router(scope, receive, send)
         except HTTPException as error:
             raise _not_found(scope, error) from None
-
-    def close(self) -> None:
-        """End the threads."""
-        for threads in (self._readers, self._chats):
-            threads.shutdown(wait=False, cancel_futures=True)
 
     def _routes(self, served: ServedModel, worker: Worker) -> list[BaseRoute]:
         """Return all routes, for one model."""
@@ -126,12 +121,16 @@ class App:
             ]
         return routes + insight.routes(served, worker)
 
-    async def read(self, body: bytes, read: Callable[[], Any], *, is_chat: bool = False) -> Any:
-        """Return what `read` makes of a body: in a thread, if that takes time."""
+    async def read(self, exchange: Exchange, body: bytes, read: Callable[[], Any], *, is_chat: bool = False) -> Any:
+        """Return what `read` makes of a body: in a thread, if that takes time.
+
+        Raises:
+            ApiError: if the body is refused, or too much is being read.
+            ClientGone: if the client goes first.
+        """
         if len(body) <= INLINE_BYTES and not is_chat:
             return read()
-        thread = self._chats if is_chat else self._readers
-        return await asyncio.get_running_loop().run_in_executor(thread, read)
+        return await exchange.unless_gone((self._chats if is_chat else self._readers).call(read))
 
 
 class _Function:
@@ -153,7 +152,7 @@ class _Json:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["exchange"]
         body = await exchange.body() if scope["method"] == "POST" else b""
-        await exchange.answer_json(await self._app.read(body, lambda: self._function(scope, body)))
+        await exchange.answer_json(await self._app.read(exchange, body, lambda: self._function(scope, body)))
 
 
 class _Generation:
@@ -169,7 +168,8 @@ class _Generation:
         """Answer a request."""
         exchange: Exchange = scope["exchange"]
         body = await exchange.body()
-        asked = await self._app.read(body, lambda: self._read(body, self._served), is_chat=self._read is read_chat)
+        is_chat = self._read is read_chat
+        asked = await self._app.read(exchange, body, lambda: self._read(body, self._served), is_chat=is_chat)
         if asked.unknown_fields:
             note(f"{exchange.id}: ignored unknown fields: {', '.join(asked.unknown_fields)}")
         exchange.n_prompt = asked.n_prompt_tokens

@@ -6,9 +6,9 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from llamalet.errors import note
 from llamalet.serve.api_error import ApiError
@@ -20,6 +20,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Result = TypeVar("Result")
 Headers = Iterable[tuple[bytes, bytes]]
 
 LINGER_S, LINGER_BYTES = 2.0, 1 << 26
@@ -129,9 +130,29 @@ class Exchange:
 
     async def watch(self, texts: Texts) -> None:
         """Wait until the client goes, and let its texts end."""
+        await self._gone()
+        texts.fail(ClientGone())
+
+    async def unless_gone(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Return what `work` returns, once the body has been read.
+
+        Raises:
+            ClientGone: if the client goes first; `work` is cancelled then.
+        """
+        task, gone = asyncio.create_task(work), asyncio.create_task(self._gone())
+        try:
+            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientGone
+            return await task
+        finally:
+            task.cancel()
+            gone.cancel()
+
+    async def _gone(self) -> None:
+        """Wait until the client goes."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        texts.fail(ClientGone())
 
     # --- the answer ---
 

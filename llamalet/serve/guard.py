@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from llamalet.errors import note, one_line
+from llamalet.errors import note, one_line, place_of
 from llamalet.serve.api_error import ApiError
 from llamalet.serve.exchange import GONE, Application, Bodies, Exchange, Receive, Scope, Send
 from llamalet.serve.metrics import ServerMetrics
@@ -79,7 +79,7 @@ class AccessGuard:
             exchange.status = GONE
         except Exception as error:
             if not isinstance(error, ApiError):
-                note(f"{exchange.id}: {type(error).__name__}: {one_line(error)} ({_place(error)})")
+                note(f"{exchange.id}: {type(error).__name__}: {one_line(error)} ({place_of(error)})")
                 error = ApiError(500, "the server has failed; its log says more")
             if exchange.status:  # too late for an answer: only a broken connection says that it is not complete
                 raise ConnectionAbortedError from None
@@ -180,11 +180,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _place(error: BaseException) -> str:
-    """Return where an error was raised: file and line."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"

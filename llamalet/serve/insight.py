@@ -10,9 +10,7 @@ import json
 import math
 import mimetypes
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +27,7 @@ from llamalet.reference import PREFILL_CHUNK, hidden_states
 from llamalet.runtime import Model
 from llamalet.sampler import Choose, Generator, Rule, SamplingConfig
 from llamalet.serve.api_error import ApiError
+from llamalet.serve.daemon_threads import INLINE_BYTES, DaemonThreads
 from llamalet.serve.exchange import Exchange, Receive, Scope, Send
 from llamalet.serve.served_model import ServedModel
 from llamalet.serve.worker import Worker
@@ -61,6 +60,10 @@ MAX_PRODUCTS = 2 * 10**11
 """Weights times tokens: numpy takes some ten seconds for so many."""
 MAX_LOOKS = 8
 """Attention passes that run or wait at once."""
+MAX_SMALL_LOOKS = 64
+"""Other looks, and bodies that are read."""
+BODY_BYTES, TOKEN_BYTES = 4096, 16
+"""What a look's body may have: bytes, and bytes for each position of the context."""
 
 GRAMMAR_SEED, NEAR_TRUTH = 0, 1.3
 """A model speaks the grammar if a story drawn with this seed costs it at most this many times the grammar's nats."""
@@ -360,14 +363,23 @@ def routes(served: ServedModel, worker: Worker) -> "list[Route]":
     from starlette.routing import Route
 
     model, files = served.model, page_files()
-    threads = ThreadPoolExecutor(2, "looks")
+    threads, attention_thread = DaemonThreads("looks", 2, MAX_SMALL_LOOKS), DaemonThreads("attention", 1, MAX_LOOKS)
     known: dict[str, bool] = {}
     facts_body: list[bytes] = []  # once it has been asked for
-    lock, n_looks = asyncio.Lock(), 0
 
-    async def in_thread(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Return what a function returns, without keeping the event loop from other requests."""
-        return await asyncio.get_running_loop().run_in_executor(threads, partial(function, *arguments, **options))
+    async def read(exchange: Exchange, kind: type[Asked]) -> Asked:
+        """Return the object in a request's body.
+
+        Raises:
+            ApiError: if it is too large.
+            UsageError: if it is not one of this kind.
+        """
+        body, most = await exchange.body(), BODY_BYTES + TOKEN_BYTES * model.config.max_seq_len
+        if len(body) > most:
+            raise ApiError(413, f"the body has {len(body)} bytes; a look at this model takes at most {most}")
+        if len(body) <= INLINE_BYTES:
+            return parsed(body, kind)
+        return await exchange.unless_gone(threads.call(parsed, body, kind))
 
     async def begun(exchange: Exchange, request: Request) -> Begun:
         """Return what the engine says once it has read a request's prompt.
@@ -396,7 +408,7 @@ def routes(served: ServedModel, worker: Worker) -> "list[Route]":
         """Return whether the model has learnt the grammar's language; the first call tries it."""
         if "grammar" not in known:
             speaks = False
-            if test := await in_thread(grammar_test, model):
+            if test := await threads.call(grammar_test, model):
                 ids, nats = test
                 nothing = SamplingConfig(max_new_tokens=0, seed=0)
                 event = await begun(exchange, Request(prompt=ids, sampling=nothing, prompt_logprobs=0))
@@ -415,12 +427,12 @@ def routes(served: ServedModel, worker: Worker) -> "list[Route]":
     async def send_facts(exchange: Exchange, _: Scope) -> None:
         if not facts_body:
             speaks, is_chat = await speaks_grammar(exchange), served.template is not None
-            found = await in_thread(facts, model, served.names[0], is_chat=is_chat, speaks_grammar=speaks)
+            found = await threads.call(facts, model, served.names[0], is_chat=is_chat, speaks_grammar=speaks)
             facts_body.append(json.dumps(found).encode())
         await exchange.answer(200, facts_body[0])
 
     async def send_distribution(exchange: Exchange, _: Scope) -> None:
-        asked = await _read(exchange, DistributionAsked)
+        asked = await read(exchange, DistributionAsked)
         _at_most("step", asked.step, MAX_STEP)
         _at_most("n", asked.n, MAX_SHOWN)
         token_ids(asked.tokens, model.config.vocab_size)
@@ -428,30 +440,23 @@ def routes(served: ServedModel, worker: Worker) -> "list[Route]":
         event = await begun(exchange, Request(prompt=asked.tokens, sampling=config, wants_logits=True))
         assert event.logits is not None
         options = {"n": asked.n, "undrawn": served.undrawn, "choose": model.transformer.choose}
-        await exchange.answer_json(await in_thread(distribution, event.logits, config, asked.step, **options))
+        await exchange.answer_json(await threads.call(distribution, event.logits, config, asked.step, **options))
 
     async def send_attention(exchange: Exchange, _: Scope) -> None:
-        nonlocal n_looks
-        asked = await _read(exchange, AttentionAsked)
-        if n_looks >= MAX_LOOKS:
-            raise ApiError(503, "too many looks at attention at once; try again", headers={"retry-after": "1"})
-        n_looks += 1
-        try:
-            async with lock:
-                weights = await in_thread(attention, model.transformer.tensors, model.config, asked.tokens)
-        finally:
-            n_looks -= 1
+        asked = await read(exchange, AttentionAsked)
+        look = attention_thread.call(attention, model.transformer.tensors, model.config, asked.tokens)
+        weights = await exchange.unless_gone(look)
         await exchange.answer_json({"layers": np.round(weights.astype(np.float64), 4).tolist()})
 
     async def send_truth(exchange: Exchange, _: Scope) -> None:
-        asked = await _read(exchange, TruthAsked)
+        asked = await read(exchange, TruthAsked)
         _at_most("n", asked.n, MAX_SHOWN)
         _at_most("number of tokens", len(asked.tokens), model.config.max_seq_len)
         if asked.tokens:
             token_ids(asked.tokens, model.tokenizer.vocab_size)
         if not await speaks_grammar(exchange):
             raise UsageError("this model was not trained on the stories of the grammar")
-        await exchange.answer_json(await in_thread(truth, model.tokenizer, asked.tokens, asked.n))
+        await exchange.answer_json(await threads.call(truth, model.tokenizer, asked.tokens, asked.n))
 
     return [
         Route("/", _Look(send_file), methods=["GET"]),
@@ -463,13 +468,12 @@ def routes(served: ServedModel, worker: Worker) -> "list[Route]":
     ]
 
 
-async def _read(exchange: Exchange, kind: type[Asked]) -> Asked:
-    """Return the object in a request's body.
+def parsed(body: bytes, kind: type[Asked]) -> Asked:
+    """Return the object in a body.
 
     Raises:
         UsageError: if it is not one of this kind.
     """
-    body = await exchange.body()
     return build(kind, parse_json(body, "the body", UsageError), "the body", UsageError)
 
 

@@ -106,7 +106,6 @@ class Service:
                 raise
             await serving
             self._worker.stop(CUT_S)
-            app.close()
         return 0
 
     def _load(self, path: str | Path) -> ServedModel:

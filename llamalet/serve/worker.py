@@ -250,7 +250,7 @@ class Worker:
                 self._end(texts, number, event)
         self._metrics.n_new_tokens += n_new
         if step.failure is not None:
-            what = f"{type(step.failure).__name__} at {place_of(step.failure)}: {one_line(step.failure)}"
+            what = f"{type(step.failure).__name__}: {one_line(step.failure)} ({place_of(step.failure)})"
             note(f"the engine failed and begins anew: {what}")
             failed, self._where = self._where, {}
             for texts, number in failed.values():

@@ -205,7 +205,9 @@ def test_a_cache_that_does_not_fit_into_memory_is_refused(monkeypatch, kind):
     arrays = cache.keys, cache.values, cache.key_scales, cache.value_scales
     assert cache_bytes(SCALED, cache.capacity, kind) == sum(array.nbytes for array in arrays)
     monkeypatch.setattr("llamalet.kv_cache.free_memory", lambda: cache_bytes(SCALED, 1000, kind) - 1)
-    with pytest.raises(OutOfMemoryError, match=r"a KV cache of 1000 positions takes \d MB, and \d MB of memory are free"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"a KV cache of 1000 positions takes \d MB, and \d MB of memory are free"
+    ):
         cache.reserve(1000)
     assert cache.capacity == 2 * STEP
     cache.reserve(900)

@@ -144,6 +144,13 @@ def test_a_prompt_that_is_too_long_has_its_code(server):
     assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 10**9}).status == 200
 
 
+def test_a_look_takes_no_more_than_a_context_of_tokens(server):
+    for path in ("/page/distribution", "/page/attention", "/page/truth"):
+        assert server.ask(path, {"tokens": [5] * 20_000}).status == 413
+        assert server.ask(path, b'{"tokens": [5' + b" " * 9000 + b"]}").status == 200  # read in a thread
+        assert server.ask(path, b'{"tokens": [-5' + b" " * 9000 + b"]}").status == 400
+
+
 def test_a_chat_with_a_story_model_is_refused(server):
     reply = server.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})
     assert reply.status == 400 and reply.json["error"]["code"] == "no_chat_template"
@@ -477,6 +484,19 @@ def test_a_text_that_takes_too_long_ends_with_an_error(number):
             assert read_reply(other).json["error"]["code"] == "stopping"
         assert server.end() == 0 and time.monotonic() - start < 3
         assert not [line for line in server.lines if "Traceback" in line]
+    finally:
+        server.process.kill()
+
+
+def test_bodies_that_are_being_read_do_not_hold_up_the_end():
+    server = RunningServer("--drain-seconds=0.2", "--max-body-mb=50")
+    try:
+        with server.connect() as connection:
+            # Which takes seconds.
+            connection.sendall(request("/tokenize", {"prompt": "ab" * 20_000_000}))
+            time.sleep(0.5)
+            start = time.monotonic()
+            assert server.end() == 0 and time.monotonic() - start < 4
     finally:
         server.process.kill()
 

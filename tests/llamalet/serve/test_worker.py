@@ -145,7 +145,7 @@ def test_an_engine_that_fails_ends_its_texts_and_is_replaced(gate, capsys):
 
     run(gate, test)
     said = capsys.readouterr().err
-    pattern = r"the engine failed and begins anew: ZeroDivisionError at test_worker\.py:\d+: a mistake\n"
+    pattern = r"the engine failed and begins anew: ZeroDivisionError: a mistake \(test_worker\.py:\d+\)\n"
     assert re.fullmatch(pattern, said), said
 
 
