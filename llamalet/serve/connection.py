@@ -12,6 +12,10 @@ from llamalet.serve.api_error import ApiError
 from llamalet.serve.exchange import LINGER_BYTES, LINGER_S
 
 
+MAX_AHEAD = 1 << 16
+"""Bytes of further requests that a client may send before it has its answer, until nothing more of it is read."""
+
+
 class ConnectionLimits(NamedTuple):
     """What a connection may take: seconds to send a request's head and to read what was written, and their number."""
 
@@ -91,6 +95,8 @@ class Connection(H11Protocol):
         except Exception as error:  # what h11 or uvicorn does not expect ends this connection alone
             note(f"a connection failed: {type(error).__name__}: {one_line(error)}")
             self.transport.abort()
+        if self.flow.read_paused and len(self.conn.trailing_data[0]) <= MAX_AHEAD:
+            self.flow.resume_reading()  # uvicorn would not notice that a client goes after it sent a second request
         if self.cycle is None or self.cycle.response_complete:
             self._wait_for_head()
         elif self._head_deadline is not None:

@@ -263,6 +263,16 @@ def test_a_client_that_goes_is_forgotten(server, probe):
         assert server.wait_until_idle() < 2
 
 
+def test_a_client_that_sends_a_second_request_and_goes_is_forgotten(server):
+    for body in (LONG, LONG | {"stream": True}):
+        with server.connect() as connection:
+            connection.sendall(request("/v1/completions", body).replace(b"Connection: close\r\n", b""))
+            time.sleep(0.1)
+            connection.sendall(request("/health"))
+            time.sleep(0.1)
+        assert server.wait_until_idle() < 2
+
+
 def test_a_reader_that_does_not_read_is_cut_off(server, probe):
     body = LONG | {"n": 200, "stream": True, "logprobs": 5}
     with socket.socket() as connection:
