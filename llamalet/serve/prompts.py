@@ -111,6 +111,8 @@ def _read_message(name: str, value: Any) -> Message:
         if value.get(field):
             raise ApiError(400, f"{name}.{field}: is not supported", param="messages", code="unsupported_parameter")
     content = value.get("content")
+    if content is None and role == "assistant":  # as clients send back an answer without text
+        content = ""
     if isinstance(content, list):
         content = "\n".join(_read_part(f"{name}.content[{number}]", part) for number, part in enumerate(content))
     if not isinstance(content, str):

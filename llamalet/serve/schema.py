@@ -22,7 +22,7 @@ MAX_BIAS = 100.0  # OpenAI's
 
 NO_EFFECT = (
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "prediction", "reasoning_effort", "verbosity",
-    "safety_identifier", "prompt_cache_key", "stream_options",
+    "safety_identifier", "prompt_cache_key",
 )  # fmt: skip
 """Fields that are known and change no text."""
 
@@ -197,8 +197,8 @@ def _include_usage(value: Any) -> bool:
 
 
 def _stop_strings(value: Any, limits: Limits) -> list[str]:
-    """Return what the field stop says: a text or several."""
-    texts = [] if value is None else [value] if isinstance(value, str) else value
+    """Return what the field stop says: a text or several; an empty one is none."""
+    texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or len(texts) > limits.stops:
         refuse("stop", value, f"a text, or a list of at most {limits.stops}")
     for number, text in enumerate(texts):

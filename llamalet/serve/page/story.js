@@ -18,11 +18,11 @@ export function entries(logprobs) {
   if (!logprobs) return [];
   const idOf = (name) => Number(name.slice(name.indexOf(":") + 1));
   return logprobs.tokens.map((name, i) => {
-    const id = logprobs.token_ids?.[i] ?? idOf(name);
+    const id = idOf(name);
     const logprob = logprobs.token_logprobs[i];
     if (logprob === null || logprob === undefined) return [id, null];
-    const named = () => Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([key, value]) => [idOf(key), value]);
-    const top = [...(logprobs.top_token_ids?.[i] ?? named())].sort((a, b) => b[1] - a[1]).slice(0, N_TOP);
+    const named = Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([key, value]) => [idOf(key), value]);
+    const top = named.sort((a, b) => b[1] - a[1]).slice(0, N_TOP);
     const found = top.findIndex(([other]) => other === id);
     return [id, { logprob, rank: logprobs.ranks?.[i] ?? (found < 0 ? null : found), entropy: logprobs.entropies?.[i] ?? null, top }];
   });

@@ -261,6 +261,11 @@ def test_null_is_as_good_as_missing(served):
     assert asked.requests[0].sampling.max_new_tokens == 16 and not asked.unknown_fields
 
 
+def test_an_empty_stop_string_is_none(served):
+    assert read(served, stop="").requests[0].stop == []
+    assert refused(served, {"prompt": "a", "stop": [""]}).param == "stop"
+
+
 def test_settings_reach_the_engine(served):
     asked = read(
         served, temperature=0.5, top_p=0.25, top_k=7, min_p=0.125, max_tokens=3, ignore_eos=True, stop=["x", "y"],
@@ -342,7 +347,6 @@ def test_decoders_are_each_texts_own(served):
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": "1"}, "logprobs"),
-        ({"stop": ""}, "stop"),
         ({"stop": ["a", ""]}, "stop"),
         ({"stop": [1]}, "stop"),
         ({"stop": 1}, "stop"),
@@ -467,6 +471,12 @@ def test_content_may_come_in_parts_of_text(talker):
     assert talk(talker, messages=[{"role": "user", "content": parts, "name": "x"}]).prompts[0].ids == joined
 
 
+def test_an_answer_without_text_is_an_empty_one(talker):
+    empty, null = ([{"role": "assistant", "content": content}, *HELLO] for content in ("", None))
+    assert talk(talker, messages=null).prompts[0].ids == talk(talker, messages=empty).prompts[0].ids
+    assert refused(talker, {"messages": [{"role": "user", "content": None}]}, read_chat).param == "messages"
+
+
 def test_developer_is_another_name_for_system(talker):
     ids = [talk(talker, messages=[{"role": role, "content": "a"}]).prompts[0].ids for role in ("system", "developer")]
     assert ids[0] == ids[1]
@@ -485,7 +495,6 @@ def test_developer_is_another_name_for_system(talker):
         ([{"role": ["user"], "content": "a"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content=None"),
         ([{"role": "user", "content": 5}], "messages[0].content=5"),
-        ([*HELLO, {"role": "assistant", "content": None}], "messages[1].content=None"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls"),
         ([{"role": "user", "content": ["a"]}], "messages[0].content[0]='a'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
