@@ -8,7 +8,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route, Router
 
-from llamalet.engine import Ended, Event
+from llamalet.engine import Begun, Ended, Event, NewToken
 from llamalet.errors import LlamaletError, note, one_line
 from llamalet.serve import insight, text_routes
 from llamalet.serve.answers import Answer
@@ -22,6 +22,9 @@ from llamalet.serve.worker import Texts, Worker
 
 N_READERS, MAX_READ = 2, 256
 """Threads that read bodies, and bodies that they read or that wait for them, at most; both for conversations too."""
+
+LONG_PROMPT, MAX_WRITTEN = 128, 1 << 12
+"""The JSON of the logprobs of a prompt with more tokens is written in a thread; so many may be, or wait for that."""
 
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
@@ -42,6 +45,7 @@ class App:
         self._paths: frozenset[str] = frozenset()
         self._readers = DaemonThreads("readers", N_READERS, MAX_READ)
         self._chats = DaemonThreads("chats", N_READERS, MAX_READ)
+        self._writers = DaemonThreads("writers", 1, MAX_WRITTEN)
 
     def open(self, served: ServedModel, worker: Worker) -> None:
         """Answer for a model from now on."""
@@ -132,6 +136,16 @@ class App:
             return read()
         return await exchange.unless_gone((self._chats if is_chat else self._readers).call(read))
 
+    async def take(self, exchange: Exchange, events: list[tuple[int, Event]], answer: Answer) -> None:
+        """Put events into an answer, in a thread if that takes time, and note what has to be known of them here."""
+        for number, event in events:
+            if type(event) is Begun and len(event.prompt_logprobs or ()) > LONG_PROMPT:
+                await self._writers.call(answer.push, number, event)
+            else:
+                answer.push(number, event)
+            if type(event) is Ended and event.error is not None and not isinstance(event.error, LlamaletError):
+                note(f"{exchange.id}: {type(event.error).__name__}: {one_line(event.error)}")
+
 
 class _Function:
     """A function as an ASGI application; starlette would take the function itself for one of a Request."""
@@ -182,7 +196,7 @@ class _Generation:
                 else:
                     texts.hurries = False
                     async for events in texts:
-                        _take(exchange, events, answer)
+                        await self._app.take(exchange, events, answer)
                         if answer.failure is not None:
                             raise answer.failure
                     await exchange.answer(200, answer.body())
@@ -195,9 +209,10 @@ class _Generation:
 
         def take_at_once(events: list[tuple[int, Event]]) -> bool:
             """Send tokens without waking this task, which costs as much as all else; leave the rest to it."""
-            if not exchange.can_write_at_once or any(type(event) is Ended for _, event in events):
+            if not exchange.can_write_at_once or any(type(event) is not NewToken for _, event in events):
                 return False
-            _take(exchange, events, answer)
+            for number, event in events:
+                answer.push(number, event)
             if chunk := answer.chunk():
                 exchange.write_at_once(chunk)
             return True
@@ -205,7 +220,7 @@ class _Generation:
         texts.take_at_once = take_at_once
         try:
             async for events in texts:
-                _take(exchange, events, answer)
+                await self._app.take(exchange, events, answer)
                 if answer.failure is not None:
                     raise answer.failure
                 chunk = answer.chunk()
@@ -217,14 +232,6 @@ class _Generation:
             if not exchange.status:  # nothing has been sent: the error can be the answer
                 raise
             await exchange.write(answer.chunk() + answer.error_event(error) + answer.done(), more=False)
-
-
-def _take(exchange: Exchange, events: list[tuple[int, Event]], answer: Answer) -> None:
-    """Put events into an answer, and note what has to be known of them here."""
-    for number, event in events:
-        answer.push(number, event)
-        if type(event) is Ended and event.error is not None and not isinstance(event.error, LlamaletError):
-            note(f"{exchange.id}: {type(event.error).__name__}: {one_line(event.error)}")
 
 
 def _not_found(scope: Scope, error: HTTPException) -> ApiError:

@@ -49,7 +49,7 @@ class DaemonThreads:
             self._started = True
             for _ in range(self._number):
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
-        call = [partial(function, *arguments, **options)]
+        call: list[Callable[[], Any]] = [partial(function, *arguments, **options)]
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._calls.put((call, result))
         self._n_calls += 1

@@ -30,8 +30,8 @@ class Limits:
     """tokens in logit_bias"""
     logprobs: int = 20
     """alternatives of a token"""
-    all_logprobs: int = 1 << 21
-    """logprobs of all tokens and their alternatives: about 100 bytes of memory each"""
+    all_logprobs: int = 1 << 19
+    """logprobs of all tokens and their alternatives: about 25 bytes of JSON each, and 100 of memory before"""
     salt_chars: int = 256
     """characters of cache_salt"""
 
