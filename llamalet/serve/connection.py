@@ -11,7 +11,6 @@ from llamalet.errors import note, one_line
 from llamalet.serve.api_error import ApiError
 from llamalet.serve.exchange import LINGER_BYTES, LINGER_S
 
-
 MAX_AHEAD = 1 << 16
 """Bytes of further requests that a client may send before it has its answer, until nothing more of it is read."""
 
