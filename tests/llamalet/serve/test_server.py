@@ -463,7 +463,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server():
 
 
 def test_sigterm_lets_texts_end():
-    with serving() as server:
+    with serving("--drain-seconds=100") as server:
         with server.connect() as connection:
             connection.sendall(request("/v1/completions", LONG | {"stream": True, "n": 64}))
             assert connection.recv(10)
