@@ -142,9 +142,10 @@ def distribution(
     Returns:
         token: the id that is drawn. coin: the random number in [0, 1); None at temperature 0, which needs none.
         entropy, entropy_drawn: in nats, before and after all steps. kept: how many tokens are left after each step.
-        rows: the n most likely tokens, the likeliest first, and the drawn one. Each has its token; its probability raw
-        (the model's), tempered, and drawn (after all steps); cut_by, the step that excluded it, or None; and interval,
-        the part of [0, 1) where the coin falls on it, or None. rest: what the probabilities of all other tokens sum to.
+        rows: the n most likely tokens, the likeliest first, and the drawn one. Each has its token; its rank, the number
+        of likelier ones; its probability raw (the model's), tempered, and drawn (after all steps); cut_by, the step
+        that excluded it, or None; and interval, the part of [0, 1) where the coin falls on it, or None. rest: what the
+        probabilities of all other tokens sum to.
 
     Raises:
         UsageError: if a logit is NaN or infinite.
@@ -193,6 +194,7 @@ def distribution(
     rows = [
         {
             "token": id,
+            "rank": int(np.count_nonzero(logits > logits[id])),
             **{name: float(stage[id]) for name, stage in stages.items()},
             "cut_by": str(cut_by[id]) or None,
             "interval": [float(ends[id] - drawn[id]), float(ends[id])] if drawn[id] else None,

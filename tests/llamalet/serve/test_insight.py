@@ -89,6 +89,7 @@ def test_the_coin_of_a_step_falls_on_the_token_that_the_sampler_draws_then(setti
             found = insight.distribution(logits, config, step, n=5, undrawn=(3,), choose=choose_token)
             assert found["token"] == sampler.sample(logits)
             (row,) = (row for row in found["rows"] if row["token"] == found["token"])
+            assert row["rank"] == np.argsort(-logits).tolist().index(row["token"])
             low, high = row["interval"]
             if found["coin"] is not None:
                 assert low - 1e-6 <= found["coin"] <= high + 1e-6
