@@ -11,6 +11,7 @@ export class Refused extends Error {
 }
 
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
+export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
 /** Ask for something; a body makes it a POST. */
 async function ask(path, body, signal) {
@@ -42,9 +43,13 @@ export const post = async (path, body, signal) => (await ask(path, body, signal)
 export async function* stream(path, body, signal) {
   const response = await ask(path, { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const read = () => reader.read().catch((error) => {
+    if (error.name === "AbortError") throw error;
+    throw new Refused(0, "The server stopped in the middle of the text.");
+  });
   let rest = "";
   while (true) {
-    const { done, value } = await reader.read();
+    const { done, value } = await read();
     if (done) return;
     const events = (rest + value).split("\n\n");
     rest = events.pop();

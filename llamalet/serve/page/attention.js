@@ -21,6 +21,7 @@ export class Attention {
     $("heads").setAttribute("aria-busy", "true");
     try {
       const { layers } = await post("/page/attention", { tokens });
+      if (!this.story.startsWith(tokens)) return;
       this.layers = layers;
       this.tokens = tokens;
       this.place = place;

@@ -48,7 +48,7 @@ export class Chat {
     problem(null);
     say("The model answers.");
     const asked = performance.now();
-    let first = null, usage = null;
+    let first = null, usage = null, hasFailed = false;
     try {
       const body = { model: this.facts.name, messages: sent, ...this.settings.sampling(), stream_options: { include_usage: true } };
       for await (const chunks of stream("/v1/chat/completions", body, this.abort.signal)) {
@@ -64,6 +64,7 @@ export class Chat {
       }
       say("The answer is complete.");
     } catch (error) {
+      hasFailed = true;
       if (error.name === "AbortError") say("Stopped.");
       else {
         problem(error.message);
@@ -72,11 +73,14 @@ export class Chat {
       }
     }
     this.abort = null;
-    const seconds = (performance.now() - (first ?? asked)) / 1000;
+    const seconds = (performance.now() - asked) / 1000; // nobody knows how many tokens the first text was
     if (first !== null) {
       answer.note = `first token after ${Math.round(first - asked)} ms`;
-      if (usage?.completion_tokens > 1) answer.note = `${usage.completion_tokens} tokens \u00b7 ${Math.round((usage.completion_tokens - 1) / Math.max(seconds, 1e-3)).toLocaleString("en")} tokens/s \u00b7 ${answer.note}`;
-    } else if (!answer.content) this.messages.pop();
+      if (usage?.completion_tokens > 1) answer.note = `${usage.completion_tokens} tokens \u00b7 ${Math.round(usage.completion_tokens / seconds).toLocaleString("en")} tokens/s \u00b7 ${answer.note}`;
+    } else if (!answer.content) {
+      this.messages.pop();
+      if (hasFailed) $("ask").value = [this.messages.pop().content, $("ask").value].filter(Boolean).join("\n");
+    }
     $("messages").setAttribute("aria-busy", "false");
     $("send").textContent = "Send";
     this.render();

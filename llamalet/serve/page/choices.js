@@ -38,7 +38,7 @@ export class Choices {
       this.ask(place, signal),
       this.hasTruth ? post("/page/truth", { tokens, n: 100 }, signal).catch(() => null) : null,
     ]);
-    this.found = { ...found, place };
+    this.found = { ...found, place, tokens };
     this.render(found, truth, place, run);
   }
 
@@ -53,8 +53,13 @@ export class Choices {
 
   /** Draw the next token with the next coin, and put it at the end. */
   async drawOne() {
-    const place = this.story.tokens.length, found = await this.ask(place);
-    if (this.story.tokens.length === place) this.take(place, found.token, this.details(found.token, found));
+    const place = this.story.tokens.length, tokens = this.story.ids(), found = await this.ask(place);
+    if (this.story.tokens.length === place && this.story.startsWith(tokens)) this.take(place, found.token, this.details(found.token, found));
+  }
+
+  /** Whether what is shown is of the present place and story. */
+  isCurrent() {
+    return this.found.place === this.place && this.story.startsWith(this.found.tokens);
   }
 
   fail(error) {
@@ -62,15 +67,16 @@ export class Choices {
     this.found = null;
     $("table").tBodies[0].replaceChildren();
     $("strip").replaceChildren();
-    $("coin").textContent = "";
+    $("coin").textContent = $("choices-help").textContent = "";
+    this.settings.showCounts(null);
     $("table-note").textContent = error.message;
   }
 
   /** What is known of a token of the distribution that is shown, for the story. */
   details(id, { rows, entropy } = this.found) {
-    const rank = rows.findIndex(({ token }) => token === id);
+    const { raw: share, rank } = rows.find(({ token }) => token === id);
     const top = rows.map(({ token, raw }) => [token, Math.log(raw)]).slice(0, 10);
-    return { logprob: Math.log(rows[rank].raw), rank: rank < N_ROWS ? rank : null, entropy, top };
+    return { logprob: Math.log(share), rank, entropy, top };
   }
 
   render(found, truth, place, run) {
@@ -106,7 +112,7 @@ export class Choices {
       type: "button", className: "take", title: "Put it here",
       "aria-label": `${this.vocabulary.spoken(token)}: ${token === here ? "stands here" : "put it here"}${token === this.found.token ? "; the coin falls on it" : ""}`,
     }, make("span", { className: "piece", textContent: this.vocabulary.label(token) }));
-    button.addEventListener("click", () => this.take(place, token, this.details(token)));
+    button.addEventListener("click", () => this.isCurrent() && this.take(place, token, this.details(token)));
     const cell = (share, kind, text = percent(share)) => make("td", {}, bar(share, kind), make("span", { className: "share", textContent: text }));
     const cells = [
       make("th", { scope: "row" }, button), cell(raw, "model"),

@@ -1,6 +1,6 @@
 // The page: asks what the model is, then puts its parts together.
 
-import { get, post, setKey } from "./api.js";
+import { get, hasKey, post, setKey } from "./api.js";
 import { Attention } from "./attention.js";
 import { Chat } from "./chat.js";
 import { Choices } from "./choices.js";
@@ -12,6 +12,8 @@ import { Vocabulary } from "./vocabulary.js";
 
 const BEGINNING = "Once upon a time";
 const PATH_TOKENS = 24;
+const PATHS_HELP = $("paths-help").textContent;
+const SHORTEST_TIME = 0.05; // seconds: over less, a rate is noise
 const THEMES = ["auto", "light", "dark"];
 
 /** Run what a button starts; show what goes wrong. */
@@ -21,11 +23,19 @@ async function attempt(act) {
     await act();
   } catch (error) {
     if (error.name === "AbortError") return say("Stopped.");
-    if (error.status === 401) $("key-dialog").showModal();
+    if (error.status === 401) askForKey();
     else problem(error.message);
     say("");
   }
   return undefined;
+}
+
+/** Ask for a key; without a message, say so if there is one that the server has just refused. */
+function askForKey(message = hasKey() ? "The server does not know this key." : "") {
+  $("key-problem").textContent = message;
+  $("key-problem").hidden = !message;
+  $("key-dialog").returnValue = "";
+  if (!$("key-dialog").open) $("key-dialog").showModal();
 }
 
 function listenToTheme() {
@@ -80,14 +90,12 @@ function start(facts) {
   showFacts(facts);
 
   const write = (n = settings.length) => attempt(async () => {
-    if (story.hasEnded || story.isWriting) return;
-    story.mark();
-    await story.write(n);
+    if (!story.hasEnded) await story.write(n);
   });
   const see = () => attempt(() => story.write(0)); // what the model thinks of a text
   const choices = new Choices(story, vocabulary, settings, {
     take: (place, id, details) => {
-      if (story.isWriting) return;
+      if (story.isWriting || isEditing()) return;
       if (place === story.tokens.length) story.add(id, details);
       else {
         story.branch(place, id);
@@ -97,11 +105,12 @@ function start(facts) {
     },
   });
   const pad = new Pad(story, vocabulary, {
-    choose: (place, id) => {
-      story.stop();
+    choose: async (place, id) => {
+      await story.stop();
       story.branch(place, id);
       pad.go(place, false);
       pad.at(place).focus();
+      pad.close();
       if (!vocabulary.stops.has(id)) write();
     },
     select: (place) => choices.show(place),
@@ -110,9 +119,10 @@ function start(facts) {
   const attention = new Attention(story, vocabulary, { shade: (weights) => (weights ? pad.shadeBy("attention", weights) : pad.shadeBy(shade)) });
 
   story.addEventListener("change", ({ detail }) => {
-    pad.close();
     pad.render();
     attention.clear();
+    $("paths").replaceChildren();
+    $("paths-help").textContent = PATHS_HELP;
     if (detail === "begin") {
       say("The model writes.");
       $("pad").setAttribute("aria-busy", "true");
@@ -120,7 +130,8 @@ function start(facts) {
     if (!story.isWriting) {
       $("pad").setAttribute("aria-busy", "false");
       if (detail === "end") say(story.hasEnded ? "The story has ended." : `${story.times.n} tokens were written.`);
-      else if (detail === "seen") say("");
+      else if (detail === "stopped") say("Stopped.");
+      else if (detail === "seen") say(story.nInContext < story.tokens.length ? `The first ${story.nInContext} tokens fit into the context.` : "");
       pad.point(Math.min(pad.selected, pad.last));
       choices.show(pad.selected);
     }
@@ -129,10 +140,14 @@ function start(facts) {
   });
   settings.addEventListener("change", () => choices.show(pad.selected));
 
+  function isEditing() {
+    return !$("editor").hidden;
+  }
+
   function showButtons() {
-    const busy = story.isWriting;
-    $("write").textContent = busy ? "Stop" : "Write on";
-    $("write").disabled = !busy && (story.hasEnded || !$("editor").hidden);
+    const busy = story.isWriting || isEditing();
+    $("write").textContent = story.isWriting ? "Stop" : "Write on";
+    $("write").disabled = !story.isWriting && (story.hasEnded || isEditing());
     $("undo").disabled = busy || !story.past.length;
     $("redo").disabled = busy || !story.future.length;
     $("again").disabled = busy;
@@ -143,11 +158,13 @@ function start(facts) {
 
   function showNumbers() {
     const { n, bits, bytes } = story.cost(), { times } = story;
-    const facts_ = [["tokens", String(story.tokens.length)]];
+    const isLonger = story.nInContext < story.tokens.length;
+    const facts_ = [["tokens", `${story.tokens.length}${isLonger ? `, of which the context holds the first ${story.nInContext}` : ""}`]];
     if (n) facts_.push(["bits per byte", (bits / Math.max(1, bytes)).toFixed(3)], ["bits per token", (bits / n).toFixed(2)]);
-    if (times?.n > 1 && !story.isWriting) {
-      const rate = (times.n - 1) / Math.max(1e-3, (times.last - times.first) / 1000);
-      facts_.push(["tokens/s", Math.round(rate).toLocaleString("en")], ["first token after", `${Math.round(times.first - times.asked)} ms`]);
+    if (times?.n && !story.isWriting) {
+      const seconds = (times.last - times.first) / 1000; // the first chunk's tokens were made before
+      if (seconds >= SHORTEST_TIME) facts_.push(["tokens/s", Math.round((times.n - times.nFirst) / seconds).toLocaleString("en")]);
+      facts_.push(["first token after", `${Math.round(times.first - times.asked)} ms`]);
     }
     $("numbers").replaceChildren(...facts_.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
   }
@@ -156,14 +173,14 @@ function start(facts) {
 
   $("write").addEventListener("click", () => (story.isWriting ? story.stop() : write()));
   $("again").addEventListener("click", () => {
-    settings.seed = String(newSeed());
     if (story.tokens.length > story.own) story.cut(story.own);
+    settings.seed = String(newSeed());
     story.begin();
     write();
   });
   $("undo").addEventListener("click", () => story.undo());
   $("redo").addEventListener("click", () => story.redo());
-  $("edit").addEventListener("click", () => edit($("editor").hidden));
+  $("edit").addEventListener("click", () => edit(!isEditing()));
   $("step").addEventListener("click", () => attempt(async () => {
     $("step").disabled = true;
     try {
@@ -217,6 +234,7 @@ function start(facts) {
       model: facts.name, prompt, n, max_tokens: PATH_TOKENS, logprobs: 10, seed: first, ...rest,
       return_token_ids: true, return_tokens_as_token_ids: true,
     });
+    if (story.isWriting || !story.startsWith(prompt)) return;
     showPaths(place, answer.choices, first, rest);
     say(`${n} paths.`);
   }));
@@ -244,15 +262,15 @@ function start(facts) {
 
   addEventListener("keydown", (event) => {
     const isText = event.target.matches?.("textarea, input:not([type=range]):not([type=radio])");
-    const control = event.ctrlKey || event.metaKey;
+    const control = (event.ctrlKey || event.metaKey) && !$("view-story").hidden;
     if (event.key === "Escape") {
       story.stop();
       chat?.stop();
       pad.close(true);
     } else if (control && event.key === "Enter") {
-      if (!$("editor").hidden) edit(false);
+      if (isEditing()) edit(false);
       else write();
-    } else if (control && !isText && event.key.toLowerCase() === "z") {
+    } else if (control && !isText && !isEditing() && event.key.toLowerCase() === "z") {
       if (event.shiftKey) story.redo();
       else story.undo();
       event.preventDefault();
@@ -283,19 +301,29 @@ async function begin() {
     problem(null);
     start(facts);
   } catch (error) {
-    if (error.status !== 401) return problem(error.message);
-    if ($("key-dialog").open) problem("The server does not know this key.");
-    else $("key-dialog").showModal();
+    if (error.status === 401) askForKey();
+    else problem(error.message);
   }
-  return undefined;
 }
 
 listenToTheme();
 $("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  setKey($("key").value);
-  $("key-dialog").close();
+  const key = $("key").value.trim();
+  $("key").value = "";
+  if (!/^[!-~]+$/.test(key)) return askForKey("A key has letters, digits and signs of ASCII, and no spaces.");
+  setKey(key);
+  $("key-dialog").close("given");
   if (!$("facts").childElementCount) await begin();
+  return undefined;
 });
-addEventListener("needs-key", () => $("key-dialog").showModal());
+$("key-dialog").addEventListener("close", () => {
+  if ($("key-dialog").returnValue === "" && !$("facts").childElementCount) problem("This server asks for a key. Reload the page to enter it.");
+});
+addEventListener("needs-key", () => askForKey());
+addEventListener("hashchange", () => location.reload()); // another link was put into the address
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address holds the story
+  $("main").focus();
+});
 begin();

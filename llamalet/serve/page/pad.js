@@ -106,6 +106,7 @@ export class Pad {
       this.shadeOne(place);
     });
     this.next.before(fresh);
+    if (!this.popover.hidden && this.shown[this.openAt] !== tokens[this.openAt]) this.close();
     const wasAtEnd = this.selected === this.shown.length;
     this.shown = tokens.slice();
     this.next.dataset.place = tokens.length;

@@ -39,7 +39,7 @@ export class Settings extends EventTarget {
     this.inputs = {};
     this.counts = {};
     const found = new URLSearchParams(location.hash.slice(1));
-    this.text = found.get("text")?.slice(0, MAX_TEXT) ?? null;
+    this.text = found.get("text")?.slice(0, MAX_TEXT) ?? null; // null: the page's own beginning
     for (const slider of SLIDERS) this.addSlider(slider, found);
     const seed = found.get("s");
     this.seed = /^\d{1,15}$/.test(seed ?? "") ? seed : String(newSeed());
@@ -76,8 +76,9 @@ export class Settings extends EventTarget {
     };
     input.addEventListener("input", () => {
       read();
-      this.changed();
+      this.dispatchEvent(new Event("change"));
     });
+    input.addEventListener("change", () => this.remember());
     read();
     this.inputs[name] = input;
     this.counts[name] = count;
@@ -97,6 +98,10 @@ export class Settings extends EventTarget {
 
   get length() {
     return Math.max(1, Math.min(4096, Number.parseInt($("length").value, 10) || LENGTH));
+  }
+
+  set length(value) {
+    $("length").value = value;
   }
 
   /** What the server's endpoints take. Seeds have at most 15 digits, because JavaScript's numbers hold no more. */
@@ -125,7 +130,11 @@ export class Settings extends EventTarget {
     for (const { name, short } of SLIDERS) found.set(short, this.values[name]);
     found.set("s", this.seed);
     found.set("n", this.length);
-    if (text) found.set("text", text.slice(0, MAX_TEXT));
-    history.replaceState(null, "", `#${found}`);
+    if (text !== null) found.set("text", text.slice(0, MAX_TEXT));
+    try {
+      history.replaceState(null, "", `#${found}`);
+    } catch {
+      // Browsers limit how often an address may change; the next change brings it up to date.
+    }
   }
 }

@@ -40,6 +40,7 @@ export class Story extends EventTarget {
     this.past = [];
     this.future = [];
     this.abort = null;
+    this.writing = null; // the promise of the present or last request
     this.times = null;
   }
 
@@ -60,16 +61,31 @@ export class Story extends EventTarget {
     return this.vocabulary.text(this.tokens.slice(0, end).map(({ id }) => id));
   }
 
+  /** Whether the text still begins with these ids. */
+  startsWith(ids) {
+    const now = this.ids();
+    return ids.every((id, i) => id === now[i]);
+  }
+
+  /** What undo brings back: the story, and what its address says of it. */
+  snapshot() {
+    const { seed, length, text } = this.settings;
+    return { tokens: this.tokens.slice(), start: this.start, own: this.own, seed, length, text };
+  }
+
   /** Note the present story for undo. */
   mark() {
-    this.past.push({ tokens: this.tokens.slice(), start: this.start, own: this.own });
+    this.past.push(this.snapshot());
     this.future = [];
   }
 
   undo(from = this.past, to = this.future) {
     if (!from.length || this.isWriting) return;
-    to.push({ tokens: this.tokens, start: this.start, own: this.own });
-    Object.assign(this, from.pop());
+    to.push(this.snapshot());
+    const { tokens, start, own, seed, length, text } = from.pop();
+    Object.assign(this, { tokens, start, own });
+    Object.assign(this.settings, { seed, length });
+    this.settings.remember(text);
     this.changed();
   }
 
@@ -84,6 +100,7 @@ export class Story extends EventTarget {
   /** Replace the story by a text, and find out what the model thinks of it. */
   async setText(text) {
     const { tokens } = await post("/tokenize", { prompt: text, add_special_tokens: false });
+    await this.stop();
     this.mark();
     this.tokens = tokens.map((id) => token(id));
     this.own = tokens.length;
@@ -97,53 +114,74 @@ export class Story extends EventTarget {
     this.settings.remember(this.text());
   }
 
-  /** Let the model think about what it has not seen, and write up to n tokens. */
+  /** How many of the tokens the model's context holds. */
+  get nInContext() {
+    return Math.min(this.tokens.length, this.facts.context - this.facts.begins.length);
+  }
+
+  /** Let the model think about what it has not seen, and write up to n tokens, unless it is writing. */
   async write(n) {
     if (this.isWriting) return;
-    this.abort = new AbortController();
-    const asked = performance.now(), nBefore = this.tokens.length;
-    this.times = { asked, first: null, last: asked, n: 0 };
+    this.writing = this.request(n);
+    await this.writing;
+  }
+
+  async request(n) {
+    const abort = new AbortController();
+    this.abort = abort;
+    const asked = performance.now();
+    this.times = { asked, first: null, last: asked, n: 0, nFirst: 0 };
     this.changed("begin");
     try {
-      if (n && this.tokens.length > this.start) this.settings.seed = String(Number(this.settings.seed) + 1);
-      if (n) this.begin(); // a request draws with its seed's first coins
-      const run = { ...this.settings.sampling(), start: this.start };
-      const prompt = this.ids();
-      const unseen = this.tokens.some(({ top }, i) => top === null && (i > 0 || this.facts.begins.length > 0));
+      const sampling = this.settings.sampling();
+      if (n && this.tokens.length > this.start) sampling.seed += 1; // a request draws with its seed's first coins
+      const run = { ...sampling, start: this.tokens.length };
+      const prompt = this.ids(n ? this.tokens.length : this.nInContext);
+      const unseen = this.tokens.slice(0, this.nInContext).some(({ top }, i) => top === null && (i > 0 || this.facts.begins.length > 0));
       if (!n && !unseen) return;
       const body = {
-        model: this.facts.name, prompt, max_tokens: n, logprobs: N_TOP, echo: unseen, ...this.settings.sampling(),
+        model: this.facts.name, prompt, max_tokens: n, logprobs: N_TOP, echo: unseen, ...sampling,
         return_token_ids: true, return_tokens_as_token_ids: true,
       };
       let at = unseen ? 0 : prompt.length;
-      for await (const chunks of stream("/v1/completions", body, this.abort.signal)) {
-        const nTokens = this.tokens.length;
+      for await (const chunks of stream("/v1/completions", body, abort.signal)) {
+        if (abort.signal.aborted) return;
+        const { n: nTokens } = this.times;
         for (const { choices } of chunks) {
           for (const [id, details] of entries(choices[0]?.logprobs)) {
             const place = at - this.facts.begins.length;
             if (at < prompt.length) {
               if (place >= 0 && details) this.tokens[place] = { ...token(id, details), run: this.tokens[place].run };
             } else {
+              if (!this.times.n) { // undo and the address know nothing of a request that is refused
+                this.mark();
+                this.settings.seed = String(run.seed);
+                this.begin();
+              }
               this.tokens.push(token(id, details, { ...run, step: place - run.start }));
               this.times.n += 1;
             }
             at += 1;
           }
         }
-        if (this.tokens.length > nTokens) {
-          this.times.first ??= performance.now();
+        if (this.times.n > nTokens) {
           this.times.last = performance.now();
+          if (!nTokens) Object.assign(this.times, { first: this.times.last, nFirst: this.times.n });
         }
         this.changed(unseen && at <= prompt.length ? "seen" : "more");
       }
+    } catch (error) {
+      if (error.name !== "AbortError") throw error;
     } finally {
       this.abort = null;
-      this.changed(this.tokens.length > nBefore ? "end" : "seen");
+      this.changed(abort.signal.aborted ? "stopped" : this.times.n ? "end" : "seen");
     }
   }
 
-  stop() {
+  /** Stop what is being written, and wait until it has stopped. */
+  async stop() {
     this.abort?.abort();
+    await this.writing?.catch(() => {}); // whoever began to write shows the error
   }
 
   /** Put another token in a place, drop what follows. */
@@ -167,10 +205,12 @@ export class Story extends EventTarget {
 
   /** Append tokens that were made elsewhere after the first `place` tokens. */
   graft(place, found, run) {
+    if (this.isWriting) return;
     this.mark();
     const start = place;
     this.tokens = [...this.tokens.slice(0, place), ...found.map(([id, details], step) => token(id, details, { ...run, start, step }))];
     this.start = start;
+    this.own = Math.min(this.own, place);
     this.settings.seed = String(run.seed);
     this.settings.remember(this.text(start));
     this.changed();
@@ -192,11 +232,17 @@ export class Story extends EventTarget {
     return { ...this.settings.sampling(), start: this.start, step: Math.max(0, place - this.start) };
   }
 
-  /** What the whole text costs: { n, bits, bytes }. */
+  /** What the tokens cost whose probabilities are known: { n, bits, bytes }. */
   cost() {
-    const known = this.tokens.filter(({ logprob, id }) => logprob !== null && !this.vocabulary.stops.has(id));
-    const bits = known.reduce((sum, { logprob }) => sum - logprob / Math.LN2, 0);
-    const bytes = new TextEncoder().encode(this.text()).length;
-    return { n: known.length, bits, bytes };
+    const bytesOf = this.vocabulary.byteReader();
+    const sum = { n: 0, bits: 0, bytes: 0 };
+    for (const { id, logprob } of this.tokens) {
+      const { length } = bytesOf(id);
+      if (logprob === null || this.vocabulary.stops.has(id)) continue;
+      sum.n += 1;
+      sum.bits -= logprob / Math.LN2;
+      sum.bytes += length;
+    }
+    return sum;
   }
 }

@@ -10,18 +10,23 @@ export class Vocabulary {
     this.stops = new Set(facts.stops);
   }
 
-  /** Return a function that turns one token after the other into the text that it completes. */
-  reader() {
-    const utf8 = new TextDecoder("utf-8");
+  /** Return a function that turns one token after the other into its bytes in the text. */
+  byteReader() {
     let atStart = this.addsSpace;
     return (id) => {
       const piece = this.pieces[id];
-      if (piece === null || piece === undefined) return "";
-      let bytes = typeof piece === "string" ? bytesOf.encode(piece) : Uint8Array.from(piece);
-      if (atStart && bytes[0] === 0x20) bytes = bytes.subarray(1);
+      if (piece === null || piece === undefined) return new Uint8Array();
+      const bytes = typeof piece === "string" ? bytesOf.encode(piece) : Uint8Array.from(piece);
+      const isDropped = atStart && bytes[0] === 0x20;
       atStart = false;
-      return utf8.decode(bytes, { stream: true });
+      return isDropped ? bytes.subarray(1) : bytes;
     };
+  }
+
+  /** Return a function that turns one token after the other into the text that it completes. */
+  reader() {
+    const utf8 = new TextDecoder("utf-8"), read = this.byteReader();
+    return (id) => utf8.decode(read(id), { stream: true });
   }
 
   text(ids) {

@@ -245,7 +245,7 @@ class Visit:
         end = time.monotonic() + 20
         while not check():
             assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.02)
+            self.page.wait_for_timeout(20)
 
     def until_written(self) -> None:
         self.until(lambda: self.page.get_attribute("#pad", "aria-busy") == "false" and self.tokens())
@@ -399,6 +399,207 @@ def test_escape_stops_the_story(visit):
     assert "stop" in seen.page.inner_text("#status").lower() or "written" in seen.page.inner_text("#status")
 
 
+def edit(seen: Visit, text: str) -> None:
+    seen.page.click("#edit")
+    seen.page.fill("#editor", text)
+    seen.page.click("#edit")
+
+
+@pytest.mark.slow
+def test_a_path_is_not_taken_into_a_text_that_streams_and_goes_when_the_story_changes(visit):
+    seen = visit(link=LINK.replace("n=40", "n=12"))
+    seen.until_written()
+    page, before = seen.page, seen.tokens()
+    page.locator("#pad .token").nth(6).click()
+    page.keyboard.press("Escape")
+    page.click("#show-paths")
+    page.wait_for_selector("#paths li")
+    page.fill("#length", "200")
+    page.evaluate("document.getElementById('write').click(); document.querySelector('#paths button')?.click()")
+    seen.until(lambda: len(seen.tokens()) > len(before) + 8)
+    page.keyboard.press("Escape")
+    seen.until_written()
+    assert seen.tokens()[: len(before)] == before
+    assert page.locator("#paths li").count() == 0
+    page.click("#show-paths")
+    page.wait_for_selector("#paths li")
+    edit(seen, "The cat sat.")
+    seen.until(lambda: seen.text() == "The cat sat.")
+    assert page.locator("#paths li").count() == 0
+
+
+@pytest.mark.slow
+def test_nothing_else_changes_the_story_while_its_text_is_edited(visit):
+    seen = visit(link=LINK.replace("n=40", "n=300"))
+    seen.until(lambda: len(seen.tokens()) > 8)
+    page = seen.page
+    page.click("#edit")
+    for name in ("write", "again", "undo", "redo", "step", "rewind", "show-paths"):
+        seen.until(lambda name=name: page.is_disabled(f"#{name}"))
+    page.locator("#theme").focus()
+    page.keyboard.press("Control+z")
+    page.fill("#editor", "The cat sat.")
+    page.click("#edit")
+    seen.until(lambda: seen.text() == "The cat sat.")
+    # A text that is written while an edited one is read is stopped.
+    held: list[Any] = []
+    page.route("**/tokenize", lambda route: held.append(route))
+    edit(seen, "The dog ran.")
+    seen.until(lambda: held)
+    page.click("#write")
+    seen.until(lambda: len(seen.tokens()) > 8)
+    held[0].continue_()
+    seen.until(lambda: seen.text() == "The dog ran.")
+    seen.until_written()
+    assert seen.text() == "The dog ran."
+
+
+@pytest.mark.slow
+def test_undo_brings_back_the_seed_and_the_address(visit):
+    seen = visit(link=LINK.replace("n=40", "n=12"))
+    seen.until_written()
+    page = seen.page
+    state = lambda: (seen.tokens(), page.input_value("#seed"), page.evaluate("location.hash"))  # noqa: E731
+    first = state()
+    page.click("#write")
+    seen.until(lambda: len(seen.tokens()) > len(first[0]))
+    seen.until_written()
+    second = state()
+    assert first[1] == "7" and second[1] == "8" and first[2] != second[2]
+    page.click("#undo")
+    assert state() == first
+    page.click("#redo")
+    assert state() == second
+
+
+@pytest.mark.slow
+def test_a_request_that_is_refused_leaves_no_trace(visit):
+    seen = visit(link=LINK.replace("n=40", "n=12"))
+    seen.until_written()
+    page = seen.page
+    state = lambda: (seen.tokens(), page.input_value("#seed"), page.evaluate("location.hash"))  # noqa: E731
+    before = state()
+    page.route("**/v1/completions", lambda route: route.fulfill(status=503, json={"error": {"message": "busy"}}))
+    page.click("#write")
+    page.wait_for_selector("#problem:visible")
+    assert page.inner_text("#problem") == "busy" and state() == before
+    page.click("#undo")
+    assert page.is_disabled("#undo")
+    seen.complaints.clear()
+
+
+@pytest.mark.slow
+def test_tokens_that_come_at_once_have_no_rate(visit):
+    seen = visit(link=LINK.replace("n=40", "n=1"))
+    seen.until_written()
+    seen.page.fill("#length", "12")
+    seen.page.route("**/v1/completions", lambda route: route.fulfill(response=route.fetch()))
+    seen.page.click("#write")
+    seen.until(lambda: len(seen.tokens()) > 10)
+    seen.until_written()
+    assert "tokens/s" not in seen.page.inner_text("#numbers")
+
+
+@pytest.mark.slow
+def test_answers_for_another_story_are_dropped(visit):
+    seen = visit(link=LINK.replace("n=40", "n=12"))
+    seen.until_written()
+    page = seen.page
+    held: list[Any] = []
+    page.route("**/page/attention", lambda route: held.append(route))
+    page.click("#look")
+    seen.until(lambda: held)
+    page.click("#rewind")
+    held[0].continue_()
+    seen.until(lambda: page.get_attribute("#heads", "aria-busy") == "false")
+    assert page.locator(".head").count() == 0
+    # Nor can a token be taken from a table that is still of the old place.
+    seen.until(lambda: page.locator("#table tbody tr").count())
+    page.route("**/page/distribution", lambda route: None)
+    page.click("#rewind")
+    before = seen.tokens()
+    page.locator("#table tbody button").first.click()
+    assert seen.tokens() == before
+
+
+@pytest.mark.slow
+def test_bits_per_byte_are_of_the_tokens_that_are_known(visit):
+    seen = visit(link=LINK.replace("n=40", "n=1"))
+    seen.until_written()
+    held: list[Any] = []
+    seen.page.route("**/v1/completions", lambda route: held.append(route))
+    edit(seen, "Once upon a time there was a")
+    seen.until(lambda: held)
+    seen.page.keyboard.press("Escape")
+    seen.until_written()
+    seen.page.click("#step")
+    seen.until(lambda: len(seen.text()) > len("Once upon a time there was a"))
+    n_bytes = len(seen.text()) - len("Once upon a time there was a")
+    per_token, per_byte = float(seen.number("bits per token")), float(seen.number("bits per byte"))
+    assert per_byte == pytest.approx(per_token / n_bytes, abs=0.006)
+
+
+@pytest.mark.slow
+def test_of_a_text_beyond_the_context_its_beginning_is_scored(visit, demo):
+    seen = visit(link=LINK.replace("n=40", "n=1"))
+    seen.until_written()
+    text = "Once upon a time there was a brave girl named Maya. She liked the sun. " * 28
+    ids = demo.tokenizer.encode(text, bos=True)
+    context = demo.config.max_seq_len
+    assert len(ids) > context
+    edit(seen, text)
+    seen.until(lambda: "the context holds" in seen.page.inner_text("#numbers"))
+    seen.until(lambda: "bits per byte" in seen.page.inner_text("#numbers"))
+    held = f"{len(ids) - 1}, of which the context holds the first {context - 1}"
+    assert seen.number("tokens") == held and f"first {context - 1} tokens" in seen.page.inner_text("#status")
+    nats = demo.transformer.losses(demo.logits(ids[: context - 1]), np.array(ids[1:context])).sum()
+    n_bytes = sum(len(demo.tokenizer.token_bytes(id)) for id in ids[1:context]) - 1  # without the space that is added
+    assert float(seen.number("bits per byte")) == pytest.approx(nats / np.log(2) / n_bytes, rel=0.02)
+    # Of what follows the text the server says why there is nothing.
+    seen.until(lambda: "context" in seen.page.inner_text("#table-note"))
+    assert seen.page.inner_text("#choices-help") == "" and "token" not in seen.page.locator(".count").first.inner_text()
+    seen.complaints.clear()
+
+
+@pytest.mark.slow
+def test_a_link_holds_an_empty_text_and_is_followed_in_an_open_page(visit, server):
+    seen = visit(link=LINK.replace("n=40", "n=4"))
+    seen.until_written()
+    page = seen.page
+    edit(seen, "")
+    seen.until(lambda: page.evaluate("location.hash").endswith("&text="))
+    page.reload()
+    seen.until_written()
+    page.locator("#pad .token").first.click()
+    seen.until(lambda: page.inner_text("#coin").startswith("Seed 7, coin 1: "))
+    page.keyboard.press("Escape")
+    address = page.evaluate("location.href")
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main" and page.evaluate("location.href") == address
+    page.goto(server + "#s=9&n=4&text=The+cat")
+    seen.until(lambda: page.input_value("#seed") == "9")
+    seen.until_written()
+    assert seen.text().startswith("The cat")
+
+
+@pytest.mark.slow
+def test_a_choice_in_a_text_that_streams_is_written_on(visit):
+    seen = visit(link="#t=1&p=1&s=3&n=250&text=Once+upon+a+time")
+    seen.until(lambda: len(seen.tokens()) > 8)
+    page = seen.page
+    page.locator("#pad .token").nth(6).click()
+    n = len(seen.tokens())
+    seen.until(lambda: len(seen.tokens()) > n + 3)
+    assert page.is_visible("#alternatives") and page.get_attribute("#pad", "aria-busy") == "true"
+    chosen = page.locator("#alternatives button:not(.here) .piece").first.inner_text().strip("\u00b7")
+    page.locator("#alternatives button:not(.here)").first.click()
+    seen.until(lambda: seen.tokens()[6] == chosen and len(seen.tokens()) > 12)
+    assert page.is_hidden("#alternatives")
+    page.keyboard.press("Escape")
+    seen.until_written()
+
+
 @pytest.mark.slow
 def test_sliders_act_at_once_and_stay_in_the_address(visit):
     seen = visit()
@@ -420,12 +621,23 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(visit, tmp_path):
         page = seen.page
         page.wait_for_selector("#key-dialog[open]")
         assert seen.violations() == []
+        assert page.is_hidden("#key-problem")
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
+        seen.until(lambda: page.is_visible("#key-problem") and "does not know" in page.inner_text("#key-problem"))
+        assert page.input_value("#key") == "" and seen.violations() == []
+        page.fill("#key", "schl\u00fcssel\u20ac")
+        page.keyboard.press("Enter")
+        seen.until(lambda: "ASCII" in page.inner_text("#key-problem"))
+        assert page.evaluate("Object.values(sessionStorage)") == ["wrong"]
+        page.keyboard.press("Escape")
+        seen.until(lambda: "Reload" in page.inner_text("#problem"))
+        page.reload()
         page.wait_for_selector("#key-dialog[open]")
         page.fill("#key", KEY)
         page.keyboard.press("Enter")
         seen.until_written()
+        assert page.input_value("#key") == ""
         assert page.evaluate("Object.values(sessionStorage)") == [KEY]
         assert KEY not in page.evaluate("JSON.stringify(localStorage) + document.cookie + location.href")
         # The browser reports the answers 401, and nothing else.
@@ -439,7 +651,19 @@ def test_a_chat_is_sent_edited_and_made_again(visit):
         seen = visit(address, link="")
         page = seen.page
         page.wait_for_selector("#ask:visible")
+        seen.until_written()
+        n_tokens = len(seen.tokens())
+        page.route(
+            "**/v1/chat/completions", lambda route: route.fulfill(status=503, json={"error": {"message": "busy"}})
+        )
         page.fill("#ask", "Tell me about <b>whales</b>")
+        page.keyboard.press("Control+Enter")
+        seen.until(lambda: page.is_visible("#problem"))
+        assert page.inner_text("#problem") == "busy" and page.locator("#messages li").count() == 0
+        assert page.input_value("#ask") == "Tell me about <b>whales</b>" and len(seen.tokens()) == n_tokens
+        seen.complaints.clear()
+        page.unroute("**/v1/chat/completions")
+        page.focus("#ask")
         page.keyboard.press("Enter")
         busy = lambda: page.get_attribute("#messages", "aria-busy") == "true"  # noqa: E731
         seen.until(lambda: page.locator("#messages .assistant .content").inner_text() and not busy())
