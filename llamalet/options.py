@@ -193,7 +193,9 @@ def _help(
                 group = parser.add_argument_group(heading)
             if (option := options.get(name)) is None:
                 continue
-            shown = f" ({option.default})" if option.default not in (None, "") and option.default is not False else ""
+            shown = (
+                f" ({option.default})" if option.default not in (None, "", ()) and option.default is not False else ""
+            )
             literal = get_origin(option.kind) is Literal
             metavar = (
                 f"{{{','.join(map(str, get_args(option.kind)))}}}" if literal else METAVARS.get(option.kind, "TEXT")

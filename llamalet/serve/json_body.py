@@ -87,7 +87,8 @@ class Fields:
 
 def refuse(name: str, value: object, wanted: str) -> NoReturn:
     """Raise an ApiError of status 400: a field must be something else."""
-    raise ApiError(400, f"{name}={shown(value)}: must be {wanted}", param=top_of(name))
+    what = f"{name}: is missing: must be" if value is None else f"{name}={shown(value)}: must be"
+    raise ApiError(400, f"{what} {wanted}", param=top_of(name))
 
 
 def top_of(name: str) -> str:

@@ -167,7 +167,8 @@ class Service:
         self._server.should_exit = True
         seconds = self._options.drain_seconds
         if n := self._worker.n_running + self._worker.n_waiting:
-            note(f"stopping: {n} texts have {seconds:g} s to end; Ctrl-C ends at once")
+            what = "1 text has" if n == 1 else f"{n} texts have"
+            note(f"stopping: {what} {seconds:g} s to end; Ctrl-C ends at once")
         error = ApiError(503, "the server is stopping", code="stopping", headers={"retry-after": "1"})
         asyncio.get_running_loop().call_later(seconds, self._worker.fail_all, error)
 

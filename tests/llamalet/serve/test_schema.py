@@ -165,7 +165,7 @@ def test_names_of_special_tokens_in_a_text_are_text(served, talker):
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (None, "prompt=None"),
+        (None, "prompt: is missing"),
         (5, "prompt=5"),
         (True, "prompt=True"),
         ({}, "prompt={}"),
@@ -485,15 +485,15 @@ def test_developer_is_another_name_for_system(talker):
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        (None, "messages=None"),
+        (None, "messages: is missing"),
         ("hello", "messages='hello'"),
         ([], "messages=[]"),
         ({"role": "user"}, "messages="),
         (["hello"], "messages[0]='hello'"),
-        ([{"content": "a"}], "messages[0].role=None"),
+        ([{"content": "a"}], "messages[0].role: is missing"),
         ([{"role": "tool", "content": "a"}], "messages[0].role='tool'"),
         ([{"role": ["user"], "content": "a"}], "messages[0].role"),
-        ([{"role": "user"}], "messages[0].content=None"),
+        ([{"role": "user"}], "messages[0].content: is missing"),
         ([{"role": "user", "content": 5}], "messages[0].content=5"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls"),
         ([{"role": "user", "content": ["a"]}], "messages[0].content[0]='a'"),
