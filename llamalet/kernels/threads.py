@@ -42,6 +42,9 @@ BLOCK_MASK, STAGE_MASK, JOB_MASK = (1 << BLOCK_BITS) - 1, (1 << STAGE_BITS) - 1,
 # pass over a draft's tokens a thread's waking up.
 SPINS, IDLE_POLLS = 2000, 20000
 
+STOP_S = 1.0
+"""How long the end of a team waits for each helper, which needs some microseconds."""
+
 WORD_BYTES = 8
 
 WHOLE_SYSTEM = 15  # the only operand of isb
@@ -249,11 +252,14 @@ class ThreadTeam:
                 thread.start()
 
     def stop(self) -> None:
-        """Let the helpers end."""
+        """Let the helpers end, and wait for them: Python must not end while they leave compiled code."""
         self._work = _nothing
         self._shared[GENERATION] += 1
         for alarm in self._alarms:
             alarm.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # a helper may be who collects what the team belonged to
+                thread.join(STOP_S)
 
     def _help(self, number: int, alarm: threading.Event) -> None:
         """Help with jobs; sleep while there are none."""

@@ -345,7 +345,9 @@ def test_a_job_that_comes_while_a_helper_turns_away_wakes_it():
     team.run(())
     team.run(())
     assert came_back.is_set()
+    helpers = list(team._threads)
     team.stop()
+    assert len(helpers) == 1 and not any(helper.is_alive() for helper in helpers)
 
 
 @pytest.mark.parametrize(
