@@ -42,6 +42,8 @@ NEEDS_TORCH, NEEDS_TRANSFORMERS = "needs PyTorch", "needs transformers"
 LEFT_OUT = {
     "tests/llamalet/backward": "training, whose kernels take minutes to compile",
     "tests/llamalet/convert": NEEDS_TORCH,
+    "tests/llamalet/serve": "the server, which computes nothing and needs other packages",
+    "tests/llamalet/test_startup.py": "the first second of commands, in dozens of processes",
     "tests/llamalet/test_checks.py": NEEDS_TORCH,
     "tests/llamalet/test_chat.py": NEEDS_TRANSFORMERS,
     "tests/llamalet/test_chat_templates.py": NEEDS_TRANSFORMERS,
