@@ -159,6 +159,7 @@ class Engine:
     Attributes:
         prefix: what is kept of texts for those that begin alike.
         reserved_bytes: of the KV caches of texts that have a place, with all their tokens.
+        admitted: the numbers of the texts that got a place in the last step.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class Engine:
         """
         self.prefix = PrefixCache(prefix_bytes)
         self.reserved_bytes = 0
+        self.admitted: list[int] = []
         self._transformer, self._undrawn, self._clock = transformer, undrawn, clock
         self._batch_size, self._kv_bytes, self._reading_share = batch_size, kv_bytes, reading_share
         self._n_added = 0
@@ -193,7 +195,6 @@ class Engine:
         self._reading: list[_Text] = []
         self._running: list[_Text] = []
         self._cancelled = set[int]()
-        self._admitted: list[int] = []
         # The state after a prompt that another text has, too.
         self._shared: tuple[Any, KVCache, Logits] | None = None
         # What a pass over the running texts took, and a token of a prompt: at first more than it will.
@@ -239,14 +240,10 @@ class Engine:
         if any(text.id == id for text in self._texts()):
             self._cancelled.add(id)
 
-    def take_admitted(self) -> list[int]:
-        """Return the numbers of the texts that got a place in the last step."""
-        return self._admitted.copy()
-
     def step(self) -> list[Event]:
         """Let every running text advance by a token, and read a part of a prompt; return what happened, in order."""
         events: list[Event] = []
-        self._admitted.clear()
+        self.admitted = []
         if self._cancelled:
             self._end_cancelled(events)
         self._admit(events)
@@ -292,7 +289,7 @@ class Engine:
                 del self._waiting[group]
             self.reserved_bytes += text.n_bytes
             self._reading.append(text)
-            self._admitted.append(text.id)
+            self.admitted.append(text.id)
             if text.n_left <= 0 and text.prompt_logprobs is None and not text.request.wants_logits:
                 self._end(text, "length", events)
 

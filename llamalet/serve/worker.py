@@ -332,7 +332,7 @@ class _Thread(threading.Thread):
                 if not self._take_commands(step):
                     return
                 if self._engine is not None:
-                    step.events, step.admitted = self._engine.step(), self._engine.take_admitted()
+                    step.events, step.admitted = self._engine.step(), self._engine.admitted
                     step.reserved_bytes, step.prefix_bytes = self._engine.reserved_bytes, self._engine.prefix.n_bytes
             except Exception as error:  # a mistake in the engine, or no memory: the server goes on with another engine
                 step.failure, self._engine = error, None

@@ -305,7 +305,7 @@ def test_it_says_who_got_a_place():
     for _ in range(3):
         engine.add(Request(prompt=[1], sampling=SamplingConfig(temperature=0, max_new_tokens=2)))
     places = []
-    finish(engine, lambda number: places.append(engine.take_admitted()))
+    finish(engine, lambda number: places.append(engine.admitted))
     assert places[:2] == [[], [0, 1]] and sum(places, []) == [0, 1, 2]
 
 

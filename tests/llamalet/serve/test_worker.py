@@ -46,11 +46,8 @@ class ToyEngine:
         self.admitted += [id for id in ids if id not in self.placed]
         self.placed.update(self.admitted)
 
-    def take_admitted(self):
-        found, self.admitted = self.admitted, []
-        return found
-
     def step(self):
+        self.admitted = []
         events = [Ended(id, "", "cancelled", None) for id in self.cancelled if self.texts.pop(id, None)]
         self.cancelled.clear()
         self.admit(id for id, request in self.texts.items() if request.prompt == [7])
