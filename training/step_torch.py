@@ -77,7 +77,11 @@ class TorchBackend:
         self.peak_tflops = hardware.peak_tflops(group.device, machine.dtype)
 
     def prepare(self, training: Batch, evaluation: Batch) -> None:
-        """Run each kind of pass once and discard the results."""
+        """Run each kind of pass once and discard the results.
+
+        Raises:
+            ConfigError: if the compiler fails.
+        """
         if self.machine.not_compiled is not None:
             return
         start = time.perf_counter()
@@ -85,7 +89,8 @@ class TorchBackend:
         sharded = isinstance(self.model, FSDPModule)
         # Compiling can take long, and everything is saved, so a signal interrupts it at once. With sharded weights the
         # other processes wait for this one in the middle of a pass: they cannot be asked first, but notice its exit.
-        with nullcontext() if sharded else suppress(Interrupted), self._interrupts.at_once():
+        waits = nullcontext() if sharded else suppress(Interrupted)
+        with waits, self._interrupts.at_once(), hardware.compiler_errors():
             sum_gradients(self._parallel, sharded)  # FSDP would keep gradients that it did not sum
             self.loss(self._parallel, training).backward()
             self.model.zero_grad(set_to_none=True)

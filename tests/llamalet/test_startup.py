@@ -15,7 +15,6 @@ from llamalet import cli, files, shards
 from llamalet.convert import pytorch_file
 from llamalet.errors import ConfigError, DataError, FormatError, TokenizerError
 from llamalet.kernels import cache
-from training.machine import compiler_cache
 
 ROOT = Path(__file__).parents[2]
 CONFIG = SMALL_MODELS["gqa-tied"]
@@ -193,17 +192,6 @@ def test_an_unusable_cache_is_said_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"llamalet: kernel cache: {roots[0]}: Not a directory; taking {roots[1]}\n"
     assert cache.open_folder(roots[:1], "name") is None
     assert capsys.readouterr().err.endswith("Not a directory; the kernels are compiled at every start\n")
-
-
-def test_torch_s_compiler_gets_a_temporary_folder_if_its_own_cannot_be_made(tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv(compiler_cache.VARIABLE, str(tmp_path / "file" / "cache"))
-    compiler_cache.ensure_folder()
-    assert Path(os.environ[compiler_cache.VARIABLE]).is_dir()
-    assert "Not a directory; taking a temporary folder" in capsys.readouterr().err
-    monkeypatch.setenv(compiler_cache.VARIABLE, str(tmp_path / "cache"))
-    compiler_cache.ensure_folder()
-    assert os.environ[compiler_cache.VARIABLE] == str(tmp_path / "cache") and not capsys.readouterr().err
 
 
 # --- files ---

@@ -1,34 +1,92 @@
 """The folder where torch.compile keeps its results. Uses only the standard library, because it comes before torch."""
 
 import atexit
+import contextlib
 import getpass
 import os
 import re
 import shutil
+import struct
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 from llamalet.errors import note
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+ELF_MAGIC, ELF_HEADER_BYTES = b"\x7fELF", 64
 
 
 def ensure_folder() -> None:
-    """Take a temporary folder if torch's own cannot be written to, which would end the import of its compiler."""
-    folder = os.environ.get(VARIABLE) or _default_folder()
+    """Take a temporary folder if torch's own cannot be written to, and remove the unfinished files of a killed run."""
+    folder = current()
     try:
-        os.makedirs(folder, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(0, "not writable", folder)
+            raise PermissionError(0, "not writable", str(folder))
     except OSError as error:
         os.environ[VARIABLE] = temporary = tempfile.mkdtemp(prefix="llamalet-compiler-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         note(f"torch's compiler cache: {error.filename}: {error.strerror}; taking a temporary folder")
+    else:
+        remove_unfinished(folder)
 
 
-def _default_folder() -> str:
-    """Return torch's choice. Source: torch/_inductor/runtime/cache_dir_utils.py."""
+def current() -> Path:
+    """Return the folder. Source of torch's choice: torch/_inductor/runtime/cache_dir_utils.py."""
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
     try:
         user = getpass.getuser()
     except (KeyError, ImportError, OSError):
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
-    return os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    return Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what ends too early: a killed linker or a power cut leaves it, and torch loads whatever exists.
+
+    An empty library fails every later run; half of one ends the process without a word. torch compiles again what is
+    missing. A file that another process writes now is left: torch locks it (torch/_inductor/codecache.py).
+    """
+    for path in folder.glob("*/*"):
+        if not path.is_file() or path.suffix in (".lock", ".tmp"):
+            continue
+        with contextlib.suppress(OSError), _lock(folder / "locks" / (path.name.split(".")[0] + ".lock")):
+            if path.stat().st_size < _whole_size(path):
+                path.unlink()
+
+
+def _whole_size(path: Path) -> int:
+    """Return how many bytes a file has at least: 1, and of a Linux library as many as its header says.
+
+    The table of sections is the last part of a library. Source of the layout: elf.h, Elf64_Ehdr.
+    """
+    with path.open("rb") as file:
+        header = file.read(ELF_HEADER_BYTES)
+    if not header.startswith(ELF_MAGIC):
+        return 1
+    if len(header) < ELF_HEADER_BYTES:
+        return ELF_HEADER_BYTES
+    (offset,), (entry_bytes, count) = struct.unpack_from("<Q", header, 0x28), struct.unpack_from("<HH", header, 0x3A)
+    return int(offset + entry_bytes * count)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold torch's lock of a result, if it has one.
+
+    Raises:
+        OSError: if another process holds it.
+    """
+    if fcntl is None or not path.exists():
+        yield
+        return
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield

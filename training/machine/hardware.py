@@ -13,6 +13,7 @@ import torch
 from llamalet.cores import physical_cores
 from llamalet.errors import ConfigError, one_line
 from training.config import TrainConfig
+from training.machine import compiler_cache
 from training.machine.distributed import Processes
 
 # Peak of dense bf16 matrix products in TFLOP/s, by a part of the name that CUDA reports.
@@ -82,6 +83,21 @@ def compile_problem(device: torch.device) -> str | None:
     except Exception as error:  # compilers fail in many ways
         return "torch.compile does not work here: " + one_line(error)[:200]
     return None
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Turn an error of torch.compile into a ConfigError; since it works here, a damaged file in its cache is likely."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a second, which only compiling needs
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        lines = [line for line in str(error).splitlines() if line and not line.startswith(("backend=", "Set TORCH"))]
+        raise ConfigError(
+            f"torch.compile fails: {lines[0] if lines else type(error).__name__}; "
+            f"remove {compiler_cache.current()} and try again, or go on without it: --compile=False"
+        ) from error
 
 
 def count_threads(n_processes: int) -> int:
