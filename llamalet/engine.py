@@ -1,8 +1,8 @@
 """The one loop that makes texts: requests in, events out, on one thread.
 
 Up to MAX_BATCH texts advance by a token in one pass through the model; the others wait, and take the places of those
-that end. A prompt is read in chunks between these passes. Whatever runs beside it, a text gets the bits that it would
-get alone, because the kernels give each position the same bits in any company.
+that end. A prompt is read in chunks, in the same passes. Whatever runs beside it, a text gets the bits that it
+would get alone, because the kernels give each position the same bits in any company.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from llamalet.checks import elements, token_ids
 from llamalet.drafting import Draft
 from llamalet.errors import LlamaletError, NonFiniteError, UsageError
-from llamalet.forward_pass import ForwardPass, Logits, Tokens
+from llamalet.forward_pass import POSITIONS_PER_PASS, ForwardPass, Logits, Tokens
 from llamalet.kv_cache import KVCache
 from llamalet.kv_kinds import cache_bytes
 from llamalet.logprobs import Logprobs, logprobs_of
@@ -36,6 +36,9 @@ LEAST_CHUNK, CHUNK, MOST_CHUNK = 16, 128, 512
 
 IDLE_CHUNK_S = 0.1
 """What reading a chunk may take when nobody waits for tokens, in seconds."""
+
+MOST_WITH_CHUNKS = 16
+"""So many passes in a row may read chunks; then one without shows what the texts alone take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +156,14 @@ class _Text:
         return self.keep, request.salt, self.prompt
 
 
+class _Chunk(NamedTuple):
+    """Tokens of a prompt, and the cache that they are read into."""
+
+    text: _Text
+    cache: KVCache
+    tokens: list[int]
+
+
 class Engine:
     """Makes texts together. Everything is called on one thread.
 
@@ -181,8 +192,8 @@ class Engine:
             batch_size: number of texts that have a place at once, 1 to MAX_BATCH.
             kv_bytes: size of the KV caches of all texts that have a place, at most; a single one always gets it.
             prefix_bytes: size of the prefix cache, at most.
-            reading_share: the time for reading prompts after a pass, relative to that pass. None: prompts are read at
-                once, each as a whole, which makes the most tokens in a given time.
+            reading_share: how much longer a pass may take that also reads chunks of prompts, relative to one that does
+                not. None: prompts are read at once, each as a whole, which makes the most tokens in a given time.
             clock: returns seconds.
         """
         self.prefix = PrefixCache(prefix_bytes)
@@ -197,8 +208,9 @@ class Engine:
         self._cancelled = set[int]()
         # The state after a prompt that another text has, too.
         self._shared: tuple[Any, KVCache, Logits] | None = None
-        # What a pass over the running texts took, and a token of a prompt: at first more than it will.
-        self._pass_s, self._token_s = 0.0, IDLE_CHUNK_S / LEAST_CHUNK
+        # What the last pass without chunks took, how many had some since, and what a token of a chunk takes: at first
+        # more than it will.
+        self._pass_s, self._n_with_chunks, self._token_s = 0.0, 0, IDLE_CHUNK_S / LEAST_CHUNK
 
     @property
     def busy(self) -> bool:
@@ -249,13 +261,10 @@ class Engine:
         self._admit(events)
         if self._reading and self._reading_share is None:
             self._read(self._reading[0], math.inf, events)
-        else:
-            start = self._clock()
-            if self._running:
-                self._advance(events)
-                self._pass_s = self._clock() - start
-            if self._reading:
-                self._read_for(events)
+        elif self._running:
+            self._advance_and_read(events)
+        elif self._reading:
+            self._read_for_a_while(events)
         if self._shared is not None and not self._another_begins(self._shared[0]):
             self._shared = None
         return events
@@ -321,30 +330,42 @@ class Engine:
 
     # --- reading prompts ---
 
-    def _read_for(self, events: list[Event]) -> None:
-        """Read prompts for as long as the others may wait, at least one chunk."""
-        was_running = bool(self._running)
-        limit = self._reading_share * self._pass_s if was_running and self._reading_share is not None else IDLE_CHUNK_S
-        end = self._clock() + limit
-        while self._reading:
-            start, text = self._clock(), self._next_to_read()
-            self._read(text, int(min(max(limit / self._token_s, LEAST_CHUNK), MOST_CHUNK)), events)
+    def _read_for_a_while(self, events: list[Event]) -> None:
+        """Read prompts while no text runs: at least one chunk, and until one has been read."""
+        end = self._clock() + IDLE_CHUNK_S
+        while not self._running and (text := self._next_to_read()) is not None:
+            start = self._clock()
+            self._to_the_end(text)
+            self._read(text, self._chunk_size(IDLE_CHUNK_S), events)
             now = self._clock()
-            if now + (now - start) > end or bool(self._running) != was_running:
+            if now + (now - start) > end:
                 return
 
-    def _next_to_read(self) -> _Text:
-        """Return the text whose prompt goes on: each in turn, but none that begins like one that has begun."""
-        begun = [other.begins_alike for other in self._reading if other.n_read]
+    def _chunk_size(self, seconds: float) -> int:
+        """Return how many tokens of a prompt are read in about this time."""
+        return int(min(max(seconds / self._token_s, LEAST_CHUNK), MOST_CHUNK))
+
+    def _note_speed(self, seconds: float, n: int) -> None:
+        """Learn from what reading n tokens took; few say little of more, and one lucky chunk does not say much."""
+        if n >= LEAST_CHUNK:
+            self._token_s = max(seconds / n, self._token_s / 2)
+
+    def _next_to_read(self, taken: Collection[_Text] = ()) -> _Text | None:
+        """Return the text whose prompt goes on: each in turn, but none of `taken`, or like one that has begun."""
+        begun = [other.begins_alike for other in self._reading if other.n_read or other in taken]
         for text in self._reading:
-            if text.n_read or text.begins_alike is None or text.begins_alike not in begun:
-                break
+            waits = not text.n_read and text.begins_alike is not None and text.begins_alike in begun
+            if not waits and text not in taken:
+                return text
+        return None
+
+    def _to_the_end(self, text: _Text) -> None:
+        """Let the others that are read have their turn before this text's next one."""
         self._reading.remove(text)
         self._reading.append(text)
-        return text
 
     def _read(self, text: _Text, n: float, events: list[Event]) -> None:
-        """Read at most n tokens of a prompt, and choose the first new token after the last."""
+        """Read at most n tokens of a prompt in passes of their own; after its last one the text begins to run."""
         try:
             logits = self._begin(text) if text.cache is None else None
             if logits is None:
@@ -352,9 +373,11 @@ class Engine:
         except (LlamaletError, MemoryError) as error:
             self._end(text, "error", events, error)
             return
-        if text.n_read < len(text.prompt):
-            return
-        assert logits is not None
+        if logits is not None and text.n_read == len(text.prompt):
+            self._start(text, logits, events)
+
+    def _start(self, text: _Text, logits: Logits, events: list[Event]) -> None:
+        """Let a text run whose prompt has been read: choose its first new token from the logits after it."""
         self._reading.remove(text)
         self._running.append(text)
         self._share(text, logits)
@@ -400,11 +423,50 @@ class Engine:
             piece = text.prompt[text.n_read : int(min(end, text.n_read + cache.context - cache.length))]
             logits = self._read_piece(text, cache, piece)
             text.n_read += len(piece)
-        if text.n_read - n_before >= LEAST_CHUNK:  # fewer say little of more
-            self._token_s = max(self._clock() - start, 1e-9) / (text.n_read - n_before)
-        if text.n_read // BLOCK > n_before // BLOCK:  # not all at once at the end, which would hold up the others
-            self._remember(text, text.prompt[: text.n_read])
+        self._note_speed(self._clock() - start, text.n_read - n_before)
+        self._remember_read(text, n_before)
         return logits
+
+    def _remember_read(self, text: _Text, n_before: int) -> None:
+        """Keep what has been read of a prompt by whole blocks: all at once at its end would hold up the others."""
+        if text.n_read // BLOCK > n_before // BLOCK:
+            self._remember(text, text.prompt[: text.n_read])
+
+    def _next_chunks(self, n: int, end: float, events: list[Event]) -> list[_Chunk]:
+        """Return the next tokens of prompts, at most n and as many as fit into a pass; texts may start until `end`."""
+        chunks: list[_Chunk] = []
+        while n > 0 and (text := self._next_to_read([chunk.text for chunk in chunks])) is not None:
+            n_in_pass = len(self._running) + sum(len(chunk.tokens) for chunk in chunks)
+            if n_in_pass >= POSITIONS_PER_PASS or text.prompt_logprobs is not None:
+                break
+            self._to_the_end(text)
+            try:
+                known = self._begin(text) if text.cache is None else None
+                if known is not None:
+                    self._start(text, known, events)
+                    if self._clock() < end:
+                        continue
+                    break
+                self._make_room(text)
+                cache = text.cache
+                assert cache is not None
+                size = min(n, POSITIONS_PER_PASS - n_in_pass, cache.context - cache.length)
+                tokens = text.prompt[text.n_read : text.n_read + size]
+                cache.reserve(cache.length + len(tokens))
+            except (LlamaletError, MemoryError) as error:
+                self._end(text, "error", events, error)
+                continue
+            chunks.append(_Chunk(text, cache, tokens))
+            n -= len(tokens)
+        return chunks
+
+    def _take_chunk(self, chunk: _Chunk, logits: Logits, events: list[Event]) -> None:
+        """Note that a chunk has been read, with these logits after it."""
+        text, n_before = chunk.text, chunk.text.n_read
+        text.n_read += len(chunk.tokens)
+        self._remember_read(text, n_before)
+        if text.n_read == len(text.prompt):
+            self._start(text, logits, events)
 
     def _read_piece(self, text: _Text, cache: KVCache, piece: list[int]) -> Logits:
         """Append tokens of a prompt to its cache; return the logits after the last one."""
@@ -435,9 +497,29 @@ class Engine:
 
     # --- making tokens ---
 
-    def _advance(self, events: list[Event]) -> None:
-        """Let every running text advance by a token."""
-        if len(self._running) == 1 and self._running[0].request.draft is not None:
+    def _advance_and_read(self, events: list[Event]) -> None:
+        """Let every running text advance by a token, and read chunks of prompts in the same pass."""
+        start = self._clock()
+        text = self._next_to_read() if self._n_with_chunks < MOST_WITH_CHUNKS else None
+        if text is None:
+            self._advance(events)
+            self._pass_s, self._n_with_chunks = self._clock() - start, 0
+            return
+        self._n_with_chunks += 1
+        limit = (self._reading_share or 0) * self._pass_s
+        n = self._chunk_size(limit)
+        if text.prompt_logprobs is not None:  # they take the logits after every token
+            self._advance(events)
+            self._to_the_end(text)
+            self._read(text, n, events)
+        else:
+            chunks = self._next_chunks(n, start + limit, events)
+            self._advance(events, chunks)
+            self._note_speed(self._clock() - start - self._pass_s, sum(len(chunk.tokens) for chunk in chunks))
+
+    def _advance(self, events: list[Event], chunks: Sequence[_Chunk] = ()) -> None:
+        """Let every running text advance by a token; read chunks in the same pass."""
+        if not chunks and len(self._running) == 1 and self._running[0].request.draft is not None:
             self._advance_drafted(self._running[0], self._running[0].request.draft, events)
             return
         texts = []
@@ -449,15 +531,21 @@ class Engine:
                 texts.append(text)
             except (LlamaletError, MemoryError) as error:
                 self._end(text, "error", events, error)
-        if not texts:
-            return
-        caches = [text.cache for text in texts if text.cache is not None]
-        if len(texts) == 1:
-            rows = self._transformer.decode(caches[0], texts[0].tokens[-1])[None]
-        else:
-            rows = self._transformer.decode_batch(caches, [text.tokens[-1] for text in texts])
-        for text, row in zip(texts, rows, strict=True):
+        rows = self._pass(texts, chunks)
+        for text, row in zip(texts, rows[: len(texts)], strict=True):
             self._choose(text, row, events)
+        for chunk, row in zip(chunks, rows[len(texts) :], strict=True):
+            self._take_chunk(chunk, row, events)
+
+    def _pass(self, texts: Sequence[_Text], chunks: Sequence[_Chunk]) -> Sequence[Logits]:
+        """Append the newest tokens of texts and the chunks to their caches; return the logits after each."""
+        caches, tokens = [text.cache for text in texts if text.cache is not None], [text.tokens[-1] for text in texts]
+        if chunks:
+            pieces = [*([token] for token in tokens), *(chunk.tokens for chunk in chunks)]
+            return self._transformer.extend_batch([*caches, *(chunk.cache for chunk in chunks)], pieces)
+        if len(texts) > 1:
+            return list(self._transformer.decode_batch(caches, tokens))
+        return [self._transformer.decode(caches[0], tokens[0])] if texts else []
 
     def _advance_drafted(self, text: _Text, draft: Draft, events: list[Event]) -> None:
         """Let the only text advance by as many tokens as its draft proposes rightly, and one more; see drafting.py."""

@@ -14,6 +14,9 @@ Tokens = Sequence[int] | NDArray[np.integer[Any]]
 Logits = NDArray[np.float32]
 Losses = Callable[[Logits, NDArray[np.integer[Any]]], NDArray[np.float64]]
 
+POSITIONS_PER_PASS = 128
+"""New positions that are computed together, at most: prompts are read, and batches decoded, so many at a time."""
+
 
 class LogitsOf(Protocol):
     """What evaluation needs from a model: the logits of a whole sequence."""
@@ -56,6 +59,13 @@ class ForwardPass(LogitsOf, Protocol):
 
     def extend(self, cache: KVCache, tokens: Tokens) -> Logits:
         """Append tokens, at least one; return the logits after each, those that `decode` gives: float32 (T, V)."""
+
+    def extend_batch(self, caches: Sequence[KVCache], pieces: Sequence[Tokens]) -> Sequence[Logits]:
+        """Append some tokens to each of several caches, at most POSITIONS_PER_PASS altogether.
+
+        Returns:
+            What `prefill` would for each: float32 (V,).
+        """
 
     def decode_batch(self, caches: Sequence[KVCache], tokens: Sequence[int]) -> Logits:
         """Append one token to each of several caches; return what `decode` would for each: float32 (B, V)."""

@@ -285,6 +285,10 @@ class NumpyTransformer:
         """Append one token to each of B caches; return the logits after each: float32 (B, V)."""
         return np.stack([self.decode(cache, token) for cache, token in zip(caches, tokens, strict=True)])
 
+    def extend_batch(self, caches: Sequence[KVCache], pieces: Sequence[Tokens]) -> list[Array]:
+        """Append some tokens to each of B caches; return the logits after the last of each: float32 (V,)."""
+        return [self.prefill(cache, piece) for cache, piece in zip(caches, pieces, strict=True)]
+
     def prefill(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens (T,), at least one, to the cache; return the logits after the last one: float32 (V,).
 

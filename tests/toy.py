@@ -184,6 +184,10 @@ class Counting:
         self.steps.append(list(tokens))
         return np.stack([self.decode(cache, token) for cache, token in zip(caches, tokens, strict=True)])
 
+    def extend_batch(self, caches: Sequence[ListCache], pieces: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        assert len({id(cache) for cache in caches}) == len(caches) == len(pieces) and sum(map(len, pieces)) <= 128
+        return [self.prefill(cache, piece) for cache, piece in zip(caches, pieces, strict=True)]
+
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         assert len(tokens) <= self.config.max_seq_len, "past the end of the context"
         logits = np.zeros((len(tokens), self.config.vocab_size), dtype=np.float32)

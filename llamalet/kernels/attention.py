@@ -7,7 +7,8 @@ after the other. So a position has the same result, bit for bit, whether it is d
 among others, by one thread or many.
 
 Work is cut into items: a key-value head, a run of neighbouring positions of a sequence, and one piece of its context,
-or all of them if there are more than FEW positions. The query heads that share a head's keys read them together.
+or all of them if there are more than FEW positions. The query heads that share a head's keys read them together. A pass
+has the runs first, and then single positions, the last or only new ones of their sequences.
 
 Keys lie in the cache with 16 positions side by side, values with their components side by side (see kv_kinds.py). So
 both steps are the same loop, `add_combinations`: several rows of numbers meet vectors of 16, which are read once for
@@ -49,7 +50,7 @@ from llamalet.kv_kinds import LANES
 PIECE = 256
 """Positions of a context whose results are joined as one."""
 RUN = 32
-"""Positions of a sequence that read a piece together."""
+"""Positions of a sequence that read a piece together, at most."""
 FEW = 16
 """Up to this many positions a pass cuts its contexts into pieces that different threads may take."""
 ROWS, BLOCKS = (8, 2) if simd.instruction_path() == "avx512vnni" else (4, 1)
@@ -136,18 +137,20 @@ class Run(NamedTuple):
 
 @shared_kernel
 def attend(
-    q_heads: Any, k: Any, v: Any, slots: Any, count: int, one_sequence: int, layer: int, n_heads: int,
+    q_heads: Any, k: Any, v: Any, slots: Any, count: int, runs: Any, n_runs: int, layer: int, n_heads: int,
     space: Any, block: int, n_blocks: int, thread: int,
 ) -> None:  # fmt: skip
     """Do a share of a pass's items. `finish` makes results of them when all are done.
 
     Args:
         q_heads: all queries (T * H, D).
-        k: the new keys (T, G * D), which are put into the cache here unless `kv_slots.keep_prompt` has done so.
+        k: the new keys (T, G * D). Those of single positions are put into the caches here; `kv_slots.keep_prompt` has
+            done so with the others.
         v: the new values (T, G * D).
         slots: CACHE_SLOT (T,).
         count: number of positions, T.
-        one_sequence: whether they are neighbours in one sequence.
+        runs: the first position of each run, at most RUN positions long, and then the first single one.
+        n_runs: number of runs.
         layer: number of the layer.
         n_heads: H.
         space: ContextSpace.
@@ -156,20 +159,25 @@ def attend(
         thread: number of the thread.
     """
     head_dim, n_kv_heads = q_heads.shape[1], k.shape[1] // q_heads.shape[1]
-    n_parts, group, run = count_parts(slots, count), n_heads // n_kv_heads, RUN if one_sequence else 1
-    n_items = (count + run - 1) // run * n_kv_heads * n_parts
-    first_item, last_item = n_items * block // n_blocks, n_items * (block + 1) // n_blocks
-    if count == 1 or not one_sequence:
-        # All of them first: reading what has just been written would wait for it.
-        for item in range(first_item, last_item):
-            part, head, t = parts_of_item(item, n_parts, n_kv_heads, 1)
-            if part == min(n_parts - 1, slots[t].position // PIECE):
-                columns = slice(head * head_dim, (head + 1) * head_dim)
-                keep_key(slots[t], layer * n_kv_heads + head, k[t, columns])
-                keep_value(slots[t], layer * n_kv_heads + head, v[t, columns])
+    n_parts, group, n_in_runs = count_parts(slots, count), n_heads // n_kv_heads, runs[n_runs]
+    # An item of a run has as much work as so many of single positions.
+    work, n_items_of_runs = n_in_runs // max(n_runs, 1), n_runs * n_kv_heads * n_parts
+    n_units = n_items_of_runs * work + (count - n_in_runs) * n_kv_heads * n_parts
+    first_item = item_of_unit(n_units * block // n_blocks, n_items_of_runs, work)
+    last_item = item_of_unit(n_units * (block + 1) // n_blocks, n_items_of_runs, work)
+    # All of them first: reading what has just been written would wait for it.
+    for item in range(max(first_item, n_items_of_runs), last_item):
+        part, head, single = parts_of_item(item - n_items_of_runs, n_parts, n_kv_heads)
+        t = n_in_runs + single
+        if part == min(n_parts - 1, slots[t].position // PIECE):
+            columns = slice(head * head_dim, (head + 1) * head_dim)
+            keep_key(slots[t], layer * n_kv_heads + head, k[t, columns])
+            keep_value(slots[t], layer * n_kv_heads + head, v[t, columns])
     for item in range(first_item, last_item):
-        part, head, t = parts_of_item(item, n_parts, n_kv_heads, run)
-        slot, cached, n = slots[t], layer * n_kv_heads + head, min(run, count - t)
+        part, head, place = parts_of_item(item, n_parts, n_kv_heads)
+        t = runs[place] if place < n_runs else n_in_runs + place - n_runs
+        n = runs[place + 1] - t if place < n_runs else 1
+        slot, cached = slots[t], layer * n_kv_heads + head
         n_pieces = slots[t + n - 1].position // PIECE + 1
         first, last = (part, min(part + 1, n_pieces)) if n_parts > 1 else (0, n_pieces)
         for piece in range(first, last):
@@ -181,9 +189,19 @@ def attend(
 
 
 @inner_kernel
-def parts_of_item(item: int, n_parts: int, n_kv_heads: int, run: int) -> Any:
-    """Return an item's part of the context, key-value head and first position; the parts of a head are neighbours."""
-    return item % n_parts, item // n_parts % n_kv_heads, item // n_parts // n_kv_heads * run
+def item_of_unit(unit: int, n_items_of_runs: int, work: int) -> int:
+    """Return the item that a unit of work belongs to; one of a run has `work` units, one of a single position one."""
+    n_units_of_runs = n_items_of_runs * work
+    return n_items_of_runs + unit - n_units_of_runs if unit >= n_units_of_runs else unit // work
+
+
+@inner_kernel
+def parts_of_item(item: int, n_parts: int, n_kv_heads: int) -> Any:
+    """Return an item's part of the context, its head, and the number of its run; the parts of a head are neighbours.
+
+    A single position counts as a run here.
+    """
+    return item % n_parts, item // n_parts % n_kv_heads, item // n_parts // n_kv_heads
 
 
 @shared_kernel

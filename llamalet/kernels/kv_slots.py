@@ -63,13 +63,14 @@ def widen(address: int, n: int, kind: int, out: Any) -> None:
 
 @shared_kernel
 def keep_prompt(
-    slots: Any, count: int, first_head: int, k: Any, v: Any, first: int, last: int, head_dim: int, room: Any
+    slots: Any, start: int, stop: int, first_head: int, k: Any, v: Any, first: int, last: int, head_dim: int, room: Any
 ) -> None:
-    """Write some heads' keys and values of neighbouring positions to their cache.
+    """Write some heads' keys and values of positions start .. stop - 1, neighbours in a sequence, to their cache.
 
     Args:
         slots: CACHE_SLOT (T,).
-        count: number of positions, T.
+        start: the first of the positions.
+        stop: the one after the last.
         first_head: the layer's first key-value head in the cache.
         k: the keys (T, G * D).
         v: the values (T, G * D).
@@ -79,16 +80,16 @@ def keep_prompt(
         room: float32 (D or more, 16), overwritten.
     """
     for head in range(first, last):
-        columns, t = slice(head * head_dim, (head + 1) * head_dim), 0
-        for i in range(count):
+        columns, t = slice(head * head_dim, (head + 1) * head_dim), start
+        for i in range(start, stop):
             if slots[i].kind == BF16_KIND and head_dim % LANES == 0:
                 place = place_of_values(slots[i], first_head + head, head_dim, slots[i].position)
                 store_bfloat16s(v[i, columns], head_dim, slots[i].values + 2 * place)
             else:
                 keep_value(slots[i], first_head + head, v[i, columns])
-        while t < count:
+        while t < stop:
             slot = slots[t]
-            if slot.kind != Q8_KIND and slot.position % LANES == 0 and t + LANES <= count:
+            if slot.kind != Q8_KIND and slot.position % LANES == 0 and t + LANES <= stop:
                 place = place_of_keys(slot, first_head + head, head_dim, slot.position)
                 if slot.kind == F32_KIND:
                     block = floats_at(slot.keys + place * FLOAT_BYTES, head_dim, LANES)

@@ -5,7 +5,7 @@
     for layer in range(n_layers):
         normed = rmsnorm(x, attention_norm)            attention_norm
         q, k, v = matmul(normed, wq | wk | wv)         qkv
-        q, k = rope(q), rope(k); cache k, v            rope_and_cache; attend, if a sequence has one new position
+        q, k = rope(q), rope(k); cache k, v            rope_and_cache; attend, of single positions
         attention(q, k, v)                             attend, prepare_attended
         x = x + matmul(.., wo)                         attention_output; ffn_norm adds
         normed = rmsnorm(x, ffn_norm)                  ffn_norm
@@ -16,7 +16,7 @@
 
 A stage needs the results of the one before it. It is cut into blocks that threads run at the same time: shares of the
 positions, of a matrix's rows, or the heads. A pass handles T new positions: one when decoding, many of one sequence for
-a prompt, or one of each of many sequences. Numba compiles `work` once for each kind of weights.
+a prompt, one of each of many sequences, or some of each. Numba compiles `work` once for each kind of weights.
 """
 
 from typing import Any, NamedTuple
@@ -36,9 +36,9 @@ from llamalet.model_file.quantize import ROW_BLOCK
 ) = range(12)  # fmt: skip
 STAGES_PER_LAYER = FINAL_NORM
 
-# A pass: T, whether all positions are of one sequence, for how many of the last positions logits are wanted, and the
-# address of these, float32 (N, V).
-JOB = np.dtype([(name, np.int64) for name in ("count", "one_sequence", "n_logits", "logits")])
+# A pass: T, the number of runs, for how many of the last positions logits are wanted, and the address of these, float32
+# (N, V).
+JOB = np.dtype([(name, np.int64) for name in ("count", "n_runs", "n_logits", "logits")])
 
 
 class Workspace(NamedTuple):
@@ -48,6 +48,7 @@ class Workspace(NamedTuple):
     n_blocks: int64 (stages + 1,), the blocks of each stage of all layers; 0 after the last.
     tokens: int64 (T,).
     cache_slots: kv_slots.CACHE_SLOT (T,).
+    runs: int64 (T + 1,), where runs of neighbouring positions begin; see attention.attend.
     x: the residual stream (T, C).
     normed: (T, C).
     q: (T, H * D).
@@ -69,6 +70,7 @@ class Workspace(NamedTuple):
     n_blocks: Any
     tokens: Any
     cache_slots: Any
+    runs: Any
     x: Any
     normed: Any
     q: Any
@@ -99,7 +101,7 @@ def work(weights: Any, space: Any, rope_tables: Any, shared: Any, generation: in
 
     Args:
         weights: layers.Weights.
-        space: Workspace; its job, tokens and cache_slots describe the pass.
+        space: Workspace; its job, tokens, cache_slots and runs describe the pass.
         rope_tables: RopeTables of all positions.
         shared: the team's words.
         generation: the number under which the team passed these arguments.
@@ -175,10 +177,10 @@ def qkv(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread:
 
 @inner_kernel
 def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
-    """Turn the queries and keys of a share of the key-value heads, and put a prompt's keys and values into the cache.
+    """Turn the queries and keys of a share of the key-value heads, and put those of runs, with values, into the caches.
 
-    The keys of neighbouring positions share cache lines, so the positions are not cut. Where each sequence has one new
-    position, `attend` puts them there.
+    The keys of neighbouring positions share cache lines, so the positions are not cut. `attend` puts those of single
+    positions there.
     """
     head_dim = space.q_heads.shape[1]
     n_heads, n_kv_heads = space.q.shape[1] // head_dim, space.k.shape[1] // head_dim
@@ -193,10 +195,10 @@ def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_block
         cos, sin = rope_tables.cos[position], rope_tables.sin[position]
         ops.rope(space.q[t, q_columns], cos, sin)
         ops.rope(space.k[t, columns], cos, sin)
-    if job.one_sequence and job.count > 1:
+    for i in range(job.n_runs):
         kv_slots.keep_prompt(
-            space.cache_slots, job.count, layer * n_kv_heads, space.k, space.v, first, last, head_dim,
-            space.context.keys[thread],
+            space.cache_slots, space.runs[i], space.runs[i + 1], layer * n_kv_heads, space.k, space.v, first, last,
+            head_dim, space.context.keys[thread],
         )  # fmt: skip
 
 
@@ -205,7 +207,7 @@ def attend(space: Any, layer: int, block: int, n_blocks: int, thread: int) -> No
     """Let the new positions attend to their sequences so far: a share of the heads, positions and pieces of these."""
     job, head_dim = space.job[0], space.q_heads.shape[1]
     attention.attend(
-        space.q_heads, space.k, space.v, space.cache_slots, job.count, job.one_sequence, layer,
+        space.q_heads, space.k, space.v, space.cache_slots, job.count, space.runs, job.n_runs, layer,
         space.q.shape[1] // head_dim, space.context, block, n_blocks, thread,
     )  # fmt: skip
 

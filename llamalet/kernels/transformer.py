@@ -16,9 +16,10 @@ from llamalet.checks import token_ids
 from llamalet.config import rope_tables
 from llamalet.cores import thread_count
 from llamalet.errors import UsageError
+from llamalet.forward_pass import POSITIONS_PER_PASS
 from llamalet.kernels import bfloat16, stages
 from llamalet.kernels import cache as kernel_cache
-from llamalet.kernels.attention import new_context_space
+from llamalet.kernels.attention import RUN, new_context_space
 from llamalet.kernels.kv_slots import CACHE_SLOT, slot_of
 from llamalet.kernels.layers import Weights, stack_weights
 from llamalet.kernels.losses import Losses
@@ -33,9 +34,6 @@ from llamalet.kv_kinds import kind_for
 from llamalet.model_file.quantize import bits_of
 from llamalet.model_file.reader import ModelFile
 from llamalet.reference import Array, Tokens
-
-# Positions of a pass: prompts are read, and batches decoded, at most this many at a time.
-POSITIONS_PER_PASS = 128
 
 # A stage has this many blocks for each thread, so that a late thread still finds one, or more where a block would be
 # larger than BLOCK_BYTES. Not many: memory is read fastest in long runs.
@@ -102,13 +100,44 @@ class Transformer:
                 vocabulary, or a context is full; then nothing has been appended.
         """
         ids = token_ids(tokens, self.config.vocab_size)
-        if len(ids) != len(caches) or len({id(cache) for cache in caches}) != len(caches):
-            raise UsageError(f"{len(ids)} tokens for {len(caches)} caches: each cache takes one")
+        check_caches(caches, "tokens", len(ids))
         for cache in caches:
             cache.reserve(cache.length + 1)
         parts = [slice(first, first + POSITIONS_PER_PASS) for first in range(0, len(ids), POSITIONS_PER_PASS)]
         logits = [self._run(caches[part], ids[part], POSITIONS_PER_PASS) for part in parts]
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def extend_batch(self, caches: Sequence[KVCache], pieces: Sequence[Tokens]) -> list[Array]:
+        """Append some tokens (T,), at least one, to each of B caches, in one pass: the weights are read once for all.
+
+        Returns:
+            The logits after each piece, those that `prefill` gives: float32 (V,).
+
+        Raises:
+            UsageError: as decode_batch, or if there are more than POSITIONS_PER_PASS tokens; then nothing has been
+                appended.
+        """
+        check_caches(caches, "pieces", len(pieces))
+        ids = [token_ids(piece, self.config.vocab_size) for piece in pieces]
+        lengths = [len(piece) for piece in ids]
+        if sum(lengths) > POSITIONS_PER_PASS:
+            raise UsageError(f"{sum(lengths)} tokens for a pass: it takes up to {POSITIONS_PER_PASS}")
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.reserve(cache.length + length)
+        # Logits are those of the last positions: the last of the longest piece, which is read as a whole, and the last
+        # of each other piece, as a single position.
+        longest = int(np.argmax(lengths))
+        others = [number for number in range(len(ids)) if number != longest]
+        runs = [(caches[number], ids[number][:-1]) for number in others if lengths[number] > 1]
+        runs.append((caches[longest], ids[longest]))
+        singles = [(caches[number], ids[number][-1:]) for number in others]
+        logits = self._run(
+            [cache for cache, _ in (*runs, *singles)], np.concatenate([piece for _, piece in (*runs, *singles)]),
+            len(ids), [len(piece) for _, piece in runs], [lengths[number] - 1 for number in others],
+        )  # fmt: skip
+        rows = list(logits[1:])
+        rows.insert(longest, logits[0])
+        return rows
 
     def prefill(self, cache: KVCache, tokens: Tokens) -> Array:
         """Append tokens (T,), at least one, to the cache; return the logits after the last one: float32 (V,).
@@ -140,19 +169,24 @@ class Transformer:
         ids = token_ids(tokens, self.config.vocab_size)
         cache.reserve(cache.length + len(ids))
         if len(ids) <= POSITIONS_PER_PASS:
-            return self._run([cache], ids, len(ids) if all_logits else 1)
+            return self._run([cache], ids, len(ids) if all_logits else 1, [len(ids)])
         *chunks, last = np.split(ids, range(POSITIONS_PER_PASS, len(ids), POSITIONS_PER_PASS))
-        logits = [self._run([cache], chunk, len(chunk) if all_logits else 0) for chunk in chunks]
-        logits.append(self._run([cache], last, len(last) if all_logits else 1))
+        logits = [self._run([cache], chunk, len(chunk) if all_logits else 0, [len(chunk)]) for chunk in chunks]
+        logits.append(self._run([cache], last, len(last) if all_logits else 1, [len(last)]))
         return np.concatenate(logits) if all_logits else logits[-1]
 
-    def _run(self, caches: Sequence[KVCache], ids: NDArray[np.int64], n_logits: int) -> Array:
-        """Append at most POSITIONS_PER_PASS tokens to one cache, or one token to each of several.
+    def _run(
+        self, caches: Sequence[KVCache], ids: NDArray[np.int64], n_logits: int,
+        lengths: Sequence[int] = (), later: Sequence[int] = (),
+    ) -> Array:  # fmt: skip
+        """Append at most POSITIONS_PER_PASS tokens: some to each of the first caches, one to each of the others.
 
         Args:
-            caches: all with room for the new positions.
-            ids: the tokens.
+            caches: all with room for the new positions; one may come twice, first with many tokens.
+            ids: all tokens (T,), cache by cache.
             n_logits: how many logits at most are wanted.
+            lengths: how many tokens each of the first caches gets.
+            later: how many tokens come in between, for each of the others, or for none.
 
         Returns:
             The logits after the last `n_logits` tokens.
@@ -165,21 +199,27 @@ class Transformer:
                     f"a cache of {n_layers} layers, {n_kv_heads} heads of {head_dim} for a model of "
                     f"{c.n_layers}, {c.n_kv_heads} of {c.head_dim}: it is another model's"
                 )
-        count, one_sequence = len(ids), len(caches) == 1
+        count = len(ids)
         logits = np.empty((min(n_logits, count), c.vocab_size), np.float32)
         with self._lock:
             capacity = max(cache.capacity for cache in caches)
             arguments = self._arguments_for(1 if count == 1 else POSITIONS_PER_PASS, capacity)
             _, space, _ = arguments
-            space.job[0] = count, one_sequence, len(logits), address_of(logits)
             space.tokens[:count] = ids
-            slots = space.cache_slots[:count]
-            slots[:] = [slot_of(cache) for cache in caches]
-            if one_sequence:
-                slots["position"] += np.arange(count)
+            slots, starts, n = space.cache_slots[:count], [0], 0
+            for cache, length in zip(caches, lengths, strict=False):
+                slots[n : n + length] = slot_of(cache)
+                slots["position"][n : n + length] += np.arange(length)
+                starts += [*range(n + RUN, n + length, RUN), n + length]
+                n += length
+            slots[n:] = [slot_of(cache) for cache in caches[len(lengths) :]]
+            if later:
+                slots["position"][n:] += later
+            space.runs[: len(starts)] = starts
+            space.job[0] = count, len(starts) - 1, len(logits), address_of(logits)
             self._team.run(arguments)
-            for cache in caches:
-                cache.length += count // len(caches)
+            for number, cache in enumerate(caches):
+                cache.length += lengths[number] if number < len(lengths) else 1
             return logits
 
     def _arguments_for(self, n_positions: int, capacity: int) -> tuple[Weights, Workspace, RopeTables]:
@@ -216,6 +256,7 @@ class Transformer:
             n_blocks=self._count_blocks(n_positions),
             tokens=np.zeros(n_positions, np.int64),
             cache_slots=np.zeros(n_positions, CACHE_SLOT),
+            runs=np.zeros(n_positions + 1, np.int64),
             x=zeros(n_positions, c.dim),
             normed=normed,
             q=q,
@@ -254,6 +295,12 @@ class Transformer:
         shares = 1 if n_positions == 1 else BLOCKS_PER_THREAD * self._n_threads
         *layer, final_norm, logits = (n_blocks.get(stage, shares) for stage in range(stages.LOGITS + 1))
         return np.array([*layer * c.n_layers, final_norm, logits, 0])
+
+
+def check_caches(caches: Sequence[KVCache], what: str, n: int) -> None:
+    """Raise a UsageError unless there is a cache of its own for each of n tokens or pieces."""
+    if not n == len(caches) == len({id(cache) for cache in caches}):
+        raise UsageError(f"{n} {what} for {len(caches)} caches: each cache takes one")
 
 
 _alive = weakref.WeakSet[Transformer]()

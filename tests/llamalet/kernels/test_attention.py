@@ -29,33 +29,36 @@ def floats(seed, *shape):
 
 
 @kernel
-def work(q_heads, k, v, slots, one_sequence, layer, n_heads, space, n_blocks, out):
+def work(q_heads, k, v, slots, runs, layer, n_heads, space, n_blocks, out):
     """All blocks of a pass on one thread, in an order that no thread would take."""
-    count, head_dim = len(slots), q_heads.shape[1]
-    if one_sequence and count > 1:
-        n_kv_heads = k.shape[1] // head_dim
-        kv_slots.keep_prompt(slots, count, layer * n_kv_heads, k, v, 0, n_kv_heads, head_dim, space.keys[0])
+    count, head_dim, n_runs = len(slots), q_heads.shape[1], len(runs) - 1
+    n_kv_heads = k.shape[1] // head_dim
+    for i in range(n_runs):
+        first, last = runs[i], runs[i + 1]
+        kv_slots.keep_prompt(slots, first, last, layer * n_kv_heads, k, v, 0, n_kv_heads, head_dim, space.keys[0])
     for block in range(n_blocks - 1, -1, -1):
-        attention.attend(q_heads, k, v, slots, count, one_sequence, layer, n_heads, space, block, n_blocks, 0)
+        attention.attend(q_heads, k, v, slots, count, runs, n_runs, layer, n_heads, space, block, n_blocks, 0)
     attention.finish(slots, count, n_heads, head_dim, space, out, 0, count)
 
 
 def attend(caches, layer, q, k, v, n_blocks=3, place=np.asarray):
-    """Let queries (T, H, D) of one cache, or of one position each of several, attend; return (T, H * D).
+    """Let queries (T, H, D) attend, one of each cache but the first, which has all others; return (T, H * D).
 
     `place` puts the arrays elsewhere.
     """
     (T, H, D), longest = q.shape, max(cache.capacity for cache in caches)
+    n_first = T - len(caches) + 1
     slots = np.zeros(T, kv_slots.CACHE_SLOT)
-    slots[:] = [kv_slots.slot_of(cache) for cache in caches]
-    if len(caches) == 1:
-        slots["position"] += np.arange(T)
+    slots[:n_first] = kv_slots.slot_of(caches[0])
+    slots["position"][:n_first] += np.arange(n_first)
+    slots[n_first:] = [kv_slots.slot_of(cache) for cache in caches[1:]]
+    runs = np.array([*range(0, n_first, attention.RUN), n_first] if n_first > 1 else [0])
     space, out = attention.new_context_space(T, H, D, longest, 1), np.full((T, H * D), 7, np.float32)
     for array in (space.mixed, space.sums, space.keys, space.values, space.scores, space.tile):
         array[:] = np.nan  # nothing may be read that was not written
     space = attention.ContextSpace(*map(place, space))
     rows = [place(x.reshape(T, -1)) for x in (k, v)]
-    work(place(q.reshape(-1, D)), *rows, place(slots), len(caches) == 1, layer, H, space, n_blocks, out)
+    work(place(q.reshape(-1, D)), *rows, place(slots), place(runs), layer, H, space, n_blocks, out)
     return out
 
 
@@ -119,7 +122,7 @@ def test_equals_the_reference(shape, kind, first, n, spread, seed):
 @given(shapes, st.sampled_from(list(KINDS)), st.data(), seeds)
 @settings(deadline=None, max_examples=80)
 def test_a_position_has_the_same_bits_however_it_is_read(shape, kind, data, seed):
-    """Decoded; in a prompt cut anywhere; in a batch; with any number of blocks."""
+    """Decoded; in a prompt cut anywhere; in a batch; in both at once; with any number of blocks."""
     sequence = Sequence(config_of(*shape), kind, seed)
     position = data.draw(st.integers(0, FULL - 1))
     alone = sequence.read(position, position + 1, n_blocks=1)
@@ -131,6 +134,10 @@ def test_a_position_has_the_same_bits_however_it_is_read(shape, kind, data, seed
     caches = [sequence.cache(n) for n in t]
     batch = attend(caches, 1, sequence.q[t], sequence.k[t], sequence.v[t], n_blocks=5)
     np.testing.assert_array_equal(batch[-1], alone[0])
+    t = [*range(first, last), *t]
+    caches = [sequence.cache(first), *caches[:-1], sequence.cache(position)]
+    both = attend(caches, 1, sequence.q[t], sequence.k[t], sequence.v[t], n_blocks=data.draw(st.integers(1, 9)))
+    np.testing.assert_array_equal([both[position - first], both[-1]], [alone[0], alone[0]])
 
 
 @pytest.mark.simd_path

@@ -112,6 +112,16 @@ def test_a_position_has_the_same_logits_however_it_is_read(dtype, kind):
             ends = rng.integers(1, len(tokens), size)
             batch = model.decode_batch([cache_of(end) for end in ends], tokens[ends])
             np.testing.assert_array_equal(batch, [decoded[end] for end in ends])
+        for size in (1, 3, 20):
+            firsts = rng.integers(0, len(tokens) - 6, size)
+            lasts = firsts + rng.integers(1, 5, size)
+            lasts[0] = min(firsts[0] + 40, len(tokens) - 1)
+            caches, pieces = [cache_of(n) for n in firsts], [tokens[a:b] for a, b in zip(firsts, lasts, strict=True)]
+            order = rng.permutation(size)
+            found = model.extend_batch([caches[n] for n in order], [pieces[n] for n in order])
+            np.testing.assert_array_equal(found, [decoded[lasts[n] - 1] for n in order])
+            for cache, last in zip(caches, lasts, strict=True):  # what was kept is right, too
+                np.testing.assert_array_equal(model.decode(cache, tokens[last]), decoded[last])
 
 
 def test_caches_are_of_the_kind_that_suits_the_weights_or_the_one_that_is_chosen(dtype):
@@ -263,6 +273,16 @@ def test_what_a_caller_can_get_wrong_is_named(file):
     for caches in ([other], [other, other]):
         with pytest.raises(UsageError, match="2 tokens for"):
             model.decode_batch(caches, [1, 1])
+        with pytest.raises(UsageError, match="2 pieces for"):
+            model.extend_batch(caches, [[1], [1, 2]])
+    for piece, message in [
+        ([], "at least one"),
+        ([1] * (context + 1), f"context is {context}"),
+        ([1] * POSITIONS_PER_PASS, f"{POSITIONS_PER_PASS + 1} tokens for a pass"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            model.extend_batch([other, model.new_cache()], [[1], piece])
+        assert other.length == 0
     with pytest.raises(ConfigError, match="threads=0"):
         Transformer(file, threads=0)
 
