@@ -5,6 +5,7 @@ row. They meet 4 signed activations. A path says how: the instructions, and what
 
     vpdpbusd, usdot    multiply 4 unsigned bytes by 4 signed ones and add the products to a lane
     sdot               the same of signed bytes
+    vpmaddubsw         multiply unsigned bytes by signed ones, add neighbours to lanes of 16 bits
     smull, sadalp      multiply signed bytes to 16 bits, add neighbours to lanes of 32 bits
 
 Sums start at zero_offset = -zero_point * sum(x), because the stored weights are w + zero_point. Where weights must be
@@ -20,6 +21,8 @@ from llamalet.kernels import llvm
 from llamalet.kernels.llvm import I8, I16, I32
 from llamalet.model_file.quantize import ROW_BLOCK
 
+FALSE = ir.Constant(ir.IntType(1), 0)
+
 
 class _Lanes:
     """A path with one sum for each row: the instruction `name` takes so many lanes."""
@@ -27,8 +30,8 @@ class _Lanes:
     tile_blocks = 2
     """See simd.tile_blocks."""
 
-    steps = 2
-    """Into which the products of a chunk are cut: those of columns 0 to 3, and of 4 to 7."""
+    unrolls = True
+    """Whether the chunks of a group are code one after the other. In a loop, LLVM does not mix them."""
 
     def __init__(self, name: str = "", lanes: int = ROW_BLOCK, *, signed: bool = False) -> None:
         self.name, self.lanes, self.signed = name, lanes, signed
@@ -79,6 +82,63 @@ class _ArmLanes(_Lanes):
         return llvm.call(builder, self.name, sums.type, (sums, *vectors))
 
 
+class _Avx2(_Lanes):
+    """x86 with AVX2 and nothing newer.
+
+    Two products are added in 16 bits. They fit: of 8 bits, a weight's magnitude meets an activation with the weight's
+    sign, which gives at most 2 * 128 * 127; of 4 bits, even four products are at most 4 * 15 * 127.
+    """
+
+    tile_blocks = 1
+    unrolls = False
+    rows = 8
+    """Whose sums fill a register."""
+
+    def weights(self, builder: ir.IRBuilder, halves: Sequence[Any], bits: int) -> Sequence[Any]:
+        """Return the weights of a chunk for each step: of 8 bits, one for each half; of 4 bits, one for both.
+
+        A step has a part for each register of rows. A part has, for each of its halves, its number, the unsigned
+        factors, and what gives the activations their sign.
+        """
+        n = 4 * self.rows
+        parts = [
+            [llvm.shuffle(builder, half, range(first, first + n)) for first in range(0, half.type.count, n)]
+            for half in halves
+        ]
+        if bits == 4:
+            return [[[(0, left, None), (1, right, None)] for left, right in zip(*parts, strict=True)]]
+        signs = [[signed(builder, w) for w in half] for half in parts]
+        return [
+            [[(number, llvm.call(builder, "llvm.abs.v32i8", w.type, (w, FALSE)), w)] for w in half]
+            for number, half in enumerate(signs)
+        ]
+
+    def activations(self, builder: ir.IRBuilder, address: Any, step: int) -> Any:
+        """Return a chunk's activations: those of each half, repeated for every row of a register."""
+        kind, found = ir.VectorType(I8, 4 * self.rows), []
+        for half in range(2):
+            quad = builder.bitcast(builder.gep(address, [llvm.i64(4 * half)]), I32.as_pointer())
+            found.append(builder.bitcast(llvm.splat(builder, builder.load(quad, align=1), self.rows), kind))
+        return found
+
+    def add(self, builder: ir.IRBuilder, sums: Any, w: Any, x: Any) -> Any:
+        """Add the products of a chunk to the sums."""
+        words, results = ir.VectorType(I16, 2 * self.rows), []
+        ones = llvm.splat_constant(I16, 1, words.count)
+        for number, part in enumerate(w):
+            total = llvm.shuffle(builder, sums, range(number * self.rows, (number + 1) * self.rows))
+            pairs = []
+            for half, factors, sign in part:
+                values = x[half]
+                if sign is not None:
+                    values = llvm.call(builder, "llvm.x86.avx2.psign.b", values.type, (values, sign))
+                pairs.append(llvm.call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, (factors, values)))
+            sum_of_pairs = pairs[0] if len(pairs) == 1 else builder.add(*pairs)
+            more = llvm.call(builder, "llvm.x86.avx2.pmadd.wd", total.type, (sum_of_pairs, ones))
+            results.append(builder.add(total, more))
+        return concatenated(builder, results)
+
+
 class _Pairs(_Lanes):
     """A path with two sums for each row, side by side: of the products of columns 0 and 1, 4 and 5, and of the rest."""
 
@@ -113,7 +173,6 @@ class _Neon(_Pairs):
     """
 
     tile_blocks = 1
-    steps = 1
 
     def weights(self, builder: ir.IRBuilder, halves: Sequence[Any], bits: int) -> Sequence[Any]:
         """Return the weights of a chunk, its halves, for the only step."""
@@ -161,6 +220,7 @@ PATHS: dict[str, _Lanes] = {
     "neoni8mm": _ArmLanes("llvm.aarch64.neon.usdot.v4i32.v16i8", 4),
     "neondot": _ArmLanes("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, signed=True),
     "neon": _Neon(signed=True),
+    "avx2": _Avx2(signed=True),
     "portable": _Portable(),
 }
 """The best first."""

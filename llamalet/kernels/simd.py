@@ -9,6 +9,7 @@ LLAMALET_SIMD=NAME forces one:
     neoni8mm     usdot, 16 bytes at a time
     neondot      sdot, 16 bytes at a time
     neon         smull and sadalp: any 64-bit Arm processor
+    avx2         vpmaddubsw and vpmaddwd, 32 bytes at a time
     portable     widen, multiply, add: any processor (pmaddwd on x86)
 
 All of them give the same bits; byte_products.py has what differs.
@@ -22,6 +23,7 @@ sums start at minus that.
 The intrinsics do not check indices. Each sums in one fixed order, whatever else is computed in the same call.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -75,6 +77,7 @@ def available_paths() -> list[str]:
         "neoni8mm": on_arm and "i8mm" in features,
         "neondot": on_arm and "dotprod" in features,
         "neon": on_arm,
+        "avx2": not on_arm and "avx2" in features,
         "portable": True,
     }
     return [path for path in PATHS if has[path]]
@@ -243,7 +246,7 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: Tab
         halves = [_chunk_halves(builder, builder.gep(chunk, [index]), n_bytes) for chunk in chunks]
         w = [path.weights(builder, pair, bits) for pair in halves]
         offset = builder.mul(index, i64(CHUNK_COLS))
-        for step in range(path.steps):
+        for step in range(len(w[0])):
             x = [path.activations(builder, builder.gep(values, [offset]), step) for values in x_values]
             for total, (left, right) in zip(sums, itertools.product([steps[step] for steps in w], x), strict=True):
                 builder.store(path.add(builder, builder.load(total), left, right), total)
@@ -252,17 +255,23 @@ def _block_products(builder: ir.IRBuilder, w_rows: Any, x_rows: Any, values: Tab
         for index in range(chunks_per_group):
             add_chunk(sums, chunks, x_values, i64(index))
 
-    n_whole = builder.udiv(values.width, i64(chunks_per_group))
-    rest = builder.urem(values.width, i64(chunks_per_group))
-
-    def add_rest(sums: Any, chunks: Any, x_values: Any) -> None:
-        with cgutils.for_range(builder, rest, intp=I64) as loop:
+    def add_some(n_chunks: Any, sums: Any, chunks: Any, x_values: Any) -> None:
+        with cgutils.for_range(builder, n_chunks, intp=I64) as loop:
             add_chunk(sums, chunks, x_values, loop.index)
 
-    with cgutils.for_range(builder, n_whole, intp=I64) as loop:
-        add_group(loop.index, add_whole)
-    with builder.if_then(builder.icmp_unsigned("!=", rest, i64(0))):
-        add_group(n_whole, add_rest)
+    n_whole = builder.udiv(values.width, i64(chunks_per_group))
+    rest = builder.urem(values.width, i64(chunks_per_group))
+    has_rest = builder.icmp_unsigned("!=", rest, i64(0))
+    if path.unrolls:
+        with cgutils.for_range(builder, n_whole, intp=I64) as loop:
+            add_group(loop.index, add_whole)
+        with builder.if_then(has_rest):
+            add_group(n_whole, functools.partial(add_some, rest))
+    else:
+        n_groups = builder.add(n_whole, builder.zext(has_rest, I64))
+        with cgutils.for_range(builder, n_groups, intp=I64) as loop:
+            n_chunks = builder.select(builder.icmp_unsigned("<", loop.index, n_whole), i64(chunks_per_group), rest)
+            add_group(loop.index, functools.partial(add_some, n_chunks))
     return totals
 
 

@@ -1,6 +1,6 @@
-"""The inner loops compiled for Arm, on any processor: llvmlite holds LLVM's code generator for it.
+"""The inner loops compiled for processors that need not be this one, and what is known of Arm without one.
 
-How fast they are on Arm is not known. How many instructions they take is.
+llvmlite holds LLVM's code generators. How fast the loops are there is not known. How many instructions they take is.
 """
 
 import re
@@ -19,9 +19,11 @@ from llamalet.kernels.llvm import F32, I8, I32, I64, i64
 from llamalet.model_file.quantize import CHUNK_COLS, Q4_GROUP_SIZE, Q8_GROUP_SIZE, ROW_BLOCK
 
 GROUP_SIZES = {8: Q8_GROUP_SIZE, 4: Q4_GROUP_SIZE}
-FEATURES = {"neoni8mm": "+neon,+dotprod,+i8mm", "neondot": "+neon,+dotprod", "neon": "+neon"}
-# Processors by LLVM's names: of Graviton 2 and 3, Raspberry Pi 5 and 4, Macs.
+ARM_FEATURES = {"neoni8mm": "+neon,+dotprod,+i8mm", "neondot": "+neon,+dotprod", "neon": "+neon"}
+FEATURES = ARM_FEATURES | {"avx2": "+avx2,+fma"}
+# Processors by LLVM's names: Intel's of 2013, AMD's of 2020; of Graviton 2 and 3, Raspberry Pi 5 and 4, Macs.
 PROCESSORS = {
+    "avx2": ("haswell", "znver3"),
     "neoni8mm": ("neoverse-v1", "apple-m2"),
     "neondot": ("neoverse-n1", "cortex-a76", "apple-m1"),
     "neon": ("cortex-a72",),
@@ -29,8 +31,8 @@ PROCESSORS = {
 WITH_DOT_PRODUCTS = [(path, cpu) for path in ("neoni8mm", "neondot") for cpu in PROCESSORS[path]]
 
 
-def loop_over_groups(monkeypatch, path: str, cpu: str, bits: int, blocks: int, vectors: int) -> list[str]:
-    """Return the instructions of one group in simd.multiply_blocks, as text."""
+def inner_loops(monkeypatch, path: str, cpu: str, bits: int, blocks: int, vectors: int) -> list[list[str]]:
+    """Return the loops of simd.multiply_blocks, each the text of its instructions."""
     monkeypatch.setattr(simd, "instruction_path", lambda: path)
     monkeypatch.setattr(processor, "features", lambda: processor.added_in(FEATURES[path]))
     chunk, scales, x = (
@@ -38,8 +40,8 @@ def loop_over_groups(monkeypatch, path: str, cpu: str, bits: int, blocks: int, v
     )
     of_block, of_vector = (chunk, scales), (x, F32, I32)
     kinds = [*of_block * blocks, *of_vector * vectors, ir.VectorType(F32, ROW_BLOCK)]
-    module = ir.Module("arm")
-    module.triple = "aarch64-unknown-linux-gnu"
+    module = ir.Module("products")
+    module.triple = f"{'aarch64' if path in ARM_FEATURES else 'x86_64'}-unknown-linux-gnu"
     signature = ir.FunctionType(ir.VoidType(), [I64, *(kind.as_pointer() for kind in kinds)])
     function = ir.Function(module, signature, "products")
     builder = ir.IRBuilder(function.append_basic_block())
@@ -52,7 +54,12 @@ def loop_over_groups(monkeypatch, path: str, cpu: str, bits: int, blocks: int, v
     for i, total in enumerate(simd._block_products(builder, w_rows, x_rows, values, x.count)):
         builder.store(builder.load(total), builder.gep(out, [i64(i)]))
     builder.ret_void()
-    return longest_loop(assembly(str(module), cpu, FEATURES[path]))
+    return loops_of(assembly(str(module), cpu, FEATURES[path]))
+
+
+def loop_over_groups(*args: Any) -> list[str]:
+    """Return the instructions of one group in simd.multiply_blocks; takes what inner_loops does."""
+    return max(inner_loops(*args), key=len)
 
 
 def assembly(code: str, cpu: str, features: str) -> str:
@@ -68,18 +75,18 @@ def assembly(code: str, cpu: str, features: str) -> str:
     return machine.emit_assembly(module)
 
 
-def longest_loop(text: str) -> list[str]:
-    """Return the instructions of the longest piece of a program that ends with a jump back to its beginning."""
+def loops_of(text: str) -> list[list[str]]:
+    """Return the instructions of each piece of a program that ends with a jump back to its beginning."""
     instructions, labels, loops = [], {}, []
     for line in text.splitlines():
-        line = line.partition("//")[0].strip()
+        line = re.split("//|#", line)[0].strip()
         if line.endswith(":"):
             labels[line[:-1]] = len(instructions)
         elif line and not line.startswith("."):
             instructions.append(line)
-            if line.startswith(("b.", "cb", "tb")) and line.split()[-1] in labels:
+            if line.startswith(("b.", "cb", "tb", "j")) and line.split()[-1] in labels:
                 loops.append(instructions[labels[line.split()[-1]] :])
-    return max(loops, key=len)
+    return loops
 
 
 def per_64_products(loop: list[str], bits: int, blocks: int, vectors: int) -> float:
@@ -111,7 +118,19 @@ def test_without_dot_products_sums_are_16_bits_wide_at_first(monkeypatch, bits):
     assert per_64_products(loop, bits, 2, 1) <= 30
 
 
-@pytest.mark.parametrize("path", FEATURES)
+@pytest.mark.parametrize("bits, limit", [(8, 11), (4, 8.5)])
+@pytest.mark.parametrize("cpu", PROCESSORS["avx2"])
+def test_with_avx2_a_chunk_needs_few_instructions_and_no_sum_leaves_its_register(monkeypatch, cpu, bits, limit):
+    vectors = 4
+    loops = inner_loops(monkeypatch, "avx2", cpu, bits, 1, vectors)
+    loop = min((loop for loop in loops if any(line.startswith("vpmaddubsw") for line in loop)), key=len)
+    assert simd.tile_blocks() == 1
+    assert sum(line.startswith("vpmaddubsw") for line in loop) == 4 * vectors
+    assert len(loop) * 64 <= limit * ROW_BLOCK * CHUNK_COLS * vectors
+    assert sum(line.endswith("(%rsp)") and "ymm" in line for line in loop) <= 2
+
+
+@pytest.mark.parametrize("path", ARM_FEATURES)
 def test_scales_are_multiplied_and_added_with_one_rounding(monkeypatch, path):
     """As on x86, where the bits of q8 and q4 come from."""
     loop = loop_over_groups(monkeypatch, path, PROCESSORS[path][0], 8, 1, 1)
