@@ -19,6 +19,7 @@ from llamalet.kernels.split_rows import SplitRows, matmul_split, split_rows
 from llamalet.model_file.quantize import CHUNK_COLS, ROW_BLOCK
 
 TILE_BLOCKS = simd.tile_blocks()
+TILE_ROWS, TILE_VECTORS = simd.float_tile()
 
 
 class QuantizedRows(NamedTuple):
@@ -159,8 +160,8 @@ def matmul_floats(matrix: Any, x: Any, first_t: int, count: int, out: Any, first
     """Be `matmul` for a matrix of floats.
 
     One vector is multiplied with four rows at a time, a quarter of all these rows apart: processors prefetch best from
-    a few long sequential streams. Many vectors meet blocks of 16 rows by tiles of 4 rows and 4 vectors, so that a block
-    and these vectors stay in the core's first cache.
+    a few long sequential streams. Many vectors meet blocks of 16 rows by tiles (simd.float_tile), so that a block and
+    these vectors stay in the core's first cache.
     """
     vectors, begin, end = x[first_t:], first * ROW_BLOCK, min(last * ROW_BLOCK, out.shape[1])
     if count == 1:
@@ -171,14 +172,14 @@ def matmul_floats(matrix: Any, x: Any, first_t: int, count: int, out: Any, first
         return
     for block in range(begin, end, ROW_BLOCK):
         block_end = min(block + ROW_BLOCK, end)
-        for t in range(0, count, 4):
-            ts = four(t, count)
-            for i in range(block, block_end, 4):
-                rows = four(i, block_end)
+        for t in range(0, count, TILE_VECTORS):
+            ts = vectors_of_tile(t, count)
+            for i in range(block, block_end, TILE_ROWS):
+                rows = rows_of_tile(i, block_end)
                 products = simd.dot_rows(matrix, rows, vectors, ts)
-                for v in range(4):
-                    for r in range(4):
-                        out[ts[v], rows[r]] = products[4 * r + v]
+                for v in range(TILE_VECTORS):
+                    for r in range(TILE_ROWS):
+                        out[ts[v], rows[r]] = products[TILE_VECTORS * r + v]
 
 
 def matmul_blocks(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
@@ -263,6 +264,22 @@ def _as_float(x: Any) -> Any:
 def four(first: int, end: int) -> Any:
     """Return 4 numbers from `first` on; if fewer are left before `end`, the last one repeats."""
     return first, min(first + 1, end - 1), min(first + 2, end - 1), min(first + 3, end - 1)
+
+
+@inner_kernel
+def three(first: int, end: int) -> Any:
+    """Return 3 numbers, as `four` does."""
+    return first, min(first + 1, end - 1), min(first + 2, end - 1)
+
+
+@inner_kernel
+def two(first: int, end: int) -> Any:
+    """Return 2 numbers, as `four` does."""
+    return first, min(first + 1, end - 1)
+
+
+SOME = {2: two, 3: three, 4: four}
+rows_of_tile, vectors_of_tile = SOME[TILE_ROWS], SOME[TILE_VECTORS]
 
 
 @summing_kernel

@@ -88,6 +88,14 @@ def tile_blocks() -> int:
     return PATHS[instruction_path()].tile_blocks
 
 
+def float_tile() -> tuple[int, int]:
+    """Return how many rows of a matrix of floats meet how many vectors at once.
+
+    Their products are sums of 16 lanes each. AVX-512 has registers for all of them, others for fewer.
+    """
+    return (4, 4) if instruction_path() == "avx512vnni" else (2, 3)
+
+
 # -- products of matrices of floats -----------------------------------------------------------------------------------
 
 
