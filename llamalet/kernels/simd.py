@@ -93,7 +93,9 @@ def float_tile() -> tuple[int, int]:
 
     Their products are sums of 16 lanes each. AVX-512 has registers for all of them, others for fewer.
     """
-    return (4, 4) if instruction_path() == "avx512vnni" else (2, 3)
+    if instruction_path() == "avx512vnni":
+        return 4, 4
+    return (2, 2) if processor.is_arm() else (2, 3)
 
 
 # -- products of matrices of floats -----------------------------------------------------------------------------------

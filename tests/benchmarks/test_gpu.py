@@ -51,7 +51,7 @@ def test_a_dry_run_goes_through_every_part(
     assert code == 0, printed
     parts = every_part(tmp_path / "llama2.c")
     names = [part.name for part in parts]
-    assert list(found["parts"]) == names and len(names) == len(set(names)) >= 18
+    assert list(found["parts"]) == names and len(names) == len(set(names)) >= 17  # 18 where bfloat16 is native
     assert not found["missing"] and not any("reason" in part for part in found["parts"].values())
 
     rows = {(row["shape"], row["contender"], row["figure"]): row["turns"] for row in found["figures"]}

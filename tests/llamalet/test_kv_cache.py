@@ -165,7 +165,8 @@ def test_rolling_is_recomputing_where_nothing_but_the_place_has_changed():
     hidden_states(weights, CONFIG, np.r_[tokens[:4], tokens[18:]][None], anew)
     assert cache.length == anew.length == 18
     np.testing.assert_allclose(keys(cache)[0], keys(anew)[0], atol=3e-6)
-    np.testing.assert_array_equal(values(cache)[0], values(anew)[0])
+    # numpy's products may round otherwise for another number of tokens.
+    np.testing.assert_allclose(values(cache)[0], values(anew)[0], atol=3e-6)
 
 
 @pytest.mark.parametrize(("keep", "drop"), [(-1, 4), (4, -1), (10, 11), (21, 0), (0, 21)])
