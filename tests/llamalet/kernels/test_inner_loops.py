@@ -40,11 +40,7 @@ def inner_loops(monkeypatch, path: str, cpu: str, bits: int, blocks: int, vector
     )
     of_block, of_vector = (chunk, scales), (x, F32, I32)
     kinds = [*of_block * blocks, *of_vector * vectors, ir.VectorType(F32, ROW_BLOCK)]
-    module = ir.Module("products")
-    module.triple = f"{'aarch64' if path in ARM_FEATURES else 'x86_64'}-unknown-linux-gnu"
-    signature = ir.FunctionType(ir.VoidType(), [I64, *(kind.as_pointer() for kind in kinds)])
-    function = ir.Function(module, signature, "products")
-    builder = ir.IRBuilder(function.append_basic_block())
+    module, function, builder = program(path, kinds)
     width, *pointers, out = function.args
     w_rows, x_rows = pointers[: 2 * blocks], pointers[2 * blocks :]
     w_rows, x_rows = (
@@ -55,6 +51,15 @@ def inner_loops(monkeypatch, path: str, cpu: str, bits: int, blocks: int, vector
         builder.store(builder.load(total), builder.gep(out, [i64(i)]))
     builder.ret_void()
     return loops_of(assembly(str(module), cpu, FEATURES[path]))
+
+
+def program(path: str, kinds: list[Any]) -> tuple[ir.Module, ir.Function, ir.IRBuilder]:
+    """Return an empty program for a processor with a path: a function of an integer and pointers to these types."""
+    module = ir.Module("products")
+    module.triple = f"{'aarch64' if path in ARM_FEATURES else 'x86_64'}-unknown-linux-gnu"
+    signature = ir.FunctionType(ir.VoidType(), [I64, *(kind.as_pointer() for kind in kinds)])
+    function = ir.Function(module, signature, "products")
+    return module, function, ir.IRBuilder(function.append_basic_block())
 
 
 def loop_over_groups(*args: Any) -> list[str]:
@@ -128,6 +133,26 @@ def test_with_avx2_a_chunk_needs_few_instructions_and_no_sum_leaves_its_register
     assert sum(line.startswith("vpmaddubsw") for line in loop) == 4 * vectors
     assert len(loop) * 64 <= limit * ROW_BLOCK * CHUNK_COLS * vectors
     assert sum(line.endswith("(%rsp)") and "ymm" in line for line in loop) <= 2
+
+
+@pytest.mark.parametrize("path, limit", [("avx2", 2), ("neondot", 1.9)])
+def test_sums_of_floats_stay_in_registers(monkeypatch, path, limit):
+    monkeypatch.setattr(simd, "instruction_path", lambda: path)
+    monkeypatch.setattr(processor, "is_arm", lambda: path in ARM_FEATURES)
+    rows, vectors = simd.float_tile()
+    module, function, builder = program(path, [F32] * (rows + vectors + 1))
+    width, *pointers, out = function.args
+    for i, total in enumerate(simd._dots(builder, pointers[:rows], pointers[rows:], width)):
+        builder.store(total, builder.gep(out, [i64(i)]))
+    builder.ret_void()
+
+    def n_products(loop: list[str]) -> int:
+        return sum(line.startswith(("vfmadd", "fmla")) for line in loop)
+
+    loop = max(loops_of(assembly(str(module), PROCESSORS[path][-1], FEATURES[path])), key=n_products)
+    assert n_products(loop) % (rows * vectors * simd.FLOAT_LANES // (8 if path == "avx2" else 4)) == 0  # it may repeat
+    assert len(loop) <= limit * n_products(loop)
+    assert not any("sp" in line for line in loop)
 
 
 @pytest.mark.parametrize("path", ARM_FEATURES)
