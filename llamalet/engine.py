@@ -1,8 +1,8 @@
 """The one loop that makes texts: requests in, events out, on one thread.
 
 Up to MAX_BATCH texts advance by a token in one pass through the model; the others wait, and take the places of those
-that end. A prompt is read in chunks, in the same passes. Whatever runs beside it, a text gets the bits that it
-would get alone, because the kernels give each position the same bits in any company.
+that end. Beside running texts, prompts are read in chunks, mostly in the same passes. Whatever runs beside it, a text
+gets the bits that it would get alone, because the kernels give each position the same bits in any company.
 """
 
 import itertools
@@ -31,14 +31,20 @@ from llamalet.tokenizer import StreamDecoder
 MAX_BATCH = 64
 """Texts that advance by one token in one pass through the model."""
 
-LEAST_CHUNK, CHUNK, MOST_CHUNK = 16, 128, 512
-"""Tokens of a prompt that are read at once: at least, with their logprobs at most, and at most."""
+LEAST_CHUNK, CHUNK, MOST_CHUNK = 4, 128, 512
+"""Tokens of a prompt that are read at once: at least; with their logprobs at most; and while no text runs at most."""
+
+TURN = 256
+"""So many tokens of a prompt are read before the next one has its turn."""
 
 IDLE_CHUNK_S = 0.1
 """What reading a chunk may take when nobody waits for tokens, in seconds."""
 
 MOST_WITH_CHUNKS = 16
 """So many passes in a row may read chunks; then one without shows what the texts alone take."""
+
+ENOUGH_READ = 16
+"""So many tokens say what one takes; fewer say little."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +65,7 @@ class Request:
         prompt_logprobs: the same for the prompt's tokens.
         wants_logits: whether Begun has the logits after the prompt.
         salt: texts share what the prefix cache keeps only with texts of the same salt.
-        draft: what proposes tokens while no other text runs.
+        draft: what proposes tokens while no other text runs or is read.
         sampler: what chooses tokens, instead of a new one.
         cache: what has the keys and values of the first tokens of the prompt; the engine adds to it.
         n_known: how many tokens of the prompt that are; the cache may have rolled.
@@ -146,14 +152,10 @@ class _Text:
         self.rolled = False
         self.n_bytes = 0
         self.prompt_logprobs: list[Logprobs | None] | None = None if request.prompt_logprobs is None else [None]
-
-    @property
-    def begins_alike(self) -> Any:
-        """What texts with the same logits after their prompts have in common; None: it shares with none."""
-        request = self.request
-        if request.cache is not None or request.prompt_logprobs is not None:
-            return None
-        return self.keep, request.salt, self.prompt
+        # What texts with the same logits after their prompts have in common; None: it shares with none.
+        self.begins_alike: tuple[int, str, bytes] | None = None
+        if request.cache is None and request.prompt_logprobs is None:
+            self.begins_alike = self.keep, request.salt, np.array(prompt).tobytes()
 
 
 class _Chunk(NamedTuple):
@@ -208,9 +210,10 @@ class Engine:
         self._cancelled = set[int]()
         # The state after a prompt that another text has, too.
         self._shared: tuple[Any, KVCache, Logits] | None = None
-        # What the last pass without chunks took, how many had some since, and what a token of a chunk takes: at first
-        # more than it will.
-        self._pass_s, self._n_with_chunks, self._token_s = 0.0, 0, IDLE_CHUNK_S / LEAST_CHUNK
+        # What the last pass without chunks took, of how many texts it was, and how many passes had chunks since.
+        self._pass_s, self._n_measured, self._n_with_chunks = 0.0, 0, MOST_WITH_CHUNKS
+        # What a token of a prompt takes, at first more than it will; and what reading took since that was said.
+        self._token_s, self._reading_s, self._n_read = IDLE_CHUNK_S / ENOUGH_READ, 0.0, 0
 
     @property
     def busy(self) -> bool:
@@ -237,6 +240,8 @@ class Engine:
         config, shape = request.sampling, self._transformer.config
         tokens = elements("prompt", request.prompt)
         check_prompt(tokens, config, shape.max_seq_len)
+        if request.n_known >= len(tokens):
+            raise UsageError(f"n_known={request.n_known}: the last of the prompt's {len(tokens)} tokens must be read")
         prompt = token_ids(tokens, shape.vocab_size).tolist()
         sampler = request.sampler or Sampler(shape.vocab_size, config, self._undrawn, self._transformer.choose)
         text = _Text(self._n_added, request, prompt, sampler, shape.max_seq_len)
@@ -253,7 +258,7 @@ class Engine:
             self._cancelled.add(id)
 
     def step(self) -> list[Event]:
-        """Let every running text advance by a token, and read a part of a prompt; return what happened, in order."""
+        """Let every running text advance by a token, and read parts of prompts; return what happened, in order."""
         events: list[Event] = []
         self.admitted = []
         if self._cancelled:
@@ -331,11 +336,11 @@ class Engine:
     # --- reading prompts ---
 
     def _read_for_a_while(self, events: list[Event]) -> None:
-        """Read prompts while no text runs: at least one chunk, and until one has been read."""
+        """Read prompts while no text runs, until one is complete or IDLE_CHUNK_S are over: at least one chunk."""
+        self._n_with_chunks = MOST_WITH_CHUNKS  # what is known of passes will be old when one comes
         end = self._clock() + IDLE_CHUNK_S
         while not self._running and (text := self._next_to_read()) is not None:
             start = self._clock()
-            self._to_the_end(text)
             self._read(text, self._chunk_size(IDLE_CHUNK_S), events)
             now = self._clock()
             if now + (now - start) > end:
@@ -346,9 +351,12 @@ class Engine:
         return int(min(max(seconds / self._token_s, LEAST_CHUNK), MOST_CHUNK))
 
     def _note_speed(self, seconds: float, n: int) -> None:
-        """Learn from what reading n tokens took; few say little of more, and one lucky chunk does not say much."""
-        if n >= LEAST_CHUNK:
-            self._token_s = max(seconds / n, self._token_s / 2)
+        """Learn from what reading n tokens took. The estimate falls by half at most, in case it was a lucky chunk."""
+        self._reading_s += seconds
+        self._n_read += n
+        if self._n_read >= ENOUGH_READ:
+            self._token_s = max(self._reading_s / self._n_read, self._token_s / 2, 1e-9)
+            self._reading_s, self._n_read = 0.0, 0
 
     def _next_to_read(self, taken: Collection[_Text] = ()) -> _Text | None:
         """Return the text whose prompt goes on: each in turn, but none of `taken`, or like one that has begun."""
@@ -359,10 +367,14 @@ class Engine:
                 return text
         return None
 
-    def _to_the_end(self, text: _Text) -> None:
-        """Let the others that are read have their turn before this text's next one."""
-        self._reading.remove(text)
-        self._reading.append(text)
+    def _has_read(self, text: _Text, n_before: int) -> None:
+        """Note that more of a prompt has been read: keep it for others, and let these have their turn."""
+        # By whole blocks, and not all at the end, which would hold up those that run.
+        if text.n_read // BLOCK > n_before // BLOCK:
+            self._remember(text, text.prompt[: text.n_read])
+        if text.n_read // TURN > n_before // TURN:
+            self._reading.remove(text)
+            self._reading.append(text)
 
     def _read(self, text: _Text, n: float, events: list[Event]) -> None:
         """Read at most n tokens of a prompt in passes of their own; after its last one the text begins to run."""
@@ -424,29 +436,24 @@ class Engine:
             logits = self._read_piece(text, cache, piece)
             text.n_read += len(piece)
         self._note_speed(self._clock() - start, text.n_read - n_before)
-        self._remember_read(text, n_before)
+        self._has_read(text, n_before)
         return logits
 
-    def _remember_read(self, text: _Text, n_before: int) -> None:
-        """Keep what has been read of a prompt by whole blocks: all at once at its end would hold up the others."""
-        if text.n_read // BLOCK > n_before // BLOCK:
-            self._remember(text, text.prompt[: text.n_read])
-
-    def _next_chunks(self, n: int, end: float, events: list[Event]) -> list[_Chunk]:
-        """Return the next tokens of prompts, at most n and as many as fit into a pass; texts may start until `end`."""
+    def _next_chunks(self, end: float, events: list[Event]) -> list[_Chunk]:
+        """Return the next tokens of prompts: as many as `end` allows and fit into a pass."""
         chunks: list[_Chunk] = []
+        n = self._chunk_size(end - self._clock())
         while n > 0 and (text := self._next_to_read([chunk.text for chunk in chunks])) is not None:
             n_in_pass = len(self._running) + sum(len(chunk.tokens) for chunk in chunks)
             if n_in_pass >= POSITIONS_PER_PASS or text.prompt_logprobs is not None:
                 break
-            self._to_the_end(text)
             try:
                 known = self._begin(text) if text.cache is None else None
                 if known is not None:
                     self._start(text, known, events)
-                    if self._clock() < end:
-                        continue
-                    break
+                    seconds = end - self._clock()
+                    n = min(n, self._chunk_size(seconds)) if seconds > 0 else 0
+                    continue
                 self._make_room(text)
                 cache = text.cache
                 assert cache is not None
@@ -464,7 +471,11 @@ class Engine:
         """Note that a chunk has been read, with these logits after it."""
         text, n_before = chunk.text, chunk.text.n_read
         text.n_read += len(chunk.tokens)
-        self._remember_read(text, n_before)
+        try:
+            self._has_read(text, n_before)
+        except MemoryError as error:
+            self._end(text, "error", events, error)
+            return
         if text.n_read == len(text.prompt):
             self._start(text, logits, events)
 
@@ -499,22 +510,19 @@ class Engine:
 
     def _advance_and_read(self, events: list[Event]) -> None:
         """Let every running text advance by a token, and read chunks of prompts in the same pass."""
-        start = self._clock()
-        text = self._next_to_read() if self._n_with_chunks < MOST_WITH_CHUNKS else None
-        if text is None:
+        start, n_running, text = self._clock(), len(self._running), self._next_to_read()
+        is_measured = 4 * abs(n_running - self._n_measured) <= n_running and self._n_with_chunks < MOST_WITH_CHUNKS
+        # The logprobs of a prompt take the logits after every token.
+        if text is None or not is_measured or text.prompt_logprobs is not None:
             self._advance(events)
-            self._pass_s, self._n_with_chunks = self._clock() - start, 0
+            self._pass_s, self._n_measured, self._n_with_chunks = self._clock() - start, n_running, 0
+            if text is not None and text.prompt_logprobs is not None:
+                self._read(text, self._chunk_size((self._reading_share or 0) * self._pass_s), events)
             return
         self._n_with_chunks += 1
-        limit = (self._reading_share or 0) * self._pass_s
-        n = self._chunk_size(limit)
-        if text.prompt_logprobs is not None:  # they take the logits after every token
-            self._advance(events)
-            self._to_the_end(text)
-            self._read(text, n, events)
-        else:
-            chunks = self._next_chunks(n, start + limit, events)
-            self._advance(events, chunks)
+        chunks = self._next_chunks(start + (self._reading_share or 0) * self._pass_s, events)
+        self._advance(events, chunks)
+        if chunks:
             self._note_speed(self._clock() - start - self._pass_s, sum(len(chunk.tokens) for chunk in chunks))
 
     def _advance(self, events: list[Event], chunks: Sequence[_Chunk] = ()) -> None:
@@ -531,7 +539,15 @@ class Engine:
                 texts.append(text)
             except (LlamaletError, MemoryError) as error:
                 self._end(text, "error", events, error)
-        rows = self._pass(texts, chunks)
+        try:
+            rows = self._pass(texts, chunks)
+        except MemoryError as error:  # for what is read: those that run had enough before
+            if not chunks:
+                raise
+            for chunk in chunks:
+                self._end(chunk.text, "error", events, error)
+            chunks = ()
+            rows = self._pass(texts, chunks)
         for text, row in zip(texts, rows[: len(texts)], strict=True):
             self._choose(text, row, events)
         for chunk, row in zip(chunks, rows[len(texts) :], strict=True):

@@ -160,15 +160,16 @@ def attend(
     """
     head_dim, n_kv_heads = q_heads.shape[1], k.shape[1] // q_heads.shape[1]
     n_parts, group, n_in_runs = count_parts(slots, count), n_heads // n_kv_heads, runs[n_runs]
-    # An item of a run has as much work as so many of single positions.
-    work, n_items_of_runs = n_in_runs // max(n_runs, 1), n_runs * n_kv_heads * n_parts
-    n_units = n_items_of_runs * work + (count - n_in_runs) * n_kv_heads * n_parts
-    first_item = item_of_unit(n_units * block // n_blocks, n_items_of_runs, work)
-    last_item = item_of_unit(n_units * (block + 1) // n_blocks, n_items_of_runs, work)
+    n_places, n_items = n_runs + count - n_in_runs, n_kv_heads * n_parts
+    work = 0
+    for place in range(n_places):
+        work += work_of(place, slots, runs, n_runs, n_parts) * n_items
+    first_item = item_at(work * block // n_blocks, n_places, n_items, slots, runs, n_runs, n_parts)
+    last_item = item_at(work * (block + 1) // n_blocks, n_places, n_items, slots, runs, n_runs, n_parts)
     # All of them first: reading what has just been written would wait for it.
-    for item in range(max(first_item, n_items_of_runs), last_item):
-        part, head, single = parts_of_item(item - n_items_of_runs, n_parts, n_kv_heads)
-        t = n_in_runs + single
+    for item in range(max(first_item, n_runs * n_items), last_item):
+        part, head, place = parts_of_item(item, n_parts, n_kv_heads)
+        t = n_in_runs + place - n_runs
         if part == min(n_parts - 1, slots[t].position // PIECE):
             columns = slice(head * head_dim, (head + 1) * head_dim)
             keep_key(slots[t], layer * n_kv_heads + head, k[t, columns])
@@ -189,18 +190,30 @@ def attend(
 
 
 @inner_kernel
-def item_of_unit(unit: int, n_items_of_runs: int, work: int) -> int:
-    """Return the item that a unit of work belongs to; one of a run has `work` units, one of a single position one."""
-    n_units_of_runs = n_items_of_runs * work
-    return n_items_of_runs + unit - n_units_of_runs if unit >= n_units_of_runs else unit // work
+def work_of(place: int, slots: Any, runs: Any, n_runs: int, n_parts: int) -> int:
+    """Return about how much work an item has: positions times pieces.
+
+    A pass has a place for each run, then one for each single position.
+    """
+    first = runs[place] if place < n_runs else runs[n_runs] + place - n_runs
+    n = runs[place + 1] - first if place < n_runs else 1
+    return n if n_parts > 1 else n * (slots[first + n - 1].position // PIECE + 1)
+
+
+@inner_kernel
+def item_at(work: int, n_places: int, n_items: int, slots: Any, runs: Any, n_runs: int, n_parts: int) -> int:
+    """Return the item before whose end so much work has been done, counted from the first one; a place has n_items."""
+    for place in range(n_places):
+        each = work_of(place, slots, runs, n_runs, n_parts)
+        if work < each * n_items:
+            return place * n_items + work // each
+        work -= each * n_items
+    return n_places * n_items
 
 
 @inner_kernel
 def parts_of_item(item: int, n_parts: int, n_kv_heads: int) -> Any:
-    """Return an item's part of the context, its head, and the number of its run; the parts of a head are neighbours.
-
-    A single position counts as a run here.
-    """
+    """Return an item's part of the context, its head, and its place (`work_of`); the parts of a head are neighbours."""
     return item % n_parts, item // n_parts % n_kv_heads, item // n_parts // n_kv_heads
 
 

@@ -31,7 +31,7 @@ class _Lanes:
     """See simd.tile_blocks."""
 
     unrolls = True
-    """Whether the chunks of a group are code one after the other. In a loop, LLVM does not mix them."""
+    """Whether the chunks of a group are code one after the other, which LLVM mixes: that takes more registers."""
 
     def __init__(self, name: str = "", lanes: int = ROW_BLOCK, *, signed: bool = False) -> None:
         self.name, self.lanes, self.signed = name, lanes, signed
@@ -83,7 +83,7 @@ class _ArmLanes(_Lanes):
 
 
 class _Avx2(_Lanes):
-    """x86 with AVX2 and nothing newer.
+    """x86 with AVX2 and no VNNI.
 
     Two products are added in 16 bits. They fit: of 8 bits, a weight's magnitude meets an activation with the weight's
     sign, which gives at most 2 * 128 * 127; of 4 bits, even four products are at most 4 * 15 * 127.
@@ -92,7 +92,7 @@ class _Avx2(_Lanes):
     tile_blocks = 1
     unrolls = False
     rows = 8
-    """Whose sums fill a register."""
+    """Rows whose sums fill a register."""
 
     def weights(self, builder: ir.IRBuilder, halves: Sequence[Any], bits: int) -> Sequence[Any]:
         """Return the weights of a chunk for each step: of 8 bits, one for each half; of 4 bits, one for both.

@@ -19,7 +19,7 @@ from llamalet.kernels.split_rows import SplitRows, matmul_split, split_rows
 from llamalet.model_file.quantize import CHUNK_COLS, ROW_BLOCK
 
 TILE_BLOCKS = simd.tile_blocks()
-TILE_ROWS, TILE_VECTORS = simd.float_tile()
+FLOAT_TILE_ROWS, FLOAT_TILE_VECTORS = simd.float_tile()
 
 
 class QuantizedRows(NamedTuple):
@@ -172,14 +172,14 @@ def matmul_floats(matrix: Any, x: Any, first_t: int, count: int, out: Any, first
         return
     for block in range(begin, end, ROW_BLOCK):
         block_end = min(block + ROW_BLOCK, end)
-        for t in range(0, count, TILE_VECTORS):
+        for t in range(0, count, FLOAT_TILE_VECTORS):
             ts = vectors_of_tile(t, count)
-            for i in range(block, block_end, TILE_ROWS):
+            for i in range(block, block_end, FLOAT_TILE_ROWS):
                 rows = rows_of_tile(i, block_end)
                 products = simd.dot_rows(matrix, rows, vectors, ts)
-                for v in range(TILE_VECTORS):
-                    for r in range(TILE_ROWS):
-                        out[ts[v], rows[r]] = products[TILE_VECTORS * r + v]
+                for v in range(FLOAT_TILE_VECTORS):
+                    for r in range(FLOAT_TILE_ROWS):
+                        out[ts[v], rows[r]] = products[FLOAT_TILE_VECTORS * r + v]
 
 
 def matmul_blocks(matrix: Any, x: Any, first_t: int, count: int, out: Any, first: int, last: int, scratch: Any) -> None:
@@ -278,8 +278,8 @@ def two(first: int, end: int) -> Any:
     return first, min(first + 1, end - 1)
 
 
-SOME = {2: two, 3: three, 4: four}
-rows_of_tile, vectors_of_tile = SOME[TILE_ROWS], SOME[TILE_VECTORS]
+NUMBERS = {2: two, 3: three, 4: four}
+rows_of_tile, vectors_of_tile = NUMBERS[FLOAT_TILE_ROWS], NUMBERS[FLOAT_TILE_VECTORS]
 
 
 @summing_kernel

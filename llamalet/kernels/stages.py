@@ -177,7 +177,7 @@ def qkv(weights: Any, space: Any, layer: int, block: int, n_blocks: int, thread:
 
 @inner_kernel
 def rope_and_cache(space: Any, rope_tables: Any, layer: int, block: int, n_blocks: int, thread: int) -> None:
-    """Turn the queries and keys of a share of the key-value heads, and put those of runs, with values, into the caches.
+    """Turn queries and keys of a share of the key-value heads; write the keys and values of runs to their caches.
 
     The keys of neighbouring positions share cache lines, so the positions are not cut. `attend` puts those of single
     positions there.

@@ -186,7 +186,7 @@ class Transformer:
             ids: all tokens (T,), cache by cache.
             n_logits: how many logits at most are wanted.
             lengths: how many tokens each of the first caches gets.
-            later: how many tokens come in between, for each of the others, or for none.
+            later: for each of the others, how many tokens its cache gets earlier in this pass; empty if none does.
 
         Returns:
             The logits after the last `n_logits` tokens.
@@ -210,7 +210,8 @@ class Transformer:
             for cache, length in zip(caches, lengths, strict=False):
                 slots[n : n + length] = slot_of(cache)
                 slots["position"][n : n + length] += np.arange(length)
-                starts += [*range(n + RUN, n + length, RUN), n + length]
+                # Runs end where blocks of keys do, of which many are kept at once.
+                starts += [*range(n + RUN - cache.length % RUN, n + length, RUN), n + length]
                 n += length
             slots[n:] = [slot_of(cache) for cache in caches[len(lengths) :]]
             if later:
@@ -298,8 +299,8 @@ class Transformer:
 
 
 def check_caches(caches: Sequence[KVCache], what: str, n: int) -> None:
-    """Raise a UsageError unless there is a cache of its own for each of n tokens or pieces."""
-    if not n == len(caches) == len({id(cache) for cache in caches}):
+    """Raise a UsageError unless there is a cache of its own for each of n tokens or pieces, at least one."""
+    if not 0 < n == len(caches) == len({id(cache) for cache in caches}):
         raise UsageError(f"{n} {what} for {len(caches)} caches: each cache takes one")
 
 

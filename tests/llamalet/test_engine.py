@@ -221,6 +221,95 @@ def test_reading_takes_its_share_of_the_time_and_no_more():
     assert max(steps) <= 7.3e-3 and 130 < len(steps) < 141  # one in 17 reads nothing
 
 
+class Timed(Counting):
+    """A forward pass that takes 4 ms, 1 for each text, and a third for each token of a prompt."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.now = 0.0
+
+    def take(self, texts: int, tokens: int) -> None:
+        self.now += 4e-3 + 1e-3 * texts + 1e-3 / 3 * tokens
+
+    def prefill(self, cache, tokens):
+        self.take(0, len(tokens))
+        return super().prefill(cache, tokens)
+
+    def decode(self, cache, token):
+        self.take(1, 0)
+        return super().prefill(cache, [token])
+
+    def decode_batch(self, caches, tokens):
+        self.take(len(caches), 0)
+        return np.stack([Counting.prefill(self, cache, [token]) for cache, token in zip(caches, tokens, strict=True)])
+
+    def extend_batch(self, caches, pieces):
+        n_texts = sum(len(piece) == 1 for piece in pieces)
+        self.take(n_texts, sum(map(len, pieces)) - n_texts)
+        return [Counting.prefill(self, *each) for each in zip(caches, pieces, strict=True)]
+
+
+@pytest.mark.parametrize("n_others", [0, 10, 60])
+def test_reading_takes_no_longer_than_its_share_when_the_number_of_texts_changes(n_others):
+    """One text goes on while others end; then nothing runs for a while; then a text meets a prompt again."""
+    model = Timed(dataclasses.replace(CONFIG, max_seq_len=4096))
+    engine = Engine(model, reading_share=0.8, clock=lambda: model.now)
+    last = SamplingConfig(temperature=0, max_new_tokens=2)
+    for _ in range(2):
+        long = SamplingConfig(temperature=0, max_new_tokens=500)
+        going_on = engine.add(Request(prompt=[100], sampling=long))
+        for number in range(n_others):
+            few = SamplingConfig(temperature=0, max_new_tokens=150 - number % 2)
+            engine.add(Request(prompt=[101], sampling=few))
+        while engine.n_running < n_others + 1 or engine._reading:
+            engine.step()
+        engine.add(Request(prompt=[9] * 4000, sampling=last))
+        while engine.busy:
+            n_running, before = len(engine._running), model.now
+            if any(event.id == going_on and isinstance(event, Ended) for event in engine.step()):
+                break
+            assert model.now - before <= 1.81 * (4e-3 + 1e-3 * n_running)
+        while engine.busy:
+            engine.step()
+
+
+def test_short_prompts_are_read_one_after_the_other():
+    model = Timed(dataclasses.replace(CONFIG, max_seq_len=4096))
+    engine = Engine(model, reading_share=0.8, clock=lambda: model.now)
+    engine.add(Request(prompt=[100], sampling=SamplingConfig(temperature=0, max_new_tokens=4000)))
+    engine.step()
+    ids = [engine.add(Request(prompt=[n] * 200, sampling=GREEDY)) for n in range(3, 13)]
+    begun = []
+    while len(begun) < len(ids):
+        begun += [event.id for event in engine.step() if isinstance(event, Begun)]
+        assert engine._reading == [] or sum(text.n_read > 0 for text in engine._reading) <= 1
+    assert begun == ids
+
+
+def test_no_memory_for_reading_ends_the_text_that_is_read():
+    model = Counting(CONFIG)
+    engine = Engine(model, reading_share=0.5, clock=Clock(1))
+    going_on = engine.add(Request(prompt=[100], sampling=SamplingConfig(temperature=0, max_new_tokens=20)))
+    engine.step()
+    engine.step()
+
+    def no_memory(caches, pieces):
+        raise MemoryError
+
+    model.extend_batch = no_memory
+    read = engine.add(Request(prompt=[7] * 100, sampling=GREEDY))
+    events = finish(engine)
+    assert events[read][-1].reason == "error" and isinstance(events[read][-1].error, MemoryError)
+    assert events[going_on][-1].reason == "length"
+
+
+def test_a_prompt_without_a_token_to_read_is_refused(models):
+    cache = models["q8", 1].new_cache()
+    models["q8", 1].prefill(cache, [5, 6])
+    with pytest.raises(UsageError, match="n_known=2"):
+        Engine(models["q8", 1]).add(Request(prompt=[5, 6], cache=cache, n_known=2))
+
+
 def test_tokens_that_were_known_do_not_make_reading_look_fast():
     now, model = [0.0], Transformer(in_memory(CONFIG, "q8"), threads=1)
     prefill, extend_batch, sizes = model.prefill, model.extend_batch, []
@@ -289,6 +378,7 @@ def test_a_cancelled_text_ends_with_the_next_step_and_frees_its_place(models, pl
     engine = Engine(models["q8", 1], batch_size=2, reading_share=1e-9, clock=Clock(2))
     other = engine.add(Request(prompt=[9], sampling=GREEDY))
     engine.step()
+    engine.step()  # a pass without a chunk, to measure it
     prompt = [5] * CONTEXT if place == "is read" else [5, 6]
     text = engine.add(Request(prompt=prompt, sampling=GREEDY))
     twin = engine.add(Request(prompt=prompt, sampling=GREEDY))

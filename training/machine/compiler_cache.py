@@ -19,7 +19,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-ELF_MAGIC, ELF_HEADER_BYTES = b"\x7fELF", 64
+KINDS = (".so", ".cpp", ".py")
+"""The ends of the names of what torch keeps there: libraries, and the code that they are made and called from."""
+
+ELF_64_BITS_LITTLE_ENDIAN, ELF_HEADER_BYTES = b"\x7fELF\x02\x01", 64
 
 
 def ensure_folder() -> None:
@@ -49,13 +52,14 @@ def current() -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what ends too early: a killed linker or a power cut leaves it, and torch loads whatever exists.
+    """Remove torch's files that end too early: a killed linker or a power cut leaves them, and torch loads them.
 
     An empty library fails every later run; half of one ends the process without a word. torch compiles again what is
-    missing. A file that another process writes now is left: torch locks it (torch/_inductor/codecache.py).
+    missing. A library that another process writes now is left: torch locks it (torch/_inductor/codecache.py).
     """
-    for path in folder.glob("*/*"):
-        if not path.is_file() or path.suffix in (".lock", ".tmp"):
+    for path in folder.glob("??/*"):
+        # A name is a key and an end, and the folder has the key's second and third letter. Others' files stay.
+        if path.suffix not in KINDS or path.name[1:3] != path.parent.name:
             continue
         with contextlib.suppress(OSError), _lock(folder / "locks" / (path.name.split(".")[0] + ".lock")):
             if path.stat().st_size < _whole_size(path):
@@ -63,13 +67,13 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _whole_size(path: Path) -> int:
-    """Return how many bytes a file has at least: 1, and of a Linux library as many as its header says.
+    """Return how many bytes a file has at least: 1, and of a library of Linux as many as its header says.
 
     The table of sections is the last part of a library. Source of the layout: elf.h, Elf64_Ehdr.
     """
     with path.open("rb") as file:
         header = file.read(ELF_HEADER_BYTES)
-    if not header.startswith(ELF_MAGIC):
+    if not header.startswith(ELF_64_BITS_LITTLE_ENDIAN):
         return 1
     if len(header) < ELF_HEADER_BYTES:
         return ELF_HEADER_BYTES

@@ -139,6 +139,7 @@ def test_with_avx2_a_chunk_needs_few_instructions_and_no_sum_leaves_its_register
 def test_sums_of_floats_stay_in_registers(monkeypatch, path, limit):
     monkeypatch.setattr(simd, "instruction_path", lambda: path)
     monkeypatch.setattr(processor, "is_arm", lambda: path in ARM_FEATURES)
+    monkeypatch.setattr(processor, "features", lambda: processor.added_in(FEATURES[path]))
     rows, vectors = simd.float_tile()
     module, function, builder = program(path, [F32] * (rows + vectors + 1))
     width, *pointers, out = function.args

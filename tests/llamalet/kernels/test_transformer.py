@@ -120,6 +120,10 @@ def test_a_position_has_the_same_logits_however_it_is_read(dtype, kind):
             order = rng.permutation(size)
             found = model.extend_batch([caches[n] for n in order], [pieces[n] for n in order])
             np.testing.assert_array_equal(found, [decoded[lasts[n] - 1] for n in order])
+            if size == 1:
+                rest = min(POSITIONS_PER_PASS - 1, len(tokens) - 1)
+                found = model.extend_batch([cache_of(0), cache_of(rest)], [tokens[:rest], tokens[rest : rest + 1]])
+                np.testing.assert_array_equal(found, [decoded[rest - 1], decoded[rest]])
             for cache, last in zip(caches, lasts, strict=True):  # what was kept is right, too
                 np.testing.assert_array_equal(model.decode(cache, tokens[last]), decoded[last])
 

@@ -35,24 +35,26 @@ def test_torch_s_compiler_gets_a_temporary_folder_if_its_own_cannot_be_made(tmp_
 
 
 def test_only_what_ends_too_early_is_removed(library, tmp_path):
-    results, locks = tmp_path / "ab", tmp_path / "locks"
-    results.mkdir()
-    locks.mkdir()
-    (locks / "key.lock").touch()  # torch's locks are empty
-    (results / ".1.2.tmp").touch()  # the beginning of a file
+    results, others = tmp_path / "ab", tmp_path / "python"
+    for folder in (results, others, tmp_path / "locks"):
+        folder.mkdir()
     for name, end in {"whole": len(library), "short": -1, "half": len(library) // 2, "header": 20, "empty": 0}.items():
-        (results / f"{name}.main.so").write_bytes(library[:end])
-    (results / "key.main.cpp").write_text("int x;")
-    (results / "key.py").touch()
+        (results / f"cab{name}.main.so").write_bytes(library[:end])
+    (results / "cab.main.cpp").write_text("int x;")
+    (results / "cab.py").touch()
+    # torch's locks are empty, and so are the beginning of a file and what others keep there.
+    kept = {"cab.lock", ".1.2.tmp", "__init__.py", "notes.py"}
+    for name, folder in zip(sorted(kept), (results, others, tmp_path / "locks", results), strict=True):
+        (folder / name).touch()
     compiler_cache.remove_unfinished(tmp_path)
-    assert {path.name for path in tmp_path.glob("*/*")} == {".1.2.tmp", "key.lock", "key.main.cpp", "whole.main.so"}
+    assert {path.name for path in tmp_path.glob("*/*")} == {*kept, "cab.main.cpp", "cabwhole.main.so"}
 
 
 def test_what_another_process_writes_is_left(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / "locks").mkdir()
-    (tmp_path / "ab").mkdir()
-    written = tmp_path / "ab" / "key.main.so"
+    (tmp_path / "ey").mkdir()
+    written = tmp_path / "ey" / "key.main.so"
     written.touch()
     with (tmp_path / "locks" / "key.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
