@@ -212,8 +212,9 @@ class Engine:
         self._shared: tuple[Any, KVCache, Logits] | None = None
         # What the last pass without chunks took, of how many texts it was, and how many passes had chunks since.
         self._pass_s, self._n_measured, self._n_with_chunks = 0.0, 0, MOST_WITH_CHUNKS
-        # What a token of a prompt takes, at first more than it will; and what reading took since that was said.
-        self._token_s, self._reading_s, self._n_read = IDLE_CHUNK_S / ENOUGH_READ, 0.0, 0
+        # What a token of a prompt takes, at first a guess; the least that it may be next; what reading took since.
+        self._token_s, self._least_token_s = IDLE_CHUNK_S / ENOUGH_READ, 0.0
+        self._reading_s, self._n_read = 0.0, 0
 
     @property
     def busy(self) -> bool:
@@ -355,7 +356,8 @@ class Engine:
         self._reading_s += seconds
         self._n_read += n
         if self._n_read >= ENOUGH_READ:
-            self._token_s = max(self._reading_s / self._n_read, self._token_s / 2, 1e-9)
+            self._token_s = max(self._reading_s / self._n_read, self._least_token_s, 1e-9)
+            self._least_token_s = self._token_s / 2
             self._reading_s, self._n_read = 0.0, 0
 
     def _next_to_read(self, taken: Collection[_Text] = ()) -> _Text | None:
@@ -511,7 +513,8 @@ class Engine:
     def _advance_and_read(self, events: list[Event]) -> None:
         """Let every running text advance by a token, and read chunks of prompts in the same pass."""
         start, n_running, text = self._clock(), len(self._running), self._next_to_read()
-        is_measured = 4 * abs(n_running - self._n_measured) <= n_running and self._n_with_chunks < MOST_WITH_CHUNKS
+        is_measured = 0.75 * self._n_measured <= n_running <= 1.5 * self._n_measured
+        is_measured &= self._n_with_chunks < MOST_WITH_CHUNKS
         # The logprobs of a prompt take the logits after every token.
         if text is None or not is_measured or text.prompt_logprobs is not None:
             self._advance(events)
@@ -520,10 +523,12 @@ class Engine:
                 self._read(text, self._chunk_size((self._reading_share or 0) * self._pass_s), events)
             return
         self._n_with_chunks += 1
-        chunks = self._next_chunks(start + (self._reading_share or 0) * self._pass_s, events)
+        pass_s = self._pass_s * n_running / self._n_measured
+        chunks = self._next_chunks(start + (self._reading_share or 0) * pass_s, events)
+        n_texts = len(self._running)
         self._advance(events, chunks)
-        if chunks:
-            self._note_speed(self._clock() - start - self._pass_s, sum(len(chunk.tokens) for chunk in chunks))
+        if chunks and n_texts == self._n_measured:  # the cost of other texts would count as that of tokens
+            self._note_speed(self._clock() - start - pass_s, sum(len(chunk.tokens) for chunk in chunks))
 
     def _advance(self, events: list[Event], chunks: Sequence[_Chunk] = ()) -> None:
         """Let every running text advance by a token; read chunks in the same pass."""
