@@ -43,8 +43,11 @@ IDLE_CHUNK_S = 0.1
 MOST_SHARES = 4
 """While more texts are read than run, reading gets its share of a pass as many times more, but at most so often."""
 
-MOST_WITH_CHUNKS = 16
+MOST_WITH_CHUNKS = 32
 """So many passes in a row may read chunks; then one without shows what the texts alone take."""
+
+NEW_WEIGHT = 0.25
+"""How much a new measurement counts beside those before it."""
 
 ENOUGH_READ = 16
 """So many tokens say what one takes; fewer say little."""
@@ -216,8 +219,8 @@ class Engine:
         self._shared: tuple[Any, KVCache, Logits] | None = None
         # What the last pass without chunks took, of how many texts it was, and how many passes had chunks since.
         self._pass_s, self._n_measured, self._n_with_chunks = 0.0, 0, MOST_WITH_CHUNKS
-        # What a token of a prompt takes, at first a guess; the least that it may be next; what reading took since.
-        self._token_s, self._least_token_s = IDLE_CHUNK_S / ENOUGH_READ, 0.0
+        # What a token of a prompt takes, at first a guess; how much a new measurement counts; what was read since.
+        self._token_s, self._weight = IDLE_CHUNK_S / ENOUGH_READ, 1.0
         self._reading_s, self._n_read = 0.0, 0
 
     @property
@@ -356,12 +359,12 @@ class Engine:
         return int(min(max(seconds / self._token_s, LEAST_CHUNK), MOST_CHUNK))
 
     def _note_speed(self, seconds: float, n: int) -> None:
-        """Learn from what reading n tokens took. The estimate falls by half at most, in case it was a lucky chunk."""
+        """Learn from what reading n tokens took; from a single chunk not too much, as it may have been disturbed."""
         self._reading_s += seconds
         self._n_read += n
         if self._n_read >= ENOUGH_READ:
-            self._token_s = max(self._reading_s / self._n_read, self._least_token_s, 1e-9)
-            self._least_token_s = self._token_s / 2
+            self._token_s += self._weight * (self._reading_s / self._n_read - self._token_s)
+            self._token_s, self._weight = max(self._token_s, 1e-9), NEW_WEIGHT
             self._reading_s, self._n_read = 0.0, 0
 
     def _next_to_read(self, taken: Collection[_Text] = ()) -> _Text | None:
@@ -522,7 +525,9 @@ class Engine:
         # The logprobs of a prompt take the logits after every token.
         if text is None or not is_measured or text.prompt_logprobs is not None:
             self._advance(events)
-            self._pass_s, self._n_measured, self._n_with_chunks = self._clock() - start, n_running, 0
+            weight = NEW_WEIGHT if n_running == self._n_measured else 1
+            self._pass_s += weight * (self._clock() - start - self._pass_s)
+            self._n_measured, self._n_with_chunks = n_running, 0
             if text is not None and text.prompt_logprobs is not None:
                 self._read(text, self._chunk_size((self._reading_share or 0) * self._pass_s), events)
             return

@@ -38,7 +38,7 @@ MAX_BODIES = 16
 SWITCH_S = 2e-4
 """How long the engine waits for Python while a request is read; Python's own limit is that of several passes."""
 
-READING_SHARE = 0.8
+READING_SHARE = 0.9
 """While a prompt is read, the others' time between tokens grows by this share; see Engine."""
 
 MAX_CONNECTIONS, SPARE_FILES = 4096, 64
