@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from llamalet.backward.groups import Group, group_of
-from training.machine.distributed import ShardedMuon, gather_slots, shard, total_norm
+from llamalet.backward import groups
+from llamalet.backward.groups import Group, group_of, muon_rate
+from training.machine.distributed import gather_slots, shard, total_norm
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
@@ -46,18 +47,79 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
             tensor.copy_(torch.where(skip, before.get(id(tensor), torch.zeros_like(tensor)), tensor))
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of a matrix is made orthogonal: all its directions get the same size.
+
+    torch.optim.Muon does the same, but always multiplies in bfloat16, which many processors can only emulate, and it
+    would split each product over the processes that share a matrix.
+
+    Source: Keller Jordan, https://kellerjordan.github.io/posts/muon/.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], *, rate: float, weight_decay: float, dtype: torch.dtype) -> None:
+        """Set up one group.
+
+        Args:
+            matrices: (rows, cols) each, whole, or sharded by rows over the processes.
+            rate: the initial learning rate.
+            weight_decay: as a multiple of the learning rate.
+            dtype: of the products.
+        """
+        super().__init__(matrices, {"lr": rate, "weight_decay": weight_decay})
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the matrices."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                gradient, state = matrix.grad, self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                momentum = state["momentum_buffer"]
+                momentum.lerp_(gradient, 1 - groups.MUON_MOMENTUM)
+                update = gradient.lerp(momentum, groups.MUON_MOMENTUM)  # where the momentum will be a step later
+                whole = update.full_tensor() if isinstance(update, DTensor) else update
+                update = shard(orthogonal(whole, self._dtype), like=matrix)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-muon_rate(group["lr"], *matrix.shape))
+
+
+def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x with all its singular values taken near 1, by Newton and Schulz's iteration with products in `dtype`.
+
+    Args:
+        x: (rows, cols).
+        dtype: of the products and of the result.
+    """
+    rows, cols = x.shape
+    x = x.to(dtype)
+    if rows > cols:  # of the two products with itself, the smaller
+        x = x.T
+    x = x / x.norm().clamp(min=groups.MUON_EPS)  # so that no singular value is above 1
+    for _ in range(groups.MUON_ITERATIONS):
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=groups.MUON_B, alpha=groups.MUON_C)
+        x = torch.addmm(x, polynomial, x, beta=groups.MUON_A)
+    return x.T if rows > cols else x
+
+
 class Optimizer:
     """AdamW for all parameters, or Muon for the matrices of the layers and AdamW for the rest.
 
     llamalet/backward/groups.py says which weight is trained how. AdamW uses torch's fused kernel for CPU and CUDA.
     Muon's updates are scaled to the size of AdamW's, so one learning rate serves both.
-
-    Source: Muon is Keller Jordan's, https://kellerjordan.github.io/posts/muon/, its scaling Moonlight's,
-    https://arxiv.org/abs/2502.16982, section 2.2.
     """
 
     def __init__(
-        self, model: nn.Module, *, kind: str, rate: float, betas: tuple[float, float], weight_decay: float
+        self,
+        model: nn.Module,
+        *,
+        kind: str,
+        rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Set up the parameter groups.
 
@@ -67,20 +129,20 @@ class Optimizer:
             rate: the initial learning rate.
             betas: AdamW's decay rates of the moments.
             weight_decay: decay of the matrices, as a multiple of the learning rate.
+            dtype: of Muon's products.
         """
         self._model = model
         by_group: dict[Group, list[nn.Parameter]] = {"muon": [], "decayed": [], "plain": []}
         for name, parameter in model.named_parameters():
             by_group[group_of(name, parameter.dim(), kind)].append(parameter)
-        groups: list[dict[str, Any]] = [
+        adamw_groups: list[dict[str, Any]] = [
             {"params": by_group["decayed"], "weight_decay": weight_decay},
             {"params": by_group["plain"], "weight_decay": 0.0},
         ]
         fused = by_group["plain"][0].device.type in ("cpu", "cuda")
-        self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)]
+        self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, lr=rate, betas=betas, fused=fused)]
         if matrices := by_group["muon"]:
-            muon = ShardedMuon if isinstance(matrices[0], DTensor) else torch.optim.Muon
-            self._parts.append(muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self._parts.append(Muon(matrices, rate=rate, weight_decay=weight_decay, dtype=dtype))
 
     def step(self, rate: float, skip: Tensor | None = None) -> None:
         """Update the parameters with the learning rate `rate`, then drop their gradients.

@@ -65,6 +65,7 @@ class TorchBackend:
             rate=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            dtype=machine.dtype,
         )
         self.guard = DeviceGuard(group.device, spike_factor=config.spike_factor, max_skipped=config.max_skipped)
         self._last = torch.zeros(()), torch.zeros(())  # loss and gradient norm of the last step, on the device

@@ -10,7 +10,17 @@ import numpy as np
 from numba import float32
 
 from llamalet.aligned import address_of
-from llamalet.backward.groups import Group, group_of, muon_rate
+from llamalet.backward.groups import (
+    MUON_A,
+    MUON_B,
+    MUON_C,
+    MUON_EPS,
+    MUON_ITERATIONS,
+    MUON_MOMENTUM,
+    Group,
+    group_of,
+    muon_rate,
+)
 from llamalet.backward.memory import Array, Take, allocate, bytes_of
 from llamalet.backward.runner import Runner
 from llamalet.kernels import bfloat16, products
@@ -29,10 +39,6 @@ NEGLIGIBLE = np.float32(1e-17)
 """Gradients and averages below this become zero, mean squares below its square: far less than ADAMW_EPS, they change no
 weight. The averages of a gradient that stays zero, as of a token that never comes, would otherwise end as numbers too
 small to be normalised, with which processors compute 20 times slower."""
-
-MUON_MOMENTUM, MUON_EPS, MUON_ITERATIONS = 0.95, 1e-7, 5
-MUON_A, MUON_B, MUON_C = 3.4445, -4.775, 2.0315
-"""Of the polynomial a x + b x^3 + c x^5, which takes singular values from (0, 1] near 1 in five iterations."""
 
 # A matrix to update: the addresses of three arrays (rows, cols), and what the update is multiplied with.
 MUON_JOB = np.dtype([

@@ -27,7 +27,7 @@ from llamalet.tokenizer import BOS_ID, write_bin
 from model import Llama
 from training.batches import Windows
 from training.config import TrainConfig, with_defaults
-from training.optimizer import Optimizer, clip_gradients
+from training.optimizer import Muon, Optimizer, clip_gradients
 from training.run import checkpoint, run_folder
 from training.schedule import learning_rate
 from training.trainer import Trainer
@@ -94,6 +94,28 @@ def test_clipping_is_torchs_clipping(largest):
     torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(theirs, largest or math.inf), rtol=0, atol=0)
     for ours_one, theirs_one in zip(ours, theirs, strict=True):
         assert torch.equal(ours_one.grad, theirs_one.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_muon_is_torchs_muon_bit_for_bit(dtype, monkeypatch):
+    # torch's multiplies in bfloat16 only, so it is made to take its own word for another type.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.to(dtype, copy=True))
+    generator = torch.Generator().manual_seed(0)
+    shapes = (24, 16), (16, 24), (16, 16)
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    optimizers = (
+        Muon(ours, rate=1e-2, weight_decay=0.1, dtype=dtype),
+        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, start in zip(ours, theirs, starts, strict=True):
+        assert torch.equal(one, other) and not torch.equal(one, start)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

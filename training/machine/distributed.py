@@ -279,25 +279,3 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     # One sum over the processes; torch would do one per gradient.
     shares = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
     return DTensor.from_local(get_total_norm(shares).square(), first.device_mesh, [Partial()]).full_tensor().sqrt()
-
-
-class ShardedMuon(torch.optim.Muon):
-    """Muon for matrices of which each process holds some rows.
-
-    An update is orthogonalized as a whole. torch's own step would split each of its fifteen products over the
-    processes, with communication and other rounding; here the matrix and its update are gathered once.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step of Muon."""
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                state, gradient, beta = self.state[matrix], matrix.grad, group["momentum"]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
-                momentum.lerp_(gradient, 1 - beta)
-                whole = nn.Parameter(matrix.full_tensor())
-                whole.grad = gradient.lerp(momentum, beta).full_tensor()
-                options = {name: value for name, value in group.items() if name != "params"}
-                torch.optim.Muon([whole], **options | {"momentum": 0.0, "nesterov": False}).step()
-                matrix.copy_(shard(whole, like=matrix))
