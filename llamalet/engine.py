@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from llamalet.checks import elements, token_ids
 from llamalet.drafting import Draft
-from llamalet.errors import LlamaletError, NonFiniteError, UsageError
+from llamalet.errors import LlamaletError, NonFiniteError, OutOfMemoryError, UsageError
 from llamalet.forward_pass import POSITIONS_PER_PASS, ForwardPass, Logits, Tokens
 from llamalet.kv_cache import KVCache
 from llamalet.kv_kinds import cache_bytes
 from llamalet.logprobs import Logprobs, logprobs_of
 from llamalet.prefix_cache import BLOCK, PrefixCache
 from llamalet.sampler import Sampler, SamplingConfig
+from llamalet.spare_caches import SpareCaches
 from llamalet.stop_strings import TextStream
 from llamalet.tokenizer import StreamDecoder
 
@@ -51,6 +52,9 @@ NEW_WEIGHT = 0.25
 
 ENOUGH_READ = 16
 """So many tokens say what one takes; fewer say little."""
+
+SPARE_BYTES = 1 << 28
+"""Bytes of the caches of texts that have ended, kept for those that begin."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +210,7 @@ class Engine:
             clock: returns seconds.
         """
         self.prefix = PrefixCache(prefix_bytes)
+        self._spare = SpareCaches(min(SPARE_BYTES, kv_bytes))
         self.reserved_bytes = 0
         self.admitted: list[int] = []
         self._transformer, self._undrawn, self._clock = transformer, undrawn, clock
@@ -310,6 +315,7 @@ class Engine:
             if not texts:
                 del self._waiting[group]
             self.reserved_bytes += text.n_bytes
+            self._spare.shrink_to(max(0, self._kv_bytes - self.reserved_bytes))
             self._reading.append(text)
             self.admitted.append(text.id)
             if text.n_left <= 0 and text.prompt_logprobs is None and not text.request.wants_logits:
@@ -332,6 +338,8 @@ class Engine:
             text.n_bytes = 0
         self.reserved_bytes -= text.n_bytes
         events.append(Ended(text.id, "" if text.stream is None else text.stream.finish(), reason, error))
+        if text.cache is not None and text.request.cache is None and error is None:
+            self._spare.give(text.cache)
         text.cache = None
 
     def _remember(self, text: _Text, tokens: list[int]) -> None:
@@ -421,12 +429,27 @@ class Engine:
             text.cache, text.n_read = self._shared[1].copy(), len(text.prompt)
             text.rolled = len(text.prompt) > text.cache.context
             return self._shared[2]
-        text.cache = self._transformer.new_cache()
         # At once: growing copies everything. For what may not come, no more than growing would take.
-        text.cache.reserve(int(min(text.cache.context, len(text.prompt) + min(text.n_left, len(text.prompt)))))
+        context, n_prompt = self._transformer.config.max_seq_len, len(text.prompt)
+        least, most = (int(min(context, n_prompt + n)) for n in (min(text.n_left, n_prompt), text.n_left))
+        spare = self._spare.take(least, most, text.n_bytes)
+        text.cache = self._transformer.new_cache() if spare is None else spare
+        self._reserve(text.cache, least)
         if self.prefix.max_bytes and text.prompt_logprobs is None and text.request.sampling.overflow == "stop":
             text.n_read = text.n_cached = self.prefix.restore(text.prompt, text.request.salt, text.cache)
         return None
+
+    def _reserve(self, cache: KVCache, length: int) -> None:
+        """Make room in a cache for `length` positions; spare caches go if the memory is not enough.
+
+        Raises:
+            OutOfMemoryError: if it still is not.
+        """
+        try:
+            cache.reserve(length)
+        except OutOfMemoryError:
+            self._spare.shrink_to(0)
+            cache.reserve(length)
 
     def _read_chunk(self, text: _Text, n: float) -> Logits | None:
         """Read at most n tokens of a prompt, and all if n is infinite; return the logits after the last token.
@@ -468,7 +491,7 @@ class Engine:
                 assert cache is not None
                 size = min(n, POSITIONS_PER_PASS - n_in_pass, cache.context - cache.length)
                 tokens = text.prompt[text.n_read : text.n_read + size]
-                cache.reserve(cache.length + len(tokens))
+                self._reserve(cache, cache.length + len(tokens))
             except (LlamaletError, MemoryError) as error:
                 self._end(text, "error", events, error)
                 continue
@@ -550,7 +573,7 @@ class Engine:
             try:
                 self._make_room(text)
                 assert text.cache is not None
-                text.cache.reserve(text.cache.length + 1)
+                self._reserve(text.cache, text.cache.length + 1)
                 texts.append(text)
             except (LlamaletError, MemoryError) as error:
                 self._end(text, "error", events, error)

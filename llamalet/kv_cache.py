@@ -52,6 +52,11 @@ class KVCache:
         """Number of positions that fit into the memory allocated so far."""
         return self.values.shape[2]
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of that memory."""
+        return cache_bytes(self._config, self.capacity, self.kind)
+
     def reserve(self, length: int) -> None:
         """Make room for `length` positions, at least doubling the capacity if it must grow, so that copies are rare.
 

@@ -137,7 +137,7 @@ class ListCache(list):
 
     def __init__(self, context: int, tokens: Sequence[int] = ()) -> None:
         super().__init__(tokens)
-        self.context = context
+        self.context = self.capacity = self.n_bytes = context
 
     @property
     def length(self) -> int:
