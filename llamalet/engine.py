@@ -5,6 +5,7 @@ that end. Beside running texts, prompts are read in chunks, mostly in the same p
 gets the bits that it would get alone, because the kernels give each position the same bits in any company.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -54,7 +55,7 @@ ENOUGH_READ = 16
 """So many tokens say what one takes; fewer say little."""
 
 SPARE_BYTES = 1 << 28
-"""Bytes of the caches of texts that have ended, kept for those that begin."""
+"""At most so many bytes of the caches of texts that have ended are kept for those that begin."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +203,8 @@ class Engine:
             transformer: the model.
             undrawn: ids that no text may get.
             batch_size: number of texts that have a place at once, 1 to MAX_BATCH.
-            kv_bytes: size of the KV caches of all texts that have a place, at most; a single one always gets it.
+            kv_bytes: size of the KV caches of all texts that have a place, at most, and of those that are kept for the
+                next ones; a single text always gets it.
             prefix_bytes: size of the prefix cache, at most.
             reading_share: how much longer a pass may take that also reads chunks of prompts, relative to one that does
                 not; up to MOST_SHARES times that while more texts are read than run. None: prompts are read at once,
@@ -232,6 +234,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether any text has not ended."""
         return bool(self._waiting or self._reading or self._running)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of caches that are kept for the next texts."""
+        return self._spare.n_bytes
 
     @property
     def n_waiting(self) -> int:
@@ -315,14 +322,13 @@ class Engine:
             if not texts:
                 del self._waiting[group]
             self.reserved_bytes += text.n_bytes
-            self._spare.shrink_to(max(0, self._kv_bytes - self.reserved_bytes))
             self._reading.append(text)
             self.admitted.append(text.id)
             if text.n_left <= 0 and text.prompt_logprobs is None and not text.request.wants_logits:
                 self._end(text, "length", events)
 
     def _end(self, text: _Text, reason: str, events: list[Event], error: Exception | None = None) -> None:
-        """Take a text's place, and keep what others may need of its cache."""
+        """Take a text's place. The prefix cache keeps its keys and values, the next texts get its memory."""
         if text in self._running:
             self._running.remove(text)
             if reason != "error":
@@ -426,28 +432,43 @@ class Engine:
             LlamaletError: if there is no memory for it.
         """
         if self._shared is not None and self._shared[0] == text.begins_alike:
-            text.cache, text.n_read = self._shared[1].copy(), len(text.prompt)
+            text.cache, text.n_read = self._new_cache(text), len(text.prompt)
+            text.cache.copy_from(self._shared[1])
             text.rolled = len(text.prompt) > text.cache.context
             return self._shared[2]
-        # At once: growing copies everything. For what may not come, no more than growing would take.
-        context, n_prompt = self._transformer.config.max_seq_len, len(text.prompt)
-        least, most = (int(min(context, n_prompt + n)) for n in (min(text.n_left, n_prompt), text.n_left))
-        spare = self._spare.take(least, most, text.n_bytes)
-        text.cache = self._transformer.new_cache() if spare is None else spare
-        self._reserve(text.cache, least)
+        text.cache = self._new_cache(text)
         if self.prefix.max_bytes and text.prompt_logprobs is None and text.request.sampling.overflow == "stop":
             text.n_read = text.n_cached = self.prefix.restore(text.prompt, text.request.salt, text.cache)
         return None
+
+    def _new_cache(self, text: _Text) -> KVCache:
+        """Return an empty cache for a text, with room for its prompt: one of a text that has ended, if one fits.
+
+        Raises:
+            LlamaletError: if there is no memory for it.
+        """
+        # Room at once: growing copies everything. For tokens that may not come, no more than growing would take.
+        context, n_prompt = self._transformer.config.max_seq_len, len(text.prompt)
+        least = int(min(context, n_prompt + min(text.n_left, n_prompt)))
+        wanted = int(min(context, n_prompt + text.n_left))
+        cache = self._spare.take(least, wanted, text.n_bytes)
+        begun = [text, *(other for other in (*self._reading, *self._running) if other.cache is not None)]
+        n_bytes = self._kv_bytes - sum(other.n_bytes for other in begun)
+        self._spare.shrink_to(n_bytes, self._batch_size - len(begun))
+        if cache is None:
+            cache = self._transformer.new_cache()
+        self._reserve(cache, least)
+        return cache
 
     def _reserve(self, cache: KVCache, length: int) -> None:
         """Make room in a cache for `length` positions; spare caches go if the memory is not enough.
 
         Raises:
-            OutOfMemoryError: if it still is not.
+            OutOfMemoryError, MemoryError: if it still is not.
         """
         try:
             cache.reserve(length)
-        except OutOfMemoryError:
+        except (OutOfMemoryError, MemoryError):
             self._spare.shrink_to(0)
             cache.reserve(length)
 
@@ -531,7 +552,8 @@ class Engine:
         alike = text.begins_alike
         if alike is not None and self._shared is None and self._another_begins(alike):
             assert text.cache is not None
-            self._shared = alike, text.cache.copy(), logits
+            with contextlib.suppress(MemoryError):  # without a copy the other reads its prompt itself
+                self._shared = alike, text.cache.copy(), logits
 
     def _another_begins(self, alike: Any) -> bool:
         """Return whether a text without a token yet begins like this; of those that wait, the next of each group."""
@@ -577,15 +599,19 @@ class Engine:
                 texts.append(text)
             except (LlamaletError, MemoryError) as error:
                 self._end(text, "error", events, error)
-        try:
-            rows = self._pass(texts, chunks)
-        except MemoryError as error:  # for what is read: those that run had enough before
-            if not chunks:
-                raise
-            for chunk in chunks:
-                self._end(chunk.text, "error", events, error)
-            chunks = ()
-            rows = self._pass(texts, chunks)
+        rows = None
+        while rows is None:
+            try:
+                rows = self._pass(texts, chunks)
+            except MemoryError as error:
+                if len(self._spare):
+                    self._spare.shrink_to(0)
+                elif chunks:  # those that run had enough before
+                    for chunk in chunks:
+                        self._end(chunk.text, "error", events, error)
+                    chunks = ()
+                else:
+                    raise
         for text, row in zip(texts, rows[: len(texts)], strict=True):
             self._choose(text, row, events)
         for chunk, row in zip(chunks, rows[len(texts) :], strict=True):

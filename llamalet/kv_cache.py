@@ -36,6 +36,7 @@ class KVCache:
         key_scales: float32 (L, G, capacity), what each key is to be multiplied by; (L, G, 0) if the kind has no scales.
         value_scales: likewise.
         addresses: of these four arrays, for the kernels.
+        n_bytes: of these arrays.
         length: number of positions.
         context: the largest number of positions allowed.
     """
@@ -51,11 +52,6 @@ class KVCache:
     def capacity(self) -> int:
         """Number of positions that fit into the memory allocated so far."""
         return self.values.shape[2]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of that memory."""
-        return cache_bytes(self._config, self.capacity, self.kind)
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions, at least doubling the capacity if it must grow, so that copies are rare.
@@ -88,6 +84,11 @@ class KVCache:
         twin._move_to(self.length)
         return twin
 
+    def copy_from(self, other: "KVCache") -> None:
+        """Hold the positions of another cache of the same model and kind, for which there must be room."""
+        self._take_positions(other._arrays(), other.length)
+        self.length = other.length
+
     def read(self, layer: int, first: int, last: int) -> tuple[Array, Array]:
         """Return the keys and values of positions first .. last - 1 in a layer: float32 (G, n, D), only to be read."""
         keys, values = self._rows(layer, first, last), self.values[layer, :, first:last, : self._config.head_dim]
@@ -107,7 +108,7 @@ class KVCache:
 
     def block(self, first: int, last: int) -> tuple[NDArray[Any], ...]:
         """Return a copy of what is kept of positions first .. last - 1, multiples of LANES, for `put_block`."""
-        return tuple(np.ascontiguousarray(part) for part in self._parts(first, last))
+        return tuple(part.copy() for part in self._parts(first, last))
 
     def put_block(self, first: int, block: tuple[NDArray[Any], ...]) -> None:
         """Write what `block` returned, for positions from `first` on, a multiple of LANES, for which there is room."""
@@ -172,18 +173,23 @@ class KVCache:
         whole[:, first - blocks.start * LANES : last - blocks.start * LANES] = rows
         self.keys[layer, :, blocks] = swapped(whole.reshape(n_heads, -1, LANES, self._config.head_dim))
 
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.keys, self.values, self.key_scales, self.value_scales
+
     def _allocate(self, capacity: int) -> None:
         """Take new memory for this many positions, filled up to a multiple of STEP."""
         dtype, scaled, _ = KINDS[self.kind]
         keys, values, scales = shapes(self._config, capacity)
-        self.keys, self.values = aligned_zeros(keys, dtype), aligned_zeros(values, dtype)
         scales = scales if scaled else (*scales[:2], 0)
-        self.key_scales, self.value_scales = (aligned_zeros(scales, np.float32) for _ in range(2))
+        arrays = [aligned_zeros(shape, dtype) for shape in (keys, values)]
+        arrays += [aligned_zeros(scales, np.float32) for _ in range(2)]
+        self.keys, self.values, self.key_scales, self.value_scales = arrays  # all, or none if the memory was too small
+        self.n_bytes = sum(array.nbytes for array in arrays)
         self._take_addresses()
 
     def _take_addresses(self) -> None:
         """Note where the arrays are: taking an address costs as much time as a small kernel."""
-        self.addresses = tuple(map(address_of, (self.keys, self.values, self.key_scales, self.value_scales)))
+        self.addresses = tuple(map(address_of, self._arrays()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a pickled or deeply copied cache, whose arrays are elsewhere now."""
@@ -192,12 +198,15 @@ class KVCache:
 
     def _move_to(self, capacity: int) -> None:
         """Copy the positions in use to new memory for `capacity` positions."""
-        names = ("keys", "values", "key_scales", "value_scales")
-        before = [getattr(self, name) for name in names]
+        before = self._arrays()
         self._allocate(capacity)
-        for name, array in zip(names, before, strict=True):
-            n = -(-self.length // LANES) if name == "keys" else self.length
-            getattr(self, name)[:, :, :n] = array[:, :, :n]
+        self._take_positions(before, self.length)
+
+    def _take_positions(self, arrays: tuple[NDArray[Any], ...], length: int) -> None:
+        """Copy the first positions of such arrays."""
+        n_blocks = -(-length // LANES)
+        for array, source, n in zip(self._arrays(), arrays, (n_blocks, length, length, length), strict=True):
+            array[:, :, :n] = source[:, :, :n]
 
 
 def free_memory() -> int:

@@ -125,11 +125,15 @@ class WithTorch:
     """model.py, in float32 on the CPU."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Array], shape: tuple[int, int]) -> None:
+        import torch
+
         from training.optimizer import Optimizer
         from training.weights import load_model, to_state_dict
 
         self._model = load_model(config, to_state_dict(weights))
-        self._optimizer = Optimizer(self._model, kind="adamw", rate=RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self._optimizer = Optimizer(
+            self._model, kind="adamw", rate=RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, dtype=torch.float32
+        )
 
     def activations(self, tokens: Array, targets: Array) -> Arrays:
         """Return the forward pass of a batch, read where modules are given their inputs."""

@@ -155,6 +155,9 @@ class ListCache(list):
     def copy(self) -> "ListCache":
         return ListCache(self.context, self)
 
+    def copy_from(self, other: "ListCache") -> None:
+        self[:] = other
+
 
 class Counting:
     """A forward pass that predicts token t + 1 after t and checks how it is called."""

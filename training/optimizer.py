@@ -8,8 +8,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from llamalet.backward import groups
-from llamalet.backward.groups import Group, group_of, muon_rate
+from llamalet.backward.groups import (
+    MUON_A,
+    MUON_B,
+    MUON_C,
+    MUON_EPS,
+    MUON_ITERATIONS,
+    MUON_MOMENTUM,
+    Group,
+    group_of,
+    muon_rate,
+)
 from training.machine.distributed import gather_slots, shard, total_norm
 
 
@@ -74,11 +83,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for matrix in group["params"]:
                 gradient, state = matrix.grad, self.state[matrix]
-                if not state:
+                if gradient is None:
+                    continue
+                if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 momentum = state["momentum_buffer"]
-                momentum.lerp_(gradient, 1 - groups.MUON_MOMENTUM)
-                update = gradient.lerp(momentum, groups.MUON_MOMENTUM)  # where the momentum will be a step later
+                momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
+                update = gradient.lerp(momentum, MUON_MOMENTUM)  # where the momentum will be if the gradient stays
                 whole = update.full_tensor() if isinstance(update, DTensor) else update
                 update = shard(orthogonal(whole, self._dtype), like=matrix)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -94,13 +105,13 @@ def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     rows, cols = x.shape
     x = x.to(dtype)
-    if rows > cols:  # of the two products with itself, the smaller
+    if rows > cols:  # X X^T is smaller than X^T X if X is wide
         x = x.T
-    x = x / x.norm().clamp(min=groups.MUON_EPS)  # so that no singular value is above 1
-    for _ in range(groups.MUON_ITERATIONS):
+    x = x / x.norm().clamp(min=MUON_EPS)  # so that no singular value is above 1, but for rounding
+    for _ in range(MUON_ITERATIONS):
         gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=groups.MUON_B, alpha=groups.MUON_C)
-        x = torch.addmm(x, polynomial, x, beta=groups.MUON_A)
+        polynomial = torch.addmm(gram, gram, gram, beta=MUON_B, alpha=MUON_C)
+        x = torch.addmm(x, polynomial, x, beta=MUON_A)
     return x.T if rows > cols else x
 
 
@@ -119,7 +130,7 @@ class Optimizer:
         rate: float,
         betas: tuple[float, float],
         weight_decay: float,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
     ) -> None:
         """Set up the parameter groups.
 
@@ -135,12 +146,12 @@ class Optimizer:
         by_group: dict[Group, list[nn.Parameter]] = {"muon": [], "decayed": [], "plain": []}
         for name, parameter in model.named_parameters():
             by_group[group_of(name, parameter.dim(), kind)].append(parameter)
-        adamw_groups: list[dict[str, Any]] = [
+        groups: list[dict[str, Any]] = [
             {"params": by_group["decayed"], "weight_decay": weight_decay},
             {"params": by_group["plain"], "weight_decay": 0.0},
         ]
         fused = by_group["plain"][0].device.type in ("cpu", "cuda")
-        self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw_groups, lr=rate, betas=betas, fused=fused)]
+        self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)]
         if matrices := by_group["muon"]:
             self._parts.append(Muon(matrices, rate=rate, weight_decay=weight_decay, dtype=dtype))
 

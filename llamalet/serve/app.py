@@ -101,6 +101,7 @@ class App:
                 "texts_running": (worker.n_running, "Texts that have a place."),
                 "texts_waiting": (worker.n_waiting, "Texts that wait for a place."),
                 "kv_reserved_bytes": (worker.reserved_bytes, "Keys and values of the texts that have a place."),
+                "kv_spare_bytes": (worker.spare_bytes, "Memory of texts that have ended, kept for the next ones."),
                 "prefix_cache_bytes": (worker.prefix_bytes, "Keys and values that are kept for other texts."),
             }
             text = self.metrics.render(gauges).encode()

@@ -152,6 +152,7 @@ class _Step:
     failure: Exception | None = None
     reserved_bytes: int = 0
     prefix_bytes: int = 0
+    spare_bytes: int = 0
 
 
 class Worker:
@@ -159,7 +160,7 @@ class Worker:
 
     Attributes:
         loop: the event loop; everything here is called on it.
-        reserved_bytes, prefix_bytes: the engine's, as of its last step.
+        reserved_bytes, prefix_bytes, spare_bytes: the engine's, as of its last step.
         n_waiting: number of texts that have had no place.
     """
 
@@ -175,7 +176,7 @@ class Worker:
             metrics: counts tokens.
         """
         self.loop = asyncio.get_running_loop()
-        self.reserved_bytes = self.prefix_bytes = 0
+        self.reserved_bytes = self.prefix_bytes = self.spare_bytes = 0
         self.n_waiting = 0
         self._context, self._limits, self._metrics = context, limits, metrics
         self._n_waiting_tokens = 0
@@ -230,6 +231,7 @@ class Worker:
     def publish(self, step: _Step) -> None:
         """Hand the events of a step to the requests that they belong to; the thread calls this through the loop."""
         self.reserved_bytes, self.prefix_bytes = step.reserved_bytes, step.prefix_bytes
+        self.spare_bytes = step.spare_bytes
         for id, texts, number in step.added:
             self._where[id] = texts, number
         for texts, number, ended in step.refused:
@@ -334,6 +336,7 @@ class _Thread(threading.Thread):
                 if self._engine is not None:
                     step.events, step.admitted = self._engine.step(), self._engine.admitted
                     step.reserved_bytes, step.prefix_bytes = self._engine.reserved_bytes, self._engine.prefix.n_bytes
+                    step.spare_bytes = self._engine.spare_bytes
             except Exception as error:  # a mistake in the engine, or no memory: the server goes on with another engine
                 step.failure, self._engine = error, None
             try:

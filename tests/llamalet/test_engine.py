@@ -56,12 +56,24 @@ def finish(engine: Engine, on_step=lambda number: None) -> dict[int, list]:
             break
         assert number < 5000
         on_step(number)
-        for event in engine.step():
+        stepped = engine.step()
+        check_memory(engine)
+        for event in stepped:
             assert not (events[event.id] and isinstance(events[event.id][-1], Ended)), "an event after the end"
             events[event.id].append(event)
     assert all(isinstance(of_one[-1], Ended) for of_one in events.values())
     assert engine.reserved_bytes == engine.n_running == engine.n_waiting == 0
     return events
+
+
+def check_memory(engine: Engine) -> None:
+    """Each cache has one owner, or none and is spare; both keep to the limits."""
+    begun = [text for text in (*engine._reading, *engine._running) if text.cache is not None]
+    spare, n_bytes = engine._spare._caches, sum(text.n_bytes for text in begun)
+    assert len({id(cache) for cache in (*spare, *(text.cache for text in begun))}) == len(spare) + len(begun)
+    assert len(spare) + len(begun) <= engine._batch_size
+    assert engine.spare_bytes == sum(cache.n_bytes for cache in spare)
+    assert n_bytes + engine.spare_bytes <= engine._kv_bytes or len(begun) == 1
 
 
 def alone(model, request: Request) -> list:
@@ -148,6 +160,10 @@ def test_a_text_is_the_same_in_any_company(models, data):
         else:
             assert mine == expected[place]
     assert len(ids) == len(requests)
+    # Once more, in caches that others had.
+    ids = {engine.add(again(request)): place for place, request in enumerate(requests)}
+    for id, of_one in finish(engine).items():
+        assert what_counts(of_one) == expected[ids[id]]
 
 
 def test_logprobs_are_those_of_the_logits(models):
@@ -337,6 +353,36 @@ def test_tokens_that_were_known_do_not_make_reading_look_fast():
         engine.add(Request(prompt=prompt, sampling=SamplingConfig(max_new_tokens=1)))
     finish(engine)
     assert max(sizes) <= 32  # 1 s of a pass would be 100 tokens; passes take no time here
+
+
+def test_what_the_prefix_cache_keeps_does_not_change_with_the_caches_of_texts(models):
+    engine = Engine(models["q8", 1], prefix_bytes=10**8)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=45, ignore_eos=True)
+    first, second = [5 + n % 7 for n in range(20)], [100 + n for n in range(20)]
+    engine.add(Request(prompt=first, sampling=sampling))
+    events = finish(engine)[0]  # 64 positions in a cache for 64: a block, and all of the cache
+    prompt = first + [event.token for event in events if isinstance(event, NewToken)]
+    engine.add(Request(prompt=second, sampling=sampling))
+    finish(engine)
+    request = Request(prompt=prompt, sampling=sampling, logprobs=2)
+    id = engine.add(request)
+    events = finish(engine)[id]
+    assert events[0].n_cached == BLOCK
+    assert what_counts(events) == what_counts(alone(models["q8", 1], request))
+
+
+def test_texts_that_share_a_prompt_take_caches_that_others_had(models):
+    model, sampling = models["q8", 1], SamplingConfig(temperature=0, max_new_tokens=30, ignore_eos=True)
+    expected = what_counts(alone(model, Request(prompt=[5] * 40, sampling=sampling)))
+    engine = Engine(model)
+    caches = []
+    for token in (9, 5):
+        for _ in range(3):
+            engine.add(Request(prompt=[token] * 40, sampling=sampling))
+        events = finish(engine)
+        caches.append(set(map(id, engine._spare._caches)))
+    assert caches[0] == caches[1] and len(caches[0]) == 3
+    assert [what_counts(of_one) for of_one in events.values()] == [expected] * 3
 
 
 def test_who_takes_over_a_cache_that_has_rolled_keeps_nothing_of_it(models):

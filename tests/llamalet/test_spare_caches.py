@@ -34,6 +34,9 @@ def test_the_smallest_is_taken_that_has_room_for_what_is_wanted():
     assert spare.take(1, 65, 10**9) is caches[192]  # the smallest with room for all
     assert spare.take(60, 500, 10**9) is caches[256]
     assert spare.n_bytes == caches[64].n_bytes and len(spare) == 1
+    twin = cache_of(64)
+    spare.give(twin)
+    assert spare.take(1, 1, 10**9) is twin  # used last
 
 
 def test_what_is_too_much_leaves_the_oldest_first():
@@ -42,10 +45,16 @@ def test_what_is_too_much_leaves_the_oldest_first():
     for cache in caches:
         cache.length = 5
         spare.give(cache)
-    assert len(spare) == 3 and spare.n_bytes == spare.max_bytes
+    assert len(spare) == 3 and spare.n_bytes == 3 * caches[0].n_bytes
+    spare.give(cache_of(256))  # too large: the others stay
+    assert len(spare) == 3
     spare.shrink_to(2 * caches[0].n_bytes - 1)
     assert spare.take(1, 1, 10**9) is caches[3] and caches[3].length == 0 and len(spare) == 0
-    SpareCaches(0).give(cache_of(64))
+    spare = SpareCaches(10**9)
+    for cache in caches:
+        spare.give(cache)
+    spare.shrink_to(10**9, number=1)
+    assert len(spare) == 1 and spare.take(1, 1, 10**9) is caches[3]
 
 
 @pytest.mark.parametrize("runtime", [Transformer, NumpyTransformer])
@@ -98,24 +107,23 @@ def test_texts_that_follow_others_need_no_new_memory():
     assert own.length == 100  # it stays its owner's
 
 
-def test_they_do_not_take_memory_from_texts(monkeypatch):
-    free = [10**9]
-    monkeypatch.setattr("llamalet.kv_cache.free_memory", lambda: free[0])
-    model = Transformer(in_memory(CONFIG, "f32"), threads=1)
-    size = cache_bytes(CONFIG, 128)
-    engine = Engine(model, kv_bytes=4 * size)
+def test_they_do_not_take_memory_from_texts():
+    size = cache_bytes(CONFIG, 128)  # what a text of 64 positions may take
+    engine = Engine(Transformer(in_memory(CONFIG, "f32"), threads=1), kv_bytes=4 * size)
 
     def request(n: int) -> Request:
         return Request(prompt=[n] * 20, sampling=SamplingConfig(temperature=0, max_new_tokens=44, ignore_eos=True))
 
     texts_of(engine, [request(n) for n in range(5, 9)])
-    assert engine._spare.n_bytes == 2 * size  # four of 64 positions
+    assert engine.spare_bytes == 2 * size  # four of 64 positions
     ids = [engine.add(request(n)) for n in range(5, 8)]
-    engine.step()
-    assert engine.reserved_bytes == 3 * size and engine._spare.n_bytes <= size
+    for n_begun in range(1, 4):
+        engine.step()  # reads one prompt
+        assert engine.reserved_bytes == 3 * size and engine.spare_bytes == (4 - n_begun) * size // 2
     for id in ids:
         engine.cancel(id)
     engine.step()
+    assert engine.spare_bytes == 2 * size
 
 
 def test_they_go_if_the_memory_is_not_enough(monkeypatch):

@@ -71,7 +71,7 @@ def test_one_batch_is_overfitted_in_ten_steps(kind, reached):
     torch.manual_seed(0)
     config = SMALL_MODELS["gqa-tied"]
     model = Llama(config)
-    optimizer = Optimizer(model, kind=kind, rate=2e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = Optimizer(model, kind=kind, rate=2e-2, betas=(0.9, 0.95), weight_decay=0.0, dtype=torch.float32)
     tokens = torch.randint(0, config.vocab_size, (1, 17))
     losses = []
     for _ in range(11):
@@ -126,7 +126,7 @@ def test_optimizer_state_goes_on_where_it_stopped(kind):
     def fresh() -> tuple[Llama, Optimizer]:
         torch.manual_seed(0)
         model = Llama(config)
-        return model, Optimizer(model, kind=kind, rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        return model, Optimizer(model, kind=kind, rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, dtype=torch.float32)
 
     def steps(model: Llama, optimizer: Optimizer, count: int) -> None:
         for _ in range(count):

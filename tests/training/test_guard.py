@@ -180,7 +180,7 @@ def test_the_fused_kernel_leaves_everything_as_it_was_where_it_is_told(skip):
     """The way that a GPU takes, which must not wait for the answer: torch's `found_inf`, here on the CPU's kernel."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 3)
-    optimizer = Optimizer(model, kind="adamw", rate=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = Optimizer(model, kind="adamw", rate=0.1, betas=(0.9, 0.95), weight_decay=0.1, dtype=torch.float32)
     for skipping in (False, skip):
         before = [tensor.clone() for tensor in (*model.state_dict().values(), *optimizer.state_dict().values())]
         model(torch.ones(2, 3)).sum().backward()

@@ -80,7 +80,7 @@ def test_a_step_is_refused_without_looking(kind):
     for refuse in (False, True):
         torch.manual_seed(0)
         model = Llama(SMALL_MODELS["gqa-tied"])
-        optimizer = Optimizer(model, kind=kind, rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer = Optimizer(model, kind=kind, rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, dtype=torch.float32)
         tokens = torch.randint(0, 300, (1, 17))
         for number in range(3):
             if refuse:  # at the first step, before there are moments, and later

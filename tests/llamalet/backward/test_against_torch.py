@@ -27,7 +27,7 @@ def ours(config, weights, ids, kind):
 
 def theirs(config, weights, ids, kind, dtype=torch.float32):
     model = load_model(config, to_state_dict(weights)).to(dtype)
-    optimizer = Optimizer(model, kind=kind, rate=RATE, betas=BETAS, weight_decay=DECAY)
+    optimizer = Optimizer(model, kind=kind, rate=RATE, betas=BETAS, weight_decay=DECAY, dtype=dtype)
     tokens, targets = map(torch.from_numpy, ids)
     losses = []
     for _ in range(STEPS):

@@ -11,6 +11,7 @@ from llamalet.backward.groups import group_of, muon_rate
 from llamalet.backward.optimizer import NumbaOptimizer, n_bytes
 from llamalet.backward.runner import Runner
 from llamalet.kernels.products import EDGE_SHAPE
+from training.optimizer import Muon
 
 BETAS, DECAY, RATE = (0.9, 0.95), 0.1, 1e-3
 
@@ -47,27 +48,10 @@ def adamw(name, parameter):
     return torch.optim.AdamW([parameter], lr=RATE, betas=BETAS, weight_decay=decay)
 
 
-class FloatMuon:
-    """Muon as published, but in float32."""
-
-    def __init__(self, parameter):
-        self.parameter, self.momentum = parameter, torch.zeros_like(parameter)
-
-    @torch.no_grad()
-    def step(self):
-        gradient = self.parameter.grad
-        self.momentum.lerp_(gradient, 0.05)
-        x = gradient.lerp(self.momentum, 0.95)
-        x = (x.T if len(x) > x.shape[1] else x) / x.norm()
-        for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-        x = x.T if len(gradient) > gradient.shape[1] else x
-        self.parameter.mul_(1 - RATE * DECAY).sub_(0.2 * max(x.shape) ** 0.5 * RATE * x)
-
-
 def float_muon(name, parameter):
-    return FloatMuon(parameter) if group_of(name, parameter.ndim, "muon") == "muon" else adamw(name, parameter)
+    if group_of(name, parameter.ndim, "muon") != "muon":
+        return adamw(name, parameter)
+    return Muon([parameter], rate=RATE, weight_decay=DECAY, dtype=torch.float32)
 
 
 def torch_muon(name, parameter):

@@ -25,7 +25,7 @@ class ToyEngine:
     def __init__(self, gate: threading.Event):
         self.gate, self.texts, self.begun, self.cancelled = gate, {}, set(), []
         self.placed, self.admitted = set(), []
-        self.reserved_bytes, self.prefix = 0, SimpleNamespace(n_bytes=0)
+        self.reserved_bytes, self.spare_bytes, self.prefix = 0, 0, SimpleNamespace(n_bytes=0)
         self.n_added = 0
 
     @property
