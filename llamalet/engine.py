@@ -43,7 +43,7 @@ IDLE_CHUNK_S = 0.1
 """What reading a chunk may take when nobody waits for tokens, in seconds."""
 
 MOST_SHARES = 4
-"""While more texts are read than run, reading gets its share of a pass as many times more, but at most so often."""
+"""Reading gets its share of a pass once for each prompt that is read, but at most so often."""
 
 MOST_WITH_CHUNKS = 32
 """So many passes in a row may read chunks; then one without shows what the texts alone take."""
@@ -206,9 +206,9 @@ class Engine:
             kv_bytes: size of the KV caches of all texts that have a place, at most, and of those that are kept for the
                 next ones; a single text always gets it.
             prefix_bytes: size of the prefix cache, at most.
-            reading_share: how much longer a pass may take that also reads chunks of prompts, relative to one that does
-                not; up to MOST_SHARES times that while more texts are read than run. None: prompts are read at once,
-                each as a whole, which makes the most tokens in a given time.
+            reading_share: how much longer a pass may take that also reads a chunk of a prompt, relative to one that
+                does not; as much again for each further prompt, up to MOST_SHARES. None: prompts are read at once, each
+                as a whole.
             clock: returns seconds.
         """
         self.prefix = PrefixCache(prefix_bytes)
@@ -578,7 +578,7 @@ class Engine:
             return
         self._n_with_chunks += 1
         pass_s = self._pass_s * n_running / self._n_measured
-        n_shares = min(max(1, len(self._reading) / n_running), MOST_SHARES)
+        n_shares = min(len(self._reading), MOST_SHARES)
         chunks = self._next_chunks(start + n_shares * (self._reading_share or 0) * pass_s, events)
         n_texts = len(self._running)
         self._advance(events, chunks)

@@ -106,9 +106,17 @@ class KVCache:
         if scaled:
             self.key_scales[layer, :, first:last], self.value_scales[layer, :, first:last] = key_scales, value_scales
 
-    def block(self, first: int, last: int) -> tuple[NDArray[Any], ...]:
-        """Return a copy of what is kept of positions first .. last - 1, multiples of LANES, for `put_block`."""
-        return tuple(part.copy() for part in self._parts(first, last))
+    def block(self, first: int, last: int, memory: tuple[NDArray[Any], ...] | None = None) -> tuple[NDArray[Any], ...]:
+        """Return a copy of what is kept of positions first .. last - 1, multiples of LANES, for `put_block`.
+
+        `memory` is a block of as many positions that nobody needs any more; the copy takes its place.
+        """
+        parts = self._parts(first, last)
+        if memory is None:
+            return tuple(part.copy() for part in parts)
+        for part, copied in zip(parts, memory, strict=True):
+            copied[...] = part
+        return memory
 
     def put_block(self, first: int, block: tuple[NDArray[Any], ...]) -> None:
         """Write what `block` returned, for positions from `first` on, a multiple of LANES, for which there is room."""

@@ -36,6 +36,7 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self.n_bytes = 0
         self._root = _Node(None, None, ())
+        self._unused: tuple[NDArray[Any], ...] | None = None  # the block that left last
         # A node stands before its parent, so that leaves leave first.
         self._by_age: OrderedDict[_Node, None] = OrderedDict()
 
@@ -76,7 +77,9 @@ class PrefixCache:
             if not self._make_room(cache.block_bytes(BLOCK), path):
                 break
             key = _key(tokens, number, salt)
-            child = _Node(node, key, cache.block(first, first + BLOCK))
+            # Memory that is new to the process would take longer than the copy.
+            memory, self._unused = self._unused, None
+            child = _Node(node, key, cache.block(first, first + BLOCK, memory))
             node.children[key] = child
             self.n_bytes += child.n_bytes
             node = child
@@ -112,6 +115,7 @@ class PrefixCache:
             assert not node.children and node.parent is not None
             del node.parent.children[node.key]
             self.n_bytes -= node.n_bytes
+            self._unused = node.arrays
         return True
 
 

@@ -289,6 +289,26 @@ def test_reading_takes_no_longer_than_its_share_when_the_number_of_texts_changes
             engine.step()
 
 
+@pytest.mark.parametrize(("n_prompts", "shares"), [(1, 1), (2, 2), (4, 4), (9, 4)])
+def test_a_pass_reads_more_the_more_prompts_there_are(n_prompts, shares):
+    model = Timed(dataclasses.replace(CONFIG, max_seq_len=4096))
+    engine = Engine(model, reading_share=0.4, clock=lambda: model.now)
+    for _ in range(10):
+        engine.add(Request(prompt=[100], sampling=SamplingConfig(temperature=0, max_new_tokens=4000)))
+    while len(engine._running) < 10:
+        engine.step()
+    engine.step()
+    for n in range(n_prompts):
+        engine.add(Request(prompt=[n] * 2000, sampling=GREEDY))
+    passes = []
+    for _ in range(25):
+        before = model.now
+        engine.step()
+        passes.append(model.now - before)
+    texts_s = 4e-3 + 10 * 1e-3
+    assert max(passes[5:]) == pytest.approx((1 + 0.4 * shares) * texts_s, rel=0.05)
+
+
 def test_short_prompts_are_read_one_after_the_other():
     model = Timed(dataclasses.replace(CONFIG, max_seq_len=4096))
     engine = Engine(model, reading_share=0.8, clock=lambda: model.now)
@@ -485,14 +505,17 @@ def test_a_bias_changes_what_is_chosen(models):
 # --- the prefix cache ---
 
 
+@pytest.mark.parametrize("reuses", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_of_a_cache_are_copies(kind):
+def test_blocks_of_a_cache_are_copies(kind, reuses):
     rng = np.random.default_rng(1)
     one, two = KVCache(CONFIG, CONTEXT, kind), KVCache(CONFIG, CONTEXT, kind)
     shape = (CONFIG.n_kv_heads, 128, CONFIG.head_dim)
     for layer in range(CONFIG.n_layers):
         one.write(layer, 0, *rng.standard_normal((2, *shape), np.float32))
-    block = one.block(64, 128)
+    memory = KVCache(CONFIG, CONTEXT, kind).block(0, 64) if reuses else None
+    block = one.block(64, 128, memory)
+    assert block is memory or not reuses
     assert sum(array.nbytes for array in block) == one.block_bytes(64)
     two.put_block(0, block)
     expected = [[part.copy() for part in one.read(layer, 64, 128)] for layer in range(CONFIG.n_layers)]
@@ -529,9 +552,11 @@ def test_what_was_used_least_recently_leaves_first_and_the_limit_holds():
     prefix.store(texts[2], "", filled(128))
     assert prefix.n_bytes == 4 * block
     assert [prefix.restore([*text, 1], "", KVCache(CONFIG)) for text in texts] == [128, 0, 128]
+    arrays = {id(array) for node in prefix._by_age for array in node.arrays}
     prefix.store([9] * 192, "", filled(192))
     prefix.store([8] * 64, "", filled(64))
     assert prefix.n_bytes == 4 * block
+    assert {id(array) for node in prefix._by_age for array in node.arrays} == arrays  # new blocks in the memory of old
     assert prefix.restore([9] * 193, "", KVCache(CONFIG, 256)) in (
         128,
         192,
