@@ -203,8 +203,8 @@ class Engine:
             transformer: the model.
             undrawn: ids that no text may get.
             batch_size: number of texts that have a place at once, 1 to MAX_BATCH.
-            kv_bytes: size of the KV caches of all texts that have a place, at most, and of those that are kept for the
-                next ones; a single text always gets it.
+            kv_bytes: at most so many bytes for the KV caches of texts that have a place, and for those kept for the
+                next ones; a single text may take more.
             prefix_bytes: size of the prefix cache, at most.
             reading_share: how much longer a pass may take that also reads a chunk of a prompt, relative to one that
                 does not; as much again for each further prompt, up to MOST_SHARES. None: prompts are read at once, each
@@ -353,7 +353,8 @@ class Engine:
         request = text.request
         is_alone = request.cache is not None or request.draft is not None  # what a draft proposed may be in the cache
         if self.prefix.max_bytes and text.cache is not None and not text.rolled and not is_alone:
-            self.prefix.store(tokens[: text.cache.length], text.request.salt, text.cache)
+            with contextlib.suppress(MemoryError):  # nobody needs it
+                self.prefix.store(tokens[: text.cache.length], text.request.salt, text.cache)
 
     # --- reading prompts ---
 
@@ -429,7 +430,7 @@ class Engine:
         """Give a text a cache, with what is known of its prompt; return the logits after it, if that is all of it.
 
         Raises:
-            LlamaletError: if there is no memory for it.
+            OutOfMemoryError, MemoryError: if there is no memory for it.
         """
         if self._shared is not None and self._shared[0] == text.begins_alike:
             text.cache, text.n_read = self._new_cache(text), len(text.prompt)
@@ -445,7 +446,7 @@ class Engine:
         """Return an empty cache for a text, with room for its prompt: one of a text that has ended, if one fits.
 
         Raises:
-            LlamaletError: if there is no memory for it.
+            OutOfMemoryError, MemoryError: if there is no memory for it.
         """
         # Room at once: growing copies everything. For tokens that may not come, no more than growing would take.
         context, n_prompt = self._transformer.config.max_seq_len, len(text.prompt)
@@ -501,12 +502,16 @@ class Engine:
             if n_in_pass >= POSITIONS_PER_PASS or text.prompt_logprobs is not None:
                 break
             try:
-                known = self._begin(text) if text.cache is None else None
-                if known is not None:
-                    self._start(text, known, events)
-                    seconds = end - self._clock()
+                if text.cache is None:
+                    known = self._begin(text)
+                    seconds = end - self._clock()  # copying what the prefix cache knows took some
                     n = min(n, self._chunk_size(seconds)) if seconds > 0 else 0
-                    continue
+                    if known is not None:
+                        self._start(text, known, events)
+                        continue
+                    if not n and chunks:
+                        break
+                    n = max(n, LEAST_CHUNK)  # it may as well begin
                 self._make_room(text)
                 cache = text.cache
                 assert cache is not None
@@ -524,11 +529,7 @@ class Engine:
         """Note that a chunk has been read, with these logits after it."""
         text, n_before = chunk.text, chunk.text.n_read
         text.n_read += len(chunk.tokens)
-        try:
-            self._has_read(text, n_before)
-        except MemoryError as error:
-            self._end(text, "error", events, error)
-            return
+        self._has_read(text, n_before)
         if text.n_read == len(text.prompt):
             self._start(text, logits, events)
 
@@ -578,18 +579,19 @@ class Engine:
             return
         self._n_with_chunks += 1
         pass_s = self._pass_s * n_running / self._n_measured
-        n_shares = min(len(self._reading), MOST_SHARES)
+        n_prompts = len({text.begins_alike or text.id for text in self._reading})  # those that are alike are read once
+        n_shares = min(n_prompts, MOST_SHARES)
         chunks = self._next_chunks(start + n_shares * (self._reading_share or 0) * pass_s, events)
-        n_texts = len(self._running)
-        self._advance(events, chunks)
-        if chunks and n_texts == self._n_measured:  # the cost of other texts would count as that of tokens
-            self._note_speed(self._clock() - start - pass_s, sum(len(chunk.tokens) for chunk in chunks))
+        start, n_texts = self._clock(), len(self._running)
+        n_read = self._advance(events, chunks)
+        if n_read and n_texts == self._n_measured:  # the cost of other texts would count as that of tokens
+            self._note_speed(self._clock() - start - pass_s, n_read)
 
-    def _advance(self, events: list[Event], chunks: Sequence[_Chunk] = ()) -> None:
-        """Let every running text advance by a token; read chunks in the same pass."""
+    def _advance(self, events: list[Event], chunks: Sequence[_Chunk] = ()) -> int:
+        """Let every running text advance by a token, and read chunks in the same pass; return their tokens' number."""
         if not chunks and len(self._running) == 1 and self._running[0].request.draft is not None:
             self._advance_drafted(self._running[0], self._running[0].request.draft, events)
-            return
+            return 0
         texts = []
         for text in list(self._running):
             try:
@@ -599,11 +601,15 @@ class Engine:
                 texts.append(text)
             except (LlamaletError, MemoryError) as error:
                 self._end(text, "error", events, error)
+        caches = [*(text.cache for text in texts), *(chunk.cache for chunk in chunks)]
+        lengths = [(cache, cache.length) for cache in caches if cache is not None]
         rows = None
         while rows is None:
             try:
                 rows = self._pass(texts, chunks)
             except MemoryError as error:
+                for cache, length in lengths:  # in numpy some may have grown
+                    cache.truncate(length)
                 if len(self._spare):
                     self._spare.shrink_to(0)
                 elif chunks:  # those that run had enough before
@@ -616,6 +622,7 @@ class Engine:
             self._choose(text, row, events)
         for chunk, row in zip(chunks, rows[len(texts) :], strict=True):
             self._take_chunk(chunk, row, events)
+        return sum(len(chunk.tokens) for chunk in chunks)
 
     def _pass(self, texts: Sequence[_Text], chunks: Sequence[_Chunk]) -> Sequence[Logits]:
         """Append the newest tokens of texts and the chunks to their caches; return the logits after each."""

@@ -36,7 +36,6 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self.n_bytes = 0
         self._root = _Node(None, None, ())
-        self._unused: tuple[NDArray[Any], ...] | None = None  # the block that left last
         # A node stands before its parent, so that leaves leave first.
         self._by_age: OrderedDict[_Node, None] = OrderedDict()
 
@@ -69,22 +68,27 @@ class PrefixCache:
             tokens: those in the cache: `cache.length` of them.
             salt: see restore.
             cache: of a text that has not rolled.
+
+        Raises:
+            MemoryError: if there is none for a block; those before it are kept.
         """
         path = self._path(tokens, salt)
-        node = path[-1] if path else self._root
-        for number in range(len(path), len(tokens) // BLOCK):
-            first = number * BLOCK
-            if not self._make_room(cache.block_bytes(BLOCK), path):
-                break
-            key = _key(tokens, number, salt)
-            # Memory that is new to the process would take longer than the copy.
-            memory, self._unused = self._unused, None
-            child = _Node(node, key, cache.block(first, first + BLOCK, memory))
-            node.children[key] = child
-            self.n_bytes += child.n_bytes
-            node = child
-            path.append(node)
-        self._use(path)
+        node, n_bytes = path[-1] if path else self._root, cache.block_bytes(BLOCK)
+        try:
+            for number in range(len(path), len(tokens) // BLOCK):
+                memory = None
+                if self.n_bytes + n_bytes > self.max_bytes:  # a block has to leave: its memory is the new one's
+                    memory = self._evict(path)
+                    if memory is None:
+                        break
+                first, key = number * BLOCK, _key(tokens, number, salt)
+                child = _Node(node, key, cache.block(first, first + BLOCK, memory))
+                node.children[key] = child
+                self.n_bytes += child.n_bytes
+                node = child
+                path.append(node)
+        finally:
+            self._use(path)
 
     def _path(self, tokens: Sequence[int], salt: str) -> list[_Node]:
         """Return the known nodes of the first tokens."""
@@ -103,20 +107,16 @@ class PrefixCache:
             self._by_age[node] = None
             self._by_age.move_to_end(node)
 
-    def _make_room(self, n_bytes: int, path: Sequence[_Node]) -> bool:
-        """Let old nodes leave until there is room for n_bytes; return False if some of the path would have to."""
-        if self.n_bytes + n_bytes <= self.max_bytes:
-            return True
+    def _evict(self, path: Sequence[_Node]) -> tuple[NDArray[Any], ...] | None:
+        """Let the least recently used block leave; return it, or None if there is none but those of a path."""
         self._use(path)
-        while self.n_bytes + n_bytes > self.max_bytes:
-            if len(self._by_age) <= len(path):
-                return False
-            node, _ = self._by_age.popitem(last=False)
-            assert not node.children and node.parent is not None
-            del node.parent.children[node.key]
-            self.n_bytes -= node.n_bytes
-            self._unused = node.arrays
-        return True
+        if len(self._by_age) <= len(path):
+            return None
+        node, _ = self._by_age.popitem(last=False)
+        assert not node.children and node.parent is not None
+        del node.parent.children[node.key]
+        self.n_bytes -= node.n_bytes
+        return node.arrays
 
 
 def _key(tokens: Sequence[int], number: int, salt: str) -> Any:

@@ -82,9 +82,9 @@ class Muon(torch.optim.Optimizer):
         """Update the matrices."""
         for group in self.param_groups:
             for matrix in group["params"]:
-                gradient, state = matrix.grad, self.state[matrix]
-                if gradient is None:
+                if (gradient := matrix.grad) is None:
                     continue
+                state = self.state[matrix]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(gradient)
                 momentum = state["momentum_buffer"]

@@ -39,7 +39,7 @@ SWITCH_S = 2e-4
 """How long the engine waits for Python while a request is read; Python's own limit is that of several passes."""
 
 READING_SHARE = 0.9
-"""While a prompt is read, the others' time between tokens grows by this share; see Engine."""
+"""While prompts are read, the others' time between tokens grows by this share for each, up to MOST_SHARES of them."""
 
 MAX_CONNECTIONS, SPARE_FILES = 4096, 64
 """Connections at once, and file descriptors that are kept for other things."""

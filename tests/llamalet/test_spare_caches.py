@@ -108,22 +108,21 @@ def test_texts_that_follow_others_need_no_new_memory():
 
 
 def test_they_do_not_take_memory_from_texts():
-    size = cache_bytes(CONFIG, 128)  # what a text of 64 positions may take
+    size = cache_bytes(CONFIG, 128)
     engine = Engine(Transformer(in_memory(CONFIG, "f32"), threads=1), kv_bytes=4 * size)
 
-    def request(n: int) -> Request:
-        return Request(prompt=[n] * 20, sampling=SamplingConfig(temperature=0, max_new_tokens=44, ignore_eos=True))
+    def request(n_prompt: int, n_new: int, token: int = 5) -> Request:
+        sampling = SamplingConfig(temperature=0, max_new_tokens=n_new, ignore_eos=True)
+        return Request(prompt=[token] * n_prompt, sampling=sampling)
 
-    texts_of(engine, [request(n) for n in range(5, 9)])
+    texts_of(engine, [request(20, 44, token) for token in range(5, 9)])
     assert engine.spare_bytes == 2 * size  # four of 64 positions
-    ids = [engine.add(request(n)) for n in range(5, 8)]
-    for n_begun in range(1, 4):
-        engine.step()  # reads one prompt
-        assert engine.reserved_bytes == 3 * size and engine.spare_bytes == (4 - n_begun) * size // 2
-    for id in ids:
-        engine.cancel(id)
+    engine.add(request(100, 92))
     engine.step()
-    assert engine.spare_bytes == 2 * size
+    assert engine.reserved_bytes == 3 * size and engine.spare_bytes == size
+    engine.cancel(4)
+    engine.step()
+    assert engine.reserved_bytes == 0 and engine.spare_bytes == size + cache_bytes(CONFIG, 192)
 
 
 def test_they_go_if_the_memory_is_not_enough(monkeypatch):
