@@ -353,6 +353,7 @@ def test_spare_caches_go_before_a_text_ends_for_want_of_memory():
     decode_batch, failed = model.decode_batch, []
 
     def decode_batch_later(caches, tokens):
+        assert not any(token in cache for cache, token in zip(caches, tokens, strict=True))  # they count up
         if not failed:
             failed.append(engine.spare_bytes)
             caches[0].append(tokens[0])
