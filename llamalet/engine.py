@@ -224,7 +224,7 @@ class Engine:
         self._cancelled = set[int]()
         # The state after a prompt that another text has, too.
         self._shared: tuple[Any, KVCache, Logits] | None = None
-        # What the last pass without chunks took, of how many texts it was, and how many passes had chunks since.
+        # What passes without chunks took, of how many texts the last was, and how many passes had chunks since.
         self._pass_s, self._n_measured, self._n_with_chunks = 0.0, 0, MOST_WITH_CHUNKS
         # What a token of a prompt takes, at first a guess; how much a new measurement counts; what was read since.
         self._token_s, self._weight = IDLE_CHUNK_S / ENOUGH_READ, 1.0
@@ -511,7 +511,7 @@ class Engine:
                         continue
                     if not n and chunks:
                         break
-                    n = max(n, LEAST_CHUNK)  # it may as well begin
+                    n = max(n, LEAST_CHUNK)  # a pass without any other chunk has room for the least
                 self._make_room(text)
                 cache = text.cache
                 assert cache is not None

@@ -1,7 +1,8 @@
 """KV caches of texts that have ended, for texts that begin.
 
-The system clears and maps new memory when it is first used: 1.5 ms for a megabyte on a virtual machine. In a model of
-110M parameters a text of 30 tokens takes one megabyte with a bfloat16 cache. Growing also copies what is there.
+The system clears and maps new memory when it is first used: up to 1.5 ms for a megabyte on a virtual machine. In a
+model of 110M parameters a text of 30 tokens takes one megabyte with a bfloat16 cache. Growing also copies what is
+there.
 """
 
 from llamalet.kv_cache import KVCache
