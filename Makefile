@@ -10,7 +10,7 @@ RUN := $(BIN)/python
 
 help:  ## list these targets
 	@echo "llamalet: small Llama models, from data to story"
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 20
 
 demo: .venv/train  ## write a corpus, train a small model, export it, prove it, tell a story (minutes, offline)
 	$(RUN) tinystories.py synthesize --seed=1
