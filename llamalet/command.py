@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from llamalet import startup
 from llamalet.errors import DISK_FULL, DiskError, LlamaletError, UsageError, fail
@@ -56,7 +56,12 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         try:
             print(end="", flush=True)
         except (OSError, ValueError):
-            forget_stdout()
+            forget_output(sys.stdout)
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except (OSError, ValueError):  # it may be on a full disk; its lines stop nothing, see errors.note
+        forget_output(sys.stderr)
     sys.exit(code)
 
 
@@ -113,9 +118,9 @@ def _interrupt_main_thread() -> None:
         _thread.interrupt_main()
 
 
-def forget_stdout() -> None:
-    """Discard buffered output, or Python would fail once more when it flushes stdout at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def forget_output(stream: TextIO) -> None:
+    """Discard what a standard stream has buffered, or Python would fail once more when it flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _ignore_signals() -> None:
@@ -133,7 +138,7 @@ def _report(error: BaseException) -> int:
     if line := startup.missing_package(error):
         return fail(line, startup.MISSING)
     if isinstance(error, BrokenPipeError):  # the reader (head, less) has gone
-        forget_stdout()
+        forget_output(sys.stdout)
         return 141
     if isinstance(error, MemoryError):
         return fail("out of memory; use a smaller model, batch or context", 1)
@@ -141,6 +146,6 @@ def _report(error: BaseException) -> int:
         where, full = f"{error.filename}: " if error.filename else "", error.errno in DISK_FULL
         if full and not where:  # an error on another file would have its name
             where = "stdout: "
-            forget_stdout()
+            forget_output(sys.stdout)
         return fail(f"{where}{error.strerror or error}", DiskError.exit_code if full else 1)
     raise error

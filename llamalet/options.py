@@ -121,7 +121,8 @@ def read_options(
             bare_words = [*(["CONFIG.toml"] if read_file else []), *(name.upper() for name in positional)]
             usage = " ".join([program, *(f"[{word}]" for word in bare_words), "[--option=value ...]"])
             listed = {name: option for name, option in options.items() if name not in hidden}
-            _help(config_class, listed, aliases, usage, description).print_help()
+            # argparse's own printing hides that a long text could not be written.
+            print(_help(config_class, listed, aliases, usage, description).format_help(), end="")
             raise SystemExit(0)
         if word.startswith("-") and word != "-":
             option, text = _read_option(word, left, flags)

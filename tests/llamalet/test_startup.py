@@ -32,10 +32,12 @@ def folder(tmp_path_factory) -> Path:
 
 def shell(folder: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a line in bash, with $SAMPLE for sample.py and a small model on the numpy backend."""
+    # Where this is set, Python buffers nothing, and what it does with a buffer that cannot be written is not seen.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     sample = shlex.join([*SAMPLE, "model.bin", "-n", "8", "-s", "1", "--backend=numpy"])
     return subprocess.run(
         ["bash", "-c", command.replace("$SAMPLE", sample).replace("$PYTHON", sys.executable)], cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True, encoding="utf-8",
+        env=inherited | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True, encoding="utf-8",
         timeout=100,
     )  # fmt: skip
 

@@ -1,11 +1,12 @@
 """What a run prints: a summary at the start, then a line for each logged step and each evaluation."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llamalet.command import forget_stdout
+from llamalet.command import forget_output
 from llamalet.config import ModelConfig
 from llamalet.errors import note
 from llamalet.shards import Shards
@@ -17,7 +18,7 @@ def say(text: str = "", end: str = "\n") -> None:
     try:
         print(text, end=end, flush=True)
     except OSError as error:
-        forget_stdout()
+        forget_output(sys.stdout)
         note(f"warning: stdout: {error.strerror}; training continues without it")
 
 
